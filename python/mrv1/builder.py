@@ -1,0 +1,206 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""Wiring a model: a typed layer over the native `Program`.
+
+A model file calls a `Builder` once. Each call adds one native op and returns the value it makes;
+nothing is computed here, and nothing of this runs in a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from mrv1 import _core
+from mrv1.config import RopeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """A matrix that an op of the program writes: one row a token, or one a row that is sampled."""
+
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A weight of the program: one tensor of the checkpoint, or several stacked by rows."""
+
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """A table of rotary angles."""
+
+    index: int
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Angular frequency of each pair of dimensions, [head_dim / 2] float32.
+
+    frequency[i] = theta^(-2i / head_dim) (Su et al. 2021). "llama3" divides frequencies whose
+    wavelength exceeds original / low_freq_factor by `factor`, keeps those below
+    original / high_freq_factor, and interpolates linearly in original / wavelength between them
+    (the Llama 3.1 release).
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (1.0 / np.power(np.float32(rope.theta), exponents)).astype(np.float32)
+    if rope.type == "default":
+        return frequencies
+    turns = rope.original_max_position_embeddings * frequencies / (2.0 * math.pi)
+    span = rope.high_freq_factor - rope.low_freq_factor
+    kept = np.clip((turns - rope.low_freq_factor) / span, 0.0, 1.0)
+    scaled: np.ndarray = ((1.0 - kept) / rope.factor + kept) * frequencies
+    return scaled.astype(np.float32)
+
+
+class Builder:
+    """Wires ops into a program.
+
+    Names of weights are relative to the enclosing `scope`. Shapes are [out, in], as checkpoints
+    store them. Errors are InvalidArgumentError, naming the op.
+
+    Args:
+        dtype: Of activations, matrices and KV cache: "float32" or "bfloat16".
+    """
+
+    def __init__(self, dtype: str) -> None:
+        self.program = _core.Program(dtype)
+        self._prefix = ""
+
+    @contextlib.contextmanager
+    def scope(self, prefix: str) -> Iterator[None]:
+        """Puts `prefix` before the weight names inside."""
+        outer = self._prefix
+        self._prefix = outer + prefix
+        try:
+            yield
+        finally:
+            self._prefix = outer
+
+    @contextlib.contextmanager
+    def layer(self, index: int, prefix: str) -> Iterator[None]:
+        """Marks the ops inside as one decoder layer: the program can be cut before it."""
+        self.program.begin_layer(index)
+        with self.scope(prefix):
+            yield
+        self.program.end_layer()
+
+    def matrix(self, name: str, rows: int, cols: int) -> Weight:
+        """A weight [rows, cols] of the tensor `name`."""
+        return self.fused(cols, (name, rows))
+
+    def fused(self, cols: int, *segments: tuple[str, int]) -> Weight:
+        """Tensors (name, rows) of `cols` columns each, stacked by rows into one weight."""
+        return self._weight(False, cols, segments)
+
+    def vector(self, name: str, size: int) -> Weight:
+        """A weight [size] of the tensor `name`."""
+        return self.fused_vector((name, size))
+
+    def fused_vector(self, *segments: tuple[str, int]) -> Weight:
+        """Tensors (name, size) joined into one vector."""
+        return self._weight(True, 1, segments)
+
+    def _weight(self, is_vector: bool, cols: int, segments: Sequence[tuple[str, int]]) -> Weight:
+        named = [(self._prefix + name, rows) for name, rows in segments]
+        label = "+".join(name for name, _ in named)
+        return Weight(self.program.weight(label, is_vector, cols, named))
+
+    def embedding(self, table: Weight) -> Value:
+        """Rows of `table` [vocab, hidden] for the step's token ids: [tokens, hidden]."""
+        return Value(self.program.embedding(table.index))
+
+    def rms_norm(self, x: Value, weight: Weight, eps: float) -> Value:
+        """x / sqrt(mean(x^2) + eps) * weight, by row."""
+        return Value(self.program.rms_norm(x.index, weight.index, eps))
+
+    def linear(
+        self,
+        x: Value,
+        weight: Weight,
+        *,
+        bias: Weight | None = None,
+        residual: Value | None = None,
+        row_parallel: bool = False,
+    ) -> Value:
+        """x weight^T (+ bias) (+ residual): [rows, in] -> [rows, out].
+
+        Args:
+            x: [rows, in].
+            weight: [out, in].
+            bias: [out].
+            residual: [rows, out], added to the result.
+            row_parallel: Marks a projection back into the residual stream, whose output is a sum
+                over ranks when the model is sharded: a place where the program can be cut.
+        """
+        return Value(
+            self.program.linear(
+                x.index,
+                weight.index,
+                bias=-1 if bias is None else bias.index,
+                residual=-1 if residual is None else residual.index,
+                row_parallel=row_parallel,
+            )
+        )
+
+    def silu_mul(self, x: Value) -> Value:
+        """silu(gate) * up of x = [gate | up]: [tokens, 2n] -> [tokens, n]."""
+        return Value(self.program.silu_mul(x.index))
+
+    def rope(self, config: RopeConfig, head_dim: int) -> Rope:
+        """The table of rotary angles for `attention`."""
+        return Rope(self.program.rope_table(rope_frequencies(config, head_dim).tolist()))
+
+    def attention(
+        self,
+        qkv: Value,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        kv_layer: int,
+        rope: Rope | None = None,
+        qk_norm: tuple[Weight, Weight] | None = None,
+        eps: float = 0.0,
+        scale: float | None = None,
+        window: int = 0,
+    ) -> Value:
+        """Causal attention over the paged KV cache: [tokens, q | k | v] -> [tokens, heads * dim].
+
+        Args:
+            qkv: Packed projections, (num_heads + 2 * num_kv_heads) * head_dim columns.
+            num_heads: Query heads, a multiple of num_kv_heads.
+            num_kv_heads: Key and value heads.
+            head_dim: A multiple of 8 up to 256.
+            kv_layer: Which layer of the KV cache; each is used once.
+            rope: Rotary angles, applied to q and k.
+            qk_norm: RMSNorm weights [head_dim] of q and k heads, applied before rope.
+            eps: Of qk_norm.
+            scale: Of the scores; 1 / sqrt(head_dim) if None.
+            window: Positions a token sees, itself included; 0 for all before it.
+        """
+        q_norm, k_norm = (-1, -1) if qk_norm is None else (qk_norm[0].index, qk_norm[1].index)
+        return Value(
+            self.program.attention(
+                qkv.index,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                kv_layer=kv_layer,
+                scale=head_dim**-0.5 if scale is None else scale,
+                window=window,
+                rope=-1 if rope is None else rope.index,
+                q_norm=q_norm,
+                k_norm=k_norm,
+                eps=eps,
+            )
+        )
+
+    def logits(self, x: Value, head: Weight) -> Value:
+        """Logits [sampled rows, vocab] in float32: the end of the program."""
+        return Value(self.program.logits(x.index, head.index))

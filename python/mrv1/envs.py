@@ -1,0 +1,160 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""The registry of the MRV1_* environment variables.
+
+A variable is read when it is asked for, so a change takes effect for whatever is built afterwards.
+An empty value counts as unset. `scripts/make_env_table.py` writes the table of docs/environment.md
+from this registry.
+
+    threads = envs.NUM_THREADS.get()             # int | None, known to the type checker
+    threads = envs.get("MRV1_NUM_THREADS")       # the same by name
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
+
+from mrv1.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+T_co = TypeVar("T_co", covariant=True)
+
+MAX_THREADS: Final = 1024
+
+_TRUE: Final = frozenset({"1", "true", "yes", "on"})
+_FALSE: Final = frozenset({"0", "false", "no", "off"})
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvVar(Generic[T_co]):
+    """One environment variable.
+
+    Attributes:
+        name: Its name, MRV1_*.
+        default: Value where it is unset or empty.
+        default_text: The default as documentation shows it.
+        allowed: What is accepted, so that "must be " + allowed reads well.
+        help: What it does, one sentence.
+        parse: Gives the value of a text, or raises ValueError if the text is not allowed.
+    """
+
+    name: str
+    default: T_co
+    default_text: str
+    allowed: str
+    help: str
+    parse: Callable[[str], T_co]
+
+    def get(self) -> T_co:
+        """Returns the value that the environment holds now.
+
+        Raises:
+            InvalidArgumentError: The variable holds something that is not allowed.
+        """
+        text = os.environ.get(self.name, "")
+        if not text:
+            return self.default
+        try:
+            return self.parse(text)
+        except ValueError:
+            raise InvalidArgumentError(
+                field=f"environment variable {self.name}", value=text, allowed=self.allowed
+            ) from None
+
+
+def _parse_threads(text: str) -> int:
+    # int() alone would also take signs, spaces, underscores and other scripts' digits.
+    if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= MAX_THREADS:
+        raise ValueError(text)
+    return int(text)
+
+
+def _parse_bool(text: str) -> bool:
+    lowered = text.lower()
+    if lowered not in _TRUE | _FALSE:
+        raise ValueError(text)
+    return lowered in _TRUE
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        for choice in choices:
+            if text.lower() == choice.lower():
+                return choice
+        raise ValueError(text)
+
+    return parse
+
+
+_BOOL_ALLOWED: Final = "1, true, yes, on, 0, false, no or off"
+
+NUM_THREADS: Final = EnvVar[int | None](
+    name="MRV1_NUM_THREADS",
+    default=None,
+    default_text="all cores",
+    allowed=f"an integer in [1, {MAX_THREADS}]",
+    help="Threads of the CPU backend.",
+    parse=_parse_threads,
+)
+DEVICE: Final = EnvVar[str](
+    name="MRV1_DEVICE",
+    default="auto",
+    default_text="`auto`",
+    allowed="auto, cpu or cuda",
+    help="Device to run on where the caller names none; `auto` takes a GPU if there is one.",
+    parse=_one_of("auto", "cpu", "cuda"),
+)
+LOG_LEVEL: Final = EnvVar[str](
+    name="MRV1_LOG_LEVEL",
+    default="WARNING",
+    default_text="`WARNING`",
+    allowed="DEBUG, INFO, WARNING or ERROR",
+    help="Lowest level of the messages that are logged.",
+    parse=_one_of("DEBUG", "INFO", "WARNING", "ERROR"),
+)
+NO_PROGRESS: Final = EnvVar[bool](
+    name="MRV1_NO_PROGRESS",
+    default=False,
+    default_text="`0`",
+    allowed=_BOOL_ALLOWED,
+    help="Whether progress bars are left out.",
+    parse=_parse_bool,
+)
+FUSION: Final = EnvVar[bool](
+    name="MRV1_FUSION",
+    default=True,
+    default_text="`1`",
+    allowed=_BOOL_ALLOWED,
+    help="Whether the fusion pass runs over a program; without it each op runs on its own.",
+    parse=_parse_bool,
+)
+
+# All variables by name, in the order of the documentation.
+REGISTRY: Final[Mapping[str, EnvVar[object]]] = MappingProxyType(
+    {
+        NUM_THREADS.name: NUM_THREADS,
+        DEVICE.name: DEVICE,
+        LOG_LEVEL.name: LOG_LEVEL,
+        NO_PROGRESS.name: NO_PROGRESS,
+        FUSION.name: FUSION,
+    }
+)
+
+
+def get(name: str) -> object:
+    """Returns the value of the variable `name`, with the type that its `EnvVar` states.
+
+    Raises:
+        InvalidArgumentError: There is no such variable, or it holds something not allowed.
+    """
+    variable = REGISTRY.get(name)
+    if variable is None:
+        raise InvalidArgumentError(
+            field="environment variable", value=name, allowed=f"one of {', '.join(REGISTRY)}"
+        )
+    return variable.get()

@@ -1,0 +1,322 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""From a model directory to a native runner whose weights are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from mrv1 import _core, envs
+from mrv1.builder import Builder
+from mrv1.config import ModelConfig
+from mrv1.errors import ConfigError, InvalidArgumentError, OutOfMemoryError, WeightError
+from mrv1.models import FAMILIES
+from mrv1.progress import progress_bar
+from mrv1.safetensors_reader import TensorInfo, read_checkpoint
+
+# safetensors dtype -> the native loader's name.
+_LOADABLE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Share of the free memory that the KV cache takes where nothing says how much it may.
+_KV_SHARE = 0.25
+# Stop ids that all running requests together can have; address space, not memory, on the CPU.
+_MAX_STOP_IDS = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class RunnerOptions:
+    """Sizes and choices of a runner. None takes the default.
+
+    Attributes:
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        dtype: "auto" (float32 checkpoints run in float32, all others in bfloat16), "float32" or
+            "bfloat16".
+        max_num_seqs: Requests that run at once; 64.
+        max_num_batched_tokens: Tokens of one step; 512 on the CPU, 8192 on a GPU, and at least
+            max_num_seqs.
+        max_model_len: Tokens of one request, prompt included; the model's own limit, less if the
+            KV cache holds less.
+        block_size: Tokens of one KV block.
+        num_kv_blocks: KV blocks, the null block included; overrides kv_cache_memory.
+        kv_cache_memory: Bytes of the KV cache; a quarter of the free memory, and no more than
+            max_num_seqs requests of max_model_len can use.
+        num_threads: CPU threads; MRV1_NUM_THREADS, else the cores this process may use.
+        fusion: Whether the fusion pass runs; MRV1_FUSION.
+        pad_requests: Steps are padded to at least this many requests; for testing.
+        pad_tokens: Steps are padded to at least this many tokens; for testing.
+        infer_param_view: Whether steps also compute the by-table-row view of the batch.
+    """
+
+    device: str | None = None
+    dtype: str = "auto"
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    kv_cache_memory: int | None = None
+    num_threads: int | None = None
+    fusion: bool | None = None
+    pad_requests: int = 0
+    pad_tokens: int = 0
+    infer_param_view: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A runner that is ready, and what it was made from.
+
+    Attributes:
+        config: The model's.
+        device: Where it runs.
+        runner: The native runner.
+        dtype: "float32" or "bfloat16".
+        max_num_seqs: As `RunnerOptions`, resolved.
+        max_num_batched_tokens: As `RunnerOptions`, resolved.
+        max_model_len: As `RunnerOptions`, resolved.
+        block_size: As `RunnerOptions`.
+        num_kv_blocks: As `RunnerOptions`, resolved.
+        startup: Seconds of each phase of the start, by name.
+    """
+
+    config: ModelConfig
+    device: _core.Device
+    runner: _core.ModelRunner
+    dtype: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    num_kv_blocks: int
+    startup: dict[str, float]
+
+
+def resolve_device(name: str | None) -> str:
+    """Returns "cpu" or "cuda" for a device name; None asks MRV1_DEVICE."""
+    chosen = envs.DEVICE.get() if name is None else name
+    if chosen not in ("auto", "cpu", "cuda"):
+        raise InvalidArgumentError(field="device", value=chosen, allowed="auto, cpu or cuda")
+    if chosen == "auto":
+        return "cuda" if _core.cuda_available() else "cpu"
+    return chosen
+
+
+def resolve_dtype(requested: str, config: ModelConfig) -> str:
+    """Returns the dtype to run in. float16 checkpoints run as bfloat16 unless float32 is asked."""
+    if requested not in ("auto", "float32", "bfloat16"):
+        raise InvalidArgumentError(
+            field="dtype", value=requested, allowed="auto, float32 or bfloat16"
+        )
+    if requested == "auto":
+        return "float32" if config.dtype == "float32" else "bfloat16"
+    return requested
+
+
+def wire_model(config: ModelConfig, dtype: str, *, fusion: bool | None = None) -> _core.Program:
+    """Wires the program of a model; runs the fusion pass unless `fusion` or MRV1_FUSION is off."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ConfigError(
+            field="model_type", value=config.model_type, allowed=", ".join(sorted(FAMILIES))
+        )
+    builder = Builder(dtype)
+    family(builder, config)
+    if envs.FUSION.get() if fusion is None else fusion:
+        builder.program.fuse()
+    return builder.program
+
+
+def load_model(
+    directory: str | Path, options: RunnerOptions, *, progress: bool | None = None
+) -> LoadedModel:
+    """Reads a Hugging Face model directory into a runner.
+
+    Args:
+        directory: With config.json and safetensors; generation_config.json if there is one.
+        options: Sizes and choices.
+        progress: Whether to show a progress bar; None shows it on a terminal.
+
+    Raises:
+        ConfigError: config.json is missing, damaged or asks for something not supported.
+        WeightError: Weight files are missing, damaged or do not fit the config.
+        OutOfMemoryError: Memory for weights, buffers or one KV block is missing.
+        DeviceError: No such device.
+    """
+    root = Path(directory)
+    start = time.perf_counter()
+    config = ModelConfig.from_dir(root)
+    tensors = read_checkpoint(root)
+    dtype = resolve_dtype(options.dtype, config)
+    program = wire_model(config, dtype, fusion=options.fusion)
+    sources = _match_tensors(program, tensors, config)
+    startup = {"read headers and wire": time.perf_counter() - start}
+
+    model = make_runner(config, program, dtype, options, startup)
+    start = time.perf_counter()
+    _load_weights(model.runner, sources, progress)
+    startup["load weights"] = time.perf_counter() - start
+    return model
+
+
+def make_runner(
+    config: ModelConfig,
+    program: _core.Program,
+    dtype: str,
+    options: RunnerOptions,
+    startup: dict[str, float],
+) -> LoadedModel:
+    """Resolves the sizes and allocates a runner for a program; its weights are still to be set."""
+    start = time.perf_counter()
+    kind = resolve_device(options.device)
+    threads = envs.NUM_THREADS.get() if options.num_threads is None else options.num_threads
+    device = _core.Device(kind, num_threads=threads or 0)
+    native = _core.RunnerConfig()
+    native.max_num_seqs = _positive("max_num_seqs", options.max_num_seqs, 64)
+    default_tokens = max(512 if kind == "cpu" else 8192, native.max_num_seqs)
+    native.max_num_batched_tokens = _positive(
+        "max_num_batched_tokens", options.max_num_batched_tokens, default_tokens
+    )
+    limit = config.max_position_embeddings
+    native.max_model_len = _positive("max_model_len", options.max_model_len, limit)
+    if native.max_model_len > limit:
+        raise InvalidArgumentError(
+            field="max_model_len",
+            value=native.max_model_len,
+            allowed=f"at most the model's max_position_embeddings = {limit}",
+        )
+    native.block_size = _positive("block_size", options.block_size, 16)
+    native.max_stop_ids = _MAX_STOP_IDS
+    native.pad_requests = options.pad_requests
+    native.pad_tokens = options.pad_tokens
+    native.infer_param_view = options.infer_param_view
+    native.num_blocks = _num_blocks(program, native, device, options)
+    if options.max_model_len is None:
+        native.max_model_len = min(
+            native.max_model_len, (native.num_blocks - 1) * native.block_size
+        )
+    runner = _core.ModelRunner(device, program, native)
+    startup["allocate"] = time.perf_counter() - start
+    return LoadedModel(
+        config=config,
+        device=device,
+        runner=runner,
+        dtype=dtype,
+        max_num_seqs=native.max_num_seqs,
+        max_num_batched_tokens=native.max_num_batched_tokens,
+        max_model_len=native.max_model_len,
+        block_size=native.block_size,
+        num_kv_blocks=native.num_blocks,
+        startup=startup,
+    )
+
+
+def _positive(field: str, value: int | None, default: int) -> int:
+    chosen = default if value is None else value
+    if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 < chosen < 2**31:
+        raise InvalidArgumentError(field=field, value=chosen, allowed="an integer in [1, 2**31)")
+    return chosen
+
+
+def _num_blocks(
+    program: _core.Program,
+    native: _core.RunnerConfig,
+    device: _core.Device,
+    options: RunnerOptions,
+) -> int:
+    """KV blocks, the null block included, from what the options say or from free memory."""
+    if options.num_kv_blocks is not None:
+        blocks = _positive("num_kv_blocks", options.num_kv_blocks, 0)
+        if blocks < 2:
+            raise InvalidArgumentError(
+                field="num_kv_blocks", value=blocks, allowed="at least 2 (block 0 is never used)"
+            )
+        return blocks
+    plan = _core.ModelRunner.plan_memory(program, native, device)
+    others = plan["weights"] + plan["activations"] + plan["state"]
+    free, _ = device.memory()
+    budget = options.kv_cache_memory
+    if budget is None:
+        budget = int(max(0, free - others) * _KV_SHARE)
+    elif isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
+        raise InvalidArgumentError(
+            field="kv_cache_memory", value=budget, allowed="a number of bytes, at least 0"
+        )
+    per_block = plan["per_block"]
+    usable = budget // per_block - 1
+    if usable < 1:
+        raise OutOfMemoryError(
+            f"the KV cache may take {budget / 1e6:.1f} MB, but the null block and one block of "
+            f"{native.block_size} tokens need {2 * per_block / 1e6:.1f} MB "
+            f"({free / 1e6:.0f} MB are free; weights {plan['weights'] / 1e6:.0f} MB, activations "
+            f"{plan['activations'] / 1e6:.0f} MB, state {plan['state'] / 1e6:.0f} MB)"
+        )
+    per_request = -(-native.max_model_len // native.block_size)
+    most = min(native.max_num_seqs * per_request, 2**31 // native.block_size - 2)
+    return int(min(usable, most)) + 1
+
+
+def _match_tensors(
+    program: _core.Program, tensors: dict[str, TensorInfo], config: ModelConfig
+) -> list[tuple[int, int, TensorInfo]]:
+    """Pairs every segment of every weight with its tensor: (weight, segment, tensor).
+
+    Raises WeightError where a tensor is missing, has another shape or dtype, or is left over.
+    """
+    sources = []
+    used = set()
+    for weight, (_, is_vector, cols, segments) in enumerate(program.weights):
+        for segment, (name, rows) in enumerate(segments):
+            info = tensors.get(name)
+            if info is None:
+                raise WeightError("is missing from the checkpoint", tensor=name)
+            expected = (rows,) if is_vector else (rows, cols)
+            if info.shape != expected:
+                raise WeightError(
+                    "config and weights disagree",
+                    path=info.path,
+                    tensor=name,
+                    field="shape",
+                    value=list(info.shape),
+                    allowed=f"{list(expected)} by config.json",
+                )
+            if info.dtype not in _LOADABLE:
+                raise WeightError(
+                    path=info.path,
+                    tensor=name,
+                    field="dtype",
+                    value=info.dtype,
+                    allowed=", ".join(_LOADABLE),
+                )
+            used.add(name)
+            sources.append((weight, segment, info))
+    for name, info in tensors.items():
+        # Both are computed, or shared, here; checkpoints may carry them all the same.
+        harmless = name.endswith("rotary_emb.inv_freq") or (
+            name == "lm_head.weight" and config.tie_word_embeddings
+        )
+        if name not in used and not harmless:
+            raise WeightError(
+                "config and weights disagree: nothing in the model uses it",
+                path=info.path,
+                tensor=name,
+            )
+    return sources
+
+
+def _load_weights(
+    runner: _core.ModelRunner,
+    sources: list[tuple[int, int, TensorInfo]],
+    progress: bool | None,
+) -> None:
+    total = sum(info.nbytes for _, _, info in sources)
+    # By place in the files, so that each is read once from front to back.
+    ordered = sorted(sources, key=lambda source: (str(source[2].path), source[2].offset))
+    path: Path | None = None
+    file: _core.MappedFile | None = None
+    with progress_bar("Loading weights", total, unit="B", show=progress) as advance:
+        for weight, segment, info in ordered:
+            if file is None or info.path != path:
+                path, file = info.path, _core.MappedFile(str(info.path))
+            runner.load_tensor(weight, segment, file, info.offset, _LOADABLE[info.dtype])
+            advance(info.nbytes)
+    runner.check_weights()

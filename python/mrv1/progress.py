@@ -1,0 +1,40 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""Progress bars for loading and long batches: on a terminal, unless a flag turns them off."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from mrv1 import envs
+
+
+def is_shown(show: bool | None) -> bool:
+    """Whether a bar is drawn: as `show` says, else if stderr is a terminal and the user lets it."""
+    if show is not None:
+        return show
+    return sys.stderr.isatty() and not envs.NO_PROGRESS.get()
+
+
+@contextlib.contextmanager
+def progress_bar(
+    title: str, total: int, *, unit: str, show: bool | None = None
+) -> Iterator[Callable[[int], object]]:
+    """Yields a function that advances the bar by a count of units.
+
+    Args:
+        title: What is going on.
+        total: Units in all.
+        unit: Name of a unit; "B" is scaled to kB, MB, ...
+        show: Whether to draw; None decides by the terminal.
+    """
+    if not is_shown(show):
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(
+        total=total, desc=title, unit=unit, unit_scale=unit == "B", file=sys.stderr, leave=False
+    ) as bar:
+        yield bar.update

@@ -1,0 +1,155 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bind/bind.h"
+#include "program/plan.h"
+
+namespace mrv1 {
+
+void bind_program(nb::module_& m) {
+  nb::class_<Program>(m, "Program",
+                      "A model's forward pass: a flat list of native ops over values and weights.\n\n"
+                      "Values and weights are named by the index their maker returns. Building\n"
+                      "methods raise InvalidArgumentError naming the op when shapes or dtypes do\n"
+                      "not fit. mrv1.builder wraps this class for wiring models.")
+      .def("__init__",
+           [](Program* self, const std::string& dtype) {
+             new (self) Program(dtype_from_name(dtype));
+           },
+           nb::arg("dtype"))
+      .def(
+          "weight",
+          [](Program& self, const std::string& name, bool is_vector, int64_t cols,
+             const std::vector<std::pair<std::string, int64_t>>& segments) {
+            WeightSpec spec;
+            spec.name = name;
+            spec.kind = is_vector ? WeightKind::kVector : WeightKind::kMatrix;
+            spec.cols = cols;
+            for (const auto& [tensor, rows] : segments) {
+              spec.segments.push_back({tensor, spec.rows, rows});
+              spec.rows += rows;
+            }
+            return self.weight(std::move(spec));
+          },
+          nb::arg("name"), nb::arg("is_vector"), nb::arg("cols"), nb::arg("segments"),
+          "Declares a weight [sum of segment rows, cols]; segments are (tensor name, rows).")
+      .def(
+          "input",
+          [](Program& self, const std::string& name, int64_t cols, bool logits_rows) {
+            return self.input(name, cols, logits_rows ? RowSpace::kLogits : RowSpace::kTokens);
+          },
+          nb::arg("name"), nb::arg("cols"), nb::arg("logits_rows") = false)
+      .def("output", &Program::output, nb::arg("value"))
+      .def("embedding", &Program::embedding, nb::arg("table"))
+      .def("rms_norm", &Program::rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"))
+      .def("add", &Program::add, nb::arg("a"), nb::arg("b"))
+      .def("linear", &Program::linear, nb::arg("x"), nb::arg("weight"), nb::arg("bias") = -1,
+           nb::arg("residual") = -1, nb::arg("row_parallel") = false)
+      .def("silu_mul", &Program::silu_mul, nb::arg("x"))
+      .def(
+          "rope_table",
+          [](Program& self, std::vector<float> inv_freq, float factor) {
+            return self.rope_table({std::move(inv_freq), factor});
+          },
+          nb::arg("inv_freq"), nb::arg("factor") = 1.0f)
+      .def(
+          "attention",
+          [](Program& self, int32_t qkv, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
+             int32_t kv_layer, float scale, int32_t window, int32_t rope, int32_t q_norm,
+             int32_t k_norm, float eps) {
+            Program::AttentionSpec spec;
+            spec.heads = {num_heads, num_kv_heads, head_dim};
+            spec.scale = scale;
+            spec.window = window;
+            spec.kv_layer = kv_layer;
+            spec.rope = rope;
+            spec.q_norm = q_norm;
+            spec.k_norm = k_norm;
+            spec.eps = eps;
+            return self.attention(qkv, spec);
+          },
+          nb::arg("qkv"), nb::kw_only(), nb::arg("num_heads"), nb::arg("num_kv_heads"),
+          nb::arg("head_dim"), nb::arg("kv_layer"), nb::arg("scale"), nb::arg("window") = 0,
+          nb::arg("rope") = -1, nb::arg("q_norm") = -1, nb::arg("k_norm") = -1,
+          nb::arg("eps") = 0.0f)
+      .def("gather_rows", &Program::gather_rows, nb::arg("x"))
+      .def("logits", &Program::logits, nb::arg("x"), nb::arg("weight"))
+      .def("begin_layer", &Program::begin_layer, nb::arg("layer"))
+      .def("end_layer", &Program::end_layer)
+      .def("fuse", &Program::fuse,
+           "Runs the fusion patterns; returns (pattern, how many it replaced).")
+      .def("dump", &Program::dump, nb::arg("format") = "text",
+           "The op list as text, or as a Graphviz picture with format=\"dot\".")
+      .def_prop_ro("dtype",
+                   [](const Program& self) { return std::string(dtype_name(self.dtype())); })
+      .def_prop_ro("num_ops", [](const Program& self) { return self.ops().size(); })
+      .def_prop_ro("op_names",
+                   [](const Program& self) {
+                     std::vector<std::string> names;
+                     for (const Op& op : self.ops()) names.emplace_back(op_name(op.kind));
+                     return names;
+                   })
+      .def_prop_ro("weights",
+                   [](const Program& self) {
+                     std::vector<std::tuple<std::string, bool, int64_t,
+                                            std::vector<std::pair<std::string, int64_t>>>>
+                         all;
+                     for (const WeightSpec& spec : self.weights()) {
+                       std::vector<std::pair<std::string, int64_t>> segments;
+                       for (const WeightSegment& segment : spec.segments) {
+                         segments.emplace_back(segment.tensor, segment.rows);
+                       }
+                       all.emplace_back(spec.name, spec.kind == WeightKind::kVector, spec.cols,
+                                        std::move(segments));
+                     }
+                     return all;
+                   },
+                   "(name, is_vector, cols, [(tensor, rows)]) of each weight.")
+      .def_prop_ro("cuts",
+                   [](const Program& self) {
+                     std::vector<std::pair<std::string, int32_t>> cuts;
+                     for (const Cut& cut : self.cuts()) {
+                       cuts.emplace_back(cut.kind == CutKind::kAttention ? "attention"
+                                         : cut.kind == CutKind::kStage   ? "stage"
+                                                                         : "collective",
+                                         cut.op);
+                     }
+                     return cuts;
+                   },
+                   "(kind, op index) of each place where the list can be cut.")
+      .def(
+          "plan",
+          [](const Program& self, int64_t max_tokens, int64_t max_logits) {
+            const Plan plan = plan_buffers(self, {max_tokens, max_logits});
+            return nb::make_tuple(plan.arena_bytes, plan.offsets);
+          },
+          nb::arg("max_tokens"), nb::arg("max_logits"),
+          nb::sig("def plan(self, max_tokens: int, max_logits: int) -> tuple[int, list[int]]"),
+          "Bytes of the activation arena at these limits, and each value's offset in it.")
+      .def(
+          "live_ranges",
+          [](const Program& self, int64_t max_tokens, int64_t max_logits) {
+            std::vector<std::tuple<int32_t, int32_t, int64_t>> ranges(self.values().size(),
+                                                                      {-1, -1, 0});
+            for (size_t id = 0; id < self.values().size(); ++id) {
+              std::get<2>(ranges[id]) = value_bytes(self.values()[id], {max_tokens, max_logits});
+            }
+            for (int32_t i = 0; i < static_cast<int32_t>(self.ops().size()); ++i) {
+              for (int32_t id : self.ops()[i].inputs) std::get<1>(ranges[id]) = i;
+              for (int32_t id : self.ops()[i].outputs) std::get<0>(ranges[id]) = i;
+            }
+            return ranges;
+          },
+          nb::arg("max_tokens"), nb::arg("max_logits"),
+          "(op that writes it, last op that reads it, bytes) of each value; -1 for none.");
+}
+
+}  // namespace mrv1

@@ -1,0 +1,299 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "runner/model_runner.h"
+
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bind/bind.h"
+#include "bind/runner_handle.h"
+#include "io/mapped_file.h"
+#include "state/infer_param_view.h"
+
+namespace mrv1 {
+namespace {
+
+nb::dict plan_dict(const MemoryPlan& plan) {
+  nb::dict dict;
+  dict["weights"] = plan.weights;
+  dict["activations"] = plan.activations;
+  dict["state"] = plan.state;
+  dict["per_block"] = plan.per_block;
+  return dict;
+}
+
+nb::dict ints_dict(const std::vector<std::pair<std::string, std::vector<int32_t>>>& all) {
+  nb::dict dict;
+  for (const auto& [name, values] : all) {
+    dict[name.c_str()] = to_numpy(values, {values.size()});
+  }
+  return dict;
+}
+
+// The FastDeploy view of lengths given by hand, computed by the device's kernel.
+nb::dict infer_param_view(const DeviceHandle& handle, IntArray encoder, IntArray decoder,
+                          IntArray this_time, IntArray block_tables, int32_t block_size,
+                          int32_t query_per_decode, int32_t max_tokens) {
+  Device& device = *handle;
+  const char* where = "infer_param_view";
+  const int64_t rows = static_cast<int64_t>(encoder.size());
+  check(rows > 0 && decoder.size() == encoder.size() && this_time.size() == encoder.size(), where,
+        "encoder, decoder and this_time need one length a row");
+  check(block_tables.ndim() == 2 && static_cast<int64_t>(block_tables.shape(0)) == rows, where,
+        "block_tables must be [rows, blocks]");
+  check(block_size > 0 && query_per_decode > 0 && max_tokens > 0, where, "sizes must be positive");
+  const int64_t blocks = static_cast<int64_t>(block_tables.shape(1));
+  int64_t new_tokens = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t fresh = encoder.data()[row], cached = decoder.data()[row];
+    const int64_t query = this_time.data()[row];
+    check(fresh >= 0 && cached >= 0 && query >= 0, where, "row ", row, " has a negative length");
+    check(query <= query_per_decode || fresh > 0, where, "row ", row, " decodes ", query,
+          " tokens, at most ", query_per_decode, " are allowed");
+    check(cached + std::max(fresh, query) <= blocks * block_size, where, "row ", row,
+          " is longer than its block table");
+    new_tokens += fresh;
+  }
+  check(new_tokens <= max_tokens, where, new_tokens, " prefill tokens exceed max_tokens ",
+        max_tokens);
+
+  std::vector<Buffer> buffers;
+  const auto ints = [&](int64_t count) {
+    buffers.push_back(device.allocate(static_cast<size_t>(count) * 4, where));
+    return static_cast<int32_t*>(buffers.back().data());
+  };
+  const auto copied = [&](const IntArray& array) {
+    int32_t* data = ints(static_cast<int64_t>(array.size()));
+    device.copy_in(data, array.data(), array.size() * 4);
+    return data;
+  };
+  const InferParamInputs in{copied(encoder),
+                            copied(decoder),
+                            copied(this_time),
+                            copied(block_tables),
+                            static_cast<int32_t>(rows),
+                            static_cast<int32_t>(blocks),
+                            block_size,
+                            query_per_decode};
+  InferParamView view{};
+  view.max_tokens = max_tokens;
+  struct Field {
+    const char* name;
+    int32_t** data;
+    int64_t count;
+  };
+  const Field fields[] = {
+      {"encoder_batch_map", &view.encoder_batch_map, rows},
+      {"decoder_batch_map", &view.decoder_batch_map, rows},
+      {"encoder_batch_idx", &view.encoder_batch_idx, rows},
+      {"decoder_batch_idx", &view.decoder_batch_idx, rows},
+      {"encoder_seq_lod", &view.encoder_seq_lod, rows + 1},
+      {"decoder_seq_lod", &view.decoder_seq_lod, rows + 1},
+      {"encoder_kv_lod", &view.encoder_kv_lod, rows + 1},
+      {"prefix_len", &view.prefix_len, rows},
+      {"decoder_context_len", &view.decoder_context_len, rows},
+      {"decoder_context_len_cache", &view.decoder_context_len_cache, rows},
+      {"prefix_block_tables", &view.prefix_block_tables, rows * blocks},
+      {"slot_mapping_enc", &view.slot_mapping_enc, max_tokens},
+      {"slot_mapping_dec", &view.slot_mapping_dec, rows * query_per_decode},
+      {"len_info", &view.len_info, 7},
+  };
+  for (const Field& field : fields) *field.data = ints(field.count);
+  struct Task {
+    Device* device;
+    const InferParamInputs* in;
+    const InferParamView* view;
+  } task{&device, &in, &view};
+  device.submit(
+      [](void* arg) {
+        const Task& task = *static_cast<Task*>(arg);
+        StepContext ctx;
+        ctx.device = task.device;
+        ctx.pool = task.device->pool();
+        ctx.stream = task.device->stream();
+        task.device->kernels().infer_param_view(*task.in, *task.view, ctx);
+      },
+      &task);
+  device.synchronize();
+  nb::dict dict;
+  for (const Field& field : fields) {
+    std::vector<int32_t> values(static_cast<size_t>(field.count));
+    device.copy_out(values.data(), *field.data, values.size() * 4);
+    dict[field.name] = to_numpy(values, {values.size()});
+  }
+  return dict;
+}
+
+}  // namespace
+
+void bind_runner(nb::module_& m) {
+  nb::class_<MappedFile>(m, "MappedFile", "A file mapped read-only.")
+      .def(nb::init<const std::string&>(), nb::arg("path"))
+      .def_prop_ro("size", &MappedFile::size);
+
+  nb::class_<RunnerConfig>(m, "RunnerConfig")
+      .def(nb::init<>())
+      .def_rw("max_num_seqs", &RunnerConfig::max_num_seqs)
+      .def_rw("max_num_batched_tokens", &RunnerConfig::max_num_batched_tokens)
+      .def_rw("max_model_len", &RunnerConfig::max_model_len)
+      .def_rw("block_size", &RunnerConfig::block_size)
+      .def_rw("num_blocks", &RunnerConfig::num_blocks)
+      .def_rw("max_stop_ids", &RunnerConfig::max_stop_ids)
+      .def_rw("pad_requests", &RunnerConfig::pad_requests)
+      .def_rw("pad_tokens", &RunnerConfig::pad_tokens)
+      .def_rw("infer_param_view", &RunnerConfig::infer_param_view);
+
+  nb::class_<RowSpec>(m, "RowSpec")
+      .def(nb::init<>())
+      .def_rw("token_ids", &RowSpec::token_ids)
+      .def_rw("prompt_len", &RowSpec::prompt_len)
+      .def_rw("num_computed", &RowSpec::num_computed)
+      .def_rw("temperature", &RowSpec::temperature)
+      .def_rw("top_p", &RowSpec::top_p)
+      .def_rw("min_p", &RowSpec::min_p)
+      .def_rw("top_k", &RowSpec::top_k)
+      .def_rw("seed", &RowSpec::seed)
+      .def_rw("max_tokens", &RowSpec::max_tokens)
+      .def_rw("min_tokens", &RowSpec::min_tokens)
+      .def_rw("stop_ids", &RowSpec::stop_ids)
+      .def_rw("block_ids", &RowSpec::block_ids);
+
+  nb::enum_<FinishReason>(m, "FinishReason")
+      .value("NONE", FinishReason::kNone)
+      .value("STOP", FinishReason::kStop)
+      .value("LENGTH", FinishReason::kLength)
+      .value("ERROR", FinishReason::kError);
+  nb::enum_<RowPhase>(m, "RowPhase")
+      .value("FREE", RowPhase::kFree)
+      .value("PREFILL", RowPhase::kPrefill)
+      .value("EXTEND", RowPhase::kExtend)
+      .value("DECODE", RowPhase::kDecode)
+      .value("FINISHED", RowPhase::kFinished);
+
+  nb::class_<OutputEntry>(m, "OutputEntry", "What a step says about one item of its batch.")
+      .def_ro("row", &OutputEntry::row)
+      .def_ro("generation", &OutputEntry::generation)
+      .def_ro("token", &OutputEntry::token)
+      .def_ro("finish_reason", &OutputEntry::finish_reason)
+      .def_ro("num_computed", &OutputEntry::num_computed)
+      .def_ro("total_len", &OutputEntry::total_len)
+      .def_prop_ro("masked", [](const OutputEntry& self) { return self.masked != 0; });
+
+  nb::class_<Row>(m, "RowState", "A row as the device holds it.")
+      .def_ro("generation", &Row::generation)
+      .def_ro("phase", &Row::phase)
+      .def_ro("prompt_len", &Row::prompt_len)
+      .def_ro("prefill_target", &Row::prefill_target)
+      .def_ro("num_computed", &Row::num_computed)
+      .def_ro("total_len", &Row::total_len)
+      .def_ro("last_token", &Row::last_token)
+      .def_ro("finish_reason", &Row::finish_reason);
+
+  nb::class_<StepOutput>(m, "StepOutput", "A retired step: entries in the batch's order.")
+      .def_ro("step", &StepOutput::step)
+      .def_ro("error", &StepOutput::error)
+      .def_ro("entries", &StepOutput::entries);
+
+  nb::class_<RunnerHandle>(m, "ModelRunner", "See mrv1.runner.ModelRunner.")
+      .def("__init__",
+           [](RunnerHandle* self, const DeviceHandle& device, const Program& program,
+              const RunnerConfig& config) {
+             new (self) RunnerHandle(
+                 std::make_shared<ModelRunner>(device.share(), program, config), "runner");
+           },
+           nb::arg("device"), nb::arg("program"), nb::arg("config"))
+      .def_static(
+          "plan_memory",
+          [](const Program& program, const RunnerConfig& config, const DeviceHandle& device) {
+            return plan_dict(ModelRunner::plan_memory(program, config, *device));
+          },
+          nb::arg("program"), nb::arg("config"), nb::arg("device"),
+          nb::sig("def plan_memory(program: Program, config: RunnerConfig, device: Device) -> "
+                  "dict[str, int]"),
+          "Bytes of weights, activations, state and of one KV block, before anything is allocated.")
+      .def_prop_ro("memory_plan",
+                   [](const RunnerHandle& self) { return plan_dict(self->memory_plan()); })
+      .def(
+          "load_tensor",
+          [](const RunnerHandle& self, int32_t weight, int32_t segment, const MappedFile& file,
+             size_t offset, const std::string& dtype) {
+            self->weights().load_segment(weight, segment, file, offset, dtype_from_name(dtype));
+          },
+          nb::arg("weight"), nb::arg("segment"), nb::arg("file"), nb::arg("offset"),
+          nb::arg("dtype"), nb::call_guard<nb::gil_scoped_release>(),
+          "Copies a tensor of a mapped file into a segment of a weight.")
+      .def(
+          "fill_random",
+          [](const RunnerHandle& self, int32_t weight, uint64_t seed, float range) {
+            self->weights().fill_random(weight, seed, range);
+          },
+          nb::arg("weight"), nb::arg("seed"), nb::arg("range"),
+          nb::call_guard<nb::gil_scoped_release>())
+      .def("check_weights", [](const RunnerHandle& self) { self->weights().check_complete(); })
+      .def("add_row",
+           [](const RunnerHandle& self, const RowSpec& spec) {
+             const RowHandle handle = self->add_row(spec);
+             return std::make_pair(handle.row, handle.generation);
+           },
+           nb::arg("spec"), nb::call_guard<nb::gil_scoped_release>())
+      .def("append_blocks",
+           [](const RunnerHandle& self, int32_t row, const std::vector<int32_t>& block_ids) {
+             self->append_blocks(row, block_ids);
+           },
+           nb::arg("row"), nb::arg("block_ids"), nb::call_guard<nb::gil_scoped_release>())
+      .def("free_row", [](const RunnerHandle& self, int32_t row) { self->free_row(row); },
+           nb::arg("row"), nb::call_guard<nb::gil_scoped_release>())
+      .def("last_step", [](const RunnerHandle& self, int32_t row) { return self->last_step(row); },
+           nb::arg("row"))
+      .def("execute",
+           [](const RunnerHandle& self, const std::vector<std::pair<int32_t, int32_t>>& batch) {
+             std::vector<BatchItem> items;
+             for (const auto& [row, tokens] : batch) items.push_back({row, tokens});
+             return self->execute(items);
+           },
+           nb::arg("batch"), nb::call_guard<nb::gil_scoped_release>())
+      .def("result", [](const RunnerHandle& self, uint64_t step) { return self->result(step); },
+           nb::arg("step"), nb::call_guard<nb::gil_scoped_release>())
+      .def("discard", [](const RunnerHandle& self, uint64_t step) { self->discard(step); },
+           nb::arg("step"))
+      .def("ready", [](const RunnerHandle& self, uint64_t step) { return self->ready(step); },
+           nb::arg("step"))
+      .def_prop_ro("retired_step", [](const RunnerHandle& self) { return self->retired_step(); })
+      .def_prop_ro("free_rows", [](const RunnerHandle& self) { return self->free_rows(); })
+      .def("logits",
+           [](const RunnerHandle& self, int32_t item) {
+             const std::vector<float> values = self->logits(item);
+             return to_numpy(values, {values.size()});
+           },
+           nb::arg("item"))
+      .def("infer_params",
+           [](const RunnerHandle& self) { return ints_dict(self->infer_params()); })
+      .def("row_state", [](const RunnerHandle& self, int32_t row) { return self->row_state(row); },
+           nb::arg("row"))
+      .def("stats",
+           [](const RunnerHandle& self) {
+             const RunnerStats stats = self->stats();
+             nb::dict dict;
+             dict["steps"] = stats.steps;
+             dict["batches"] = stats.batches;
+             dict["host_ns"] = stats.host_ns;
+             dict["control_bytes"] = stats.control_bytes;
+             dict["output_bytes"] = stats.output_bytes;
+             return dict;
+           })
+      .def("fail_next_step",
+           [](const RunnerHandle& self, const std::string& message) {
+             self->fail_next_step(message);
+           },
+           nb::arg("message"))
+      .def_prop_ro("program", [](const RunnerHandle& self) { return self->program(); })
+      .def("close", &RunnerHandle::close);
+
+  m.def("infer_param_view", &infer_param_view, nb::arg("device"), nb::arg("encoder"),
+        nb::arg("decoder"), nb::arg("this_time"), nb::arg("block_tables"), nb::arg("block_size"),
+        nb::arg("query_per_decode") = 1, nb::arg("max_tokens") = 8192,
+        "Prefill and decode maps, cumulative lengths and slots by table row: the outputs of\n"
+        "FastDeploy's get_infer_param, as int32 arrays by name.");
+}
+
+}  // namespace mrv1

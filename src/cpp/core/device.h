@@ -1,0 +1,101 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "core/thread_pool.h"
+
+namespace mrv1 {
+
+struct Kernels;  // ops/kernels.h
+class Device;
+
+enum class DeviceType { kCpu, kCuda };
+
+// Owned device memory, zero-filled, aligned to 256 bytes. Freed with the object; the device must
+// outlive it.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(Device* device, void* data, void* host, size_t bytes)
+      : device_(device), data_(data), host_(host), bytes_(bytes) {}
+  Buffer(Buffer&& other) noexcept { *this = std::move(other); }
+  Buffer& operator=(Buffer&& other) noexcept;
+  ~Buffer();
+
+  // The address kernels use.
+  void* data() const { return data_; }
+  // The address the host uses; null unless the buffer came from allocate_mapped.
+  void* host() const { return host_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  Device* device_ = nullptr;
+  void* data_ = nullptr;
+  void* host_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+struct MemoryInfo {
+  size_t free_bytes = 0;   // what a new allocation could take
+  size_t total_bytes = 0;  // of the device
+};
+
+// One compute device with one in-order stream. A runner owns its device object; nothing is global.
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  virtual DeviceType type() const = 0;
+  virtual std::string name() const = 0;
+  virtual const Kernels& kernels() const = 0;
+  virtual MemoryInfo memory() const = 0;
+
+  // Device memory. `what` names the part in the kOutOfMemory error.
+  virtual Buffer allocate(size_t bytes, std::string_view what) = 0;
+  // Host memory that kernels can address too (pinned and mapped on a GPU).
+  virtual Buffer allocate_mapped(size_t bytes, std::string_view what) = 0;
+
+  // Blocking copies between pageable host memory and device memory, ordered after earlier work.
+  virtual void copy_in(void* device_dst, const void* host_src, size_t bytes) = 0;
+  virtual void copy_out(void* host_dst, const void* device_src, size_t bytes) = 0;
+
+  // Runs fn(arg) in stream order: on the CPU's stream thread, or at once where fn's launches are
+  // asynchronous themselves. `fn` must not throw. Does not allocate.
+  virtual void submit(void (*fn)(void* arg), void* arg) = 0;
+  // Waits until *sequence >= value, where device work stores the sequence.
+  virtual void wait_sequence(const std::atomic<uint64_t>& sequence, uint64_t value) = 0;
+  // Waits for all submitted work.
+  virtual void synchronize() = 0;
+
+  // CPU only, else null.
+  virtual ThreadPool* pool() { return nullptr; }
+  // The native stream handle (cudaStream_t) or null on the CPU.
+  virtual void* stream() { return nullptr; }
+  // In a forked child: forget threads and handles that belong to the parent.
+  virtual void abandon() {}
+
+ private:
+  friend class Buffer;
+  virtual void release(void* data, void* host, size_t bytes) noexcept = 0;
+};
+
+// `num_threads` <= 0 takes the cores this process may run on.
+std::unique_ptr<Device> make_cpu_device(int num_threads);
+
+// Implemented by src/cuda, or by src/cpp/no_cuda in a build without CUDA.
+namespace cuda {
+bool is_built();
+// True if a driver and at least one GPU are there. Never throws.
+bool is_available();
+// One line on what was found, for error messages and the environment report.
+std::string describe();
+std::unique_ptr<Device> make_device(int ordinal);
+}  // namespace cuda
+
+}  // namespace mrv1

@@ -1,0 +1,109 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string_view>
+
+#include "core/error.h"
+#include "core/portable.h"
+
+namespace mrv1 {
+
+enum class DType : uint8_t { kF32, kBF16, kF16, kI32 };
+
+// Storage types. Arithmetic is always done in float.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+constexpr size_t dtype_size(DType dtype) {
+  return dtype == DType::kF32 || dtype == DType::kI32 ? 4 : 2;
+}
+
+constexpr std::string_view dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return "float32";
+    case DType::kBF16:
+      return "bfloat16";
+    case DType::kF16:
+      return "float16";
+    case DType::kI32:
+      return "int32";
+  }
+  return "?";
+}
+
+MRV1_HD float bits_to_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+MRV1_HD uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+MRV1_HD float to_float(float value) { return value; }
+MRV1_HD float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
+
+// IEEE half to float, exact, subnormals included.
+MRV1_HD float to_float(Float16 value) {
+  const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
+  const uint32_t exponent = (value.bits >> 10) & 0x1fu;
+  const uint32_t mantissa = value.bits & 0x3ffu;
+  if (exponent == 0) {
+    const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+    return bits_to_float(sign | float_to_bits(magnitude));
+  }
+  if (exponent == 31) {
+    return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
+  }
+  return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
+}
+
+template <typename T>
+MRV1_HD T from_float(float value);
+
+template <>
+MRV1_HD float from_float<float>(float value) {
+  return value;
+}
+
+// Round to nearest even; NaN stays a quiet NaN.
+template <>
+MRV1_HD BFloat16 from_float<BFloat16>(float value) {
+  const uint32_t bits = float_to_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    return BFloat16{static_cast<uint16_t>((bits >> 16) | 0x40u)};
+  }
+  return BFloat16{static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+template <typename T>
+struct TypeTag {
+  using type = T;
+};
+
+// Calls fn(TypeTag<T>) with the storage type of an activation dtype (float32 or bfloat16).
+template <typename Fn>
+auto dispatch_activation(DType dtype, std::string_view op, Fn&& fn) {
+  switch (dtype) {
+    case DType::kF32:
+      return fn(TypeTag<float>{});
+    case DType::kBF16:
+      return fn(TypeTag<BFloat16>{});
+    default:
+      fail(ErrorKind::kInvalidArgument, op, "activations are float32 or bfloat16, not ",
+           dtype_name(dtype));
+  }
+}
+
+}  // namespace mrv1

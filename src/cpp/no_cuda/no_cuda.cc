@@ -1,0 +1,17 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "core/device.h"
+#include "core/error.h"
+
+namespace mrv1::cuda {
+
+bool is_built() { return false; }
+
+bool is_available() { return false; }
+
+std::string describe() { return "built without CUDA"; }
+
+std::unique_ptr<Device> make_device(int) {
+  fail(ErrorKind::kDevice, "cuda", "built without CUDA");
+}
+
+}  // namespace mrv1::cuda

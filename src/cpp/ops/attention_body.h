@@ -1,0 +1,236 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+// No include guard: the second part of vector_ops_body.h.
+
+namespace mrv1::MRV1_SIMD_NAMESPACE {
+namespace {
+
+// The scratch of a tile. D is head_dim rounded up to 16.
+struct AttentionScratch {
+  char* queries;     // [rows, head_dim] of the cache dtype
+  char* keys;        // kAttentionChunk / 16 panels of head_dim columns, as kPanel16
+  float* acc;        // [rows, D] unnormalised output
+  float* probs;      // [rows, kAttentionChunk]
+  float* row_max;    // [rows]
+  float* row_sum;    // [rows]
+};
+
+MRV1_INLINE AttentionScratch split_scratch(const AttentionTile& tile, int64_t dim) {
+  AttentionScratch s;
+  float* p = static_cast<float*>(tile.scratch);
+  s.queries = reinterpret_cast<char*>(p);
+  p += kAttentionRows * dim;
+  s.keys = reinterpret_cast<char*>(p);
+  p += kAttentionChunk * dim;
+  s.acc = p;
+  p += kAttentionRows * dim;
+  s.probs = p;
+  p += kAttentionRows * kAttentionChunk;
+  s.row_max = p;
+  s.row_sum = p + kAttentionRows;
+  return s;
+}
+
+// dst[word * 16 + lane] = src[lane][word] for 4-byte words: 16 keys to one panel.
+MRV1_INLINE void pack_keys(const char* const* src, int64_t words, uint32_t* dst) {
+  for (int64_t word = 0; word < words; ++word) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      std::memcpy(dst + word * kLanes + lane, src[lane] + word * 4, 4);
+    }
+  }
+}
+
+// acc[r] += probs[r, j] * values[j] over ascending j in [begin, end), for kVecs vectors of
+// dimensions from `column` on, of which the last has `lanes` lanes.
+template <typename T, int kRows, int kVecs>
+MRV1_INLINE void value_tile(const float* probs, const char* const* values, int begin, int end,
+                            int64_t column, int lanes, float* acc, int64_t acc_stride) {
+  Vec sums[kRows][kVecs];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < kVecs; ++c) sums[r][c] = load(acc + r * acc_stride + c * kLanes);
+  }
+  for (int j = begin; j < end; ++j) {
+    const T* value = reinterpret_cast<const T*>(values[j]) + column;
+    Vec v[kVecs];
+#pragma GCC unroll 16
+    for (int c = 0; c < kVecs; ++c) {
+      v[c] = c + 1 < kVecs ? load(value + c * kLanes) : load_up_to(value + c * kLanes, lanes);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec p = set1(probs[r * kAttentionChunk + j]);
+#pragma GCC unroll 16
+      for (int c = 0; c < kVecs; ++c) sums[r][c] = fma(p, v[c], sums[r][c]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < kVecs; ++c) store(acc + r * acc_stride + c * kLanes, sums[r][c]);
+  }
+}
+
+template <typename T, int kRows, int kVecs>
+void value_rows(const float* probs, const char* const* values, int begin, int end, int64_t column,
+                int lanes, float* acc, int64_t acc_stride, int rows) {
+  int r = 0;
+  for (; r + kRows <= rows; r += kRows) {
+    value_tile<T, kRows, kVecs>(probs + r * kAttentionChunk, values, begin, end, column, lanes,
+                                acc + r * acc_stride, acc_stride);
+  }
+  if constexpr (kRows > 1) {
+    if (r < rows) {
+      value_rows<T, kRows - 1, kVecs>(probs + r * kAttentionChunk, values, begin, end, column,
+                                      lanes, acc + r * acc_stride, acc_stride, rows - r);
+    }
+  }
+}
+
+template <typename T>
+void add_values(const float* probs, const char* const* values, int begin, int end, int64_t head_dim,
+                float* acc, int64_t acc_stride, int rows) {
+  int64_t column = 0;
+  for (; column + kWidePanels * kLanes <= head_dim; column += kWidePanels * kLanes) {
+    value_rows<T, kWideRows, kWidePanels>(probs, values, begin, end, column, kLanes, acc + column,
+                                          acc_stride, rows);
+  }
+  for (; column < head_dim; column += kLanes) {
+    const int lanes = head_dim - column < kLanes ? static_cast<int>(head_dim - column) : kLanes;
+    value_rows<T, kWideRows, 1>(probs, values, begin, end, column, lanes, acc + column, acc_stride,
+                                rows);
+  }
+}
+
+// Scores of one row to probabilities relative to the row's running maximum. Lanes outside
+// [begin, end) become 0. Returns by what the row's earlier sums must be scaled.
+MRV1_INLINE float softmax_chunk(float* scores, int begin, int end, float scale, float* row_max,
+                                float* row_sum) {
+  const Vec minus_infinity = set1(bits_to_float(0xff800000u));
+  const int num_vecs = (end + kLanes - 1) / kLanes;
+  Vec highest = minus_infinity;
+  for (int i = 0; i < num_vecs; ++i) {
+    Vec s = mul(load(scores + i * kLanes), set1(scale));
+    const int low = begin - i * kLanes;
+    const int high = end - i * kLanes;
+    if (low > 0 || high < kLanes) {
+      s = keep_lanes(s, low < 0 ? 0 : low > kLanes ? kLanes : low, high < kLanes ? high : kLanes,
+                     minus_infinity);
+    }
+    store(scores + i * kLanes, s);
+    highest = max(s, highest);
+  }
+  const float chunk_max = reduce_max(highest);
+  const float new_max = chunk_max > *row_max ? chunk_max : *row_max;
+  Vec sum = set1(0.0f);
+  for (int i = 0; i < num_vecs; ++i) {
+    const Vec p = exp(sub(load(scores + i * kLanes), set1(new_max)));
+    store(scores + i * kLanes, p);
+    sum = add(sum, p);
+  }
+  float factors[kLanes];
+  store(factors, exp(set1(*row_max - new_max)));
+  *row_max = new_max;
+  *row_sum = *row_sum * factors[0] + reduce_add(sum);
+  return factors[0];
+}
+
+// Flash-style online softmax (Milakov & Gimelshein 2018; Dao et al. 2022), each row by itself: what
+// rows a tile holds decides only which keys and values are read together.
+template <typename T>
+void attention(const AttentionTile& tile) {
+  const int64_t dim = (tile.head_dim + kLanes - 1) / kLanes * kLanes;
+  const int64_t size = sizeof(T);
+  const int64_t head_dim = tile.head_dim;
+  const int rows = tile.num_tokens * tile.num_heads;
+  const AttentionScratch s = split_scratch(tile, dim);
+  for (int t = 0; t < tile.num_tokens; ++t) {
+    std::memcpy(s.queries + t * tile.num_heads * head_dim * size,
+                static_cast<const char*>(tile.q) + t * tile.q_token_stride * size,
+                static_cast<size_t>(tile.num_heads * head_dim * size));
+  }
+  std::memset(s.acc, 0, static_cast<size_t>(rows * dim) * sizeof(float));
+  for (int r = 0; r < rows; ++r) {
+    s.row_max[r] = bits_to_float(0xff800000u);
+    s.row_sum[r] = 0.0f;
+  }
+
+  const auto first_of = [&](int t) {
+    const int64_t first = int64_t{tile.positions[t]} - tile.window + 1;
+    return tile.window > 0 && first > 0 ? first : 0;
+  };
+  const int64_t tile_end = int64_t{tile.positions[tile.num_tokens - 1]} + 1;
+  for (int64_t base = first_of(0) / kAttentionChunk * kAttentionChunk; base < tile_end;
+       base += kAttentionChunk) {
+    const int count =
+        static_cast<int>(tile_end - base < kAttentionChunk ? tile_end - base : kAttentionChunk);
+    const char* keys[kAttentionChunk];
+    const char* values[kAttentionChunk];
+    for (int j = 0; j < count; ++j) {
+      const int64_t position = base + j;
+      const int64_t offset = (tile.block_table[position / tile.block_size] * tile.block_stride +
+                              position % tile.block_size * tile.token_stride) *
+                             size;
+      keys[j] = static_cast<const char*>(tile.key) + offset;
+      values[j] = static_cast<const char*>(tile.value) + offset;
+    }
+    const int num_panels = (count + kLanes - 1) / kLanes;
+    // Lanes past the end are masked later; any readable key will do.
+    for (int j = count; j < num_panels * kLanes; ++j) keys[j] = keys[count - 1];
+
+    LinearBlock block;
+    block.x = s.queries;
+    block.x_stride = head_dim;
+    block.rows = rows;
+    block.cols = head_dim;
+    block.num_panels = num_panels;
+    block.out = s.probs;
+    block.out_stride = kAttentionChunk;
+    for (int p = 0; p < num_panels; ++p) {
+      char* panel = s.keys + p * kLanes * head_dim * size;
+      pack_keys(keys + p * kLanes, head_dim * size / 4, reinterpret_cast<uint32_t*>(panel));
+      block.panels[p] = panel;
+    }
+    linear<T>(block);
+
+    bool same_range = true;
+    int begins[kAttentionRows];
+    int ends[kAttentionRows];
+    for (int r = 0; r < rows; ++r) {
+      const int t = r / tile.num_heads;
+      const int64_t begin = first_of(t) - base;
+      const int64_t end = int64_t{tile.positions[t]} + 1 - base;
+      begins[r] = static_cast<int>(begin < 0 ? 0 : begin);
+      ends[r] = static_cast<int>(end > count ? count : end);
+      same_range = same_range && begins[r] == begins[0] && ends[r] == ends[0];
+      if (begins[r] >= ends[r]) continue;
+      const float factor = softmax_chunk(s.probs + r * kAttentionChunk, begins[r], ends[r],
+                                         tile.scale, s.row_max + r, s.row_sum + r);
+      for (int64_t i = 0; i < dim; i += kLanes) {
+        store(s.acc + r * dim + i, mul(load(s.acc + r * dim + i), set1(factor)));
+      }
+    }
+    // A row must not meet values it may not see, were they only multiplied by 0: they may be NaN.
+    if (same_range) {
+      add_values<T>(s.probs, values, begins[0], ends[0], head_dim, s.acc, dim, rows);
+    } else {
+      for (int r = 0; r < rows; ++r) {
+        add_values<T>(s.probs + r * kAttentionChunk, values, begins[r], ends[r], head_dim,
+                      s.acc + r * dim, dim, 1);
+      }
+    }
+  }
+
+  for (int r = 0; r < rows; ++r) {
+    T* out = static_cast<T*>(tile.out) + r / tile.num_heads * tile.out_token_stride +
+             r % tile.num_heads * head_dim;
+    const Vec sum = set1(s.row_sum[r]);
+    const float* acc = s.acc + r * dim;
+    for_each_vec(head_dim, [&](int64_t i, int lanes) {
+      store_up_to(out + i, div(load(acc + i), sum), lanes);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace mrv1::MRV1_SIMD_NAMESPACE

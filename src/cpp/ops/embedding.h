@@ -1,0 +1,20 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "ops/weight_view.h"
+#include "state/step_context.h"
+
+namespace mrv1 {
+
+// out[t] = table[token_ids[t]] for the step's tokens, token_ids from the step's infer_params.
+// Ids outside [0, table.rows) give a zero row: admission has refused them, only padding is left.
+struct EmbeddingParams {
+  WeightView table;  // [vocab, cols], any layout: a tied embedding is gathered from the packed copy
+  void* out;         // [tokens, cols] of `dtype`
+  DType dtype;
+};
+
+void embedding_cpu(const EmbeddingParams& params, const StepContext& ctx);
+void embedding_cuda(const EmbeddingParams& params, const StepContext& ctx);
+
+}  // namespace mrv1

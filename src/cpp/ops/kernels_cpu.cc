@@ -1,0 +1,38 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "ops/kernels.h"
+#include "ops/workspace_cpu.h"
+#include "sampling/sample_cpu.h"
+
+namespace mrv1 {
+namespace {
+
+int64_t workspace_bytes_cpu(const WorkspaceLimits& limits) {
+  return std::max(paged_attention_workspace_cpu(limits), sample_workspace_cpu(limits));
+}
+
+}  // namespace
+
+const Kernels& cpu_kernels() {
+  static const Kernels kernels = {
+      .embedding = embedding_cpu,
+      .rms_norm = rms_norm_cpu,
+      .linear = linear_cpu,
+      .add = add_cpu,
+      .silu_mul = silu_mul_cpu,
+      .gather_rows = gather_rows_cpu,
+      .qkv_prepare = qkv_prepare_cpu,
+      .paged_attention = paged_attention_cpu,
+      .apply = apply_cpu,
+      .infer_params = infer_params_cpu,
+      .infer_param_view = infer_param_view_cpu,
+      .sample = sample_cpu,
+      .advance = advance_cpu,
+      .workspace_bytes = workspace_bytes_cpu,
+      .linear_layout = WeightLayout::kPanel16,
+  };
+  return kernels;
+}
+
+}  // namespace mrv1

@@ -1,0 +1,33 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "ops/weight_view.h"
+#include "state/step_context.h"
+
+namespace mrv1 {
+
+// out = x weight^T (+ bias): [rows, weight.cols] x [weight.rows, weight.cols] -> [rows, weight.rows].
+// Products are summed in float32; the order over columns is the same for every number of rows, so
+// that a row's result does not depend on what else is in the batch.
+// With silu_mul the weight stacks gate over up and out = silu(gate) * up: [rows, weight.rows / 2].
+struct LinearParams {
+  const void* x;      // [rows, weight.cols] of dtype
+  WeightView weight;  // dtype equal to `dtype`; kPanel16 on the CPU, kRowMajor on CUDA
+  const float* bias;  // [weight.rows] or null
+  void* out;          // of out_dtype
+  DType dtype;        // float32 or bfloat16
+  DType out_dtype;    // dtype, or float32
+  bool silu_mul;      // weight.rows / 2 must be a multiple of 16
+  bool logits_rows;   // rows are the step's logits rows instead of its tokens
+};
+
+void linear_cpu(const LinearParams& params, const StepContext& ctx);
+void linear_cuda(const LinearParams& params, const StepContext& ctx);
+
+// Writes rows [row_start, row_start + num_rows) of a kPanel16 weight from row-major source rows of
+// float32, bfloat16 or float16. row_start is a multiple of 16, or the rows before it in the same
+// panel have been written. Padding must have been zeroed by the allocator.
+void pack_panels(const WeightView& weight, void* data, const void* source, DType source_dtype,
+                 int64_t row_start, int64_t num_rows, ThreadPool& pool);
+
+}  // namespace mrv1

@@ -1,0 +1,35 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "ops/kv_cache.h"
+#include "state/step_context.h"
+
+namespace mrv1 {
+
+// What stands between the QKV projection and attention, each part optional, always in this order:
+// 1. QK-norm: each q and k head is RMS-normalised over head_dim and scaled by q_norm or k_norm.
+// 2. RoPE on q and k heads, half-split ("rotate half", Su et al. 2021 in the layout of HF Llama):
+//    with c, s = cos, sin of the token's position and i < head_dim / 2,
+//    out[i] = x[i] c[i] - x[i + d/2] s[i], out[i + d/2] = x[i + d/2] c[i] + x[i] s[i].
+// 3. Cache write: k and v heads go to the slot of the token; slot -1 writes nothing.
+// The unfused program runs three of these with one part each; the fused one runs all in one.
+// All arithmetic in float32; a value is rounded to dtype after each part, so that fused and unfused
+// agree bit for bit.
+struct QkvPrepareParams {
+  const void* qkv;             // [tokens, shape.qkv_cols()] of dtype
+  void* out;                   // the same shape; may be qkv; null if only the cache is written
+  HeadShape shape;
+  DType dtype;
+  const float* q_norm;         // [head_dim] or null: no QK-norm
+  const float* k_norm;         // [head_dim] or null
+  float eps;
+  const float* rope;           // [max_position, head_dim]: cos of d/2 angles, then sin; null: no RoPE
+  int64_t max_position;
+  const KvCacheLayer* cache;   // null: no cache write; cache dtype equals dtype
+  int32_t kv_group;            // whose slot mapping
+};
+
+void qkv_prepare_cpu(const QkvPrepareParams& params, const StepContext& ctx);
+void qkv_prepare_cuda(const QkvPrepareParams& params, const StepContext& ctx);
+
+}  // namespace mrv1

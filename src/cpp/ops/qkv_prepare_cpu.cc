@@ -1,0 +1,107 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "ops/qkv_prepare.h"
+
+#include <cstring>
+
+#include "core/error.h"
+#include "ops/vector_ops.h"
+
+namespace mrv1 {
+namespace {
+
+constexpr int64_t kElementsPerPiece = 8192;
+constexpr int32_t kMaxHeadDim = 256;
+
+void check_params(const QkvPrepareParams& params, const StepContext& ctx) {
+  constexpr std::string_view kOp = "qkv_prepare";
+  const HeadShape& shape = params.shape;
+  check(shape.head_dim > 0 && shape.head_dim % 8 == 0 && shape.head_dim <= kMaxHeadDim, kOp,
+        "head_dim is ", shape.head_dim, ", must be a multiple of 8 up to ", kMaxHeadDim);
+  check((params.q_norm == nullptr) == (params.k_norm == nullptr), kOp,
+        "q_norm and k_norm must be given together");
+  check(params.out != nullptr || params.cache != nullptr, kOp,
+        "out and cache are null, one must be given");
+  if (params.rope != nullptr) {
+    for (int32_t t = 0; t < ctx.sizes.num_tokens; ++t) {
+      const int32_t position = ctx.infer.positions[t];
+      check(position >= 0 && position < params.max_position, kOp, "position of token ", t, " is ",
+            position, ", must be in [0, ", params.max_position, ")");
+    }
+  }
+  if (params.cache != nullptr) {
+    const KvCacheLayer& cache = *params.cache;
+    check(cache.dtype == params.dtype, kOp, "cache dtype is ", dtype_name(cache.dtype),
+          ", must be ", dtype_name(params.dtype));
+    check(cache.num_kv_heads == shape.num_kv_heads && cache.head_dim == shape.head_dim, kOp,
+          "cache holds ", cache.num_kv_heads, " heads of ", cache.head_dim, ", must be ",
+          shape.num_kv_heads, " of ", shape.head_dim);
+    const int64_t slots = int64_t{cache.num_blocks} * cache.block_size;
+    const int32_t* mapping =
+        ctx.infer.slot_mapping + int64_t{params.kv_group} * ctx.infer.max_tokens;
+    for (int32_t t = 0; t < ctx.sizes.num_tokens; ++t) {
+      check(mapping[t] < slots, kOp, "slot of token ", t, " is ", mapping[t],
+            ", must be below ", slots);
+    }
+  }
+}
+
+}  // namespace
+
+void qkv_prepare_cpu(const QkvPrepareParams& params, const StepContext& ctx) {
+  const TypedVectorOps& ops = vector_ops(params.dtype, "qkv_prepare");
+  check_params(params, ctx);
+  const HeadShape& shape = params.shape;
+  const int64_t size = static_cast<int64_t>(dtype_size(params.dtype));
+  const int64_t head_bytes = shape.head_dim * size;
+  const int64_t row_bytes = shape.qkv_cols() * size;
+  const int first_key = shape.num_heads;
+  const int first_value = shape.num_heads + shape.num_kv_heads;
+  const int num_heads = shape.num_heads + 2 * shape.num_kv_heads;
+
+  // One head of a token: through the parts it takes, to `out` and to the cache.
+  const auto prepare_head = [&](int64_t token, int head, int64_t slot) {
+    const int64_t offset = token * row_bytes + head * head_bytes;
+    const char* from = static_cast<const char*>(params.qkv) + offset;
+    alignas(64) char local[kMaxHeadDim * sizeof(float)];
+    char* to = params.out == nullptr ? local : static_cast<char*>(params.out) + offset;
+    if (head < first_value && params.q_norm != nullptr) {
+      const float* weight = head < first_key ? params.q_norm : params.k_norm;
+      ops.norm_row(NormRow{from, nullptr, weight, to, nullptr, shape.head_dim, params.eps});
+      from = to;
+    }
+    if (head < first_value && params.rope != nullptr) {
+      const int64_t position = ctx.infer.positions[token];
+      ops.rope_head(from, params.rope + position * shape.head_dim, to, shape.head_dim);
+      from = to;
+    }
+    if (params.out != nullptr && from != to) {
+      std::memcpy(to, from, static_cast<size_t>(head_bytes));
+    }
+    if (head >= first_key && slot >= 0) {
+      const KvCacheLayer& cache = *params.cache;
+      const bool is_key = head < first_value;
+      const int64_t index = slot / cache.block_size * cache.block_stride +
+                            slot % cache.block_size * cache.token_stride +
+                            (head - (is_key ? first_key : first_value)) * cache.head_stride;
+      std::memcpy(static_cast<char*>(is_key ? cache.key : cache.value) + index * size, from,
+                  static_cast<size_t>(head_bytes));
+    }
+  };
+
+  const int first = params.out == nullptr ? first_key : 0;
+  const int32_t* mapping =
+      params.cache == nullptr
+          ? nullptr
+          : ctx.infer.slot_mapping + int64_t{params.kv_group} * ctx.infer.max_tokens;
+  ctx.pool->parallel_for(ctx.sizes.num_tokens * int64_t{num_heads},
+                         kElementsPerPiece / shape.head_dim, [&](int64_t begin, int64_t end, int) {
+                           for (int64_t i = begin; i < end; ++i) {
+                             const int64_t token = i / num_heads;
+                             const int head = static_cast<int>(i % num_heads);
+                             if (head < first) continue;
+                             prepare_head(token, head, mapping == nullptr ? -1 : mapping[token]);
+                           }
+                         });
+}
+
+}  // namespace mrv1

@@ -1,0 +1,132 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "program/executable.h"
+
+#include <cmath>
+#include <string>
+
+#include "core/error.h"
+
+namespace mrv1 {
+namespace {
+
+// cos and sin of position * inv_freq, [positions, 2 * pairs]: cosines then sines. The angle is a
+// float32 product, as the reference implementations compute it; its cosine is exact to float32.
+std::vector<float> rope_values(const RopeSpec& spec, int64_t positions) {
+  const size_t pairs = spec.inv_freq.size();
+  std::vector<float> table(static_cast<size_t>(positions) * pairs * 2);
+  for (int64_t position = 0; position < positions; ++position) {
+    float* row = table.data() + static_cast<size_t>(position) * pairs * 2;
+    for (size_t i = 0; i < pairs; ++i) {
+      const double angle = static_cast<float>(position) * spec.inv_freq[i];
+      row[i] = static_cast<float>(std::cos(angle)) * spec.factor;
+      row[pairs + i] = static_cast<float>(std::sin(angle)) * spec.factor;
+    }
+  }
+  return table;
+}
+
+}  // namespace
+
+Executable::Executable(const Program& program, const PlanLimits& limits, Device& device,
+                       std::span<const WeightView> weights, std::span<const KvCacheLayer> kv,
+                       int64_t max_position)
+    : device_(&device), plan_(plan_buffers(program, limits)), max_position_(max_position) {
+  check_internal(weights.size() == program.weights().size(), "executable", "weights missing");
+  check_internal(kv.size() >= program.kv_layers().size(), "executable", "kv layers missing");
+  arena_ = device.allocate(plan_.arena_bytes, "activations");
+  for (const RopeSpec& spec : program.ropes()) {
+    const std::vector<float> table = rope_values(spec, max_position);
+    ropes_.push_back(device.allocate(table.size() * sizeof(float), "rope table"));
+    device.copy_in(ropes_.back().data(), table.data(), table.size() * sizeof(float));
+    rope_bytes_ += static_cast<int64_t>(table.size() * sizeof(float));
+  }
+  calls_.reserve(program.ops().size());
+  for (const Op& op : program.ops()) calls_.push_back(bind(program, op, weights, kv));
+}
+
+void* Executable::value(int32_t id) const {
+  return static_cast<char*>(arena_.data()) + plan_.offsets.at(id);
+}
+
+Executable::Call Executable::bind(const Program& program, const Op& op,
+                                  std::span<const WeightView> weights,
+                                  std::span<const KvCacheLayer> kv) const {
+  const DType dtype = program.dtype();
+  const auto in = [&](size_t i) { return value(op.inputs.at(i)); };
+  const auto out = [&](size_t i) { return value(op.outputs.at(i)); };
+  const auto vector = [&](size_t i) {
+    return static_cast<const float*>(weights[op.weights.at(i)].data);
+  };
+  const Value* result = op.outputs.empty() ? nullptr : &program.values()[op.outputs.back()];
+  const bool logits_rows = result != nullptr && result->space == RowSpace::kLogits;
+  switch (op.kind) {
+    case OpKind::kEmbedding:
+      return EmbeddingParams{weights[op.weights[0]], out(0), dtype};
+    case OpKind::kRmsNorm:
+      return RmsNormParams{in(0),   nullptr, vector(0), out(0),     nullptr,
+                           result->cols, op.eps,  dtype,     logits_rows};
+    case OpKind::kAddRmsNorm:
+      return RmsNormParams{in(0),   in(1),  vector(0), out(1),     out(0),
+                           result->cols, op.eps, dtype,     logits_rows};
+    case OpKind::kAdd:
+      return AddParams{in(0), in(1), out(0), result->cols, dtype};
+    case OpKind::kLinear:
+    case OpKind::kLinearSiluMul:
+      return LinearParams{in(0),  weights[op.weights[0]],
+                          op.weights.size() > 1 ? vector(1) : nullptr,
+                          out(0), dtype, result->dtype, op.kind == OpKind::kLinearSiluMul,
+                          logits_rows};
+    case OpKind::kSiluMul:
+      return SiluMulParams{in(0), out(0), result->cols, dtype};
+    case OpKind::kGatherRows:
+      return GatherRowsParams{in(0), out(0), result->cols, dtype};
+    case OpKind::kQkNorm:
+    case OpKind::kRope:
+    case OpKind::kCacheWrite:
+    case OpKind::kQkvPrepare: {
+      QkvPrepareParams params{};
+      params.qkv = in(0);
+      params.out = op.outputs.empty() ? nullptr : out(0);
+      params.shape = op.heads;
+      params.dtype = dtype;
+      if (!op.weights.empty()) {
+        params.q_norm = vector(0);
+        params.k_norm = vector(1);
+        params.eps = op.eps;
+      }
+      if (op.rope >= 0) {
+        params.rope = static_cast<const float*>(ropes_[op.rope].data());
+        params.max_position = max_position_;
+      }
+      params.cache = op.kv_layer >= 0 ? &kv[op.kv_layer] : nullptr;
+      params.kv_group = 0;
+      return params;
+    }
+    case OpKind::kPagedAttention:
+      return PagedAttentionParams{in(0),    out(0),    op.heads,          dtype,
+                                  op.scale, op.window, &kv[op.kv_layer], 0};
+  }
+  fail(ErrorKind::kInternal, "executable", "no kernel for ", op_name(op.kind));
+}
+
+void Executable::run(const StepContext& ctx, size_t first, size_t last) const {
+  const Kernels& kernels = device_->kernels();
+  struct Visitor {
+    const Kernels& kernels;
+    const StepContext& ctx;
+    void operator()(const EmbeddingParams& params) const { kernels.embedding(params, ctx); }
+    void operator()(const RmsNormParams& params) const { kernels.rms_norm(params, ctx); }
+    void operator()(const LinearParams& params) const { kernels.linear(params, ctx); }
+    void operator()(const AddParams& params) const { kernels.add(params, ctx); }
+    void operator()(const SiluMulParams& params) const { kernels.silu_mul(params, ctx); }
+    void operator()(const GatherRowsParams& params) const { kernels.gather_rows(params, ctx); }
+    void operator()(const QkvPrepareParams& params) const { kernels.qkv_prepare(params, ctx); }
+    void operator()(const PagedAttentionParams& params) const {
+      kernels.paged_attention(params, ctx);
+    }
+  };
+  const Visitor visitor{kernels, ctx};
+  for (size_t i = first; i < last; ++i) std::visit(visitor, calls_[i]);
+}
+
+}  // namespace mrv1

@@ -1,0 +1,140 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "program/plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <map>
+
+#include "core/error.h"
+
+namespace mrv1 {
+namespace {
+
+// Ops whose kernels allow out to be an input. Rows are read whole before they are written.
+bool works_in_place(OpKind kind) {
+  switch (kind) {
+    case OpKind::kRmsNorm:
+    case OpKind::kAdd:
+    case OpKind::kQkNorm:
+    case OpKind::kRope:
+    case OpKind::kQkvPrepare:
+    case OpKind::kAddRmsNorm:
+      return true;
+    default:
+      return false;
+  }
+}
+
+// Best-fit allocation over [0, inf): free ranges by offset, the tail implicit.
+class ArenaPlanner {
+ public:
+  int64_t allocate(int64_t bytes) {
+    auto best = free_.end();
+    for (auto it = free_.begin(); it != free_.end(); ++it) {
+      if (it->second >= bytes && (best == free_.end() || it->second < best->second)) best = it;
+    }
+    if (best != free_.end()) {
+      const auto [offset, size] = *best;
+      free_.erase(best);
+      if (size > bytes) free_[offset + bytes] = size - bytes;
+      return offset;
+    }
+    int64_t offset = end_;
+    // A free range that touches the end is grown instead of left behind.
+    if (!free_.empty() && free_.rbegin()->first + free_.rbegin()->second == end_) {
+      offset = free_.rbegin()->first;
+      free_.erase(offset);
+    }
+    end_ = offset + bytes;
+    high_water_ = std::max(high_water_, end_);
+    return offset;
+  }
+
+  void release(int64_t offset, int64_t bytes) {
+    auto [it, inserted] = free_.emplace(offset, bytes);
+    check_internal(inserted, "plan", "double release at ", offset);
+    auto next = std::next(it);
+    if (next != free_.end() && it->first + it->second == next->first) {
+      it->second += next->second;
+      free_.erase(next);
+    }
+    if (it != free_.begin()) {
+      auto previous = std::prev(it);
+      if (previous->first + previous->second == it->first) {
+        previous->second += it->second;
+        free_.erase(it);
+      }
+    }
+  }
+
+  int64_t high_water() const { return high_water_; }
+
+ private:
+  std::map<int64_t, int64_t> free_;
+  int64_t end_ = 0;
+  int64_t high_water_ = 0;
+};
+
+}  // namespace
+
+int64_t value_bytes(const Value& value, const PlanLimits& limits) {
+  const int64_t rows = value.space == RowSpace::kTokens ? limits.max_tokens : limits.max_logits;
+  const int64_t bytes = rows * value.cols * static_cast<int64_t>(dtype_size(value.dtype));
+  return (bytes + kArenaAlignment - 1) / kArenaAlignment * kArenaAlignment;
+}
+
+Plan plan_buffers(const Program& program, const PlanLimits& limits) {
+  check(limits.max_tokens > 0 && limits.max_logits > 0, "plan", "limits must be positive");
+  const auto& ops = program.ops();
+  const auto& values = program.values();
+  constexpr int32_t kForever = std::numeric_limits<int32_t>::max();
+
+  std::vector<int32_t> last_use(values.size(), -1);
+  for (int32_t i = 0; i < static_cast<int32_t>(ops.size()); ++i) {
+    for (int32_t id : ops[i].inputs) last_use[id] = i;
+    for (int32_t id : ops[i].outputs) last_use[id] = std::max(last_use[id], i);
+  }
+  for (int32_t id : program.inputs()) last_use[id] = kForever;
+  for (int32_t id : program.outputs()) last_use[id] = kForever;
+
+  Plan plan;
+  plan.offsets.assign(values.size(), -1);
+  ArenaPlanner arena;
+  for (int32_t id : program.inputs()) {
+    plan.offsets[id] = arena.allocate(value_bytes(values[id], limits));
+  }
+  for (int32_t i = 0; i < static_cast<int32_t>(ops.size()); ++i) {
+    const Op& op = ops[i];
+    std::vector<int32_t> dying;
+    for (int32_t id : op.inputs) {
+      if (last_use[id] == i && std::find(dying.begin(), dying.end(), id) == dying.end()) {
+        dying.push_back(id);
+      }
+    }
+    for (int32_t id : op.outputs) {
+      const int64_t bytes = value_bytes(values[id], limits);
+      auto reuse = dying.end();
+      if (works_in_place(op.kind)) {
+        reuse = std::find_if(dying.begin(), dying.end(), [&](int32_t input) {
+          return value_bytes(values[input], limits) == bytes;
+        });
+      }
+      if (reuse != dying.end()) {
+        plan.offsets[id] = plan.offsets[*reuse];
+        dying.erase(reuse);
+      } else {
+        plan.offsets[id] = arena.allocate(bytes);
+      }
+    }
+    for (int32_t id : dying) {
+      arena.release(plan.offsets[id], value_bytes(values[id], limits));
+    }
+    for (int32_t id : op.outputs) {
+      if (last_use[id] == i) arena.release(plan.offsets[id], value_bytes(values[id], limits));
+    }
+  }
+  plan.arena_bytes = arena.high_water();
+  return plan;
+}
+
+}  // namespace mrv1

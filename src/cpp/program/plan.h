@@ -1,0 +1,32 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "program/program.h"
+
+namespace mrv1 {
+
+// Rows a program is planned for.
+struct PlanLimits {
+  int64_t max_tokens = 0;
+  int64_t max_logits = 0;
+};
+
+// Where each value lies in the activation arena. Values whose lives overlap do not share bytes; an
+// op that may work in place writes over an input of the same size that dies with it.
+struct Plan {
+  std::vector<int64_t> offsets;  // by value, bytes; -1 for values no op writes or reads
+  int64_t arena_bytes = 0;       // exact
+};
+
+constexpr int64_t kArenaAlignment = 256;
+
+// Bytes of a value at the limits.
+int64_t value_bytes(const Value& value, const PlanLimits& limits);
+
+Plan plan_buffers(const Program& program, const PlanLimits& limits);
+
+}  // namespace mrv1

@@ -1,0 +1,307 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "program/program.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "core/error.h"
+
+namespace mrv1 {
+
+std::string_view op_name(OpKind kind) {
+  switch (kind) {
+    case OpKind::kEmbedding:
+      return "embedding";
+    case OpKind::kRmsNorm:
+      return "rms_norm";
+    case OpKind::kAdd:
+      return "add";
+    case OpKind::kLinear:
+      return "linear";
+    case OpKind::kSiluMul:
+      return "silu_mul";
+    case OpKind::kQkNorm:
+      return "qk_norm";
+    case OpKind::kRope:
+      return "rope";
+    case OpKind::kCacheWrite:
+      return "cache_write";
+    case OpKind::kPagedAttention:
+      return "paged_attention";
+    case OpKind::kGatherRows:
+      return "gather_rows";
+    case OpKind::kAddRmsNorm:
+      return "add_rms_norm";
+    case OpKind::kQkvPrepare:
+      return "qkv_prepare";
+    case OpKind::kLinearSiluMul:
+      return "linear_silu_mul";
+  }
+  return "?";
+}
+
+Program::Program(DType dtype) : dtype_(dtype) {
+  check(dtype == DType::kF32 || dtype == DType::kBF16, "program",
+        "dtype must be float32 or bfloat16, not ", dtype_name(dtype));
+}
+
+const Value& Program::value(int32_t id, std::string_view op) const {
+  check(id >= 0 && id < static_cast<int32_t>(values_.size()), op, "no value ", id);
+  return values_[id];
+}
+
+const WeightSpec& Program::weight_spec(int32_t id, std::string_view op) const {
+  check(id >= 0 && id < static_cast<int32_t>(weights_.size()), op, "no weight ", id);
+  return weights_[id];
+}
+
+void Program::check_vector(int32_t weight, int64_t size, std::string_view op) const {
+  const WeightSpec& spec = weight_spec(weight, op);
+  check(spec.kind == WeightKind::kVector && spec.rows == size, op, "weight '", spec.name,
+        "' must be a vector of ", size, " elements");
+}
+
+int32_t Program::weight(WeightSpec spec) {
+  check(spec.rows > 0 && spec.cols > 0, "weight", "'", spec.name, "' is empty");
+  int64_t row = 0;
+  for (const WeightSegment& segment : spec.segments) {
+    check(segment.row_start == row && segment.rows > 0, "weight", "segments of '", spec.name,
+          "' must follow each other");
+    row += segment.rows;
+  }
+  check(row == spec.rows, "weight", "segments of '", spec.name, "' cover ", row, " of ", spec.rows,
+        " rows");
+  weights_.push_back(std::move(spec));
+  return static_cast<int32_t>(weights_.size()) - 1;
+}
+
+int32_t Program::add_value(std::string name, RowSpace space, int64_t cols, DType dtype) {
+  values_.push_back(Value{std::move(name), space, cols, dtype});
+  return static_cast<int32_t>(values_.size()) - 1;
+}
+
+int32_t Program::emit(Op op, std::string_view name, RowSpace space, int64_t cols, DType dtype) {
+  op.layer = layer_;
+  const int32_t id = add_value(std::string(name), space, cols, dtype);
+  op.outputs = {id};
+  ops_.push_back(std::move(op));
+  return id;
+}
+
+int32_t Program::input(std::string name, int64_t cols, RowSpace space) {
+  check(cols > 0, "input", "cols must be positive");
+  const int32_t id = add_value(std::move(name), space, cols, dtype_);
+  inputs_.push_back(id);
+  return id;
+}
+
+void Program::output(int32_t id) {
+  value(id, "output");
+  outputs_.push_back(id);
+}
+
+int32_t Program::embedding(int32_t table) {
+  const WeightSpec& spec = weight_spec(table, "embedding");
+  check(spec.kind == WeightKind::kMatrix, "embedding", "'", spec.name, "' must be a matrix");
+  return emit({.kind = OpKind::kEmbedding, .weights = {table}}, "embedding", RowSpace::kTokens,
+              spec.cols, dtype_);
+}
+
+int32_t Program::rms_norm(int32_t x, int32_t weight, float eps) {
+  const Value in = value(x, "rms_norm");
+  check_vector(weight, in.cols, "rms_norm");
+  check(in.dtype == dtype_, "rms_norm", "x must be ", dtype_name(dtype_));
+  check(eps >= 0.0f, "rms_norm", "eps must not be negative");
+  return emit({.kind = OpKind::kRmsNorm, .inputs = {x}, .weights = {weight}, .eps = eps}, "norm",
+              in.space, in.cols, dtype_);
+}
+
+int32_t Program::add(int32_t a, int32_t b) {
+  const Value left = value(a, "add");
+  const Value right = value(b, "add");
+  check(left.cols == right.cols && left.space == right.space && left.dtype == right.dtype, "add",
+        "operands differ in shape or dtype: ", left.cols, " and ", right.cols, " columns");
+  return emit({.kind = OpKind::kAdd, .inputs = {a, b}}, "sum", left.space, left.cols, left.dtype);
+}
+
+int32_t Program::linear(int32_t x, int32_t weight, int32_t bias, int32_t residual,
+                        bool row_parallel) {
+  const Value in = value(x, "linear");
+  const WeightSpec& spec = weight_spec(weight, "linear");
+  check(spec.kind == WeightKind::kMatrix && spec.cols == in.cols, "linear", "weight '", spec.name,
+        "' has ", spec.cols, " columns, x has ", in.cols);
+  check(in.dtype == dtype_, "linear", "x must be ", dtype_name(dtype_));
+  Op op{.kind = OpKind::kLinear, .inputs = {x}, .weights = {weight}, .row_parallel = row_parallel};
+  if (bias >= 0) {
+    check_vector(bias, spec.rows, "linear");
+    op.weights.push_back(bias);
+  }
+  const int32_t out = emit(std::move(op), "linear", in.space, spec.rows, dtype_);
+  return residual < 0 ? out : add(out, residual);
+}
+
+int32_t Program::silu_mul(int32_t x) {
+  const Value in = value(x, "silu_mul");
+  check(in.cols % 2 == 0, "silu_mul", "x needs an even number of columns, has ", in.cols);
+  check(in.space == RowSpace::kTokens, "silu_mul", "x must have one row a token");
+  return emit({.kind = OpKind::kSiluMul, .inputs = {x}}, "silu_mul", in.space, in.cols / 2, dtype_);
+}
+
+int32_t Program::rope_table(RopeSpec spec) {
+  check(!spec.inv_freq.empty(), "rope_table", "inv_freq is empty");
+  ropes_.push_back(std::move(spec));
+  return static_cast<int32_t>(ropes_.size()) - 1;
+}
+
+int32_t Program::attention(int32_t qkv, const AttentionSpec& spec) {
+  const Value in = value(qkv, "attention");
+  const HeadShape& heads = spec.heads;
+  check(heads.num_heads > 0 && heads.num_kv_heads > 0 && heads.num_heads % heads.num_kv_heads == 0,
+        "attention", heads.num_heads, " query heads do not divide into ", heads.num_kv_heads,
+        " key/value heads");
+  check(heads.head_dim > 0 && heads.head_dim % 8 == 0 && heads.head_dim <= 256, "attention",
+        "head_dim must be a multiple of 8 up to 256, not ", heads.head_dim);
+  check(in.cols == heads.qkv_cols() && in.space == RowSpace::kTokens, "attention", "qkv has ",
+        in.cols, " columns, the heads need ", heads.qkv_cols());
+  check(spec.window >= 0, "attention", "window must not be negative");
+  check((spec.q_norm < 0) == (spec.k_norm < 0), "attention",
+        "q_norm and k_norm go together: give both or none");
+  check(spec.kv_layer >= 0 && spec.kv_layer < 65536, "attention", "kv layer ", spec.kv_layer,
+        " is out of range");
+  if (spec.kv_layer >= static_cast<int32_t>(kv_layers_.size())) {
+    kv_layers_.resize(spec.kv_layer + 1);
+  }
+  check(kv_layers_[spec.kv_layer].num_heads == 0, "attention", "kv layer ", spec.kv_layer,
+        " is used twice");
+  kv_layers_[spec.kv_layer] = heads;
+
+  int32_t x = qkv;
+  if (spec.q_norm >= 0) {
+    check_vector(spec.q_norm, heads.head_dim, "attention");
+    check_vector(spec.k_norm, heads.head_dim, "attention");
+    x = emit({.kind = OpKind::kQkNorm, .inputs = {x}, .weights = {spec.q_norm, spec.k_norm},
+              .eps = spec.eps, .heads = heads},
+             "qk_norm", in.space, in.cols, dtype_);
+  }
+  if (spec.rope >= 0) {
+    check(spec.rope < static_cast<int32_t>(ropes_.size()), "attention", "no rope table ", spec.rope);
+    check(static_cast<int32_t>(ropes_[spec.rope].inv_freq.size()) * 2 == heads.head_dim,
+          "attention", "rope table ", spec.rope, " is not made for head_dim ", heads.head_dim);
+    x = emit({.kind = OpKind::kRope, .inputs = {x}, .heads = heads, .rope = spec.rope}, "rope",
+             in.space, in.cols, dtype_);
+  }
+  ops_.push_back({.kind = OpKind::kCacheWrite, .inputs = {x}, .heads = heads,
+                  .kv_layer = spec.kv_layer, .layer = layer_});
+  return emit({.kind = OpKind::kPagedAttention, .inputs = {x}, .heads = heads, .scale = spec.scale,
+               .window = spec.window, .kv_layer = spec.kv_layer},
+              "attention", in.space, heads.q_cols(), dtype_);
+}
+
+int32_t Program::gather_rows(int32_t x) {
+  const Value in = value(x, "gather_rows");
+  check(in.space == RowSpace::kTokens, "gather_rows", "x must have one row a token");
+  return emit({.kind = OpKind::kGatherRows, .inputs = {x}}, "gathered", RowSpace::kLogits, in.cols,
+              in.dtype);
+}
+
+int32_t Program::logits(int32_t x, int32_t weight) {
+  check(logits_ < 0, "logits", "the program has its logits already");
+  const int32_t rows = gather_rows(x);
+  const WeightSpec& spec = weight_spec(weight, "logits");
+  check(spec.kind == WeightKind::kMatrix && spec.cols == values_[rows].cols, "logits", "weight '",
+        spec.name, "' has ", spec.cols, " columns, x has ", values_[rows].cols);
+  logits_ = emit({.kind = OpKind::kLinear, .inputs = {rows}, .weights = {weight}}, "logits",
+                 RowSpace::kLogits, spec.rows, DType::kF32);
+  output(logits_);
+  return logits_;
+}
+
+void Program::begin_layer(int32_t layer) {
+  check(layer_ < 0, "layer", "layers do not nest");
+  check(layer >= 0, "layer", "the index must not be negative");
+  layer_ = layer;
+}
+
+void Program::end_layer() { layer_ = -1; }
+
+std::vector<Cut> Program::cuts() const {
+  std::vector<Cut> cuts;
+  for (int32_t i = 0; i < static_cast<int32_t>(ops_.size()); ++i) {
+    const Op& op = ops_[i];
+    if (i > 0 && op.layer >= 0 && op.layer != ops_[i - 1].layer) {
+      cuts.push_back({CutKind::kStage, i});
+    }
+    if (op.kind == OpKind::kPagedAttention) {
+      cuts.push_back({CutKind::kAttention, i});
+    }
+    if (op.row_parallel) {
+      cuts.push_back({CutKind::kCollective, i + 1});
+    }
+  }
+  return cuts;
+}
+
+namespace {
+
+std::string describe(const Value& value) {
+  return concat(value.space == RowSpace::kTokens ? "tokens" : "logits", " x ", value.cols, " ",
+                dtype_name(value.dtype));
+}
+
+}  // namespace
+
+std::string Program::dump(std::string_view format) const {
+  check(format == "text" || format == "dot", "dump", "format must be text or dot, not '", format,
+        "'");
+  std::ostringstream out;
+  if (format == "dot") {
+    out << "digraph program {\n  node [shape=box, fontname=monospace];\n";
+    std::vector<int32_t> producer(values_.size(), -1);
+    for (size_t i = 0; i < ops_.size(); ++i) {
+      out << "  op" << i << " [label=\"" << op_name(ops_[i].kind);
+      for (int32_t id : ops_[i].weights) out << "\\n" << weights_[id].name;
+      out << "\"];\n";
+      for (int32_t id : ops_[i].inputs) {
+        if (producer[id] >= 0) {
+          out << "  op" << producer[id] << " -> op" << i << " [label=\"" << describe(values_[id])
+              << "\"];\n";
+        }
+      }
+      for (int32_t id : ops_[i].outputs) producer[id] = static_cast<int32_t>(i);
+    }
+    out << "}\n";
+    return out.str();
+  }
+  const std::vector<Cut> marks = cuts();
+  size_t mark = 0;
+  for (size_t i = 0; i < ops_.size(); ++i) {
+    for (; mark < marks.size() && marks[mark].op == static_cast<int32_t>(i); ++mark) {
+      const CutKind kind = marks[mark].kind;
+      out << "--- "
+          << (kind == CutKind::kAttention ? "attention"
+              : kind == CutKind::kStage   ? "stage"
+                                          : "collective")
+          << " cut\n";
+    }
+    const Op& op = ops_[i];
+    for (size_t k = 0; k < op.outputs.size(); ++k) out << (k ? ", %" : "%") << op.outputs[k];
+    if (!op.outputs.empty()) out << " = ";
+    out << op_name(op.kind) << "(";
+    bool first = true;
+    for (int32_t id : op.inputs) {
+      out << (first ? "%" : ", %") << id;
+      first = false;
+    }
+    for (int32_t id : op.weights) {
+      out << (first ? "" : ", ") << weights_[id].name;
+      first = false;
+    }
+    if (op.kv_layer >= 0) out << (first ? "" : ", ") << "kv=" << op.kv_layer;
+    out << ")";
+    if (!op.outputs.empty()) out << " : " << describe(values_[op.outputs.back()]);
+    out << "\n";
+  }
+  return out.str();
+}
+
+}  // namespace mrv1

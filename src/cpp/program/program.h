@@ -1,0 +1,166 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "core/dtype.h"
+#include "ops/kv_cache.h"
+
+namespace mrv1 {
+
+// What a value has one row of.
+enum class RowSpace { kTokens, kLogits };
+
+// A value of the program: a matrix [rows of the space, cols] that one op writes.
+struct Value {
+  std::string name;
+  RowSpace space = RowSpace::kTokens;
+  int64_t cols = 0;
+  DType dtype = DType::kF32;
+};
+
+enum class OpKind {
+  kEmbedding,
+  kRmsNorm,
+  kAdd,
+  kLinear,
+  kSiluMul,
+  kQkNorm,
+  kRope,
+  kCacheWrite,
+  kPagedAttention,
+  kGatherRows,
+  // Made by the fusion pass only.
+  kAddRmsNorm,      // outputs: sum, normed
+  kQkvPrepare,      // QK-norm (optional), RoPE and cache write in one
+  kLinearSiluMul,
+};
+std::string_view op_name(OpKind kind);
+
+// One op: operands by index into the program's values and weights, and its attributes. Attributes
+// an op does not use keep their defaults.
+struct Op {
+  OpKind kind = OpKind::kAdd;
+  std::vector<int32_t> inputs = {};
+  std::vector<int32_t> outputs = {};
+  std::vector<int32_t> weights = {};
+  float eps = 0.0f;
+  HeadShape heads = {};
+  float scale = 0.0f;      // attention
+  int32_t window = 0;      // attention; 0 = none
+  int32_t kv_layer = -1;   // cache_write, attention
+  int32_t rope = -1;       // index of a rope table
+  int32_t layer = -1;      // decoder layer the op belongs to, -1 outside
+  bool row_parallel = false;  // linear: its output is a partial sum under tensor parallelism
+};
+
+// A segment of a weight: rows that one tensor of the checkpoint supplies.
+struct WeightSegment {
+  std::string tensor;
+  int64_t row_start = 0;
+  int64_t rows = 0;
+};
+
+enum class WeightKind { kMatrix, kVector };
+
+// A weight as the program needs it. Several tensors may be stacked by rows (fused projections).
+struct WeightSpec {
+  std::string name;
+  WeightKind kind = WeightKind::kMatrix;
+  int64_t rows = 0;
+  int64_t cols = 1;
+  std::vector<WeightSegment> segments;
+};
+
+// Rotary angles: position p turns pair i by p * inv_freq[i]; cos and sin are multiplied by factor.
+struct RopeSpec {
+  std::vector<float> inv_freq;  // head_dim / 2
+  float factor = 1.0f;
+};
+
+// Where the list can be cut: attention (piecewise graphs), stage (pipeline), collective (tensor and
+// expert parallelism, two-batch overlap). The cut stands before op `op`.
+enum class CutKind { kAttention, kStage, kCollective };
+struct Cut {
+  CutKind kind;
+  int32_t op;
+};
+
+// A model's forward pass as a flat list of native ops. Python wires it once; nothing in it says
+// where or how large it runs. Building methods check shapes and dtypes and throw
+// kInvalidArgument naming the op.
+class Program {
+ public:
+  explicit Program(DType dtype);
+
+  // --- weights -------------------------------------------------------------------------------
+  int32_t weight(WeightSpec spec);
+
+  // --- wiring: values are returned by index ----------------------------------------------------
+  int32_t input(std::string name, int64_t cols, RowSpace space);  // set by the caller, for tests
+  int32_t embedding(int32_t table);
+  int32_t rms_norm(int32_t x, int32_t weight, float eps);
+  int32_t add(int32_t a, int32_t b);
+  int32_t linear(int32_t x, int32_t weight, int32_t bias, int32_t residual, bool row_parallel);
+  int32_t silu_mul(int32_t x);
+  int32_t rope_table(RopeSpec spec);
+  struct AttentionSpec {
+    HeadShape heads;
+    float scale = 0.0f;
+    int32_t window = 0;
+    int32_t kv_layer = 0;
+    int32_t rope = -1;
+    int32_t q_norm = -1, k_norm = -1;  // weights, both or none
+    float eps = 0.0f;
+  };
+  int32_t attention(int32_t qkv, const AttentionSpec& spec);
+  int32_t gather_rows(int32_t x);
+  // The end of a language model: rows that are sampled, through the head, in float32.
+  int32_t logits(int32_t x, int32_t weight);
+  void output(int32_t value);  // keeps a value readable after a run
+
+  void begin_layer(int32_t layer);
+  void end_layer();
+
+  // --- passes --------------------------------------------------------------------------------
+  // Runs the fusion patterns (program/fusion.cc) until none matches; returns how often each did.
+  std::vector<std::pair<std::string, int>> fuse();
+
+  // --- reading ---------------------------------------------------------------------------------
+  DType dtype() const { return dtype_; }
+  const std::vector<Op>& ops() const { return ops_; }
+  const std::vector<Value>& values() const { return values_; }
+  const std::vector<WeightSpec>& weights() const { return weights_; }
+  const std::vector<RopeSpec>& ropes() const { return ropes_; }
+  const std::vector<int32_t>& inputs() const { return inputs_; }
+  const std::vector<int32_t>& outputs() const { return outputs_; }
+  int32_t logits_value() const { return logits_; }
+  // Cache geometry per kv layer.
+  const std::vector<HeadShape>& kv_layers() const { return kv_layers_; }
+  std::vector<Cut> cuts() const;
+  // One line an op. format "text" or "dot" (Graphviz).
+  std::string dump(std::string_view format) const;
+
+ private:
+  int32_t add_value(std::string name, RowSpace space, int64_t cols, DType dtype);
+  int32_t emit(Op op, std::string_view name, RowSpace space, int64_t cols, DType dtype);
+  const Value& value(int32_t id, std::string_view op) const;
+  const WeightSpec& weight_spec(int32_t id, std::string_view op) const;
+  void check_vector(int32_t weight, int64_t size, std::string_view op) const;
+
+  DType dtype_;
+  std::vector<Op> ops_;
+  std::vector<Value> values_;
+  std::vector<WeightSpec> weights_;
+  std::vector<RopeSpec> ropes_;
+  std::vector<int32_t> inputs_, outputs_;
+  std::vector<HeadShape> kv_layers_;
+  int32_t logits_ = -1;
+  int32_t layer_ = -1;
+};
+
+}  // namespace mrv1

@@ -1,0 +1,196 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "program/session.h"
+
+#include <algorithm>
+
+#include "core/error.h"
+
+namespace mrv1 {
+
+ProgramSession::ProgramSession(std::shared_ptr<Device> device, Program program,
+                               const Limits& limits)
+    : device_(std::move(device)),
+      program_(std::move(program)),
+      limits_(limits),
+      weights_(program_, *device_) {
+  const auto ints = [&](int64_t count) {
+    buffers_.push_back(device_->allocate(static_cast<size_t>(count) * 4, "session"));
+    return static_cast<int32_t*>(buffers_.back().data());
+  };
+  InferParams& infer = ctx_.infer;
+  infer.max_requests = limits.max_requests;
+  infer.max_tokens = limits.max_tokens;
+  infer.max_logits = limits.max_logits;
+  infer.counts = reinterpret_cast<InferCounts*>(ints(sizeof(InferCounts) / 4));
+  infer.row = ints(limits.max_requests);
+  infer.query_start_loc = ints(limits.max_requests + 1);
+  infer.seq_lens = ints(limits.max_requests);
+  infer.entry_batch = ints(limits.max_requests);
+  infer.sampled = ints(limits.max_requests);
+  infer.token_batch = ints(limits.max_tokens);
+  infer.token_ids = ints(limits.max_tokens);
+  infer.positions = ints(limits.max_tokens);
+  infer.slot_mapping = ints(limits.max_tokens);
+  infer.logits_indices = ints(limits.max_logits);
+  infer.logits_batch = ints(limits.max_logits);
+  infer.row_lengths = nullptr;
+  RowState& rows = ctx_.rows;
+  rows.num_rows = limits.max_requests;
+  rows.num_groups = 1;
+  rows.block_size = limits.block_size;
+  rows.max_blocks = limits.max_blocks;
+  rows.block_table = ints(int64_t{limits.max_requests} * limits.max_blocks);
+  ctx_.device = device_.get();
+  ctx_.pool = device_->pool();
+  ctx_.stream = device_->stream();
+
+  WorkspaceLimits workspace{};
+  workspace.max_requests = limits.max_requests;
+  workspace.max_tokens = limits.max_tokens;
+  workspace.max_logits = limits.max_logits;
+  for (const WeightSpec& weight : program_.weights()) {
+    workspace.vocab_size = std::max(workspace.vocab_size, weight.rows);
+    workspace.max_linear_cols = std::max(workspace.max_linear_cols, weight.cols);
+  }
+  for (const HeadShape& heads : program_.kv_layers()) {
+    workspace.max_heads = std::max<int64_t>(workspace.max_heads, heads.num_heads);
+    workspace.head_dim = std::max<int64_t>(workspace.head_dim, heads.head_dim);
+    KvCacheLayer layer;
+    layer.dtype = program_.dtype();
+    layer.num_blocks = limits.num_blocks;
+    layer.block_size = limits.block_size;
+    layer.num_kv_heads = heads.num_kv_heads;
+    layer.head_dim = heads.head_dim;
+    layer.token_stride = heads.head_dim;
+    layer.head_stride = int64_t{limits.block_size} * heads.head_dim;
+    layer.block_stride = layer.head_stride * heads.num_kv_heads;
+    const size_t bytes =
+        static_cast<size_t>(layer.block_stride * limits.num_blocks) * dtype_size(layer.dtype);
+    for (void** side : {&layer.key, &layer.value}) {
+      buffers_.push_back(device_->allocate(bytes, "session KV cache"));
+      *side = buffers_.back().data();
+    }
+    kv_.push_back(layer);
+  }
+  workspace.num_threads = ctx_.pool != nullptr ? ctx_.pool->num_threads() : 1;
+  ctx_.workspace_bytes =
+      static_cast<size_t>(device_->kernels().workspace_bytes(workspace));
+  buffers_.push_back(device_->allocate(ctx_.workspace_bytes, "session workspace"));
+  ctx_.workspace = buffers_.back().data();
+  executable_ = std::make_unique<Executable>(
+      program_, PlanLimits{limits.max_tokens, limits.max_logits}, *device_, weights_.views(), kv_,
+      limits.max_position);
+}
+
+void ProgramSession::write_floats(void* target, int64_t count, const std::vector<float>& data,
+                                  DType dtype) {
+  check(static_cast<int64_t>(data.size()) <= count, "session", data.size(),
+        " values do not fit the ", count, " of the buffer");
+  if (dtype == DType::kF32) {
+    device_->copy_in(target, data.data(), data.size() * sizeof(float));
+    return;
+  }
+  std::vector<BFloat16> rounded(data.size());
+  std::transform(data.begin(), data.end(), rounded.begin(), from_float<BFloat16>);
+  device_->copy_in(target, rounded.data(), rounded.size() * sizeof(BFloat16));
+}
+
+std::vector<float> ProgramSession::read_floats(const void* source, int64_t count, DType dtype) {
+  std::vector<float> values(static_cast<size_t>(count));
+  if (dtype == DType::kF32) {
+    device_->copy_out(values.data(), source, values.size() * sizeof(float));
+    return values;
+  }
+  std::vector<BFloat16> raw(values.size());
+  device_->copy_out(raw.data(), source, raw.size() * sizeof(BFloat16));
+  std::transform(raw.begin(), raw.end(), values.begin(), [](BFloat16 v) { return to_float(v); });
+  return values;
+}
+
+void ProgramSession::set_value(int32_t id, const std::vector<float>& data) {
+  check(id >= 0 && id < static_cast<int32_t>(program_.values().size()), "session", "no value ", id);
+  const Value& value = program_.values()[id];
+  const int64_t rows =
+      value.space == RowSpace::kTokens ? limits_.max_tokens : limits_.max_logits;
+  write_floats(executable_->value(id), rows * value.cols, data, value.dtype);
+}
+
+std::vector<float> ProgramSession::value(int32_t id, int64_t rows) {
+  check(id >= 0 && id < static_cast<int32_t>(program_.values().size()), "session", "no value ", id);
+  const Value& value = program_.values()[id];
+  check(rows >= 0 && rows <= (value.space == RowSpace::kTokens ? limits_.max_tokens
+                                                              : limits_.max_logits),
+        "session", rows, " rows are past the limit");
+  return read_floats(executable_->value(id), rows * value.cols, value.dtype);
+}
+
+void ProgramSession::set_ints(const std::string& name, const std::vector<int32_t>& data) {
+  const InferParams& infer = ctx_.infer;
+  const int64_t requests = limits_.max_requests, tokens = limits_.max_tokens,
+                logits = limits_.max_logits;
+  struct Target {
+    const char* name;
+    int32_t* data;
+    int64_t count;
+  };
+  const Target targets[] = {
+      {"row", infer.row, requests},
+      {"query_start_loc", infer.query_start_loc, requests + 1},
+      {"seq_lens", infer.seq_lens, requests},
+      {"token_batch", infer.token_batch, tokens},
+      {"token_ids", infer.token_ids, tokens},
+      {"positions", infer.positions, tokens},
+      {"slot_mapping", infer.slot_mapping, tokens},
+      {"logits_indices", infer.logits_indices, logits},
+      {"logits_batch", infer.logits_batch, logits},
+      {"block_table", ctx_.rows.block_table, requests * limits_.max_blocks},
+  };
+  for (const Target& target : targets) {
+    if (name != target.name) continue;
+    check(static_cast<int64_t>(data.size()) <= target.count, "session", "'", name, "' holds ",
+          target.count, " values, not ", data.size());
+    device_->copy_in(target.data, data.data(), data.size() * sizeof(int32_t));
+    return;
+  }
+  fail(ErrorKind::kInvalidArgument, "session", "no infer parameter '", name, "'");
+}
+
+void ProgramSession::set_cache(int32_t layer, bool values, const std::vector<float>& data) {
+  check(layer >= 0 && layer < static_cast<int32_t>(kv_.size()), "session", "no kv layer ", layer);
+  const KvCacheLayer& cache = kv_[layer];
+  write_floats(values ? cache.value : cache.key, cache.block_stride * cache.num_blocks, data,
+               cache.dtype);
+}
+
+std::vector<float> ProgramSession::cache(int32_t layer, bool values) {
+  check(layer >= 0 && layer < static_cast<int32_t>(kv_.size()), "session", "no kv layer ", layer);
+  const KvCacheLayer& cache = kv_[layer];
+  return read_floats(values ? cache.value : cache.key, cache.block_stride * cache.num_blocks,
+                     cache.dtype);
+}
+
+void ProgramSession::run(int32_t num_requests, int32_t num_tokens, int32_t num_logits) {
+  check(num_requests >= 0 && num_requests <= limits_.max_requests && num_tokens >= 0 &&
+            num_tokens <= limits_.max_tokens && num_logits >= 0 &&
+            num_logits <= limits_.max_logits,
+        "session", "the run exceeds the session's limits");
+  ctx_.sizes = {num_requests, num_tokens, num_logits};
+  struct Task {
+    ProgramSession* session;
+    std::string error;
+  } task{this, ""};
+  device_->submit(
+      [](void* arg) {
+        Task& task = *static_cast<Task*>(arg);
+        try {
+          task.session->executable_->run(task.session->ctx_);
+        } catch (const std::exception& error) {
+          task.error = error.what();
+        }
+      },
+      &task);
+  device_->synchronize();
+  if (!task.error.empty()) throw Error(ErrorKind::kInvalidArgument, task.error);
+}
+
+}  // namespace mrv1

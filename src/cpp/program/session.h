@@ -1,0 +1,55 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/device.h"
+#include "io/weight_store.h"
+#include "program/executable.h"
+#include "program/program.h"
+#include "state/step_context.h"
+
+namespace mrv1 {
+
+// Runs a program over inputs, infer_params and a KV cache that the caller sets by hand: how a single
+// op or a fused form is tested on either backend. Float values cross as float32 and are rounded to
+// the program's dtype.
+class ProgramSession {
+ public:
+  struct Limits {
+    int32_t max_requests = 1, max_tokens = 1, max_logits = 1;
+    int32_t num_blocks = 1, block_size = 16, max_blocks = 1;
+    int64_t max_position = 1;
+  };
+
+  ProgramSession(std::shared_ptr<Device> device, Program program, const Limits& limits);
+
+  WeightStore& weights() { return weights_; }
+  const Program& program() const { return program_; }
+  void set_value(int32_t value, const std::vector<float>& data);
+  std::vector<float> value(int32_t value, int64_t rows);
+  // name: row, query_start_loc, seq_lens, token_batch, token_ids, positions, slot_mapping,
+  // logits_indices, logits_batch, or block_table ([max_requests, max_blocks]).
+  void set_ints(const std::string& name, const std::vector<int32_t>& data);
+  // Keys (or values) of a layer, [num_blocks, kv_heads, block_size, head_dim].
+  void set_cache(int32_t layer, bool values, const std::vector<float>& data);
+  std::vector<float> cache(int32_t layer, bool values);
+  void run(int32_t num_requests, int32_t num_tokens, int32_t num_logits);
+
+ private:
+  void write_floats(void* target, int64_t count, const std::vector<float>& data, DType dtype);
+  std::vector<float> read_floats(const void* source, int64_t count, DType dtype);
+
+  std::shared_ptr<Device> device_;
+  Program program_;
+  Limits limits_;
+  WeightStore weights_;
+  std::vector<Buffer> buffers_;
+  std::vector<KvCacheLayer> kv_;
+  StepContext ctx_;
+  std::unique_ptr<Executable> executable_;
+};
+
+}  // namespace mrv1

@@ -1,0 +1,720 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "runner/model_runner.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+
+#include "core/error.h"
+
+namespace mrv1 {
+namespace {
+
+constexpr int64_t kSlotAlignment = 256;
+// Room for changes in a control record besides one command of each kind a row. Longer changes (a
+// long prompt) travel in records of their own before the step.
+constexpr size_t kControlPayloadBytes = size_t{256} << 10;
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+uint64_t nanoseconds_since(std::chrono::steady_clock::time_point start) {
+  const auto elapsed = std::chrono::steady_clock::now() - start;
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count();
+}
+
+int32_t max_blocks_per_row(const RunnerConfig& config) {
+  return (config.max_model_len + config.block_size - 1) / config.block_size;
+}
+
+size_t control_slot_bytes(const RunnerConfig& config) {
+  const size_t per_row = sizeof(FreeRow) + sizeof(NewRow) + 2 * sizeof(TokenWrite) +
+                         2 * sizeof(BlockWrite) + sizeof(StopWrite) + sizeof(BatchEntry);
+  return round_up(sizeof(ControlHeader) + config.max_num_seqs * per_row + kControlPayloadBytes,
+                  kSlotAlignment);
+}
+
+size_t output_slot_bytes(const RunnerConfig& config) {
+  return round_up(kOutputHeaderBytes + config.max_num_seqs * sizeof(OutputEntry), kSlotAlignment);
+}
+
+int32_t vocab_size(const Program& program) {
+  return static_cast<int32_t>(program.values()[program.logits_value()].cols);
+}
+
+WorkspaceLimits workspace_limits(const Program& program, const RunnerConfig& config,
+                                 Device& device) {
+  WorkspaceLimits limits{};
+  limits.max_requests = config.max_num_seqs;
+  limits.max_tokens = config.max_num_batched_tokens;
+  limits.max_logits = config.max_num_seqs;
+  limits.vocab_size = vocab_size(program);
+  for (const WeightSpec& weight : program.weights()) {
+    limits.max_linear_cols = std::max(limits.max_linear_cols, weight.cols);
+  }
+  for (const HeadShape& heads : program.kv_layers()) {
+    limits.max_heads = std::max<int64_t>(limits.max_heads, heads.num_heads);
+    limits.head_dim = std::max<int64_t>(limits.head_dim, heads.head_dim);
+  }
+  limits.num_threads = device.pool() != nullptr ? device.pool()->num_threads() : 1;
+  return limits;
+}
+
+// Sizes of the int32 arrays of InferParams, in the order allocate_state() makes them.
+int64_t infer_ints(const RunnerConfig& config) {
+  const int64_t requests = config.max_num_seqs, tokens = config.max_num_batched_tokens;
+  return requests * 5 + 1 + tokens * 4 + requests * 2 + sizeof(InferCounts) / 4 +
+         (config.infer_param_view ? 3 * requests : 0);
+}
+
+}  // namespace
+
+MemoryPlan ModelRunner::plan_memory(const Program& program, const RunnerConfig& config,
+                                    Device& device) {
+  MemoryPlan plan;
+  std::vector<bool> in_linear(program.weights().size(), false);
+  for (const Op& op : program.ops()) {
+    if (op.kind == OpKind::kLinear || op.kind == OpKind::kLinearSiluMul) {
+      in_linear[op.weights[0]] = true;
+    }
+  }
+  for (size_t i = 0; i < program.weights().size(); ++i) {
+    const WeightSpec& spec = program.weights()[i];
+    plan.weights += weight_bytes(
+        spec.kind == WeightKind::kVector ? DType::kF32 : program.dtype(),
+        in_linear[i] ? device.kernels().linear_layout : WeightLayout::kRowMajor, spec.rows,
+        spec.cols);
+  }
+  const PlanLimits limits{config.max_num_batched_tokens, config.max_num_seqs};
+  plan.activations = plan_buffers(program, limits).arena_bytes +
+                     device.kernels().workspace_bytes(workspace_limits(program, config, device));
+  for (const RopeSpec& rope : program.ropes()) {
+    plan.activations += int64_t{config.max_model_len} * rope.inv_freq.size() * 2 * sizeof(float);
+  }
+  const int64_t rows = config.max_num_seqs;
+  plan.state = rows * (sizeof(Row) + sizeof(SamplingRow)) +
+               rows * (int64_t{config.max_model_len} + max_blocks_per_row(config)) * 4 +
+               int64_t{config.max_stop_ids} * 4 + infer_ints(config) * 4 +
+               kSlots * static_cast<int64_t>(control_slot_bytes(config) + output_slot_bytes(config));
+  for (const HeadShape& heads : program.kv_layers()) {
+    plan.per_block += int64_t{2} * config.block_size * heads.num_kv_heads * heads.head_dim *
+                      static_cast<int64_t>(dtype_size(program.dtype()));
+  }
+  return plan;
+}
+
+RunnerConfig ModelRunner::checked_config(const Program& program, RunnerConfig config,
+                                         Device& device) {
+  const auto positive = [](int64_t value, const char* name, int64_t limit) {
+    check(value > 0 && value <= limit, "runner", name, " must be in [1, ", limit, "], not ", value);
+  };
+  positive(config.max_num_seqs, "max_num_seqs", 65536);
+  positive(config.max_num_batched_tokens, "max_num_batched_tokens", 1 << 24);
+  positive(config.max_model_len, "max_model_len", 1 << 24);
+  positive(config.block_size, "block_size", 4096);
+  check(config.num_blocks >= 2, "runner", "num_blocks must be at least 2 (block 0 is never used), not ",
+        config.num_blocks);
+  check(int64_t{config.num_blocks} * config.block_size < std::numeric_limits<int32_t>::max(),
+        "runner", "num_blocks * block_size must fit 31 bits, is ", config.num_blocks, " * ",
+        config.block_size);
+  check(config.max_stop_ids >= 0, "runner", "max_stop_ids must not be negative");
+  check(config.max_num_batched_tokens >= config.max_num_seqs, "runner", "max_num_batched_tokens (",
+        config.max_num_batched_tokens, ") must be at least max_num_seqs (", config.max_num_seqs, ")");
+  check(config.pad_requests <= config.max_num_seqs &&
+            config.pad_tokens <= config.max_num_batched_tokens,
+        "runner", "padding exceeds the limits");
+  check(program.logits_value() >= 0, "runner", "the program has no logits");
+  check(!program.kv_layers().empty(), "runner", "the program has no attention");
+
+  const MemoryPlan plan = plan_memory(program, config, device);
+  const MemoryInfo memory = device.memory();
+  const int64_t total = plan.total(config.num_blocks);
+  if (total > static_cast<int64_t>(memory.free_bytes)) {
+    const auto mb = [](int64_t bytes) { return bytes / 1000000; };
+    fail(ErrorKind::kOutOfMemory, "runner", "needs ", mb(total), " MB but ", mb(memory.free_bytes),
+         " MB are free on ", device.name(), ": weights ", mb(plan.weights), ", activations ",
+         mb(plan.activations), ", state ", mb(plan.state), ", KV cache ",
+         mb(plan.per_block * config.num_blocks), " (", config.num_blocks, " blocks of ",
+         config.block_size, " tokens)");
+  }
+  return config;
+}
+
+ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
+                         const RunnerConfig& config)
+    : device_(std::move(device)),
+      program_(std::move(program)),
+      config_(checked_config(program_, config, *device_)),
+      weights_(program_, *device_),
+      memory_plan_(plan_memory(program_, config_, *device_)) {
+  allocate_kv();
+  executable_ = std::make_unique<Executable>(
+      program_, PlanLimits{config_.max_num_batched_tokens, config_.max_num_seqs}, *device_,
+      weights_.views(), kv_, config_.max_model_len);
+  allocate_state();
+  allocate_rings();
+}
+
+ModelRunner::~ModelRunner() {
+  try {
+    device_->synchronize();
+  } catch (const Error&) {
+    // A device that failed cannot be waited for; its memory goes with it.
+  }
+}
+
+void ModelRunner::allocate_kv() {
+  kv_buffer_ = device_->allocate(
+      static_cast<size_t>(memory_plan_.per_block * config_.num_blocks), "KV cache");
+  char* next = static_cast<char*>(kv_buffer_.data());
+  for (const HeadShape& heads : program_.kv_layers()) {
+    KvCacheLayer layer;
+    layer.dtype = program_.dtype();
+    layer.num_blocks = config_.num_blocks;
+    layer.block_size = config_.block_size;
+    layer.num_kv_heads = heads.num_kv_heads;
+    layer.head_dim = heads.head_dim;
+    layer.token_stride = heads.head_dim;
+    layer.head_stride = int64_t{config_.block_size} * heads.head_dim;
+    layer.block_stride = layer.head_stride * heads.num_kv_heads;
+    const int64_t bytes =
+        layer.block_stride * config_.num_blocks * static_cast<int64_t>(dtype_size(layer.dtype));
+    layer.key = next;
+    layer.value = next + bytes;
+    next += 2 * bytes;
+    kv_.push_back(layer);
+  }
+}
+
+template <typename T>
+T* ModelRunner::state_array(int64_t count, const char* name) {
+  state_buffers_.push_back(device_->allocate(static_cast<size_t>(count) * sizeof(T), name));
+  return static_cast<T*>(state_buffers_.back().data());
+}
+
+void ModelRunner::allocate_state() {
+  const int64_t rows = config_.max_num_seqs, tokens = config_.max_num_batched_tokens;
+  RowState& state = ctx_.rows;
+  state.num_rows = config_.max_num_seqs;
+  state.num_groups = 1;
+  state.block_size = config_.block_size;
+  state.max_blocks = max_blocks_per_row(config_);
+  state.max_model_len = config_.max_model_len;
+  state.vocab_size = vocab_size(program_);
+  state.rows = state_array<Row>(rows, "rows");
+  state.sampling = state_array<SamplingRow>(rows, "sampling rows");
+  state.tokens = state_array<int32_t>(rows * config_.max_model_len, "token history");
+  state.block_table = state_array<int32_t>(rows * state.max_blocks, "block tables");
+  state.stop_ids = state_array<int32_t>(std::max(1, config_.max_stop_ids), "stop ids");
+
+  InferParams& infer = ctx_.infer;
+  infer.max_requests = config_.max_num_seqs;
+  infer.max_tokens = config_.max_num_batched_tokens;
+  infer.max_logits = config_.max_num_seqs;
+  infer.counts = state_array<InferCounts>(1, "infer params");
+  infer.row = state_array<int32_t>(rows, "infer params");
+  infer.query_start_loc = state_array<int32_t>(rows + 1, "infer params");
+  infer.seq_lens = state_array<int32_t>(rows, "infer params");
+  infer.entry_batch = state_array<int32_t>(rows, "infer params");
+  infer.sampled = state_array<int32_t>(rows, "infer params");
+  infer.token_batch = state_array<int32_t>(tokens, "infer params");
+  infer.token_ids = state_array<int32_t>(tokens, "infer params");
+  infer.positions = state_array<int32_t>(tokens, "infer params");
+  infer.slot_mapping = state_array<int32_t>(tokens, "infer params");
+  infer.logits_indices = state_array<int32_t>(rows, "infer params");
+  infer.logits_batch = state_array<int32_t>(rows, "infer params");
+  infer.row_lengths = nullptr;
+  if (config_.infer_param_view) {
+    infer.row_lengths = state_array<int32_t>(3 * rows, "infer params");
+    view_inputs_ = {infer.row_lengths,   infer.row_lengths + rows, infer.row_lengths + 2 * rows,
+                    state.block_table,   config_.max_num_seqs,     state.max_blocks,
+                    config_.block_size, 1};
+    InferParamView view{};
+    for (int32_t** array : {&view.encoder_batch_map, &view.decoder_batch_map,
+                            &view.encoder_batch_idx, &view.decoder_batch_idx, &view.prefix_len,
+                            &view.decoder_context_len, &view.decoder_context_len_cache,
+                            &view.slot_mapping_dec}) {
+      *array = state_array<int32_t>(rows, "infer param view");
+    }
+    for (int32_t** array : {&view.encoder_seq_lod, &view.decoder_seq_lod, &view.encoder_kv_lod}) {
+      *array = state_array<int32_t>(rows + 1, "infer param view");
+    }
+    view.prefix_block_tables = state_array<int32_t>(rows * state.max_blocks, "infer param view");
+    view.slot_mapping_enc = state_array<int32_t>(tokens, "infer param view");
+    view.len_info = state_array<int32_t>(7, "infer param view");
+    view.max_tokens = config_.max_num_batched_tokens;
+    view_ = view;
+  }
+
+  ctx_.device = device_.get();
+  ctx_.pool = device_->pool();
+  ctx_.stream = device_->stream();
+  ctx_.workspace_bytes = static_cast<size_t>(
+      device_->kernels().workspace_bytes(workspace_limits(program_, config_, *device_)));
+  workspace_ = device_->allocate(ctx_.workspace_bytes, "workspace");
+  ctx_.workspace = workspace_.data();
+
+  rows_.resize(rows);
+  // The lowest free row is taken first.
+  for (int32_t row = config_.max_num_seqs; row-- > 0;) free_rows_.push_back(row);
+  if (config_.max_stop_ids > 0) free_stop_ranges_.emplace_back(0, config_.max_stop_ids);
+  entries_.reserve(rows);
+  staged_.reserve(config_.max_num_seqs);
+}
+
+void ModelRunner::allocate_rings() {
+  control_slot_bytes_ = control_slot_bytes(config_);
+  output_slot_bytes_ = output_slot_bytes(config_);
+  control_buffer_ = device_->allocate_mapped(control_slot_bytes_ * kSlots, "control ring");
+  output_buffer_ = device_->allocate_mapped(output_slot_bytes_ * kSlots, "output ring");
+  slots_.resize(kSlots);
+  for (int i = 0; i < kSlots; ++i) {
+    slots_[i].runner = this;
+    slots_[i].control = reinterpret_cast<ControlHeader*>(
+        static_cast<char*>(control_buffer_.host()) + control_slot_bytes_ * i);
+    slots_[i].output = reinterpret_cast<OutputHeader*>(
+        static_cast<char*>(output_buffer_.host()) + output_slot_bytes_ * i);
+  }
+}
+
+// --- rows --------------------------------------------------------------------------------------
+
+ModelRunner::HostRow& ModelRunner::checked_row(int32_t row, const char* where) {
+  check(row >= 0 && row < config_.max_num_seqs, where, "row ", row, " is outside [0, ",
+        config_.max_num_seqs, ")");
+  check(rows_[row].active, where, "row ", row, " is free");
+  return rows_[row];
+}
+
+void ModelRunner::check_blocks(std::span<const int32_t> block_ids, const char* where) const {
+  for (int32_t block : block_ids) {
+    check(block > 0 && block < config_.num_blocks, where, "block id ", block, " is outside [1, ",
+          config_.num_blocks, ")");
+  }
+}
+
+int32_t ModelRunner::allocate_stop_ids(int32_t count) {
+  for (size_t i = 0; i < free_stop_ranges_.size(); ++i) {
+    auto& [offset, size] = free_stop_ranges_[i];
+    if (size < count) continue;
+    const int32_t start = offset;
+    offset += count;
+    size -= count;
+    if (size == 0) free_stop_ranges_.erase(free_stop_ranges_.begin() + i);
+    return start;
+  }
+  fail(ErrorKind::kRequest, "add_row", count, " stop ids do not fit: the running rows hold nearly ",
+       config_.max_stop_ids, " (max_stop_ids)");
+}
+
+void ModelRunner::release_stop_ids(int32_t offset, int32_t count) {
+  if (count == 0) return;
+  auto it = std::lower_bound(free_stop_ranges_.begin(), free_stop_ranges_.end(),
+                             std::make_pair(offset, 0));
+  it = free_stop_ranges_.insert(it, {offset, count});
+  const auto merge = [&](auto left) {
+    const auto right = left + 1;
+    if (right != free_stop_ranges_.end() && left->first + left->second == right->first) {
+      left->second += right->second;
+      free_stop_ranges_.erase(right);
+    }
+  };
+  merge(it);
+  if (it != free_stop_ranges_.begin()) merge(it - 1);
+}
+
+int32_t ModelRunner::max_total_length(const RowSpec& spec) const {
+  return static_cast<int32_t>(
+      std::min<int64_t>(int64_t{spec.prompt_len} + spec.max_tokens, config_.max_model_len));
+}
+
+void ModelRunner::check_spec(const RowSpec& spec) const {
+  const int32_t length = static_cast<int32_t>(spec.token_ids.size());
+  const int32_t vocab = ctx_.rows.vocab_size;
+  const char* where = "add_row";
+  check(!spec.token_ids.empty(), where, "token_ids is empty");
+  check(spec.token_ids.size() < static_cast<size_t>(config_.max_model_len), where, "token_ids has ",
+        spec.token_ids.size(), " tokens; with one to generate at most ", config_.max_model_len - 1,
+        " fit max_model_len ", config_.max_model_len);
+  for (int32_t token : spec.token_ids) {
+    check(token >= 0 && token < vocab, where, "token id ", token, " is outside [0, ", vocab, ")");
+  }
+  check(spec.prompt_len >= 1 && spec.prompt_len <= length, where, "prompt_len ", spec.prompt_len,
+        " is outside [1, ", length, "]");
+  check(spec.num_computed >= 0 && spec.num_computed < length, where, "num_computed ",
+        spec.num_computed, " is outside [0, ", length, "): the last token is always computed");
+  check(std::isfinite(spec.temperature) && spec.temperature >= 0.0f, where, "temperature ",
+        spec.temperature, " must be finite and not negative");
+  check(spec.top_p > 0.0f && spec.top_p <= 1.0f, where, "top_p ", spec.top_p, " is outside (0, 1]");
+  check(spec.min_p >= 0.0f && spec.min_p <= 1.0f, where, "min_p ", spec.min_p, " is outside [0, 1]");
+  check(spec.top_k >= 0, where, "top_k ", spec.top_k, " must be 0 (off) or positive");
+  check(spec.max_tokens >= 1, where, "max_tokens ", spec.max_tokens, " must be positive");
+  check(spec.min_tokens >= 0 && spec.min_tokens <= spec.max_tokens, where, "min_tokens ",
+        spec.min_tokens, " is outside [0, max_tokens = ", spec.max_tokens, "]");
+  for (int32_t token : spec.stop_ids) {
+    check(token >= 0 && token < vocab, where, "stop id ", token, " is outside [0, ", vocab, ")");
+  }
+  check(length < max_total_length(spec), where, "token_ids holds ", length - spec.prompt_len,
+        " outputs already, max_tokens is ", spec.max_tokens);
+  check(spec.block_ids.size() <= static_cast<size_t>(ctx_.rows.max_blocks), where, "a row holds ",
+        ctx_.rows.max_blocks, " blocks, not ", spec.block_ids.size());
+  check_blocks(spec.block_ids, where);
+}
+
+RowHandle ModelRunner::add_row(const RowSpec& spec) {
+  check_spec(spec);
+  check(!free_rows_.empty(), "add_row", "all ", config_.max_num_seqs, " rows are in use");
+
+  const int32_t stop_count = static_cast<int32_t>(spec.stop_ids.size());
+  const int32_t stop_offset = stop_count > 0 ? allocate_stop_ids(stop_count) : 0;
+  const int32_t row = free_rows_.back();
+  free_rows_.pop_back();
+  HostRow& host = rows_[row];
+  const int32_t generation = host.generation + 1;
+  host = HostRow{.active = true,
+                 .generation = generation,
+                 .prefill_target = static_cast<int32_t>(spec.token_ids.size()),
+                 .num_launched = spec.num_computed,
+                 .max_total_len = max_total_length(spec),
+                 .stop_offset = stop_offset,
+                 .stop_count = stop_count};
+
+  NewRow command{};
+  command.row = row;
+  Row& state = command.state;
+  state.generation = generation;
+  state.phase = spec.num_computed > 0 ? RowPhase::kExtend : RowPhase::kPrefill;
+  state.prompt_len = spec.prompt_len;
+  state.prefill_target = host.prefill_target;
+  state.num_computed = spec.num_computed;
+  state.total_len = host.prefill_target;
+  state.last_token = -1;
+  state.min_total_len = spec.prompt_len + spec.min_tokens;
+  state.max_total_len = host.max_total_len;
+  state.adapter = -1;
+  SamplingRow& sampling = command.sampling;
+  sampling.temperature = spec.temperature;
+  sampling.top_p = spec.top_p;
+  sampling.min_p = spec.min_p;
+  sampling.top_k = spec.top_k;
+  sampling.seed = spec.seed;
+  sampling.stop_offset = stop_offset;
+  sampling.stop_count = stop_count;
+  make_room(sizeof(NewRow));
+  staged_.new_row(command);
+  stage_tokens(row, spec.token_ids);
+  stage_stop_ids(stop_offset, spec.stop_ids);
+  append_blocks(row, spec.block_ids);
+  host.staged_for = next_step_;
+  return {row, generation};
+}
+
+void ModelRunner::append_blocks(int32_t row, std::span<const int32_t> block_ids) {
+  HostRow& host = checked_row(row, "append_blocks");
+  check(host.num_blocks + block_ids.size() <= static_cast<size_t>(ctx_.rows.max_blocks),
+        "append_blocks", "row ", row, " holds ", host.num_blocks, " of ", ctx_.rows.max_blocks,
+        " blocks, ", block_ids.size(), " more do not fit");
+  check_blocks(block_ids, "append_blocks");
+  stage_blocks(row, host.num_blocks, block_ids);
+  host.num_blocks += static_cast<int32_t>(block_ids.size());
+  host.staged_for = next_step_;
+}
+
+void ModelRunner::free_row(int32_t row) {
+  HostRow& host = checked_row(row, "free_row");
+  // apply() frees before it writes: changes of this row that are still staged must go first.
+  if (host.staged_for == next_step_) submit({}, {});
+  make_room(sizeof(FreeRow));
+  staged_.free_row({row, host.generation});
+  release_stop_ids(host.stop_offset, host.stop_count);
+  host.active = false;
+  free_rows_.push_back(row);
+}
+
+uint64_t ModelRunner::last_step(int32_t row) const {
+  check(row >= 0 && row < config_.max_num_seqs, "last_step", "row ", row, " is outside [0, ",
+        config_.max_num_seqs, ")");
+  return rows_[row].last_step;
+}
+
+// --- staging -----------------------------------------------------------------------------------
+
+void ModelRunner::make_room(size_t bytes) {
+  // Commands are padded to 16 bytes in the record; 64 covers the array ends.
+  if (staged_.record_bytes(config_.max_num_seqs) + bytes + 64 > control_slot_bytes_) {
+    submit({}, {});
+  }
+}
+
+void ModelRunner::stage_tokens(int32_t row, std::span<const int32_t> tokens) {
+  constexpr size_t kPiece = kControlPayloadBytes / 2 / sizeof(int32_t);
+  for (size_t start = 0; start < tokens.size(); start += kPiece) {
+    const auto piece = tokens.subspan(start, std::min(kPiece, tokens.size() - start));
+    make_room(sizeof(TokenWrite) + piece.size_bytes());
+    staged_.write_tokens(row, static_cast<int32_t>(start), piece);
+  }
+}
+
+void ModelRunner::stage_blocks(int32_t row, int32_t start, std::span<const int32_t> blocks) {
+  constexpr size_t kPiece = kControlPayloadBytes / 2 / sizeof(int32_t);
+  for (size_t i = 0; i < blocks.size(); i += kPiece) {
+    const auto piece = blocks.subspan(i, std::min(kPiece, blocks.size() - i));
+    make_room(sizeof(BlockWrite) + piece.size_bytes());
+    staged_.write_blocks(0, row, start + static_cast<int32_t>(i), piece);
+  }
+}
+
+void ModelRunner::stage_stop_ids(int32_t offset, std::span<const int32_t> ids) {
+  constexpr size_t kPiece = kControlPayloadBytes / 2 / sizeof(int32_t);
+  for (size_t i = 0; i < ids.size(); i += kPiece) {
+    const auto piece = ids.subspan(i, std::min(kPiece, ids.size() - i));
+    make_room(sizeof(StopWrite) + piece.size_bytes());
+    staged_.write_stop_ids(offset + static_cast<int32_t>(i), piece);
+  }
+}
+
+// --- the step ----------------------------------------------------------------------------------
+
+int32_t ModelRunner::checked_tokens(const BatchItem& item, const HostRow& row) const {
+  const char* where = "execute";
+  const int32_t left = row.prefill_target - row.num_launched;
+  if (left > 0) {
+    check(item.num_tokens >= 1 && item.num_tokens <= left, where, "row ", item.row, " takes 1 to ",
+          left, " prefill tokens, not ", item.num_tokens);
+  } else {
+    check(item.num_tokens == 1, where, "row ", item.row, " decodes 1 token a step, not ",
+          item.num_tokens);
+    check(row.num_launched < row.max_total_len - 1, where, "row ", item.row,
+          " has reached its length of ", row.max_total_len, " tokens");
+  }
+  check(row.num_launched + item.num_tokens <= row.num_blocks * config_.block_size, where, "row ",
+        item.row, " needs ", (row.num_launched + item.num_tokens + config_.block_size - 1) /
+        config_.block_size, " blocks for this step, has ", row.num_blocks);
+  return item.num_tokens;
+}
+
+uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
+  const auto start = std::chrono::steady_clock::now();
+  waited_ns_ = 0;
+  check(batch.size() <= static_cast<size_t>(config_.max_num_seqs), "execute", "a batch holds ",
+        config_.max_num_seqs, " rows, not ", batch.size());
+  int64_t tokens = 0;
+  int32_t samples = 0;
+  entries_.clear();
+  ++batch_mark_;
+  for (const BatchItem& item : batch) {
+    HostRow& row = checked_row(item.row, "execute");
+    check(row.batch_mark != batch_mark_, "execute", "row ", item.row, " is in the batch twice");
+    row.batch_mark = batch_mark_;
+    tokens += checked_tokens(item, row);
+    const bool draws = row.num_launched + item.num_tokens >= row.prefill_target;
+    samples += draws;
+    entries_.push_back({item.row, row.generation, item.num_tokens, draws});
+  }
+  check(tokens <= config_.max_num_batched_tokens, "execute", "the batch has ", tokens,
+        " tokens, max_num_batched_tokens is ", config_.max_num_batched_tokens);
+  const uint64_t step = next_step_;
+  for (const BatchItem& item : batch) {
+    rows_[item.row].num_launched += item.num_tokens;
+    rows_[item.row].last_step = step;
+  }
+  StepSizes sizes;
+  if (!batch.empty()) {
+    sizes.num_requests = std::max(static_cast<int32_t>(batch.size()), config_.pad_requests);
+    sizes.num_tokens = std::max(static_cast<int32_t>(tokens), config_.pad_tokens);
+    sizes.num_logits = std::max(samples, config_.pad_requests);
+    newest_sizes_ = sizes;
+    newest_entries_ = static_cast<int32_t>(batch.size());
+    newest_batch_step_ = step;
+    ++stats_.batches;
+  }
+  submit(entries_, sizes);
+  slot_of(step).delivered = false;
+  stats_.host_ns += nanoseconds_since(start) - waited_ns_;
+  return step;
+}
+
+uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, StepSizes sizes) {
+  const uint64_t step = next_step_++;
+  Slot& slot = slot_of(step);
+  if (slot.step != 0) {
+    const auto start = std::chrono::steady_clock::now();
+    wait(slot);
+    waited_ns_ += nanoseconds_since(start);
+    if (!slot.delivered) keep_output(slot);
+  }
+  staged_.write(slot.control, step, entries, sizes.num_requests, sizes.num_tokens,
+                sizes.num_logits);
+  slot.step = step;
+  slot.delivered = true;  // execute() asks for delivery; changes alone have nothing to say
+  slot.error.clear();
+  slot.injected.clear();
+  if (!entries.empty()) slot.injected.swap(injected_failure_);
+  ++stats_.steps;
+  stats_.control_bytes += slot.control->bytes;
+  stats_.output_bytes += kOutputHeaderBytes + entries.size() * sizeof(OutputEntry);
+  device_->submit(&ModelRunner::run_step, &slot);
+  return step;
+}
+
+void ModelRunner::run_step(void* arg) {
+  Slot& slot = *static_cast<Slot*>(arg);
+  try {
+    slot.runner->run_step(slot);
+  } catch (const std::exception& error) {
+    slot.error = error.what();
+    slot.output->step = slot.step;
+    slot.output->num_entries = 0;
+    slot.output->sequence.store(slot.step + 1, std::memory_order_release);
+  }
+}
+
+void ModelRunner::run_step(Slot& slot) {
+  const Kernels& kernels = device_->kernels();
+  const ControlHeader& record = *slot.control;
+  StepContext ctx = ctx_;
+  ctx.sizes = {record.padded_requests, record.padded_tokens, record.padded_logits};
+  kernels.apply(record, ctx.rows, ctx);
+  if (record.num_entries > 0) {
+    kernels.infer_params(record, ctx.rows, ctx.infer, ctx);
+    if (view_) kernels.infer_param_view(view_inputs_, *view_, ctx);
+    executable_->run(ctx);
+    if (!slot.injected.empty()) fail(ErrorKind::kInternal, "step", slot.injected);
+    kernels.sample({static_cast<float*>(executable_->value(program_.logits_value())),
+                    ctx.rows.vocab_size},
+                   ctx);
+  }
+  kernels.advance(record, ctx.rows, ctx.infer, slot.output, ctx);
+}
+
+// --- results -----------------------------------------------------------------------------------
+
+void ModelRunner::wait(const Slot& slot) const {
+  device_->wait_sequence(slot.output->sequence, slot.step + 1);
+}
+
+StepOutput ModelRunner::read_output(const Slot& slot) {
+  StepOutput output;
+  output.step = slot.step;
+  output.error = slot.error;
+  const OutputEntry* entries = output_entries(slot.output);
+  output.entries.assign(entries, entries + slot.output->num_entries);
+  return output;
+}
+
+void ModelRunner::keep_output(Slot& slot) {
+  kept_.emplace(slot.step, read_output(slot));
+  slot.delivered = true;
+}
+
+StepOutput ModelRunner::result(uint64_t step) {
+  if (auto it = kept_.find(step); it != kept_.end()) {
+    StepOutput output = std::move(it->second);
+    kept_.erase(it);
+    return output;
+  }
+  Slot& slot = slot_of(step);
+  check(slot.step == step && !slot.delivered, "result", "step ", step,
+        " was never launched or its result was taken");
+  wait(slot);
+  slot.delivered = true;
+  return read_output(slot);
+}
+
+void ModelRunner::discard(uint64_t step) {
+  kept_.erase(step);
+  if (Slot& slot = slot_of(step); slot.step == step) slot.delivered = true;
+}
+
+bool ModelRunner::ready(uint64_t step) const {
+  const Slot& slot = slots_[step % kSlots];
+  return slot.step != step ||
+         slot.output->sequence.load(std::memory_order_acquire) >= slot.step + 1;
+}
+
+uint64_t ModelRunner::retired_step() const {
+  // Steps retire in order, so the newest finished slot tells.
+  uint64_t retired = 0;
+  for (const Slot& slot : slots_) {
+    if (slot.step != 0 && ready(slot.step)) retired = std::max(retired, slot.step);
+  }
+  return retired;
+}
+
+void ModelRunner::wait_newest() const {
+  check(newest_batch_step_ != 0, "runner", "no step has been executed");
+  device_->synchronize();
+}
+
+std::vector<int32_t> ModelRunner::read_ints(const int32_t* data, int64_t count) {
+  std::vector<int32_t> values(static_cast<size_t>(count));
+  device_->copy_out(values.data(), data, values.size() * sizeof(int32_t));
+  return values;
+}
+
+std::vector<float> ModelRunner::logits(int32_t item) {
+  wait_newest();
+  check(item >= 0 && item < newest_entries_, "logits", "item ", item, " is outside [0, ",
+        newest_entries_, ")");
+  const int32_t batch = read_ints(ctx_.infer.entry_batch, newest_entries_)[item];
+  const std::vector<int32_t> rows = read_ints(ctx_.infer.logits_batch, newest_sizes_.num_logits);
+  const auto it = std::find(rows.begin(), rows.end(), batch);
+  if (it == rows.end()) return {};
+  std::vector<float> values(ctx_.rows.vocab_size);
+  const auto* base = static_cast<const float*>(executable_->value(program_.logits_value()));
+  device_->copy_out(values.data(), base + (it - rows.begin()) * int64_t{ctx_.rows.vocab_size},
+                    values.size() * sizeof(float));
+  return values;
+}
+
+std::vector<std::pair<std::string, std::vector<int32_t>>> ModelRunner::infer_params() {
+  wait_newest();
+  const InferParams& infer = ctx_.infer;
+  const StepSizes& sizes = newest_sizes_;
+  std::vector<std::pair<std::string, std::vector<int32_t>>> all;
+  const auto add = [&](const char* name, const int32_t* data, int64_t count) {
+    all.emplace_back(name, read_ints(data, count));
+  };
+  add("counts", reinterpret_cast<const int32_t*>(infer.counts), sizeof(InferCounts) / 4);
+  add("row", infer.row, sizes.num_requests);
+  add("query_start_loc", infer.query_start_loc, sizes.num_requests + 1);
+  add("seq_lens", infer.seq_lens, sizes.num_requests);
+  add("token_batch", infer.token_batch, sizes.num_tokens);
+  add("token_ids", infer.token_ids, sizes.num_tokens);
+  add("positions", infer.positions, sizes.num_tokens);
+  add("slot_mapping", infer.slot_mapping, sizes.num_tokens);
+  add("logits_indices", infer.logits_indices, sizes.num_logits);
+  add("logits_batch", infer.logits_batch, sizes.num_logits);
+  add("entry_batch", infer.entry_batch, newest_entries_);
+  add("sampled", infer.sampled, sizes.num_requests);
+  if (view_) {
+    const int64_t rows = config_.max_num_seqs;
+    const InferParamView& view = *view_;
+    add("encoder_batch_map", view.encoder_batch_map, rows);
+    add("decoder_batch_map", view.decoder_batch_map, rows);
+    add("encoder_batch_idx", view.encoder_batch_idx, rows);
+    add("decoder_batch_idx", view.decoder_batch_idx, rows);
+    add("encoder_seq_lod", view.encoder_seq_lod, rows + 1);
+    add("decoder_seq_lod", view.decoder_seq_lod, rows + 1);
+    add("encoder_kv_lod", view.encoder_kv_lod, rows + 1);
+    add("prefix_len", view.prefix_len, rows);
+    add("decoder_context_len", view.decoder_context_len, rows);
+    add("decoder_context_len_cache", view.decoder_context_len_cache, rows);
+    add("prefix_block_tables", view.prefix_block_tables, rows * ctx_.rows.max_blocks);
+    add("slot_mapping_enc", view.slot_mapping_enc, config_.max_num_batched_tokens);
+    add("slot_mapping_dec", view.slot_mapping_dec, rows);
+    add("len_info", view.len_info, 7);
+  }
+  return all;
+}
+
+Row ModelRunner::row_state(int32_t row) {
+  check(row >= 0 && row < config_.max_num_seqs, "row_state", "row ", row, " is outside [0, ",
+        config_.max_num_seqs, ")");
+  device_->synchronize();
+  Row state;
+  device_->copy_out(&state, ctx_.rows.rows + row, sizeof(state));
+  return state;
+}
+
+}  // namespace mrv1

@@ -1,0 +1,228 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "core/device.h"
+#include "io/weight_store.h"
+#include "program/executable.h"
+#include "program/program.h"
+#include "runner/control_writer.h"
+#include "state/infer_param_view.h"
+#include "state/output_ring.h"
+#include "state/step_context.h"
+
+namespace mrv1 {
+
+struct RunnerConfig {
+  int32_t max_num_seqs = 0;            // rows
+  int32_t max_num_batched_tokens = 0;  // tokens of one step
+  int32_t max_model_len = 0;           // tokens of one row
+  int32_t block_size = 16;             // tokens of one KV block
+  int32_t num_blocks = 0;              // KV blocks, the null block included
+  int32_t max_stop_ids = 0;            // stop ids all rows together can hold
+  // Steps are padded up to these sizes (0: the batch's own). For testing what padding must not change.
+  int32_t pad_requests = 0, pad_tokens = 0;
+  // Also compute the table-row-order view of state/infer_param_view.h every step.
+  bool infer_param_view = false;
+};
+
+// A request as the runner sees it.
+struct RowSpec {
+  std::vector<int32_t> token_ids;  // prompt, plus outputs when a preempted request resumes
+  int32_t prompt_len = 0;          // of token_ids, how many are the prompt proper
+  int32_t num_computed = 0;        // leading tokens whose KV blocks are already filled
+  float temperature = 1.0f, top_p = 1.0f, min_p = 0.0f;
+  int32_t top_k = 0;
+  uint64_t seed = 0;
+  int32_t max_tokens = 1;  // outputs counted from prompt_len
+  int32_t min_tokens = 0;
+  std::vector<int32_t> stop_ids;   // EOS and stop tokens
+  std::vector<int32_t> block_ids;  // first blocks; more by append_blocks
+};
+
+// Bytes a runner allocates, known before it is made.
+struct MemoryPlan {
+  int64_t weights = 0;
+  int64_t activations = 0;  // arena, rope tables, workspace
+  int64_t state = 0;        // rows, history, block tables, infer_params, rings
+  int64_t per_block = 0;    // one KV block over all layers
+  int64_t total(int64_t num_blocks) const {
+    return weights + activations + state + per_block * num_blocks;
+  }
+};
+
+struct RowHandle {
+  int32_t row = -1;
+  int32_t generation = 0;
+};
+
+struct BatchItem {
+  int32_t row;
+  int32_t num_tokens;
+};
+
+// What a retired step says: one entry an item of the batch, in the caller's order.
+struct StepOutput {
+  uint64_t step = 0;
+  std::string error;  // not empty if the step failed: what went wrong
+  std::vector<OutputEntry> entries;
+};
+
+struct RunnerStats {
+  uint64_t steps = 0;           // records submitted, those without a batch included
+  uint64_t batches = 0;         // steps that ran the program
+  uint64_t host_ns = 0;         // host time inside execute(), waiting for a free slot excluded
+  uint64_t control_bytes = 0;   // sent to the device
+  uint64_t output_bytes = 0;    // received
+};
+
+// Owns rows, block tables, buffers and the step; knows nothing of requests waiting or of text. The
+// host side keeps upper bounds only: what a row really computed is in the device's row state.
+// One thread at a time may call it. Steps run in order on the device's stream; execute() returns as
+// soon as the step is queued, so a caller can run ahead by up to kSlots steps.
+class ModelRunner {
+ public:
+  static constexpr int kSlots = 4;
+
+  // The program is copied. Memory is allocated here, before any request; kOutOfMemory says how
+  // much which part needs.
+  ModelRunner(std::shared_ptr<Device> device, Program program, const RunnerConfig& config);
+  ~ModelRunner();
+
+  static MemoryPlan plan_memory(const Program& program, const RunnerConfig& config, Device& device);
+
+  WeightStore& weights() { return weights_; }
+  const Program& program() const { return program_; }
+  const RunnerConfig& config() const { return config_; }
+  Device& device() { return *device_; }
+
+  // Throws kInvalidArgument naming the field if add_row would refuse the spec, rows and stop ids in
+  // use aside.
+  void check_spec(const RowSpec& spec) const;
+  // Admits a request into a free row. Errors (kRequest, kInvalidArgument) leave everything as it was.
+  RowHandle add_row(const RowSpec& spec);
+  void append_blocks(int32_t row, std::span<const int32_t> block_ids);
+  // The row may be given to another request at once: steps in flight keep their generation. Its
+  // blocks may be reused once every step up to last_step(row) has retired.
+  void free_row(int32_t row);
+  // Last step that was launched with the row in its batch; steps count from 1, 0 = none.
+  uint64_t last_step(int32_t row) const;
+
+  // Launches a step; returns its number. Each row at most once. Decode rows take 1 token, prefill
+  // and extend rows up to what is left of their prefill target.
+  uint64_t execute(std::span<const BatchItem> batch);
+  // Waits for the step and hands its output over, once. A failed step has no entries but an error.
+  StepOutput result(uint64_t step);
+  bool ready(uint64_t step) const;
+  // Steps up to this number have retired.
+  uint64_t retired_step() const;
+
+  // Forgets the output of a step nobody will ask for.
+  void discard(uint64_t step);
+
+  // Logits of the newest step for one item of its batch, [vocab] float32; empty if the item drew
+  // no token. Waits for the step.
+  std::vector<float> logits(int32_t item);
+  // infer_params of the newest step, copied to the host: name -> values. Waits for the step.
+  std::vector<std::pair<std::string, std::vector<int32_t>>> infer_params();
+  // Row state as the device holds it; waits.
+  Row row_state(int32_t row);
+
+  int32_t free_rows() const { return static_cast<int32_t>(free_rows_.size()); }
+  RunnerStats stats() const { return stats_; }
+  const MemoryPlan& memory_plan() const { return memory_plan_; }
+
+  // Makes the next step fail with this message after it is launched: for testing error paths.
+  void fail_next_step(std::string message) { injected_failure_ = std::move(message); }
+
+ private:
+  struct HostRow {
+    bool active = false;
+    int32_t generation = 0;
+    int32_t prefill_target = 0;
+    int32_t num_launched = 0;   // upper bound of num_computed after the steps launched so far
+    int32_t max_total_len = 0;
+    int32_t num_blocks = 0;
+    int32_t stop_offset = 0, stop_count = 0;
+    uint64_t last_step = 0;
+    uint64_t staged_for = 0;  // step whose record carries the newest change of the row
+    uint64_t batch_mark = 0;  // newest execute() call that named the row
+  };
+  struct Slot {
+    ModelRunner* runner = nullptr;
+    ControlHeader* control = nullptr;
+    OutputHeader* output = nullptr;
+    uint64_t step = 0;        // newest step in this slot, 0 = never used
+    bool delivered = true;    // its output was handed over or kept
+    std::string error;        // set by the stream when the step failed
+    std::string injected;     // test failure
+  };
+
+  int32_t max_total_length(const RowSpec& spec) const;
+  static RunnerConfig checked_config(const Program& program, RunnerConfig config, Device& device);
+  static void run_step(void* slot);
+  void run_step(Slot& slot);
+  void allocate_kv();
+  void allocate_state();
+  void allocate_rings();
+  HostRow& checked_row(int32_t row, const char* where);
+  void check_blocks(std::span<const int32_t> block_ids, const char* where) const;
+  int32_t checked_tokens(const BatchItem& item, const HostRow& row) const;
+  uint64_t submit(std::span<const BatchEntry> entries, StepSizes sizes);
+  // Sends what is staged as a record of its own if \`bytes\` more would not fit.
+  void make_room(size_t bytes);
+  void stage_tokens(int32_t row, std::span<const int32_t> tokens);
+  void stage_blocks(int32_t row, int32_t start, std::span<const int32_t> blocks);
+  void stage_stop_ids(int32_t offset, std::span<const int32_t> ids);
+  void wait(const Slot& slot) const;
+  void keep_output(Slot& slot);
+  StepOutput read_output(const Slot& slot);
+  Slot& slot_of(uint64_t step) { return slots_[step % kSlots]; }
+  int32_t allocate_stop_ids(int32_t count);
+  void release_stop_ids(int32_t offset, int32_t count);
+  template <typename T>
+  T* state_array(int64_t count, const char* name);
+  void wait_newest() const;
+  std::vector<int32_t> read_ints(const int32_t* data, int64_t count);
+
+  std::shared_ptr<Device> device_;
+  Program program_;
+  RunnerConfig config_;
+  WeightStore weights_;
+  Buffer kv_buffer_;
+  std::vector<KvCacheLayer> kv_;
+  std::unique_ptr<Executable> executable_;
+  std::vector<Buffer> state_buffers_;
+  Buffer control_buffer_, output_buffer_;
+  Buffer workspace_;
+  StepContext ctx_;
+  std::optional<InferParamView> view_;
+  InferParamInputs view_inputs_{};
+  std::vector<HostRow> rows_;
+  std::vector<int32_t> free_rows_;
+  std::vector<std::pair<int32_t, int32_t>> free_stop_ranges_;  // offset, count; sorted
+  ControlWriter staged_;
+  std::vector<Slot> slots_;
+  std::vector<BatchEntry> entries_;
+  // Outputs of steps whose slot was needed before they were asked for.
+  std::unordered_map<uint64_t, StepOutput> kept_;
+  uint64_t next_step_ = 1;
+  StepSizes newest_sizes_;
+  int32_t newest_entries_ = 0;
+  RunnerStats stats_;
+  std::string injected_failure_;
+  uint64_t newest_batch_step_ = 0;
+  uint64_t batch_mark_ = 0;
+  uint64_t waited_ns_ = 0;
+  MemoryPlan memory_plan_;
+  size_t control_slot_bytes_ = 0, output_slot_bytes_ = 0;
+};
+
+}  // namespace mrv1

@@ -1,0 +1,22 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "state/step_context.h"
+
+namespace mrv1 {
+
+// Draws one token for every logits row whose batch position is live, and writes it to
+// infer.sampled; padding, masked rows and rows without a logits row get kNoToken, rows whose logits
+// hold nothing to draw (NaN, or all -inf) kErrorToken. Parameters come from the row's SamplingRow.
+// The draw depends on the row's logits, parameters, seed and the position of the new token only:
+// never on the batch, on padding or on the place in the batch. See sampling/processors.h for the
+// order of processors and the exact rules.
+struct SampleParams {
+  float* logits;       // [logits rows, vocab] float32; may be overwritten
+  int64_t vocab_size;
+};
+
+void sample_cpu(const SampleParams& params, const StepContext& ctx);
+void sample_cuda(const SampleParams& params, const StepContext& ctx);
+
+}  // namespace mrv1

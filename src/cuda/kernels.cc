@@ -1,0 +1,28 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "kernels.h"
+
+namespace mrv1 {
+
+const Kernels& cuda_kernels() {
+  static constexpr Kernels kKernels = {
+      .embedding = embedding_cuda,
+      .rms_norm = rms_norm_cuda,
+      .linear = linear_cuda,
+      .add = add_cuda,
+      .silu_mul = silu_mul_cuda,
+      .gather_rows = gather_rows_cuda,
+      .qkv_prepare = qkv_prepare_cuda,
+      .paged_attention = paged_attention_cuda,
+      .apply = apply_cuda,
+      .infer_params = infer_params_cuda,
+      .infer_param_view = infer_param_view_cuda,
+      .sample = sample_cuda,
+      .advance = advance_cuda,
+      // Scratch of these kernels is shared memory only.
+      .workspace_bytes = [](const WorkspaceLimits&) -> int64_t { return 0; },
+      .linear_layout = WeightLayout::kRowMajor,
+  };
+  return kKernels;
+}
+
+}  // namespace mrv1

@@ -1,0 +1,129 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// The textbook tiled product: a block of 16 x 16 threads computes a 64 x 64 tile of the output,
+// each thread 4 x 4 elements of it, from 64 x 16 tiles of both operands staged in shared memory as
+// float. Each output is one chain of fused multiply-adds over the columns in ascending order,
+// whatever the number of rows, so a row's result does not depend on the batch. With silu_mul the
+// block runs two such products, gate and up, and combines them in float.
+#include "block.cuh"
+#include "check.h"
+#include "ops/linear.h"
+
+namespace mrv1 {
+namespace {
+
+constexpr std::string_view kOp = "linear";
+constexpr int kSide = 16;              // threads along each side of the block
+constexpr int kPerThread = 4;          // outputs of a thread along each side
+constexpr int kTile = kSide * kPerThread;
+constexpr int kDepth = 16;             // columns staged at a time
+constexpr int kThreads = kSide * kSide;
+constexpr int64_t kMaxGridY = 65535;
+
+// Stages src[first_row + r, first_col + c] as tile[c][r]; zeros outside [rows, cols].
+template <typename T>
+__device__ void load_tile(float (&tile)[kDepth][kTile + 1], const T* src, int64_t rows,
+                          int64_t cols, int64_t first_row, int64_t first_col) {
+  for (int i = threadIdx.x; i < kTile * kDepth; i += kThreads) {
+    const int64_t row = first_row + i / kDepth;
+    const int64_t col = first_col + i % kDepth;
+    tile[i % kDepth][i / kDepth] =
+        row < rows && col < cols ? to_float(src[row * cols + col]) : 0.0f;
+  }
+}
+
+template <typename T, typename Out, bool kSiluMul>
+__global__ void __launch_bounds__(kThreads) linear_kernel(LinearParams params, int64_t rows) {
+  constexpr int kParts = kSiluMul ? 2 : 1;
+  __shared__ float x_tile[kDepth][kTile + 1];
+  __shared__ float weight_tile[kParts][kDepth][kTile + 1];
+
+  const T* x = static_cast<const T*>(params.x);
+  const T* weight = static_cast<const T*>(params.weight.data);
+  Out* out = static_cast<Out*>(params.out);
+  const int64_t cols = params.weight.cols;
+  const int64_t out_cols = params.weight.rows / kParts;
+  const int64_t first_row = int64_t{blockIdx.y} * kTile;
+  const int64_t first_out = int64_t{blockIdx.x} * kTile;
+  const int thread_row = threadIdx.x / kSide;
+  const int thread_col = threadIdx.x % kSide;
+
+  float sums[kParts][kPerThread][kPerThread] = {};
+  for (int64_t first_col = 0; first_col < cols; first_col += kDepth) {
+    load_tile(x_tile, x, rows, cols, first_row, first_col);
+    for (int part = 0; part < kParts; ++part) {
+      load_tile(weight_tile[part], weight + part * out_cols * cols, out_cols, cols, first_out,
+                first_col);
+    }
+    __syncthreads();
+    for (int k = 0; k < kDepth; ++k) {
+      for (int part = 0; part < kParts; ++part) {
+        for (int i = 0; i < kPerThread; ++i) {
+          for (int j = 0; j < kPerThread; ++j) {
+            sums[part][i][j] = fmaf(x_tile[k][thread_row + i * kSide],
+                                    weight_tile[part][k][thread_col + j * kSide], sums[part][i][j]);
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  for (int i = 0; i < kPerThread; ++i) {
+    const int64_t row = first_row + thread_row + i * kSide;
+    for (int j = 0; j < kPerThread; ++j) {
+      const int64_t col = first_out + thread_col + j * kSide;
+      if (row >= rows || col >= out_cols) continue;
+      float value = sums[0][i][j];
+      if (params.bias != nullptr) value += params.bias[col];
+      if constexpr (kSiluMul) {
+        float up = sums[1][i][j];
+        if (params.bias != nullptr) up += params.bias[out_cols + col];
+        value = value / (1.0f + expf(-value)) * up;
+      }
+      out[row * out_cols + col] = from_float<Out>(value);
+    }
+  }
+}
+
+template <typename T, typename Out>
+void launch(const LinearParams& params, int64_t rows, cudaStream_t stream) {
+  const int64_t out_cols = params.silu_mul ? params.weight.rows / 2 : params.weight.rows;
+  const dim3 grid(static_cast<unsigned>((out_cols + kTile - 1) / kTile),
+                  static_cast<unsigned>((rows + kTile - 1) / kTile));
+  if (params.silu_mul) {
+    linear_kernel<T, Out, true><<<grid, kThreads, 0, stream>>>(params, rows);
+  } else {
+    linear_kernel<T, Out, false><<<grid, kThreads, 0, stream>>>(params, rows);
+  }
+}
+
+}  // namespace
+
+void linear_cuda(const LinearParams& params, const StepContext& ctx) {
+  const WeightView& weight = params.weight;
+  check(weight.rows > 0 && weight.cols > 0, kOp, "weight is [", weight.rows, ", ", weight.cols,
+        "]; both sizes must be positive");
+  check(weight.layout == WeightLayout::kRowMajor, kOp, "weight must be row-major on CUDA");
+  check(weight.dtype == params.dtype, kOp, "weight is ", dtype_name(weight.dtype),
+        " and x is ", dtype_name(params.dtype), "; they must be equal");
+  check(params.out_dtype == params.dtype || params.out_dtype == DType::kF32, kOp, "out is ",
+        dtype_name(params.out_dtype), "; it must be ", dtype_name(params.dtype), " or float32");
+  check(!params.silu_mul || weight.rows % (2 * kPanelRows) == 0, kOp, "silu_mul with ",
+        weight.rows, " weight rows; half of them must be a multiple of ", kPanelRows);
+  const int64_t rows = params.logits_rows ? ctx.sizes.num_logits : ctx.sizes.num_tokens;
+  check(rows <= kMaxGridY * kTile, kOp, rows, " rows; at most ", kMaxGridY * kTile,
+        " are possible");
+  if (rows == 0) return;
+  dispatch_activation(params.dtype, kOp, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (params.out_dtype == params.dtype) {
+      launch<T, T>(params, rows, cuda::stream_of(ctx));
+    } else {
+      launch<T, float>(params, rows, cuda::stream_of(ctx));
+    }
+  });
+  cuda::check_launch(kOp);
+}
+
+}  // namespace mrv1

@@ -1,0 +1,133 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// One block per token and query head walks the visible positions in chunks of 64, in ascending
+// order: the warps take positions in turn and compute scores, then every thread folds the chunk
+// into the output columns that it owns (online softmax: a running maximum, a running sum, and the
+// output rescaled when the maximum grows). Nothing is split over blocks, so the order of the sums
+// depends on the token's position and the window only.
+#include "block.cuh"
+#include "check.h"
+#include "ops/paged_attention.h"
+
+namespace mrv1 {
+namespace {
+
+constexpr std::string_view kOp = "paged_attention";
+constexpr int kThreads = 128;
+constexpr int kChunk = 64;             // positions of one softmax update
+constexpr int32_t kMaxHeadDim = 4096;  // of shared memory: 32 KiB
+
+template <typename T>
+__global__ void paged_attention_kernel(PagedAttentionParams params, KvCacheLayer cache,
+                                       RowState state, InferParams infer) {
+  extern __shared__ float shared[];
+  __shared__ float weights[kChunk];  // scores, then their exponentials
+  __shared__ int64_t offsets[kChunk];
+  const HeadShape& shape = params.shape;
+  const int32_t head_dim = shape.head_dim;
+  float* query = shared;              // [head_dim]
+  float* result = shared + head_dim;  // [head_dim]; a column belongs to one thread
+  const int64_t token = blockIdx.x;
+  const int32_t head = blockIdx.y;
+  const int64_t qkv_cols = int64_t{shape.num_heads + 2 * shape.num_kv_heads} * head_dim;
+  T* out = static_cast<T*>(params.out) + (token * shape.num_heads + head) * head_dim;
+
+  const int32_t batch = infer.token_batch[token];
+  if (batch < 0) {
+    for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) out[i] = from_float<T>(0.0f);
+    return;
+  }
+
+  const T* source =
+      static_cast<const T*>(params.qkv) + token * qkv_cols + int64_t{head} * head_dim;
+  for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) {
+    query[i] = to_float(source[i]);
+    result[i] = 0.0f;
+  }
+  const int64_t kv_head = head / (shape.num_heads / shape.num_kv_heads);
+  const T* keys = static_cast<const T*>(cache.key) + kv_head * cache.head_stride;
+  const T* values = static_cast<const T*>(cache.value) + kv_head * cache.head_stride;
+  const int32_t* blocks =
+      state.block_table +
+      (int64_t{params.kv_group} * state.num_rows + infer.row[batch]) * state.max_blocks;
+  const int32_t position = infer.positions[token];
+  const int32_t begin = params.window > 0 ? max(0, position - params.window + 1) : 0;
+  const int warp = threadIdx.x / cuda::kWarpSize;
+  const int lane = threadIdx.x % cuda::kWarpSize;
+
+  float maximum = -INFINITY;
+  float sum = 0.0f;
+  for (int32_t chunk = begin; chunk <= position; chunk += kChunk) {
+    const int count = min(kChunk, position + 1 - chunk);
+    if (threadIdx.x < count) {
+      const int32_t p = chunk + static_cast<int32_t>(threadIdx.x);
+      offsets[threadIdx.x] = blocks[p / cache.block_size] * cache.block_stride +
+                             p % cache.block_size * cache.token_stride;
+    }
+    __syncthreads();  // also: the query is staged
+    for (int j = warp; j < count; j += kThreads / cuda::kWarpSize) {
+      const T* key = keys + offsets[j];
+      float dot = 0.0f;
+      for (int32_t i = lane; i < head_dim; i += cuda::kWarpSize) {
+        dot = fmaf(query[i], to_float(key[i]), dot);
+      }
+      dot = cuda::warp_sum(dot);
+      if (lane == 0) weights[j] = dot * params.scale;
+    }
+    __syncthreads();
+    float new_maximum = maximum;
+    for (int j = 0; j < count; ++j) new_maximum = fmaxf(new_maximum, weights[j]);
+    __syncthreads();  // every thread has read the scores
+    if (threadIdx.x < count) weights[threadIdx.x] = expf(weights[threadIdx.x] - new_maximum);
+    __syncthreads();
+    const float factor = expf(maximum - new_maximum);
+    sum *= factor;
+    for (int j = 0; j < count; ++j) sum += weights[j];
+    for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) {
+      float value = result[i] * factor;
+      for (int j = 0; j < count; ++j) {
+        value = fmaf(weights[j], to_float(values[offsets[j] + i]), value);
+      }
+      result[i] = value;
+    }
+    maximum = new_maximum;
+    __syncthreads();  // the next chunk writes weights and offsets
+  }
+
+  for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) {
+    out[i] = from_float<T>(result[i] / sum);
+  }
+}
+
+}  // namespace
+
+void paged_attention_cuda(const PagedAttentionParams& params, const StepContext& ctx) {
+  const HeadShape& shape = params.shape;
+  check(params.cache != nullptr, kOp, "no cache is given");
+  const KvCacheLayer& cache = *params.cache;
+  check(shape.num_heads > 0 && shape.num_kv_heads > 0 &&
+            shape.num_heads % shape.num_kv_heads == 0,
+        kOp, shape.num_heads, " heads and ", shape.num_kv_heads,
+        " key/value heads; the first must be a positive multiple of the second");
+  check(shape.head_dim > 0 && shape.head_dim <= kMaxHeadDim, kOp, "head_dim is ", shape.head_dim,
+        "; it must be in [1, ", kMaxHeadDim, "]");
+  check(cache.dtype == params.dtype, kOp, "the cache is ", dtype_name(cache.dtype), " and qkv is ",
+        dtype_name(params.dtype), "; they must be equal");
+  check(cache.head_dim == shape.head_dim && cache.num_kv_heads == shape.num_kv_heads, kOp,
+        "the cache has ", cache.num_kv_heads, " heads of ", cache.head_dim, ", qkv has ",
+        shape.num_kv_heads, " of ", shape.head_dim);
+  check(cache.block_size > 0, kOp, "the cache's block_size is ", cache.block_size,
+        "; it must be positive");
+  check(params.window >= 0, kOp, "window is ", params.window, "; it must not be negative");
+  if (ctx.sizes.num_tokens == 0) return;
+  const dim3 grid(ctx.sizes.num_tokens, shape.num_heads);
+  const size_t shared_bytes = 2 * sizeof(float) * shape.head_dim;
+  dispatch_activation(params.dtype, kOp, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    paged_attention_kernel<T><<<grid, kThreads, shared_bytes, cuda::stream_of(ctx)>>>(
+        params, cache, ctx.rows, ctx.infer);
+  });
+  cuda::check_launch(kOp);
+}
+
+}  // namespace mrv1
