@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import TypedDict
 
 from mrv1 import _core, envs
 from mrv1.builder import Builder
@@ -60,6 +61,24 @@ class RunnerOptions:
     pad_requests: int = 0
     pad_tokens: int = 0
     infer_param_view: bool = False
+
+
+class RunnerKwargs(TypedDict, total=False):
+    """The fields of `RunnerOptions` as keyword arguments."""
+
+    device: str | None
+    dtype: str
+    max_num_seqs: int | None
+    max_num_batched_tokens: int | None
+    max_model_len: int | None
+    block_size: int
+    num_kv_blocks: int | None
+    kv_cache_memory: int | None
+    num_threads: int | None
+    fusion: bool | None
+    pad_requests: int
+    pad_tokens: int
+    infer_param_view: bool
 
 
 @dataclasses.dataclass(frozen=True)

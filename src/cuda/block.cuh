@@ -1,7 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <cstdint>
+#include <cuda_runtime.h>
 
 namespace mrv1::cuda {
 

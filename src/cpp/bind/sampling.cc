@@ -61,14 +61,14 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
         " entries, expected ", num_logits);
   for (size_t size : {top_k.shape(0), top_p.shape(0), min_p.shape(0), seed.shape(0),
                       total_len.shape(0), min_total_len.shape(0), stop_ids.size()}) {
-    check(size == num_rows, "sample", "a row parameter has ", size, " entries, expected ",
-          num_rows, " as temperature has");
+    check(size == num_rows, "sample", "a row parameter has ", size, " entries, expected ", num_rows,
+          " as temperature has");
   }
   for (size_t i = 0; i < num_logits; ++i) {
-    check(logits_batch.data()[i] >= -1 &&
-              logits_batch.data()[i] < static_cast<int32_t>(num_requests),
-          "sample", "logits_batch[", i, "] is ", logits_batch.data()[i], ", expected -1 to ",
-          static_cast<int64_t>(num_requests) - 1);
+    check(
+        logits_batch.data()[i] >= -1 && logits_batch.data()[i] < static_cast<int32_t>(num_requests),
+        "sample", "logits_batch[", i, "] is ", logits_batch.data()[i], ", expected -1 to ",
+        static_cast<int64_t>(num_requests) - 1);
   }
   for (size_t i = 0; i < num_requests; ++i) {
     check(batch_row.data()[i] >= -1 && batch_row.data()[i] < static_cast<int32_t>(num_rows),
@@ -100,10 +100,8 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
     const Buffer device_rows = copy_to_device(device, rows.data(), num_rows);
     const Buffer device_sampling = copy_to_device(device, sampling.data(), num_rows);
     const Buffer device_stops = copy_to_device(device, stops.data(), stops.size());
-    const Buffer device_logits =
-        copy_to_device(device, logits.data(), num_logits * vocab_size);
-    const Buffer device_logits_batch =
-        copy_to_device(device, logits_batch.data(), num_logits);
+    const Buffer device_logits = copy_to_device(device, logits.data(), num_logits * vocab_size);
+    const Buffer device_logits_batch = copy_to_device(device, logits_batch.data(), num_logits);
     const Buffer device_batch_row = copy_to_device(device, batch_row.data(), num_requests);
     // Anything but a value that sample() writes, so that an entry it forgets is seen.
     std::fill(sampled.begin(), sampled.end(), INT32_MIN);
@@ -115,14 +113,13 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
     limits.vocab_size = static_cast<int64_t>(vocab_size);
     limits.max_linear_cols = limits.max_heads = limits.head_dim = 1;
     limits.num_threads = device.pool() != nullptr ? device.pool()->num_threads() : 1;
-    const int64_t workspace_bytes =
-        std::max<int64_t>(device.kernels().workspace_bytes(limits), 1);
+    const int64_t workspace_bytes = std::max<int64_t>(device.kernels().workspace_bytes(limits), 1);
     const Buffer workspace = device.allocate(static_cast<size_t>(workspace_bytes), "workspace");
 
     SampleTask task = {};
     task.kernels = &device.kernels();
-    task.params = SampleParams{static_cast<float*>(device_logits.data()),
-                               static_cast<int64_t>(vocab_size)};
+    task.params =
+        SampleParams{static_cast<float*>(device_logits.data()), static_cast<int64_t>(vocab_size)};
     StepContext& ctx = task.ctx;
     ctx.device = &device;
     ctx.pool = device.pool();
@@ -155,8 +152,7 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
   return to_numpy(sampled, {num_requests});
 }
 
-nb::ndarray<nb::numpy, uint64_t> fixed_point_weights(const FloatVector& logits,
-                                                     float temperature) {
+nb::ndarray<nb::numpy, uint64_t> fixed_point_weights(const FloatVector& logits, float temperature) {
   const size_t count = logits.shape(0);
   std::vector<uint64_t> weights(count);
   if (count > 0) {

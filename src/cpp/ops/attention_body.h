@@ -30,12 +30,60 @@ MRV1_INLINE AttentionScratch split_scratch(const AttentionTile& tile, int64_t di
   return s;
 }
 
-// dst[word * 16 + lane] = src[lane][word] for 4-byte words: 16 keys to one panel.
+// dst[word * 16 + lane] = src[lane][word] for 4-byte words, a multiple of 4: 16 keys to one panel.
+#if defined(MRV1_SIMD_AVX512)
 MRV1_INLINE void pack_keys(const char* const* src, int64_t words, uint32_t* dst) {
-  for (int64_t word = 0; word < words; ++word) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      std::memcpy(dst + word * kLanes + lane, src[lane] + word * 4, 4);
+  for (int64_t word = 0; word < words; word += 4) {
+    // rows[j] holds 4 words each of keys j, 4 + j, 8 + j and 12 + j, ready for 4 x 4 transposes.
+    __m512i rows[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const auto quad = [&](int k) __attribute__((always_inline)) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(src[4 * k + j] + word * 4));
+      };
+      rows[j] = _mm512_castsi128_si512(quad(0));
+      rows[j] = _mm512_mask_broadcast_i32x4(rows[j], 0x00f0, quad(1));
+      rows[j] = _mm512_mask_broadcast_i32x4(rows[j], 0x0f00, quad(2));
+      rows[j] = _mm512_mask_broadcast_i32x4(rows[j], 0xf000, quad(3));
     }
+    const __m512i low01 = _mm512_unpacklo_epi32(rows[0], rows[1]);
+    const __m512i high01 = _mm512_unpackhi_epi32(rows[0], rows[1]);
+    const __m512i low23 = _mm512_unpacklo_epi32(rows[2], rows[3]);
+    const __m512i high23 = _mm512_unpackhi_epi32(rows[2], rows[3]);
+    uint32_t* out = dst + word * kLanes;
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(low01, low23));
+    _mm512_storeu_si512(out + kLanes, _mm512_unpackhi_epi64(low01, low23));
+    _mm512_storeu_si512(out + 2 * kLanes, _mm512_unpacklo_epi64(high01, high23));
+    _mm512_storeu_si512(out + 3 * kLanes, _mm512_unpackhi_epi64(high01, high23));
+  }
+}
+#else
+MRV1_INLINE void pack_keys(const char* const* src, int64_t words, uint32_t* dst) {
+  typedef uint32_t Four __attribute__((vector_size(16)));
+  for (int64_t word = 0; word < words; word += 4) {
+    for (int lane = 0; lane < kLanes; lane += 4) {
+      Four rows[4];
+      for (int j = 0; j < 4; ++j) std::memcpy(&rows[j], src[lane + j] + word * 4, 16);
+      const Four low01 = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
+      const Four high01 = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
+      const Four low23 = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
+      const Four high23 = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
+      const Four columns[4] = {__builtin_shufflevector(low01, low23, 0, 1, 4, 5),
+                               __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+                               __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
+                               __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+      for (int j = 0; j < 4; ++j) {
+        std::memcpy(dst + (word + j) * kLanes + lane, &columns[j], 16);
+      }
+    }
+  }
+}
+#endif
+
+// Asks for the cache lines of count rows.
+MRV1_INLINE void prefetch_rows(const char* const* rows, int count, int64_t bytes) {
+  for (int j = 0; j < count; ++j) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows[j] + i);
   }
 }
 
@@ -160,23 +208,34 @@ void attention(const AttentionTile& tile) {
     return tile.window > 0 && first > 0 ? first : 0;
   };
   const int64_t tile_end = int64_t{tile.positions[tile.num_tokens - 1]} + 1;
-  for (int64_t base = first_of(0) / kAttentionChunk * kAttentionChunk; base < tile_end;
-       base += kAttentionChunk) {
-    const int count =
-        static_cast<int>(tile_end - base < kAttentionChunk ? tile_end - base : kAttentionChunk);
-    const char* keys[kAttentionChunk];
-    const char* values[kAttentionChunk];
+  // Keys and values of the chunk in work and, for prefetching, keys of the next.
+  const char* key_rows[2][kAttentionChunk];
+  const char* values[kAttentionChunk];
+  const auto offset_of = [&](int64_t position) {
+    return (tile.block_table[position / tile.block_size] * tile.block_stride +
+            position % tile.block_size * tile.token_stride) *
+           size;
+  };
+  const auto count_at = [&](int64_t base) {
+    return static_cast<int>(tile_end - base < kAttentionChunk ? tile_end - base : kAttentionChunk);
+  };
+  const auto find_keys = [&](const char** keys, int64_t base) {
+    const int count = count_at(base);
     for (int j = 0; j < count; ++j) {
-      const int64_t position = base + j;
-      const int64_t offset = (tile.block_table[position / tile.block_size] * tile.block_stride +
-                              position % tile.block_size * tile.token_stride) *
-                             size;
-      keys[j] = static_cast<const char*>(tile.key) + offset;
-      values[j] = static_cast<const char*>(tile.value) + offset;
+      keys[j] = static_cast<const char*>(tile.key) + offset_of(base + j);
+    }
+    // Lanes past the end are masked later; any readable key will do.
+    for (int j = count; j < (count + kLanes - 1) / kLanes * kLanes; ++j) keys[j] = keys[count - 1];
+  };
+  const int64_t first_base = first_of(0) / kAttentionChunk * kAttentionChunk;
+  find_keys(key_rows[0], first_base);
+  for (int64_t base = first_base; base < tile_end; base += kAttentionChunk) {
+    const int count = count_at(base);
+    const char** keys = key_rows[(base - first_base) / kAttentionChunk % 2];
+    for (int j = 0; j < count; ++j) {
+      values[j] = static_cast<const char*>(tile.value) + (keys[j] - static_cast<const char*>(tile.key));
     }
     const int num_panels = (count + kLanes - 1) / kLanes;
-    // Lanes past the end are masked later; any readable key will do.
-    for (int j = count; j < num_panels * kLanes; ++j) keys[j] = keys[count - 1];
 
     LinearBlock block;
     block.x = s.queries;
@@ -191,6 +250,7 @@ void attention(const AttentionTile& tile) {
       pack_keys(keys + p * kLanes, head_dim * size / 4, reinterpret_cast<uint32_t*>(panel));
       block.panels[p] = panel;
     }
+    prefetch_rows(values, count, head_dim * size);
     linear<T>(block);
 
     bool same_range = true;
@@ -209,6 +269,11 @@ void attention(const AttentionTile& tile) {
       for (int64_t i = 0; i < dim; i += kLanes) {
         store(s.acc + r * dim + i, mul(load(s.acc + r * dim + i), set1(factor)));
       }
+    }
+    if (base + kAttentionChunk < tile_end) {
+      const char** next = key_rows[(base - first_base) / kAttentionChunk % 2 == 0 ? 1 : 0];
+      find_keys(next, base + kAttentionChunk);
+      prefetch_rows(next, count_at(base + kAttentionChunk), head_dim * size);
     }
     // A row must not meet values it may not see, were they only multiplied by 0: they may be NaN.
     if (same_range) {

@@ -1,5 +1,6 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "core/error.h"
@@ -12,24 +13,36 @@ namespace {
 constexpr int64_t kColsPerBlock = 64;
 
 template <typename From, typename To>
-To convert(From value) {
+void convert_row(const From* from, To* to, int64_t n) {
   if constexpr (std::is_same_v<From, To>) {
-    return value;
+    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(To));
   } else {
-    return from_float<To>(to_float(value));
+    for (int64_t i = 0; i < n; ++i) to[i] = from_float<To>(to_float(from[i]));
   }
 }
 
-// Rows [row_begin, row_end) of one panel; `source` is the row row_begin.
+// Rows [row_begin, row_end) of one panel; `source` is the row row_begin. A panel is a matrix of
+// 4-byte words, one column of float32 or two of bfloat16 by 16 rows.
 template <typename From, typename To>
 void pack_panel(const WeightView& weight, To* data, const From* source, int64_t row_begin,
                 int64_t row_end) {
-  for (int64_t col_begin = 0; col_begin < weight.cols; col_begin += kColsPerBlock) {
-    const int64_t col_end = std::min(col_begin + kColsPerBlock, weight.cols);
+  constexpr int64_t kColsPerWord = 4 / sizeof(To);
+  for (int64_t col = 0; col < weight.cols; col += kColsPerBlock) {
+    const int64_t cols = std::min(kColsPerBlock, weight.cols - col);
+    const int64_t words = (cols + kColsPerWord - 1) / kColsPerWord;
+    To block[kPanelRows][kColsPerBlock];
     for (int64_t row = row_begin; row < row_end; ++row) {
-      const From* from = source + (row - row_begin) * weight.cols;
-      for (int64_t col = col_begin; col < col_end; ++col) {
-        data[panel_index(weight.dtype, weight.cols, row, col)] = convert<From, To>(from[col]);
+      To* to = block[row % kPanelRows];
+      to[words * kColsPerWord - 1] = To{};  // the column that pads an odd number
+      convert_row(source + (row - row_begin) * weight.cols + col, to, cols);
+    }
+    To* out = data + panel_index(weight.dtype, weight.cols, row_begin / kPanelRows * kPanelRows, col);
+    const int64_t lane_begin = row_begin % kPanelRows;
+    const int64_t lane_end = lane_begin + row_end - row_begin;
+    for (int64_t word = 0; word < words; ++word) {
+      for (int64_t lane = lane_begin; lane < lane_end; ++lane) {
+        std::memcpy(out + (word * kPanelRows + lane) * kColsPerWord,
+                    &block[lane][word * kColsPerWord], 4);
       }
     }
   }

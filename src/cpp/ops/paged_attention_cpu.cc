@@ -12,7 +12,7 @@ namespace mrv1 {
 namespace {
 
 // Pieces a thread gets on average, so that slow threads can be helped.
-constexpr int64_t kPiecesPerThread = 8;
+constexpr int64_t kPiecesPerThread = 16;
 
 int64_t thread_bytes(int64_t head_dim) {
   return (attention_scratch_bytes(head_dim) + 255) / 256 * 256;

@@ -38,14 +38,14 @@ MRV1_HD float weight_exponent(float logit, float max_logit, float inverse_temper
   return bits_to_float(float_to_bits(exponent) & mask);
 }
 
-// exp(exponent) * 2^45 as an integer, for an exponent <= 0; relative error below 2^-25 plus one unit.
-// exp(0) is 2^45 exactly; below about -31.9 and for NaN the result is 0. Never decreases when the
-// exponent grows (checked over all floats), so that sets cut by weight are cut by logit as well.
-// exp(x) = 2^n (1 + s), n = round(x / ln 2), r = x - n ln 2 in two steps (Cody and Waite),
-// s = exp(r) - 1 = r + r^2 P(r) with P of degree 4 fitted for the least relative error of exp(r),
+// exp(exponent) * 2^45 as an integer, for an exponent <= 0; relative error below 2^-24 plus one
+// unit. exp(0) is 2^45 exactly; below about -31.9 and for NaN the result is 0. Never decreases when
+// the exponent grows (checked over all floats), so that sets cut by weight are cut by logit as
+// well. exp(x) = 2^n (1 + s), n = round(x / ln 2), r = x - n ln 2 in two steps (Cody and Waite), s
+// = exp(r) - 1 = r + r^2 P(r) with P of degree 4 fitted for the least relative error of exp(r),
 // 2^-28, on |r| <= ln(2) / 2. The sum 1 + s is taken in integers, which keeps 26 bits of it.
 MRV1_HD uint64_t fixed_point_exp(float exponent) {
-  constexpr float kLowest = -32.0f;  // becomes 0
+  constexpr float kLowest = -32.0f;        // becomes 0
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   constexpr float kLog2E = 0x1.715476p+0f;
   constexpr float kLn2High = 0x1.62e4p-1f;

@@ -27,15 +27,15 @@
 //                the mass equally. The division is a product with float(1 / double(temperature)),
 //                which is clamped to the largest float.
 //   min_p        keeps q >= ceil(min_p * 2^45).
-//   top_k        keeps the first k tokens of what is left; at an edge of equal logits the lower ids.
-//   top_p        keeps the shortest prefix of what is left whose sum of q is at least
+//   top_k        keeps the first k tokens of what is left; at an edge of equal logits the lower
+//   ids. top_p        keeps the shortest prefix of what is left whose sum of q is at least
 //                ceil(top_p * total), total being the sum of what is left. (top_p is read in 2^-63
 //                units, rounded down: exact for top_p >= 2^-40.)
 //  At least the first token is always kept.
 //
 //  Draw: total is the sum of q over the kept set and target = floor(random_word * total / 2^64),
-//  where the word is keyed by the seed and the position of the new token. The token is the first id,
-//  in ascending order, at which the running sum of q over kept tokens exceeds the target.
+//  where the word is keyed by the seed and the position of the new token. The token is the first
+//  id, in ascending order, at which the running sum of q over kept tokens exceeds the target.
 namespace mrv1 {
 
 enum class ProcessorStage { kLogits, kSet };
@@ -97,8 +97,8 @@ struct TopP {
     const uint64_t scaled =
         static_cast<uint64_t>(static_cast<double>(top_p) * 9223372036854775808.0);  // 2^63
     const uint64_t low = scaled * total;
-    const uint64_t target = (multiply_high(scaled, total) << 1) + (low >> 63) +
-                            ((low << 1) != 0 ? 1 : 0);
+    const uint64_t target =
+        (multiply_high(scaled, total) << 1) + (low >> 63) + ((low << 1) != 0 ? 1 : 0);
     return target > 0 ? target : 1;
   }
 };
@@ -155,8 +155,8 @@ MRV1_HD bool is_kept(float logit, int32_t id, SetEdge edge) {
   return key > edge.key || (key == edge.key && id <= edge.id);
 }
 
-// True if `id` is a token that min_tokens leaves alive. A row has to hold one before its stop tokens
-// may be masked; a search from id 0 finds it within stop_count + 1 live ids.
+// True if `id` is a token that min_tokens leaves alive. A row has to hold one before its stop
+// tokens may be masked; a search from id 0 finds it within stop_count + 1 live ids.
 MRV1_HD bool survives_stop_mask(float logit, int32_t id, const int32_t* stop_ids,
                                 int32_t stop_count) {
   if (logit_key(logit) <= kMinusInfKey) {

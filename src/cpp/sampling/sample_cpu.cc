@@ -19,19 +19,19 @@ constexpr int32_t kRadix = 1 << kRadixBits;
 
 // Scratch of one row, carved from one thread's slice of the workspace.
 struct RowScratch {
-  uint64_t* class_sum;    // [kNumClasses]
-  uint64_t* block_sum;    // [blocks]
-  int32_t* class_count;   // [kNumClasses]
-  int32_t* block_max;     // [blocks] largest key
-  int32_t* block_order;   // [blocks]
-  float* candidates;      // [vocab]
+  uint64_t* class_sum;   // [kNumClasses]
+  uint64_t* block_sum;   // [blocks]
+  int32_t* class_count;  // [kNumClasses]
+  int32_t* block_max;    // [blocks] largest key
+  int32_t* block_order;  // [blocks]
+  float* candidates;     // [vocab]
 };
 
 int64_t num_blocks(int64_t vocab_size) { return (vocab_size + kSampleBlock - 1) / kSampleBlock; }
 
 int64_t slice_bytes(int64_t vocab_size) {
-  const int64_t bytes = kNumClasses * (8 + 4) + num_blocks(vocab_size) * (8 + 4 + 4) +
-                        vocab_size * 4;
+  const int64_t bytes =
+      kNumClasses * (8 + 4) + num_blocks(vocab_size) * (8 + 4 + 4) + vocab_size * 4;
   return (bytes + 63) / 64 * 64;
 }
 
@@ -56,14 +56,19 @@ class RowSampler {
  public:
   RowSampler(float* logits, int64_t vocab_size, const int32_t* stop_ids, const RowScratch& scratch,
              const SampleLoops& loops)
-      : logits_(logits), vocab_(vocab_size), blocks_(num_blocks(vocab_size)), stop_ids_(stop_ids),
-        scratch_(scratch), loops_(loops) {}
+      : logits_(logits),
+        vocab_(vocab_size),
+        blocks_(num_blocks(vocab_size)),
+        stop_ids_(stop_ids),
+        scratch_(scratch),
+        loops_(loops) {}
 
   void apply(MinTokens, const Row&, const SamplingRow& sampling) {
     const int32_t* stop_ids = stop_ids_ + sampling.stop_offset;
     int64_t survivor = 0;
-    while (survivor < vocab_ && !survives_stop_mask(logits_[survivor], static_cast<int32_t>(survivor),
-                                                    stop_ids, sampling.stop_count)) {
+    while (survivor < vocab_ &&
+           !survives_stop_mask(logits_[survivor], static_cast<int32_t>(survivor), stop_ids,
+                               sampling.stop_count)) {
       ++survivor;
     }
     if (survivor == vocab_) {
@@ -128,8 +133,8 @@ class RowSampler {
     for (int64_t block = 0; block < blocks_; ++block) {
       uint64_t sum = 0;
       if (scratch_.block_max[block] >= edge_.key) {
-        sum = loops_.kept_sum(block_logits(block), block_count(block), first_id(block), rule_,
-                              edge_);
+        sum =
+            loops_.kept_sum(block_logits(block), block_count(block), first_id(block), rule_, edge_);
       }
       scratch_.block_sum[block] = sum;
       total += sum;
@@ -160,8 +165,8 @@ class RowSampler {
   static int32_t first_id(int64_t block) { return static_cast<int32_t>(block * kSampleBlock); }
 
   // A key at or below that of the k-th token: the k-th largest of the blocks' maxima. Blocks whose
-  // maximum is lower hold none of the first k tokens. (Should one of the k maxima have weight 0, all
-  // tokens of the blocks left out have weight 0 too, as weights never decrease with the logit.)
+  // maximum is lower hold none of the first k tokens. (Should one of the k maxima have weight 0,
+  // all tokens of the blocks left out have weight 0 too, as weights never decrease with the logit.)
   int32_t top_k_floor(int32_t top_k) {
     if (top_k > blocks_) {
       return INT32_MIN;

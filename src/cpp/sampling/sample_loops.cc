@@ -32,8 +32,7 @@ MRV1_LOOP void classify_body(const float* logits, int64_t count, const WeightRul
   weights_body(logits, count, rule, weights);
   const WeightRule local = rule;
   for (int64_t i = 0; i < count; ++i) {
-    const float exponent =
-        weight_exponent(logits[i], local.max_logit, local.inverse_temperature);
+    const float exponent = weight_exponent(logits[i], local.max_logit, local.inverse_temperature);
     const float scaled = exponent * -64.0f;
     const float limit = static_cast<float>(kNumClasses - 1);
     classes[i] = static_cast<int32_t>(scaled < limit ? scaled : limit);
@@ -71,7 +70,7 @@ MRV1_LOOP uint64_t kept_sum_body(const float* logits, int64_t count, int32_t fir
                                        const WeightRule& rule, SetEdge edge) {                  \
     return kept_sum_body(logits, count, first_id, rule, edge);                                  \
   }                                                                                             \
-  const SampleLoops kLoops_##suffix = {key_range_##suffix, weights_##suffix, classify_##suffix,  \
+  const SampleLoops kLoops_##suffix = {key_range_##suffix, weights_##suffix, classify_##suffix, \
                                        kept_sum_##suffix};
 
 MRV1_SAMPLE_LOOPS(portable, )

@@ -11,8 +11,8 @@ namespace mrv1 {
 // Logits are worked on in blocks of this many; every loop below takes one block, or its beginning.
 constexpr int64_t kSampleBlock = 256;
 
-// Classes of weight_exponent for the histogram: class 0 holds the largest logits, and a larger logit
-// is never in a later class. One class is 1/64 wide.
+// Classes of weight_exponent for the histogram: class 0 holds the largest logits, and a larger
+// logit is never in a later class. One class is 1/64 wide.
 constexpr int32_t kNumClasses = 2048;
 
 struct KeyRange {

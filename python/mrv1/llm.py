@@ -1,0 +1,306 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""`LLM`: a model directory in, text out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import resource
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from mrv1.engine import Engine, FinishReason, RequestUpdate
+from mrv1.errors import RequestError
+from mrv1.loader import LoadedModel, RunnerKwargs
+from mrv1.progress import progress_bar
+from mrv1.sampling_params import SamplingParams
+from mrv1.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Prompt = str | Sequence[int]
+
+# Batches from this size on get a progress bar.
+_LONG_BATCH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationResult:
+    """One finished request.
+
+    Attributes:
+        request_id: Its number among this LLM's requests, as a string.
+        prompt_token_ids: Of the prompt.
+        text: What was generated, without stop strings, EOS and stop tokens.
+        token_ids: All tokens generated, the one that stopped the request included.
+        finish_reason: "stop" (EOS, a stop token or a stop string), "length", "abort" or "error".
+        stop_reason: The stop string, or the id of stop_token_ids, that ended it; None for EOS.
+        error: What went wrong, with finish_reason "error".
+        prompt_tokens_per_s: Prompt tokens over the time from submission to the first token,
+            waiting included.
+        generation_tokens_per_s: Tokens after the first over the time from the first to the last.
+        peak_memory_mb: Highest resident memory of this process so far, in 10^6 bytes.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    error: str | None
+    prompt_tokens_per_s: float
+    generation_tokens_per_s: float
+    peak_memory_mb: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamChunk:
+    """What is new of one of the streamed prompts.
+
+    Attributes:
+        index: Which prompt.
+        text: New text, possibly empty.
+        token_ids: New tokens.
+        result: The whole result, with a prompt's last chunk.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    result: GenerationResult | None = None
+
+
+def peak_memory_mb() -> float:
+    """Highest resident memory of this process so far, in 10^6 bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+class _Job:
+    """One request on its way: what has come in, and what a consumer has not yet taken."""
+
+    def __init__(self, request_id: str, prompt_token_ids: list[int]) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_token_ids
+        self.text: list[str] = []
+        self.token_ids: list[int] = []
+        self.unread: deque[RequestUpdate] = deque()
+        self.start = time.perf_counter()
+        self.first = self.last = 0.0
+        self.end: RequestUpdate | None = None
+
+    def take(self, update: RequestUpdate) -> None:
+        if update.token_ids:
+            self.last = time.perf_counter()
+            self.first = self.first or self.last
+        self.text.append(update.text)
+        self.token_ids.extend(update.token_ids)
+        self.unread.append(update)
+        if update.finish_reason is not None:
+            self.end = update
+
+    def result(self) -> GenerationResult:
+        assert self.end is not None and self.end.finish_reason is not None
+        count = len(self.token_ids)
+        waited, ran = self.first - self.start, self.last - self.first
+        return GenerationResult(
+            request_id=self.request_id,
+            prompt_token_ids=self.prompt_token_ids,
+            text="".join(self.text),
+            token_ids=self.token_ids,
+            finish_reason=self.end.finish_reason,
+            stop_reason=self.end.stop_reason,
+            error=self.end.error,
+            prompt_tokens_per_s=len(self.prompt_token_ids) / waited if waited > 0 else 0.0,
+            generation_tokens_per_s=(count - 1) / ran if ran > 0 else 0.0,
+            peak_memory_mb=peak_memory_mb(),
+        )
+
+
+class LLM:
+    """A language model that is ready to generate.
+
+    Args:
+        model: A Hugging Face model directory: config.json, tokenizer.json, safetensors, and
+            generation_config.json if there is one.
+        progress: Whether to show progress bars for loading and long batches; None shows them on a
+            terminal, unless MRV1_NO_PROGRESS is set.
+        **options: Fields of `RunnerOptions`: device, dtype, max_num_seqs, max_model_len, ...
+
+    Raises:
+        ConfigError, WeightError: The directory is damaged or not supported.
+        OutOfMemoryError: Too little memory, saying for what.
+        DeviceError: No such device.
+
+    Example:
+        >>> llm = LLM("path/to/model")
+        >>> llm.generate("Once upon a time", SamplingParams(max_tokens=32))[0].text
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        progress: bool | None = None,
+        **options: Unpack[RunnerKwargs],
+    ) -> None:
+        self._progress = progress
+        self.engine = Engine(model, progress=progress, **options)
+        self._numbers = itertools.count()
+        self._jobs: dict[str, _Job] = {}
+
+    @property
+    def model(self) -> LoadedModel:
+        """Config, sizes and start-up times."""
+        return self.engine.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The directory's tokenizer."""
+        return self.engine.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[GenerationResult]:
+        """Generates for one prompt or many; waits for all.
+
+        Args:
+            prompts: A text, a list of token ids, or a list of either.
+            sampling_params: For all prompts, or one for each.
+            progress: As for `LLM`, for this call.
+
+        Returns:
+            One result a prompt, in order. A single prompt gives a list of one.
+
+        Raises:
+            RequestError: A prompt or its parameters cannot be admitted; none of them was started.
+        """
+        jobs = self._submit(prompts, sampling_params)
+        shown = progress if progress is not None else self._progress
+        if len(jobs) < _LONG_BATCH and shown is None:
+            shown = False
+        done = 0
+        try:
+            with progress_bar("Generating", len(jobs), unit="request", show=shown) as advance:
+                while done < len(jobs):
+                    self._pump()
+                    finished = sum(job.end is not None for job in jobs)
+                    advance(finished - done)
+                    done = finished
+        finally:
+            self._forget(jobs)
+        return [job.result() for job in jobs]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[StreamChunk]:
+        """Generates like `generate`, but yields what is new as it comes.
+
+        Requests are submitted, and refused, when this is called; an iterator that is closed before
+        its end aborts what still runs.
+        """
+        return self._stream(self._submit(prompts, sampling_params))
+
+    def _stream(self, jobs: list[_Job]) -> Iterator[StreamChunk]:
+        try:
+            while any(job.end is None or job.unread for job in jobs):
+                if not any(job.unread for job in jobs):
+                    self._pump()
+                for index, job in enumerate(jobs):
+                    while job.unread:
+                        update = job.unread.popleft()
+                        result = job.result() if update.finish_reason is not None else None
+                        yield StreamChunk(index, update.text, update.token_ids, result)
+        finally:
+            self._forget(jobs)
+
+    def _submit(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[_Job]:
+        many = _as_list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(many)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(many):
+            raise RequestError(
+                field="sampling_params",
+                value=f"{len(params)} of them",
+                allowed=f"one, or one for each of the {len(many)} prompts",
+            )
+        jobs: list[_Job] = []
+        try:
+            for prompt, chosen in zip(many, params, strict=True):
+                request_id = str(next(self._numbers))
+                token_ids = self.engine.add_request(request_id, prompt, chosen)
+                job = _Job(request_id, token_ids)
+                self._jobs[request_id] = job
+                jobs.append(job)
+        except BaseException:
+            self._forget(jobs)
+            raise
+        return jobs
+
+    def _pump(self) -> None:
+        for update in self.engine.step():
+            job = self._jobs.get(update.request_id)
+            if job is not None:
+                job.take(update)
+
+    def _forget(self, jobs: list[_Job]) -> None:
+        """Lets go of jobs, aborting those that still run (an error, an interrupt)."""
+        running = [job for job in jobs if job.end is None]
+        for job in running:
+            self.engine.abort(job.request_id)
+        while any(job.end is None for job in running) and self.engine.has_unfinished():
+            self._pump()
+        for job in jobs:
+            self._jobs.pop(job.request_id, None)
+
+    def close(self) -> None:
+        """Frees memory and threads. Using the LLM afterwards raises ClosedError."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts from one prompt or several; a sequence of integers is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
+        if hasattr(prompts, "tolist"):  # a NumPy array
+            return _as_list(prompts.tolist())
+        raise RequestError(
+            field="prompts",
+            value=prompts,
+            allowed="a string, token ids, or a list of either",
+        )
+    many = list(prompts)
+    if not many:
+        return []
+    if all(hasattr(item, "__index__") for item in many):
+        return [many]  # type: ignore[list-item]
+    return many  # type: ignore[return-value]
