@@ -3,7 +3,8 @@
 // One block advances the rows, a thread for each, and writes the entries to the output slot in
 // mapped host memory. Entries are made visible to the host before the barrier; then one thread
 // stores the sequence number that the host waits for.
-#include "block.cuh"
+#include <atomic>
+
 #include "check.h"
 #include "state/output_ring.h"
 
@@ -17,9 +18,9 @@ static_assert(sizeof(std::atomic<uint64_t>) == sizeof(uint64_t) &&
                   std::atomic<uint64_t>::is_always_lock_free,
               "the device stores the sequence as a plain 64-bit word");
 
-__global__ void __launch_bounds__(kThreads) advance_kernel(const ControlHeader* record,
-                                                           RowState state, InferParams infer,
-                                                           OutputHeader* slot) {
+__global__ void __launch_bounds__(kThreads)
+    advance_kernel(const ControlHeader* record, RowState state, InferParams infer,
+                   OutputHeader* slot) {
   const BatchEntry* entries = record_array<BatchEntry>(record, record->entries_offset);
   OutputEntry* out = output_entries(slot);
   for (int32_t i = threadIdx.x; i < record->num_entries; i += kThreads) {

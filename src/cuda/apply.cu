@@ -1,9 +1,9 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
 // One block carries out the record's commands straight from mapped host memory, kind after kind in
-// the record's order, with a barrier after the kinds that a later one may overwrite (a freed row can
-// be given away again in the same record). Block-id and stop-id writes are short, so a warp takes
-// each; a token write may be a whole prompt, so the block shares it.
+// the record's order. Frees stand before a barrier, as a freed row can be given away again in the
+// same record; the other kinds write to places of their own. Block-id and stop-id writes are short,
+// so a warp takes each; a token write may be a whole prompt, so the block shares it.
 #include "block.cuh"
 #include "check.h"
 #include "state/infer_params.h"
@@ -21,8 +21,8 @@ __device__ void copy_ids(int32_t* target, const int32_t* source, int32_t count, 
   for (int32_t i = thread; i < count; i += stride) target[i] = source[i];
 }
 
-__global__ void __launch_bounds__(kThreads) apply_kernel(const ControlHeader* record,
-                                                         RowState state) {
+__global__ void __launch_bounds__(kThreads)
+    apply_kernel(const ControlHeader* record, RowState state) {
   const int thread = threadIdx.x;
   const int warp = thread / cuda::kWarpSize;
   const int lane = thread % cuda::kWarpSize;

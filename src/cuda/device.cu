@@ -58,9 +58,7 @@ DeviceCount count_devices() noexcept {
   return found;
 }
 
-std::string version_text(int version) {
-  return concat(version / 1000, ".", version % 1000 / 10);
-}
+std::string version_text(int version) { return concat(version / 1000, ".", version % 1000 / 10); }
 
 class CudaDevice final : public Device {
  public:
@@ -100,8 +98,7 @@ class CudaDevice final : public Device {
     check_owned();
     CurrentDevice current(ordinal_);
     MemoryInfo info;
-    cuda::check_cuda(cudaMemGetInfo(&info.free_bytes, &info.total_bytes), kWhere,
-                     "cudaMemGetInfo");
+    cuda::check_cuda(cudaMemGetInfo(&info.free_bytes, &info.total_bytes), kWhere, "cudaMemGetInfo");
     return info;
   }
 
@@ -183,8 +180,9 @@ class CudaDevice final : public Device {
 
   void check_owned() const {
     if (abandoned_) {
-      fail(ErrorKind::kFork, kWhere, "the GPU belongs to the parent process; a forked child has to ",
-           "make its own in a fresh process");
+      fail(ErrorKind::kFork, kWhere,
+           "this GPU device belongs to the parent process; start workers ",
+           "with spawn instead of fork");
     }
   }
 
@@ -256,9 +254,9 @@ std::string describe() {
       cudaGetLastError();
       continue;
     }
-    text += concat("; GPU ", ordinal, ": ", properties.name, ", compute capability ",
-                   properties.major, ".", properties.minor, ", ", properties.totalGlobalMem >> 20,
-                   " MiB");
+    text +=
+        concat("; GPU ", ordinal, ": ", properties.name, ", compute capability ", properties.major,
+               ".", properties.minor, ", ", properties.totalGlobalMem >> 20, " MiB");
   }
   return text;
 }

@@ -3,7 +3,6 @@
 // One thread per output element for the three ops that have no reduction: the residual add, the
 // gated activation and the choice of the rows that get logits. Arithmetic is in float, and each
 // thread reads its operands before it writes, so outputs may alias inputs of the same shape.
-#include "block.cuh"
 #include "check.h"
 #include "ops/elementwise.h"
 

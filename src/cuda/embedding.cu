@@ -3,7 +3,6 @@
 // One block per token copies its row of the table, element by element, through float. The table is
 // row-major on this backend; a panel-packed one is read by the shared index function, so that the
 // contract holds for any layout.
-#include "block.cuh"
 #include "check.h"
 #include "ops/embedding.h"
 

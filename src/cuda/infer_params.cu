@@ -1,8 +1,8 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
 // One block does the whole job in three phases over shared prefix sums. Entries are sorted by class
-// (a counting sort, stable because each thread takes a contiguous run of entries), then the batch in
-// its new order gets its token and logits starts, then all threads fill the token arrays, each
+// (a counting sort, stable because each thread takes a contiguous run of entries), then the batch
+// in its new order gets its token and logits starts, then all threads fill the token arrays, each
 // token finding its batch position by binary search in query_start_loc.
 #include "block.cuh"
 #include "check.h"
@@ -30,8 +30,8 @@ __device__ int32_t find_batch(const int32_t* starts, int32_t num_requests, int32
   return low;
 }
 
-__global__ void __launch_bounds__(kThreads) infer_params_kernel(const ControlHeader* record,
-                                                                RowState state, InferParams out) {
+__global__ void __launch_bounds__(kThreads)
+    infer_params_kernel(const ControlHeader* record, RowState state, InferParams out) {
   const int thread = threadIdx.x;
   const int32_t num_requests = record->num_entries;
   const int32_t run = (num_requests + kThreads - 1) / kThreads;
@@ -124,8 +124,7 @@ __global__ void __launch_bounds__(kThreads) infer_params_kernel(const ControlHea
     }
     const bool live = row >= 0;
     // The last token of the batch position stands at seq_len - 1.
-    const int32_t position =
-        live ? out.seq_lens[batch] - (out.query_start_loc[batch + 1] - i) : 0;
+    const int32_t position = live ? out.seq_lens[batch] - (out.query_start_loc[batch + 1] - i) : 0;
     out.token_batch[i] = live ? batch : -1;
     out.token_ids[i] = live ? state.tokens[int64_t{row} * state.max_model_len + position] : 0;
     out.positions[i] = position;
@@ -140,10 +139,10 @@ __global__ void __launch_bounds__(kThreads) infer_params_kernel(const ControlHea
 
 void infer_params_cuda(const ControlHeader& record, const RowState& state, const InferParams& out,
                        const StepContext& ctx) {
-  check_internal(record.num_entries <= record.padded_requests &&
-                     record.padded_requests <= out.max_requests,
-                 kOp, record.num_entries, " entries, ", record.padded_requests,
-                 " padded requests and room for ", out.max_requests, " must be in this order");
+  check_internal(
+      record.num_entries <= record.padded_requests && record.padded_requests <= out.max_requests,
+      kOp, record.num_entries, " entries, ", record.padded_requests,
+      " padded requests and room for ", out.max_requests, " must be in this order");
   check_internal(record.padded_tokens <= out.max_tokens, kOp, record.padded_tokens,
                  " padded tokens exceed the room for ", out.max_tokens);
   check_internal(record.padded_logits <= out.max_logits, kOp, record.padded_logits,

@@ -5,7 +5,8 @@
 // float. Each output is one chain of fused multiply-adds over the columns in ascending order,
 // whatever the number of rows, so a row's result does not depend on the batch. With silu_mul the
 // block runs two such products, gate and up, and combines them in float.
-#include "block.cuh"
+#include <type_traits>
+
 #include "check.h"
 #include "ops/linear.h"
 
@@ -13,10 +14,10 @@ namespace mrv1 {
 namespace {
 
 constexpr std::string_view kOp = "linear";
-constexpr int kSide = 16;              // threads along each side of the block
-constexpr int kPerThread = 4;          // outputs of a thread along each side
+constexpr int kSide = 16;      // threads along each side of the block
+constexpr int kPerThread = 4;  // outputs of a thread along each side
 constexpr int kTile = kSide * kPerThread;
-constexpr int kDepth = 16;             // columns staged at a time
+constexpr int kDepth = 16;  // columns staged at a time
 constexpr int kThreads = kSide * kSide;
 constexpr int64_t kMaxGridY = 65535;
 
@@ -91,11 +92,13 @@ void launch(const LinearParams& params, int64_t rows, cudaStream_t stream) {
   const int64_t out_cols = params.silu_mul ? params.weight.rows / 2 : params.weight.rows;
   const dim3 grid(static_cast<unsigned>((out_cols + kTile - 1) / kTile),
                   static_cast<unsigned>((rows + kTile - 1) / kTile));
-  if (params.silu_mul) {
-    linear_kernel<T, Out, true><<<grid, kThreads, 0, stream>>>(params, rows);
-  } else {
-    linear_kernel<T, Out, false><<<grid, kThreads, 0, stream>>>(params, rows);
+  if constexpr (std::is_same_v<T, Out>) {
+    if (params.silu_mul) {
+      linear_kernel<T, Out, true><<<grid, kThreads, 0, stream>>>(params, rows);
+      return;
+    }
   }
+  linear_kernel<T, Out, false><<<grid, kThreads, 0, stream>>>(params, rows);
 }
 
 }  // namespace
@@ -105,12 +108,14 @@ void linear_cuda(const LinearParams& params, const StepContext& ctx) {
   check(weight.rows > 0 && weight.cols > 0, kOp, "weight is [", weight.rows, ", ", weight.cols,
         "]; both sizes must be positive");
   check(weight.layout == WeightLayout::kRowMajor, kOp, "weight must be row-major on CUDA");
-  check(weight.dtype == params.dtype, kOp, "weight is ", dtype_name(weight.dtype),
-        " and x is ", dtype_name(params.dtype), "; they must be equal");
+  check(weight.dtype == params.dtype, kOp, "weight is ", dtype_name(weight.dtype), " and x is ",
+        dtype_name(params.dtype), "; they must be equal");
   check(params.out_dtype == params.dtype || params.out_dtype == DType::kF32, kOp, "out is ",
         dtype_name(params.out_dtype), "; it must be ", dtype_name(params.dtype), " or float32");
-  check(!params.silu_mul || weight.rows % (2 * kPanelRows) == 0, kOp, "silu_mul with ",
-        weight.rows, " weight rows; half of them must be a multiple of ", kPanelRows);
+  check(!params.silu_mul || params.out_dtype == params.dtype, kOp, "out is ",
+        dtype_name(params.out_dtype), "; it must be ", dtype_name(params.dtype), " with silu_mul");
+  check(!params.silu_mul || weight.rows % (2 * kPanelRows) == 0, kOp, "silu_mul with ", weight.rows,
+        " weight rows; half of them must be a multiple of ", kPanelRows);
   const int64_t rows = params.logits_rows ? ctx.sizes.num_logits : ctx.sizes.num_tokens;
   check(rows <= kMaxGridY * kTile, kOp, rows, " rows; at most ", kMaxGridY * kTile,
         " are possible");

@@ -38,8 +38,7 @@ __global__ void paged_attention_kernel(PagedAttentionParams params, KvCacheLayer
     return;
   }
 
-  const T* source =
-      static_cast<const T*>(params.qkv) + token * qkv_cols + int64_t{head} * head_dim;
+  const T* source = static_cast<const T*>(params.qkv) + token * qkv_cols + int64_t{head} * head_dim;
   for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) {
     query[i] = to_float(source[i]);
     result[i] = 0.0f;
@@ -105,8 +104,7 @@ void paged_attention_cuda(const PagedAttentionParams& params, const StepContext&
   const HeadShape& shape = params.shape;
   check(params.cache != nullptr, kOp, "no cache is given");
   const KvCacheLayer& cache = *params.cache;
-  check(shape.num_heads > 0 && shape.num_kv_heads > 0 &&
-            shape.num_heads % shape.num_kv_heads == 0,
+  check(shape.num_heads > 0 && shape.num_kv_heads > 0 && shape.num_heads % shape.num_kv_heads == 0,
         kOp, shape.num_heads, " heads and ", shape.num_kv_heads,
         " key/value heads; the first must be a positive multiple of the second");
   check(shape.head_dim > 0 && shape.head_dim <= kMaxHeadDim, kOp, "head_dim is ", shape.head_dim,

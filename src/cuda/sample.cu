@@ -33,7 +33,10 @@ class RowSampler {
  public:
   __device__ RowSampler(float* logits, int32_t vocab_size, const int32_t* stop_ids,
                         Histogram* histogram, int32_t* chosen)
-      : logits_(logits), vocab_(vocab_size), stop_ids_(stop_ids), histogram_(histogram),
+      : logits_(logits),
+        vocab_(vocab_size),
+        stop_ids_(stop_ids),
+        histogram_(histogram),
         chosen_(chosen) {}
 
   __device__ void apply(MinTokens, const Row&, const SamplingRow& sampling) {
@@ -145,8 +148,8 @@ class RowSampler {
     __syncthreads();
   }
 
-  // Moves the edge to the end of the shortest prefix of the kept tokens that measures `limit`, which
-  // is at least 1. Leaves it where it is if all of them together measure less.
+  // Moves the edge to the end of the shortest prefix of the kept tokens that measures `limit` (at
+  // least 1). Leaves it where it is if all of them together measure less.
   template <Measure kMeasure>
   __device__ void narrow(uint64_t limit) {
     const unsigned long long* amount =
@@ -208,8 +211,8 @@ __device__ int32_t sample_row(RowSampler& sampler, const Row& row, const Samplin
   return sampler.draw(random_word(sampling.seed, static_cast<uint32_t>(row.total_len)));
 }
 
-__global__ void __launch_bounds__(kThreads) sample_kernel(SampleParams params, RowState state,
-                                                          InferParams infer) {
+__global__ void __launch_bounds__(kThreads)
+    sample_kernel(SampleParams params, RowState state, InferParams infer) {
   __shared__ Histogram histogram;
   __shared__ int32_t chosen;
   const int32_t batch = infer.logits_batch[blockIdx.x];
@@ -229,9 +232,9 @@ void sample_cuda(const SampleParams& params, const StepContext& ctx) {
                  "vocab_size is ", params.vocab_size, ", expected 1 to ", kMaxSampledVocab);
   static_assert(kNoToken == -1, "all bits set, as the memset below writes");
   const cudaStream_t stream = cuda::stream_of(ctx);
-  cuda::check_cuda(cudaMemsetAsync(ctx.infer.sampled, 0xff,
-                                   sizeof(int32_t) * ctx.sizes.num_requests, stream),
-                   kOp, "cudaMemsetAsync");
+  cuda::check_cuda(
+      cudaMemsetAsync(ctx.infer.sampled, 0xff, sizeof(int32_t) * ctx.sizes.num_requests, stream),
+      kOp, "cudaMemsetAsync");
   if (ctx.sizes.num_logits == 0) return;
   sample_kernel<<<ctx.sizes.num_logits, kThreads, 0, stream>>>(params, ctx.rows, ctx.infer);
   cuda::check_launch(kOp);

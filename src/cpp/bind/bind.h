@@ -40,5 +40,6 @@ void bind_session(nb::module_& m);
 void bind_sampling(nb::module_& m);
 void bind_runner(nb::module_& m);
 void bind_engine(nb::module_& m);
+void bind_bench(nb::module_& m);
 
 }  // namespace mrv1

@@ -49,4 +49,5 @@ NB_MODULE(_core, m) {
   mrv1::bind_sampling(m);
   mrv1::bind_runner(m);
   mrv1::bind_engine(m);
+  mrv1::bind_bench(m);
 }

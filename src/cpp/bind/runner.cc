@@ -229,6 +229,11 @@ void bind_runner(nb::module_& m) {
           },
           nb::arg("weight"), nb::arg("seed"), nb::arg("range"),
           nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "fill_kv_random",
+          [](const RunnerHandle& self, uint64_t seed) { self->fill_kv_random(seed); },
+          nb::arg("seed"), nb::call_guard<nb::gil_scoped_release>(),
+          "Fills the KV cache with random values: timing without a prefill.")
       .def("check_weights", [](const RunnerHandle& self) { self->weights().check_complete(); })
       .def("add_row",
            [](const RunnerHandle& self, const RowSpec& spec) {

@@ -10,8 +10,6 @@ bool is_available() { return false; }
 
 std::string describe() { return "built without CUDA"; }
 
-std::unique_ptr<Device> make_device(int) {
-  fail(ErrorKind::kDevice, "cuda", "built without CUDA");
-}
+std::unique_ptr<Device> make_device(int) { fail(ErrorKind::kDevice, "cuda", "built without CUDA"); }
 
 }  // namespace mrv1::cuda

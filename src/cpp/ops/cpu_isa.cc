@@ -21,7 +21,7 @@ CpuIsa find_cpu_isa() {
 }
 
 std::atomic<CpuIsa>& chosen_isa() {
-  static std::atomic<CpuIsa> isa{detect_cpu_isa()};
+  static std::atomic<CpuIsa> isa{default_cpu_isa()};
   return isa;
 }
 
@@ -30,6 +30,13 @@ std::atomic<CpuIsa>& chosen_isa() {
 CpuIsa detect_cpu_isa() {
   static const CpuIsa isa = find_cpu_isa();
   return isa;
+}
+
+CpuIsa default_cpu_isa() {
+#if defined(__x86_64__)
+  if (detect_cpu_isa() == CpuIsa::kAvx512Bf16 && __builtin_cpu_is("intel")) return CpuIsa::kAvx512;
+#endif
+  return detect_cpu_isa();
 }
 
 CpuIsa current_cpu_isa() { return chosen_isa().load(std::memory_order_relaxed); }

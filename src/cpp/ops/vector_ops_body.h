@@ -181,8 +181,92 @@ void linear_rows(const LinearBlock& block, int64_t row, int panel) {
   }
 }
 
+#if !defined(MRV1_SIMD_BF16_DOT)
+
+// Columns of x that are widened to float32 at a time: kTallRows of them stay in the first cache.
+constexpr int64_t kWideCols = 512;
+
+// Continues the sums in block.out over pairs of columns, from x as float32. The same operations in
+// the same order as linear_tile<BFloat16>, without widening x again for every panel.
+template <int kRows, int kPanels>
+MRV1_INLINE void widened_tile(const LinearBlock& block, const float (*x)[kWideCols], int64_t row,
+                              int panel, int64_t first_pair, int64_t num_pairs) {
+  const char* w[kPanels];
+  Vec acc[kRows][kPanels];
+#pragma GCC unroll 16
+  for (int p = 0; p < kPanels; ++p) {
+    w[p] = static_cast<const char*>(block.panels[panel + p]) + first_pair * 64;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      acc[r][p] = first_pair == 0 ? set1(0.0f)
+                                  : load(block.out + (row + r) * block.out_stride +
+                                         (panel + p) * kLanes);
+    }
+  }
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    Step<BFloat16>::Weight weights[kPanels];
+#pragma GCC unroll 16
+    for (int p = 0; p < kPanels; ++p) weights[p] = Step<BFloat16>::weight(w[p] + i * 64);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Step<BFloat16>::Input input{set1(x[r][2 * i]), set1(x[r][2 * i + 1])};
+#pragma GCC unroll 16
+      for (int p = 0; p < kPanels; ++p) {
+        acc[r][p] = Step<BFloat16>::add(acc[r][p], weights[p], input);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int p = 0; p < kPanels; ++p) {
+      store(block.out + (row + r) * block.out_stride + (panel + p) * kLanes, acc[r][p]);
+    }
+  }
+}
+
+template <int kRows>
+void widened_rows(const LinearBlock& block, int64_t row, int64_t col) {
+  for (; row + kRows <= block.rows; row += kRows) {
+    alignas(64) float x[kRows][kWideCols];
+    const int64_t cols = block.cols - col < kWideCols ? block.cols - col : kWideCols;
+    const int64_t num_pairs = (cols + 1) / 2;
+    for (int r = 0; r < kRows; ++r) {
+      const BFloat16* from =
+          static_cast<const BFloat16*>(block.x) + (row + r) * block.x_stride + col;
+      for_each_vec(cols, [&](int64_t i, int lanes) {
+        store(x[r] + i, load_up_to(from + i, lanes));
+      });
+    }
+    int panel = 0;
+    for (; panel + kTallPanels <= block.num_panels; panel += kTallPanels) {
+      widened_tile<kRows, kTallPanels>(block, x, row, panel, col / 2, num_pairs);
+    }
+    if constexpr (kTallPanels > 1) {
+      for (; panel < block.num_panels; ++panel) {
+        widened_tile<kRows, 1>(block, x, row, panel, col / 2, num_pairs);
+      }
+    }
+  }
+  if constexpr (kRows > 1) {
+    if (row < block.rows) widened_rows<kRows - 1>(block, row, col);
+  }
+}
+
+#endif
+
 template <typename T>
 void linear(const LinearBlock& block) {
+#if !defined(MRV1_SIMD_BF16_DOT)
+  if constexpr (sizeof(T) == 2) {
+    if (block.rows > kTallRows) {
+      for (int64_t col = 0; col < block.cols; col += kWideCols) {
+        widened_rows<kTallRows>(block, 0, col);
+      }
+      return;
+    }
+  }
+#endif
   int panel = 0;
   const bool wide = block.rows <= kWideRows || block.rows > kTallRows;
   if (wide) {

@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <random>
 
 #include "core/error.h"
 
@@ -15,6 +17,8 @@ constexpr int64_t kSlotAlignment = 256;
 // Room for changes in a control record besides one command of each kind a row. Longer changes (a
 // long prompt) travel in records of their own before the step.
 constexpr size_t kControlPayloadBytes = size_t{256} << 10;
+// Random values that are made once and repeated over the KV cache.
+constexpr size_t kRandomPieceBytes = size_t{4} << 20;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -183,6 +187,23 @@ void ModelRunner::allocate_kv() {
     layer.value = next + bytes;
     next += 2 * bytes;
     kv_.push_back(layer);
+  }
+}
+
+void ModelRunner::fill_kv_random(uint64_t seed) {
+  const auto bytes = static_cast<size_t>(memory_plan_.per_block * config_.num_blocks);
+  const size_t size = dtype_size(program_.dtype());
+  std::vector<char> piece(std::min(bytes, kRandomPieceBytes));
+  std::mt19937_64 words(seed);
+  for (size_t i = 0; i < piece.size() / size; ++i) {
+    const float value = static_cast<float>(static_cast<int64_t>(words()) >> 40) * 0x1p-23f;
+    const BFloat16 rounded = from_float<BFloat16>(value);
+    std::memcpy(piece.data() + i * size,
+                size == sizeof(float) ? static_cast<const void*>(&value) : &rounded, size);
+  }
+  for (size_t start = 0; start < bytes; start += piece.size()) {
+    device_->copy_in(static_cast<char*>(kv_buffer_.data()) + start, piece.data(),
+                     std::min(piece.size(), bytes - start));
   }
 }
 

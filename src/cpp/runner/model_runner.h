@@ -139,6 +139,9 @@ class ModelRunner {
   RunnerStats stats() const { return stats_; }
   const MemoryPlan& memory_plan() const { return memory_plan_; }
 
+  // Fills the KV cache with values uniform in [-1, 1): timing without a prefill.
+  void fill_kv_random(uint64_t seed);
+
   // Makes the next step fail with this message after it is launched: for testing error paths.
   void fail_next_step(std::string message) { injected_failure_ = std::move(message); }
 

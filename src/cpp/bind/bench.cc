@@ -1,0 +1,126 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include <atomic>
+#include <chrono>
+#include <memory>
+
+#include "bind/bind.h"
+
+namespace mrv1 {
+namespace {
+
+// Words that one piece of work covers: long enough for the prefetchers, short enough that threads
+// finish together.
+constexpr int64_t kWordsPerPiece = int64_t{1} << 17;
+// Independent sums, so that the loop waits for memory and not for its own additions.
+constexpr int kLanes = 32;
+
+uint64_t sum_words(const uint64_t* words, int64_t count) {
+  uint64_t sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += words[i + lane];
+  }
+  for (; i < count; ++i) sums[0] += words[i];
+  uint64_t total = 0;
+  for (uint64_t sum : sums) total += sum;
+  return total;
+}
+
+// A buffer that is larger than every cache, for plain reads.
+class ReadProbe {
+ public:
+  ReadProbe(std::shared_ptr<Device> device, int64_t bytes) : device_(std::move(device)) {
+    check(bytes >= int64_t{1} << 20, "read_probe", "bytes must be at least 2**20, not ", bytes);
+    if (device_->pool() == nullptr) {
+      fail(ErrorKind::kDevice, "read_probe", "reads are measured on the cpu only, not on ",
+           device_->name());
+    }
+    const MemoryInfo memory = device_->memory();
+    if (static_cast<size_t>(bytes) > memory.free_bytes) {
+      fail(ErrorKind::kOutOfMemory, "read_probe", "a buffer of ", bytes, " bytes is needed, ",
+           memory.free_bytes, " are free");
+    }
+    num_words_ = bytes / static_cast<int64_t>(sizeof(uint64_t));
+    buffer_ = device_->allocate(static_cast<size_t>(bytes), "read probe");
+    // Pages that were never written would all be the one zero page, which stays in cache.
+    auto* words = static_cast<uint64_t*>(buffer_.data());
+    each_piece([words](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) words[i] = static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15;
+    });
+  }
+
+  int64_t bytes() const { return num_words_ * static_cast<int64_t>(sizeof(uint64_t)); }
+
+  // Seconds that one read of the whole buffer takes.
+  double run() {
+    const auto* words = static_cast<const uint64_t*>(buffer_.data());
+    std::atomic<uint64_t> total{0};
+    const auto start = std::chrono::steady_clock::now();
+    each_piece([words, &total](int64_t begin, int64_t end, int) {
+      total.fetch_add(sum_words(words + begin, end - begin), std::memory_order_relaxed);
+    });
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    checksum_ = total.load();  // the sum is used, so the reads are not left out
+    return elapsed.count();
+  }
+
+  uint64_t checksum() const { return checksum_; }
+
+ private:
+  // Runs fn over the words in the device's stream, which is where the pool may be used.
+  template <typename Fn>
+  void each_piece(const Fn& fn) {
+    struct Task {
+      ReadProbe* probe;
+      const Fn* fn;
+    } task{this, &fn};
+    device_->submit(
+        [](void* arg) {
+          const Task& task = *static_cast<Task*>(arg);
+          task.probe->device_->pool()->parallel_for(task.probe->num_words_, kWordsPerPiece,
+                                                    *task.fn);
+        },
+        &task);
+    device_->synchronize();
+  }
+
+  std::shared_ptr<Device> device_;  // outlives the buffer
+  Buffer buffer_;
+  int64_t num_words_ = 0;
+  uint64_t checksum_ = 0;
+};
+
+struct ReadProbeHandle : Handle<ReadProbe> {
+  using Handle::Handle;
+};
+
+}  // namespace
+
+void bind_bench(nb::module_& m) {
+  nb::class_<ReadProbeHandle>(
+      m, "ReadProbe",
+      "A buffer that all threads of a device read from end to end: measures read bandwidth, and\n"
+      "evicts from the caches what was there.\n\n"
+      "Args:\n"
+      "    device: A CPU device.\n"
+      "    bytes: Size of the buffer, at least 2**20.\n\n"
+      "Raises:\n"
+      "    DeviceError: the device is not a CPU.\n"
+      "    OutOfMemoryError: less memory is free.")
+      .def(
+          "__init__",
+          [](ReadProbeHandle* self, const DeviceHandle& device, int64_t bytes) {
+            new (self) ReadProbeHandle(std::make_shared<ReadProbe>(device.share(), bytes),
+                                       "read probe");
+          },
+          nb::arg("device"), nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("bytes", [](const ReadProbeHandle& self) { return self->bytes(); })
+      .def_prop_ro("checksum", [](const ReadProbeHandle& self) { return self->checksum(); },
+                   "Sum of the 64-bit words that the last run read, modulo 2**64.")
+      .def("run", [](const ReadProbeHandle& self) { return self->run(); },
+           nb::call_guard<nb::gil_scoped_release>(),
+           "Reads the buffer once; returns the seconds it took.")
+      .def("close", &ReadProbeHandle::close);
+}
+
+}  // namespace mrv1

@@ -1,0 +1,55 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""One suite, run once per device: `pytest --device cpu` (the default) or `pytest --device cuda`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from mrv1 import _core
+
+DATA = Path(__file__).parent / "data"
+
+# Small machines are slow and noisy: no deadline per example, the same examples in every run.
+settings.register_profile(
+    "default",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where ops run")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Name of the device under test."""
+    name: str = request.config.getoption("--device")
+    if name == "cuda" and not _core.cuda_available():
+        pytest.exit(f"--device cuda: {_core.cuda_describe()}", returncode=2)
+    return name
+
+
+@pytest.fixture(scope="session")
+def native_device(device: str) -> Iterator[_core.Device]:
+    """A native device shared by tests of single ops."""
+    native = _core.Device(device, num_threads=2)
+    yield native
+    native.close()
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def models_dir() -> Path:
+    """Small random models with goldens."""
+    return DATA / "models"
