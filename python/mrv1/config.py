@@ -136,6 +136,15 @@ class ModelConfig:
             generation = _load(root / GENERATION_CONFIG_NAME)
         return _parse(config, generation)
 
+    @classmethod
+    def from_values(cls, config: dict[str, object]) -> ModelConfig:
+        """Checks the values of a config.json that is not in a file.
+
+        Raises:
+            ConfigError: They ask for something that is not supported.
+        """
+        return _parse(_Fields(Path(CONFIG_NAME), config), None)
+
 
 class _Fields:
     """The fields of one JSON object, read with checks; null counts as missing.

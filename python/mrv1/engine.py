@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from mrv1 import _core
-from mrv1.errors import Mrv1Error, RequestError
+from mrv1.errors import InvalidArgumentError, Mrv1Error, RequestError
 from mrv1.loader import LoadedModel, RunnerKwargs, RunnerOptions, load_model
 from mrv1.runner import make_row_spec
 from mrv1.sampling_params import SamplingParams
@@ -98,14 +98,18 @@ class Engine:
         """Queues a request; returns its prompt's token ids.
 
         Args:
-            request_id: The caller's name for it, unique among unfinished requests.
+            request_id: The caller's name for it, unique among the requests whose last update
+                `step` has not returned yet.
             prompt: Text, or token ids.
             params: Sampling parameters; the defaults if None.
 
         Raises:
             RequestError: It cannot be admitted, now or ever; other requests are unhurt.
         """
-        params = params or SamplingParams()
+        if not isinstance(request_id, str):
+            raise RequestError(field="request_id", value=request_id, allowed="a string")
+        if params is None:
+            params = SamplingParams()
         if not isinstance(params, SamplingParams):
             raise RequestError(
                 request_id=request_id, field="params", value=params, allowed="SamplingParams"
@@ -117,13 +121,13 @@ class Engine:
             token_ids,
             params,
             eos_token_ids=model.config.eos_token_ids,
-            max_model_len=model.max_model_len,
         )
-        if params.max_tokens is None:
-            spec.max_tokens = max(1, model.max_model_len - len(token_ids))
         detokenizer = IncrementalDetokenizer(self.tokenizer, params) if params.detokenize else None
         with self._lock:
-            self._native.add_request(request_id, spec)
+            try:
+                self._native.add_request(request_id, spec)
+            except (RequestError, InvalidArgumentError) as error:
+                raise RequestError(str(error), request_id=request_id) from None
             self._requests[request_id] = _Request(params, detokenizer)
         return token_ids
 
@@ -134,6 +138,8 @@ class Engine:
             RequestError: It is empty, too long, no prompt at all, or has an id out of range.
         """
         vocab, limit = self.model.config.vocab_size, self.model.max_model_len
+        if not isinstance(prompt, (str, Sequence)) and hasattr(prompt, "tolist"):
+            prompt = prompt.tolist()  # a NumPy array
         if isinstance(prompt, str):
             token_ids = self.tokenizer.encode(prompt)
         elif isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
@@ -177,7 +183,7 @@ class Engine:
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
         with self._lock:
-            return self._native.has_unfinished() or bool(self._requests)
+            return self._native.has_unfinished()
 
     def abort(self, request_id: str) -> bool:
         """Ends a request; its last update comes with the next `step`. False if it has ended."""
@@ -197,12 +203,15 @@ class Engine:
                     updates.append(update)
                     if update.finish_reason is not None:
                         del self._requests[update.request_id]
+            if not self._requests:
+                # A stop string may have ended the last request: bring its row and blocks home.
+                self._native.step()
             return updates
 
     def _update(self, output: _core.RequestOutput) -> RequestUpdate | None:
         request = self._requests.get(output.id)
         if request is None:
-            return None  # the native end of a request that a stop string ended
+            return None
         reason = _ENDS.get(output.end)
         token_ids = (output.token,) if output.token >= 0 else ()
         stop_reason: str | int | None = None
@@ -219,8 +228,8 @@ class Engine:
             stopped = next((piece.stopped for piece in pieces if piece.stopped is not None), None)
             if stopped is not None:
                 if reason is None:
-                    self._native.abort(output.id)
-                if reason in (None, "length"):
+                    self._native.abort(output.id, report=False)
+                if reason in (None, "length", "stop"):
                     reason, stop_reason = "stop", stopped
         return RequestUpdate(
             request_id=output.id,

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import numbers
 import os
 import resource
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mrv1.engine import Engine, FinishReason, RequestUpdate
-from mrv1.errors import RequestError
+from mrv1.errors import ClosedError, ForkError, InternalError, RequestError
 from mrv1.loader import LoadedModel, RunnerKwargs
 from mrv1.progress import progress_bar
 from mrv1.sampling_params import SamplingParams
@@ -153,6 +156,8 @@ class LLM:
         self.engine = Engine(model, progress=progress, **options)
         self._numbers = itertools.count()
         self._jobs: dict[str, _Job] = {}
+        # Held from a step until its updates have reached their jobs.
+        self._lock = threading.RLock()
 
     @property
     def model(self) -> LoadedModel:
@@ -192,7 +197,7 @@ class LLM:
         try:
             with progress_bar("Generating", len(jobs), unit="request", show=shown) as advance:
                 while done < len(jobs):
-                    self._pump()
+                    self._pump(jobs)
                     finished = sum(job.end is not None for job in jobs)
                     advance(finished - done)
                     done = finished
@@ -210,13 +215,17 @@ class LLM:
         Requests are submitted, and refused, when this is called; an iterator that is closed before
         its end aborts what still runs.
         """
-        return self._stream(self._submit(prompts, sampling_params))
+        chunks = self._stream(self._submit(prompts, sampling_params))
+        # Up to its first yield, which says nothing: one that never ran could not clean up.
+        next(chunks)
+        return chunks
 
     def _stream(self, jobs: list[_Job]) -> Iterator[StreamChunk]:
         try:
+            yield StreamChunk(0, "", ())
             while any(job.end is None or job.unread for job in jobs):
                 if not any(job.unread for job in jobs):
-                    self._pump()
+                    self._pump(jobs)
                 for index, job in enumerate(jobs):
                     while job.unread:
                         update = job.unread.popleft()
@@ -233,8 +242,14 @@ class LLM:
         many = _as_list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(many)
-        else:
+        elif isinstance(sampling_params, Sequence):
             params = list(sampling_params)
+        else:
+            raise RequestError(
+                field="sampling_params",
+                value=sampling_params,
+                allowed="SamplingParams, or one for each prompt",
+            )
         if len(params) != len(many):
             raise RequestError(
                 field="sampling_params",
@@ -254,7 +269,16 @@ class LLM:
             raise
         return jobs
 
-    def _pump(self) -> None:
+    def _pump(self, jobs: list[_Job]) -> None:
+        """Takes one step, unless all of these jobs have ended."""
+        with self._lock:
+            if all(job.end is not None for job in jobs):
+                return
+            if not self.engine.has_unfinished():
+                raise InternalError("the end of a request was lost, as by an interrupt in a step")
+            self._step()
+
+    def _step(self) -> None:
         for update in self.engine.step():
             job = self._jobs.get(update.request_id)
             if job is not None:
@@ -262,13 +286,13 @@ class LLM:
 
     def _forget(self, jobs: list[_Job]) -> None:
         """Lets go of jobs, aborting those that still run (an error, an interrupt)."""
-        running = [job for job in jobs if job.end is None]
-        for job in running:
-            self.engine.abort(job.request_id)
-        while any(job.end is None for job in running) and self.engine.has_unfinished():
-            self._pump()
-        for job in jobs:
-            self._jobs.pop(job.request_id, None)
+        with self._lock:
+            for job in jobs:
+                self._jobs.pop(job.request_id, None)
+            # An LLM that was closed, or left in the parent by a fork, has nothing to abort.
+            with contextlib.suppress(ClosedError, ForkError):
+                if any([self.engine.abort(job.request_id) for job in jobs if job.end is None]):
+                    self._step()
 
     def close(self) -> None:
         """Frees memory and threads. Using the LLM afterwards raises ClosedError."""
@@ -301,6 +325,6 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     many = list(prompts)
     if not many:
         return []
-    if all(hasattr(item, "__index__") for item in many):
+    if all(isinstance(item, numbers.Integral) for item in many):
         return [many]  # type: ignore[list-item]
     return many  # type: ignore[return-value]

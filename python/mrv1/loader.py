@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from pathlib import Path
 from typing import TypedDict
@@ -15,6 +16,8 @@ from mrv1.errors import ConfigError, InvalidArgumentError, OutOfMemoryError, Wei
 from mrv1.models import FAMILIES
 from mrv1.progress import progress_bar
 from mrv1.safetensors_reader import TensorInfo, read_checkpoint
+
+_LOG = logging.getLogger("mrv1")
 
 # safetensors dtype -> the native loader's name.
 _LOADABLE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -174,6 +177,22 @@ def load_model(
     start = time.perf_counter()
     _load_weights(model.runner, sources, progress)
     startup["load weights"] = time.perf_counter() - start
+    _LOG.setLevel(envs.LOG_LEVEL.get())
+    plan = model.runner.memory_plan
+    _LOG.info(
+        "%s on %s in %s: weights %.0f MB, activations %.0f MB, state %.0f MB, KV cache %.0f MB in %d "
+        "blocks of %d tokens; %s",
+        root,
+        model.device.name,
+        dtype,
+        plan["weights"] / 1e6,
+        plan["activations"] / 1e6,
+        plan["state"] / 1e6,
+        plan["per_block"] * model.num_kv_blocks / 1e6,
+        model.num_kv_blocks,
+        model.block_size,
+        ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in startup.items()),
+    )
     return model
 
 

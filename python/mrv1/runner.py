@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 import secrets
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _MAX_INT32 = 2**31 - 1
+# Smaller ones would be 0 in float32; they keep one token all the same.
+_MIN_TOP_P = 1e-37
 
 FINISH_REASONS: dict[_core.FinishReason, Literal["stop", "length", "error"]] = {
     _core.FinishReason.STOP: "stop",
@@ -56,6 +59,7 @@ class PendingStep:
     def __init__(self, runner: _core.ModelRunner, step: int) -> None:
         self._runner = runner
         self._outputs: list[RowOutput] | None = None
+        self._error: str | None = None
         self.step = step
 
     @property
@@ -72,7 +76,7 @@ class PendingStep:
         if self._outputs is None:
             output = self._runner.result(self.step)
             if output.error:
-                raise InternalError(f"step {output.step} failed: {output.error}")
+                self._error = f"step {output.step} failed: {output.error}"
             self._outputs = [
                 RowOutput(
                     row=entry.row,
@@ -84,6 +88,8 @@ class PendingStep:
                 )
                 for entry in output.entries
             ]
+        if self._error is not None:
+            raise InternalError(self._error)
         return self._outputs
 
     def __del__(self) -> None:
@@ -99,7 +105,6 @@ def make_row_spec(
     params: SamplingParams,
     *,
     eos_token_ids: Sequence[int],
-    max_model_len: int,
     prompt_len: int | None = None,
     num_computed: int = 0,
     block_ids: Sequence[int] = (),
@@ -107,14 +112,16 @@ def make_row_spec(
     """Translates a request into what the native side takes."""
     spec = _core.RowSpec()
     try:
-        spec.token_ids = [int(token) for token in token_ids]
-        spec.block_ids = [int(block) for block in block_ids]
-    except TypeError as error:
-        raise InvalidArgumentError(f"token_ids and block_ids hold integers: {error}") from None
+        spec.token_ids = [operator.index(token) for token in token_ids]
+        spec.block_ids = [operator.index(block) for block in block_ids]
+    except (TypeError, OverflowError) as error:
+        raise InvalidArgumentError(
+            f"token_ids and block_ids hold integers of 32 bits: {error}"
+        ) from None
     spec.prompt_len = len(spec.token_ids) if prompt_len is None else prompt_len
     spec.num_computed = num_computed
     spec.temperature = params.temperature
-    spec.top_p = params.top_p
+    spec.top_p = max(params.top_p, _MIN_TOP_P)
     spec.min_p = params.min_p
     spec.top_k = params.top_k
     spec.seed = secrets.randbits(64) if params.seed is None else params.seed
@@ -188,13 +195,15 @@ class ModelRunner:
         Raises:
             InvalidArgumentError: Something does not fit; the runner is as it was.
         """
-        params = params or SamplingParams()
+        if params is None:
+            params = SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise InvalidArgumentError(field="params", value=params, allowed="SamplingParams")
         params.validate_for(self.model.config.vocab_size, self.model.max_model_len)
         spec = make_row_spec(
             token_ids,
             params,
             eos_token_ids=self.model.config.eos_token_ids,
-            max_model_len=self.model.max_model_len,
             prompt_len=prompt_len,
             num_computed=num_computed,
             block_ids=block_ids,

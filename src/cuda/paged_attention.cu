@@ -14,8 +14,8 @@ namespace {
 
 constexpr std::string_view kOp = "paged_attention";
 constexpr int kThreads = 128;
-constexpr int kChunk = 64;             // positions of one softmax update
-constexpr int32_t kMaxHeadDim = 4096;  // of shared memory: 32 KiB
+constexpr int kChunk = 64;  // positions of one softmax update
+constexpr int32_t kMaxHeadDim = 256;
 
 template <typename T>
 __global__ void paged_attention_kernel(PagedAttentionParams params, KvCacheLayer cache,
@@ -107,15 +107,18 @@ void paged_attention_cuda(const PagedAttentionParams& params, const StepContext&
   check(shape.num_heads > 0 && shape.num_kv_heads > 0 && shape.num_heads % shape.num_kv_heads == 0,
         kOp, shape.num_heads, " heads and ", shape.num_kv_heads,
         " key/value heads; the first must be a positive multiple of the second");
-  check(shape.head_dim > 0 && shape.head_dim <= kMaxHeadDim, kOp, "head_dim is ", shape.head_dim,
-        "; it must be in [1, ", kMaxHeadDim, "]");
+  check(shape.head_dim > 0 && shape.head_dim % 8 == 0 && shape.head_dim <= kMaxHeadDim, kOp,
+        "head_dim is ", shape.head_dim, "; it must be a multiple of 8 up to ", kMaxHeadDim);
   check(cache.dtype == params.dtype, kOp, "the cache is ", dtype_name(cache.dtype), " and qkv is ",
         dtype_name(params.dtype), "; they must be equal");
   check(cache.head_dim == shape.head_dim && cache.num_kv_heads == shape.num_kv_heads, kOp,
         "the cache has ", cache.num_kv_heads, " heads of ", cache.head_dim, ", qkv has ",
         shape.num_kv_heads, " of ", shape.head_dim);
-  check(cache.block_size > 0, kOp, "the cache's block_size is ", cache.block_size,
-        "; it must be positive");
+  check(cache.block_size > 0 && cache.block_size == ctx.rows.block_size, kOp,
+        "the cache's block_size is ", cache.block_size, " and the block table's ",
+        ctx.rows.block_size, "; they must be equal and positive");
+  check(params.kv_group >= 0 && params.kv_group < ctx.rows.num_groups, kOp, "kv_group is ",
+        params.kv_group, "; it must be in [0, ", ctx.rows.num_groups, ")");
   check(params.window >= 0, kOp, "window is ", params.window, "; it must not be negative");
   if (ctx.sizes.num_tokens == 0) return;
   const dim3 grid(ctx.sizes.num_tokens, shape.num_heads);

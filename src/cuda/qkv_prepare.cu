@@ -13,7 +13,7 @@ namespace {
 
 constexpr std::string_view kOp = "qkv_prepare";
 constexpr int kThreads = 128;
-constexpr int32_t kMaxHeadDim = 4096;  // of shared memory: 16 KiB
+constexpr int32_t kMaxHeadDim = 256;
 
 template <typename T>
 __device__ float rounded(float value) {
@@ -91,10 +91,10 @@ void qkv_prepare_cuda(const QkvPrepareParams& params, const StepContext& ctx) {
   const HeadShape& shape = params.shape;
   check(shape.num_heads > 0 && shape.num_kv_heads > 0, kOp, shape.num_heads, " heads and ",
         shape.num_kv_heads, " key/value heads; both must be positive");
-  check(shape.head_dim > 0 && shape.head_dim <= kMaxHeadDim, kOp, "head_dim is ", shape.head_dim,
-        "; it must be in [1, ", kMaxHeadDim, "]");
-  check(params.rope == nullptr || shape.head_dim % 2 == 0, kOp, "head_dim is ", shape.head_dim,
-        "; RoPE needs an even one");
+  check(shape.head_dim > 0 && shape.head_dim % 8 == 0 && shape.head_dim <= kMaxHeadDim, kOp,
+        "head_dim is ", shape.head_dim, "; it must be a multiple of 8 up to ", kMaxHeadDim);
+  check((params.q_norm == nullptr) == (params.k_norm == nullptr), kOp,
+        "q_norm and k_norm must be given together");
   check(params.out != nullptr || params.cache != nullptr, kOp, "neither out nor cache is given");
   KvCacheLayer cache;
   const int32_t* slots = nullptr;

@@ -40,8 +40,10 @@ void bind_engine(nb::module_& m) {
            },
            nb::arg("id"), nb::arg("row"), nb::call_guard<nb::gil_scoped_release>())
       .def("abort",
-           [](const EngineHandle& self, const std::string& id) { return self->abort(id); },
-           nb::arg("id"))
+           [](const EngineHandle& self, const std::string& id, bool report) {
+             return self->abort(id, report);
+           },
+           nb::arg("id"), nb::arg("report") = true)
       .def("has_unfinished", [](const EngineHandle& self) { return self->has_unfinished(); })
       .def("step", [](const EngineHandle& self) { return self->step(); },
            nb::call_guard<nb::gil_scoped_release>())

@@ -38,9 +38,13 @@ int32_t Engine::blocks_for(int32_t tokens) const {
 void Engine::add_request(EngineRequest request) {
   const RunnerConfig& config = runner_->config();
   const auto refuse = [&](const auto&... parts) {
-    fail(ErrorKind::kRequest, "request '" + request.id + "'", parts...);
+    fail(ErrorKind::kRequest, "add_request", parts...);
   };
-  if (requests_.count(request.id) > 0) refuse("an unfinished request has this id");
+  const auto is_its = [&](const RequestOutput& output) { return output.id == request.id; };
+  if (requests_.count(request.id) > 0 ||
+      std::any_of(pending_outputs_.begin(), pending_outputs_.end(), is_its)) {
+    refuse("an unfinished request has this id");
+  }
   RowSpec& row = request.row;
   if (row.token_ids.empty()) refuse("the prompt is empty");
   const int64_t length = static_cast<int64_t>(row.token_ids.size());
@@ -67,9 +71,10 @@ void Engine::add_request(EngineRequest request) {
   requests_.emplace(std::move(request.id), std::move(entry));
 }
 
-bool Engine::abort(const std::string& id) {
+bool Engine::abort(const std::string& id, bool report) {
   if (requests_.count(id) == 0) return false;
   end(id, RequestEnd::kAbort, "", pending_outputs_);
+  if (!report) pending_outputs_.pop_back();
   return true;
 }
 
@@ -99,9 +104,10 @@ void Engine::release_ended() {
 }
 
 void Engine::admit() {
-  while (!waiting_.empty() && runner_->free_rows() > 0) {
+  while (!waiting_.empty()) {
     const std::string& id = waiting_.front();
     Request& request = requests_.at(id);
+    if (!runner_->can_add(request.spec)) return;
     const int32_t needed = blocks_for(request.max_total_len - 1);
     if (!blocks_.reserve(needed)) return;
     request.handle = runner_->add_row(request.spec);

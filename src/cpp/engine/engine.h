@@ -13,7 +13,8 @@
 
 namespace mrv1 {
 
-// A request as the engine takes it: ids are the caller's, unique among unfinished requests.
+// A request as the engine takes it: ids are the caller's, unique among the requests whose last
+// output was not returned yet.
 struct EngineRequest {
   std::string id;
   RowSpec row;  // block_ids and num_computed are the engine's to fill
@@ -46,9 +47,14 @@ class Engine {
 
   // Queues a request; kRequest errors name what does not fit. Nothing is queued on error.
   void add_request(EngineRequest request);
-  // Ends a request; its kAbort output comes with the next step(). False if it is not there.
-  bool abort(const std::string& id);
-  bool has_unfinished() const { return !requests_.empty(); }
+  // Ends a request; its kAbort output comes with the next step(), or never if the caller does not
+  // want a report. False if it is not there.
+  bool abort(const std::string& id, bool report = true);
+  // Whether step() has something to launch, to return or to bring home.
+  bool has_unfinished() const {
+    return !requests_.empty() || !pending_outputs_.empty() || !launched_.empty() ||
+           !draining_.empty();
+  }
 
   // Launches the next step if there is work, then takes in the oldest step when one is running
   // ahead (or nothing more could be launched). Returns what became known.

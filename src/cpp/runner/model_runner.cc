@@ -129,6 +129,8 @@ RunnerConfig ModelRunner::checked_config(const Program& program, RunnerConfig co
         "runner", "padding exceeds the limits");
   check(program.logits_value() >= 0, "runner", "the program has no logits");
   check(!program.kv_layers().empty(), "runner", "the program has no attention");
+  // The sampler's sums of fixed-point weights hold this many (sampling/math.h).
+  positive(vocab_size(program), "vocab_size", 1 << 18);
 
   const MemoryPlan plan = plan_memory(program, config, device);
   const MemoryInfo memory = device.memory();
@@ -375,11 +377,20 @@ void ModelRunner::check_spec(const RowSpec& spec) const {
   for (int32_t token : spec.stop_ids) {
     check(token >= 0 && token < vocab, where, "stop id ", token, " is outside [0, ", vocab, ")");
   }
+  check(spec.stop_ids.size() <= static_cast<size_t>(config_.max_stop_ids), where, "stop_ids has ",
+        spec.stop_ids.size(), " ids, all rows together hold ", config_.max_stop_ids);
   check(length < max_total_length(spec), where, "token_ids holds ", length - spec.prompt_len,
         " outputs already, max_tokens is ", spec.max_tokens);
   check(spec.block_ids.size() <= static_cast<size_t>(ctx_.rows.max_blocks), where, "a row holds ",
         ctx_.rows.max_blocks, " blocks, not ", spec.block_ids.size());
   check_blocks(spec.block_ids, where);
+}
+
+bool ModelRunner::can_add(const RowSpec& spec) const {
+  const auto count = static_cast<int32_t>(spec.stop_ids.size());
+  const auto holds = [&](const auto& range) { return range.second >= count; };
+  return !free_rows_.empty() &&
+         (count == 0 || std::any_of(free_stop_ranges_.begin(), free_stop_ranges_.end(), holds));
 }
 
 RowHandle ModelRunner::add_row(const RowSpec& spec) {
@@ -410,7 +421,8 @@ RowHandle ModelRunner::add_row(const RowSpec& spec) {
   state.num_computed = spec.num_computed;
   state.total_len = host.prefill_target;
   state.last_token = -1;
-  state.min_total_len = spec.prompt_len + spec.min_tokens;
+  state.min_total_len = static_cast<int32_t>(
+      std::min<int64_t>(int64_t{spec.prompt_len} + spec.min_tokens, config_.max_model_len));
   state.max_total_len = host.max_total_len;
   state.adapter = -1;
   SamplingRow& sampling = command.sampling;
@@ -655,7 +667,8 @@ bool ModelRunner::ready(uint64_t step) const {
 
 uint64_t ModelRunner::retired_step() const {
   // Steps retire in order, so the newest finished slot tells.
-  uint64_t retired = 0;
+  // A slot is taken again only when its step has finished, whatever the newer ones do.
+  uint64_t retired = next_step_ > kSlots ? next_step_ - 1 - kSlots : 0;
   for (const Slot& slot : slots_) {
     if (slot.step != 0 && ready(slot.step)) retired = std::max(retired, slot.step);
   }

@@ -106,6 +106,8 @@ class ModelRunner {
   // Throws kInvalidArgument naming the field if add_row would refuse the spec, rows and stop ids in
   // use aside.
   void check_spec(const RowSpec& spec) const;
+  // Whether there is a free row and room for the stop ids of a spec now.
+  bool can_add(const RowSpec& spec) const;
   // Admits a request into a free row. Errors (kRequest, kInvalidArgument) leave everything as it was.
   RowHandle add_row(const RowSpec& spec);
   void append_blocks(int32_t row, std::span<const int32_t> block_ids);

@@ -1,0 +1,362 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""The command `mrv1`: generate, bench, env.
+
+Exit status: 0; 1 for an error that mrv1 names, as one line on stderr; 2 for wrong usage; 130 after
+Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING
+
+from mrv1._version import __version__
+from mrv1.errors import InvalidArgumentError, Mrv1Error
+
+if TYPE_CHECKING:
+    from mrv1.bench import Record
+    from mrv1.llm import LLM, GenerationResult
+    from mrv1.loader import LoadedModel, RunnerOptions
+    from mrv1.sampling_params import SamplingParams
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+# Sampling where neither the user nor generation_config.json says anything.
+_TEMPERATURE = 0.8
+_MAX_TOKENS = 128
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except Mrv1Error as error:
+        print(f"mrv1: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_ERROR
+    except BrokenPipeError:
+        # Whoever read the output has gone. What is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("mrv1: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mrv1", description="Runs language models.")
+    parser.add_argument("--version", action="version", version=f"mrv1 {__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    _add_generate(commands.add_parser("generate", help="continue prompts with a model"))
+    _add_bench(commands.add_parser("bench", help="measure speed"))
+    env = commands.add_parser("env", help="print what a bug report needs")
+    env.set_defaults(run=_run_env)
+    return parser
+
+
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="auto, cpu or cuda (default: MRV1_DEVICE, else auto)")
+    parser.add_argument(
+        "--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)"
+    )
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
+
+
+# --- generate ------------------------------------------------------------------------------------
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Continues each prompt. Text goes to stdout, all else to stderr."
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text; - reads it from stdin")
+    parser.add_argument("--model", metavar="DIR", help="model directory (default: the demo model)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=_MAX_TOKENS, help="tokens a prompt (default: %(default)s)"
+    )
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's)")
+    parser.add_argument("--top-p", type=float, help="(default: the model's)")
+    parser.add_argument("--top-k", type=int, help="(default: the model's)")
+    parser.add_argument("--min-p", type=float, default=0.0, help="(default: off)")
+    parser.add_argument("--seed", type=int, help="makes the output repeatable")
+    parser.add_argument("--stop", action="append", metavar="STR", help="ends the text; repeatable")
+    _add_device_options(parser)
+    parser.set_defaults(run=_run_generate)
+
+
+def _run_generate(options: argparse.Namespace) -> None:
+    from mrv1.llm import LLM
+    from mrv1.shapes import demo_model
+
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in options.prompts]
+    with LLM(
+        options.model or demo_model(),
+        progress=False if options.no_progress else None,
+        device=options.device,
+        dtype=options.dtype,
+    ) as llm:
+        params = _sampling_params(options, llm)
+        results: list[GenerationResult] = []
+        try:
+            with contextlib.closing(_in_order(llm, prompts, params, results)) as texts:
+                for text in texts:
+                    sys.stdout.write(text)
+                    sys.stdout.flush()
+        except KeyboardInterrupt:
+            # The terminal's cursor stands behind half a line of text and "^C".
+            print(flush=True)
+            raise
+        _print_statistics(results)
+
+
+def _sampling_params(options: argparse.Namespace, llm: LLM) -> SamplingParams:
+    from mrv1.sampling_params import SamplingParams
+
+    model = llm.model.config.default_sampling
+
+    def chosen(given: float | None, recommended: float | None, default: float) -> float:
+        return next(value for value in (given, recommended, default) if value is not None)
+
+    return SamplingParams(
+        temperature=chosen(options.temperature, model.temperature, _TEMPERATURE),
+        top_p=chosen(options.top_p, model.top_p, 1.0),
+        top_k=int(chosen(options.top_k, model.top_k, 0)),
+        min_p=options.min_p,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+        stop=options.stop,
+    )
+
+
+def _in_order(
+    llm: LLM, prompts: list[str], params: SamplingParams, results: list[GenerationResult]
+) -> Generator[str, None, None]:
+    """Yields the texts of prompts that run together, one after the other, as they come.
+
+    Args:
+        llm: The model.
+        prompts: Texts.
+        params: For all of them.
+        results: Takes the results, in the order in which they ended.
+    """
+    waiting: list[list[str]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    current = 0
+    with contextlib.closing(llm.stream(prompts, params)) as chunks:
+        for chunk in chunks:
+            waiting[chunk.index].append(chunk.text)
+            if chunk.result is not None:
+                ended[chunk.index] = True
+                results.append(chunk.result)
+            while current < len(prompts):
+                yield "".join(waiting[current])
+                waiting[current].clear()
+                if not ended[current]:
+                    break
+                current += 1
+                yield "\n" if current == len(prompts) else "\n\n"
+
+
+def _print_statistics(results: list[GenerationResult]) -> None:
+    for result in sorted(results, key=lambda result: int(result.request_id)):
+        if result.error is not None:
+            print(f"request {result.request_id} failed: {result.error}", file=sys.stderr)
+    prompt_tokens = sum(len(result.prompt_token_ids) for result in results)
+    tokens = sum(len(result.token_ids) for result in results)
+    # Requests run together: tokens of all over the time of the slowest.
+    waited = max(_seconds(len(r.prompt_token_ids), r.prompt_tokens_per_s) for r in results)
+    ran = max(_seconds(len(r.token_ids) - 1, r.generation_tokens_per_s) for r in results)
+    prompt_rate = prompt_tokens / waited if waited else 0.0
+    rate = (tokens - len(results)) / ran if ran else 0.0
+    peak = max(result.peak_memory_mb for result in results)
+    print(
+        f"prompt: {prompt_tokens} tokens, {prompt_rate:.1f} tokens/s; "
+        f"generation: {tokens} tokens, {rate:.1f} tokens/s; peak memory: {peak:.0f} MB",
+        file=sys.stderr,
+    )
+
+
+def _seconds(count: int, rate: float) -> float:
+    return count / rate if rate > 0 else 0.0
+
+
+# --- bench ---------------------------------------------------------------------------------------
+
+
+def _positive_list(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise ValueError(text)
+    return values
+
+
+def _positive(text: str) -> int:
+    (value,) = _positive_list(text)
+    return value
+
+
+_positive_list.__name__ = "list of positive integers"
+_positive.__name__ = "positive integer"
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from mrv1.shapes import NAMES
+
+    parser.description = (
+        "Measures a figure, prints a table and writes records; see docs/benchmarks.md."
+    )
+    parser.add_argument("figure", choices=("decode", "op"), help="what to measure")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="DIR", help="a model directory")
+    what.add_argument("--shape", choices=NAMES, help="sizes of a public model, random weights")
+    parser.add_argument(
+        "--batch", type=_positive_list, default=[1, 8], metavar="N[,N]", help="(default: 1,8)"
+    )
+    parser.add_argument(
+        "--context", type=_positive_list, default=[1024], metavar="N[,N]", help="(default: 1024)"
+    )
+    parser.add_argument(
+        "--steps", type=_positive, default=32, metavar="N", help="steps that count (default: 32)"
+    )
+    parser.add_argument(
+        "--layers", type=_positive, metavar="N", help="cut the shape to N layers; its name says so"
+    )
+    parser.add_argument(
+        "--save", metavar="DIR", help="write the shape as a model directory, and measure that"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the records")
+    parser.add_argument(
+        "--read-mb",
+        type=_positive,
+        default=1 << 10,
+        metavar="N",
+        help="buffer of the bandwidth measurement in MiB (default: 1024)",
+    )
+    _add_device_options(parser)
+    parser.set_defaults(run=_run_bench)
+
+
+def _run_bench(options: argparse.Namespace) -> None:
+    from mrv1 import bench
+    from mrv1.loader import resolve_device
+
+    bench.check_measurable(resolve_device(options.device))
+    records = _decode_records(options) if options.figure == "decode" else _op_records(options)
+    print(bench.format_table(records))
+    if options.json is not None:
+        bench.write_json(options.json, records)
+
+
+def _bench_source(options: argparse.Namespace) -> tuple[str, str | None, dict[str, object]]:
+    """What --model, --shape, --layers and --save ask for: a name, and a directory or a config."""
+    from mrv1 import shapes
+    from mrv1.random_model import save_random_model
+
+    if options.model is not None or options.shape == shapes.DEMO:
+        for name in ("layers", "save"):
+            if getattr(options, name) is not None:
+                raise InvalidArgumentError(
+                    field=f"--{name}",
+                    value=getattr(options, name),
+                    allowed="left out for a model that has weights of its own",
+                )
+        if options.model is None:
+            return shapes.DEMO, str(shapes.demo_model()), {}
+        # Records are published; where a directory lies is nobody's business.
+        return os.path.basename(os.path.abspath(options.model)), options.model, {}
+    name, config = shapes.shape_config(options.shape, options.layers)
+    if options.save is None:
+        return name, None, config
+    shown = False if options.no_progress else None
+    return name, str(save_random_model(options.save, config, progress=shown)), config
+
+
+def _load(
+    options: argparse.Namespace,
+    directory: str | None,
+    config: dict[str, object],
+    runner_options: RunnerOptions,
+) -> LoadedModel:
+    from mrv1.config import ModelConfig
+    from mrv1.loader import load_model
+    from mrv1.random_model import random_runner
+
+    if directory is None:
+        return random_runner(ModelConfig.from_values(config), runner_options)
+    return load_model(directory, runner_options, progress=False if options.no_progress else None)
+
+
+def _decode_records(options: argparse.Namespace) -> list[Record]:
+    from mrv1 import bench, bench_decode
+
+    shape, directory, config = _bench_source(options)
+    runner_options = bench_decode.decode_options(
+        options.device, options.dtype, options.batch, options.context, options.steps
+    )
+    model = _load(options, directory, config, runner_options)
+    try:
+        model.runner.fill_kv_random(0)
+        timings = [
+            bench_decode.measure_decode(model, batch, context, options.steps)
+            for context in options.context
+            for batch in options.batch
+        ]
+        # Last, since its buffer would count as memory of the model.
+        rates = bench.measure_rates(model.device, model.dtype, options.read_mb << 20)
+        device = bench.describe_device(model.device)
+    finally:
+        model.runner.close()
+        model.device.close()
+    records = []
+    for timing in timings:
+        # Rows grow while they are measured.
+        mean = timing.context + (options.steps - 1) / 2
+        costs = bench.decode_costs(model.config, model.dtype, timing.batch, mean)
+        records.append(
+            bench.make_record("decode", shape, device, model.dtype, timing, costs, rates)
+        )
+    return records
+
+
+def _op_records(options: argparse.Namespace) -> list[Record]:
+    from mrv1 import _core, bench, bench_op, envs
+    from mrv1.config import ModelConfig
+    from mrv1.loader import resolve_device, resolve_dtype
+
+    shape, directory, values = _bench_source(options)
+    config = ModelConfig.from_values(values) if directory is None else ModelConfig.from_dir(directory)
+    dtype = resolve_dtype(options.dtype, config)
+    threads = envs.NUM_THREADS.get() or 0
+    device = _core.Device(resolve_device(options.device), num_threads=threads)
+    try:
+        rates = bench.measure_rates(device, dtype, options.read_mb << 20)
+        probe = bench.make_probe(device, options.read_mb << 20)
+        records = []
+        for context in options.context:
+            for batch in options.batch:
+                for cost, timing in bench_op.measure_ops(
+                    device, config, dtype, batch, context, options.steps, probe.run
+                ):
+                    record = bench.make_record(
+                        "op", shape, bench.describe_device(device), dtype, timing, [cost], rates
+                    )
+                    record["op"] = cost.name
+                    records.append(record)
+        probe.close()
+    finally:
+        device.close()
+    return records
+
+
+# --- env -----------------------------------------------------------------------------------------
+
+
+def _run_env(_: argparse.Namespace) -> None:
+    from mrv1.env_report import env_report, format_report
+
+    print(format_report(env_report()))

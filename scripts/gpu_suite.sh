@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#
+# What must pass on a machine with a GPU, in named parts that add to one report:
+#
+#   scripts/gpu_suite.sh WHEEL_DIR REPORT_DIR [PART ...]
+#
+# WHEEL_DIR holds the mrv1 wheel built with CUDA, and wheels of what the machine lacks. Parts:
+# smoke (seconds: does the build load and draw a token), suite (the tests that take --device),
+# memcheck, racecheck, initcheck, synccheck (compute-sanitizer over the op tests). Default: all.
+# A part that has passed is not run again; delete its .ok file in REPORT_DIR to repeat it.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+wheels=$1
+report=$2
+shift 2
+parts=("$@")
+((${#parts[@]})) || parts=(smoke suite memcheck racecheck initcheck synccheck)
+
+site=$(mktemp -d)
+trap 'rm -rf "${site}"' EXIT
+python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "${site}" \
+  "${wheels}"/*.whl || exit 1
+export PYTHONPATH=${site} PYTHONUNBUFFERED=1
+mkdir -p "${report}"
+
+sanitized() {
+  # Fewer examples: a sanitizer slows kernels down by one to two orders.
+  MRV1_TEST_EXAMPLES=3 timeout 240 compute-sanitizer --tool "$1" --error-exitcode 9 \
+    --target-processes all python3 -m pytest -q -p no:cacheprovider --device cuda \
+    tests/test_ops_parity.py tests/test_infer_params.py
+}
+
+run_part() {
+  case $1 in
+    smoke)
+      python3 - <<'PYTHON'
+from mrv1 import LLM, SamplingParams, _core
+import mrv1, pathlib
+print(_core.cuda_describe())
+demo = pathlib.Path(mrv1.__file__).parent / "demo"
+with LLM(demo, device="cuda", dtype="float32", progress=False) as llm:
+    print(llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=16))[0].text)
+PYTHON
+      ;;
+    suite)
+      python3 -m pytest -q -p no:cacheprovider --device cuda --durations=5 \
+        tests/test_ops_parity.py tests/test_sampler.py tests/test_infer_params.py \
+        tests/test_program.py tests/test_models.py tests/test_contract.py tests/test_demo.py
+      ;;
+    memcheck | racecheck | initcheck | synccheck) sanitized "$1" ;;
+    *)
+      echo "no part '$1'" >&2
+      return 2
+      ;;
+  esac
+}
+
+status=0
+for part in "${parts[@]}"; do
+  [[ -e ${report}/${part}.ok ]] && continue
+  start=${SECONDS}
+  if run_part "${part}" > "${report}/${part}.log" 2>&1; then
+    touch "${report}/${part}.ok"
+    verdict=passed
+  else
+    verdict=FAILED
+    status=1
+  fi
+  closing=$(grep -E 'passed|failed|ERROR SUMMARY' "${report}/${part}.log" | tail -n 2 | tr '\n' ' ')
+  printf '%-10s %-7s %4d s  %s\n' "${part}" "${verdict}" $((SECONDS - start)) "${closing}" |
+    tee -a "${report}/summary.txt"
+done
+exit ${status}

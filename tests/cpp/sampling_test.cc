@@ -1,0 +1,196 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "ops/cpu_isa.h"
+#include "sampling/math.h"
+#include "sampling/processors.h"
+#include "sampling/sample_loops.h"
+
+namespace mrv1 {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+std::vector<CpuIsa> vector_isas() {
+  std::vector<CpuIsa> isas;
+  for (CpuIsa isa : {CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAvx512Bf16}) {
+    if (isa <= detect_cpu_isa()) {
+      isas.push_back(isa);
+    }
+  }
+  return isas;
+}
+
+// Every second row has special values in it; the others spread over the weights' whole range.
+std::vector<float> awkward_logits(std::mt19937& random, int64_t count) {
+  const float specials[] = {0.0f, -0.0f, 1e-45f, -1e-45f, 3.4028235e38f, -3.4028235e38f,
+                            kInf, -kInf, NAN,    -NAN,    31.9f,         -31.9f};
+  std::normal_distribution<float> normal(0.0f, 6.0f);
+  std::vector<float> logits(static_cast<size_t>(count));
+  const bool special = random() % 2 == 0;
+  for (float& logit : logits) {
+    logit =
+        special && random() % 4 == 0 ? specials[random() % std::size(specials)] : normal(random);
+  }
+  return logits;
+}
+
+TEST_CASE("philox gives the known answers of its authors") {
+  const PhiloxBlock zeros = philox4x32(PhiloxBlock{{0, 0, 0, 0}}, 0, 0);
+  CHECK(zeros.word[0] == 0x6627e8d5u);
+  CHECK(zeros.word[1] == 0xe169c58du);
+  CHECK(zeros.word[2] == 0xbc57ac4cu);
+  CHECK(zeros.word[3] == 0x9b00dbd8u);
+  const uint32_t ones = 0xffffffffu;
+  const PhiloxBlock full = philox4x32(PhiloxBlock{{ones, ones, ones, ones}}, ones, ones);
+  CHECK(full.word[0] == 0x408f276du);
+  CHECK(full.word[1] == 0x41c83b0eu);
+  CHECK(full.word[2] == 0xa20bc7c6u);
+  CHECK(full.word[3] == 0x6d5451fdu);
+  const PhiloxBlock digits_of_pi = philox4x32(
+      PhiloxBlock{{0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u}}, 0xa4093822u, 0x299f31d0u);
+  CHECK(digits_of_pi.word[0] == 0xd16cfe09u);
+  CHECK(digits_of_pi.word[1] == 0x94fdccebu);
+  CHECK(digits_of_pi.word[2] == 0x5001e420u);
+  CHECK(digits_of_pi.word[3] == 0x24126ea1u);
+  CHECK(random_word(0, 0) == 0xe169c58d6627e8d5u);
+  CHECK(random_word(1, 0) != random_word(0, 1));
+}
+
+TEST_CASE("fixed_point_exp is exp, and exact at its ends") {
+  CHECK(fixed_point_exp(0.0f) == kMaxWeight);
+  CHECK(fixed_point_exp(-0.0f) == kMaxWeight);
+  CHECK(fixed_point_exp(-32.0f) == 0);
+  CHECK(fixed_point_exp(-kInf) == 0);
+  CHECK(fixed_point_exp(NAN) == 0);
+  std::mt19937 random(1);
+  std::uniform_real_distribution<float> uniform(-33.0f, 0.0f);
+  double worst = 0.0;
+  for (int i = 0; i < 200000; ++i) {
+    const float exponent = uniform(random);
+    const double exact = std::ldexp(std::exp(static_cast<double>(exponent)), kWeightBits);
+    const double error = std::fabs(static_cast<double>(fixed_point_exp(exponent)) - exact);
+    worst = std::max(worst, (error - 1.0) / exact);
+  }
+  CHECK(worst < std::ldexp(1.0, -24));
+}
+
+// Every float from -0 to -33, in the vectorised loop: sets cut by weight must be prefixes of the
+// logits' order.
+TEST_CASE("fixed_point_exp never decreases") {
+  const SampleLoops& loops = sample_loops(detect_cpu_isa());
+  const WeightRule rule = {0.0f, 1.0f, 1};
+  std::vector<float> exponents(kSampleBlock);
+  std::vector<uint64_t> weights(kSampleBlock);
+  uint64_t previous = kMaxWeight;
+  bool ordered = true;
+  // A build for another processor has only the slow portable loop: it samples the range.
+  const uint32_t step = detect_cpu_isa() == CpuIsa::kPortable ? 64 : 1;
+  for (uint32_t bits = 0x80000000u; bits < float_to_bits(-33.0f); bits += kSampleBlock * step) {
+    for (uint32_t i = 0; i < kSampleBlock; ++i) {
+      exponents[i] = bits_to_float(bits + i);
+    }
+    loops.weights(exponents.data(), kSampleBlock, rule, weights.data());
+    for (uint64_t weight : weights) {
+      ordered &= weight <= previous;
+      previous = weight;
+    }
+  }
+  CHECK(ordered);
+  CHECK(previous == 0);
+}
+
+TEST_CASE("logit_key orders floats and finds NaN") {
+  CHECK(logit_key(0.0f) == logit_key(-0.0f));
+  CHECK(logit_key(kInf) == kPlusInfKey);
+  CHECK(logit_key(-kInf) == kMinusInfKey);
+  CHECK(logit_key(NAN) > kPlusInfKey);
+  CHECK(logit_key(-NAN) < kMinusInfKey);
+  std::mt19937 random(2);
+  for (int i = 0; i < 200000; ++i) {
+    const float a = bits_to_float(static_cast<uint32_t>(random()));
+    const float b = i % 8 == 0 ? a : bits_to_float(static_cast<uint32_t>(random()));
+    if (a != a || b != b) {
+      continue;
+    }
+    REQUIRE((logit_key(a) < logit_key(b)) == (a < b));
+    REQUIRE((logit_key(a) == logit_key(b)) == (a == b));
+  }
+}
+
+TEST_CASE("vectorised loops give the bits of the portable ones") {
+  const SampleLoops& portable = sample_loops(CpuIsa::kPortable);
+  std::mt19937 random(3);
+  for (CpuIsa isa : vector_isas()) {
+    CAPTURE(cpu_isa_name(isa));
+    const SampleLoops& loops = sample_loops(isa);
+    for (int round = 0; round < 400; ++round) {
+      const int64_t count = 1 + static_cast<int64_t>(random() % kSampleBlock);
+      const std::vector<float> logits = awkward_logits(random, count);
+      const float* data = logits.data();
+      WeightRule rule;
+      rule.max_logit = round % 5 == 0 ? kInf : -kInf;
+      for (float logit : logits) {
+        rule.max_logit = logit > rule.max_logit ? logit : rule.max_logit;
+      }
+      const float inverses[] = {1.0f, 1.0f / 0.7f, 0.01f, 3.4028235e38f, 0.0f};
+      rule.inverse_temperature = inverses[random() % std::size(inverses)];
+      rule.min_weight = round % 2 == 0 ? 1 : kMaxWeight >> (random() % 40);
+      const SetEdge edge = {logit_key(logits[random() % logits.size()]),
+                            static_cast<int32_t>(1000 + random() % kSampleBlock)};
+
+      const KeyRange expected_range = portable.key_range(data, count);
+      const KeyRange range = loops.key_range(data, count);
+      REQUIRE(range.low == expected_range.low);
+      REQUIRE(range.high == expected_range.high);
+      std::vector<uint64_t> expected(kSampleBlock), weights(kSampleBlock);
+      std::vector<int32_t> expected_classes(kSampleBlock), classes(kSampleBlock);
+      portable.weights(data, count, rule, expected.data());
+      loops.weights(data, count, rule, weights.data());
+      REQUIRE(weights == expected);
+      portable.classify(data, count, rule, expected.data(), expected_classes.data());
+      loops.classify(data, count, rule, weights.data(), classes.data());
+      REQUIRE(weights == expected);
+      REQUIRE(classes == expected_classes);
+      REQUIRE(loops.kept_sum(data, count, 1000, rule, edge) ==
+              portable.kept_sum(data, count, 1000, rule, edge));
+    }
+  }
+}
+
+TEST_CASE("min_p and top_p turn into integers by rounding up") {
+  SamplingRow sampling = {};
+  sampling.min_p = 0.5f;
+  CHECK(MinP::min_weight(sampling) == kMaxWeight / 2);
+  sampling.min_p = 1.0f;
+  CHECK(MinP::min_weight(sampling) == kMaxWeight);
+  sampling.min_p = 1e-30f;
+  CHECK(MinP::min_weight(sampling) == 1);
+  sampling.top_p = 0.5f;
+  CHECK(TopP::target(sampling, 10) == 5);
+  CHECK(TopP::target(sampling, 11) == 6);
+  CHECK(TopP::target(sampling, uint64_t{1} << 63) == uint64_t{1} << 62);
+  sampling.top_p = 1e-30f;
+  CHECK(TopP::target(sampling, 10) == 1);
+  sampling.top_p = bits_to_float(0x3f7fffffu);  // 1 - 2^-24
+  CHECK(TopP::target(sampling, 100) == 100);
+  CHECK(TopP::target(sampling, uint64_t{1} << 63) == (uint64_t{1} << 63) - (uint64_t{1} << 39));
+}
+
+TEST_CASE("a tiny temperature keeps a finite inverse") {
+  SamplingRow sampling = {};
+  sampling.temperature = 1e-45f;
+  CHECK(Temperature::inverse(sampling) == std::numeric_limits<float>::max());
+  sampling.temperature = 4.0f;
+  CHECK(Temperature::inverse(sampling) == 0.25f);
+}
+
+}  // namespace
+}  // namespace mrv1

@@ -1,0 +1,147 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""What the tests of runner, engine and LLM share: small runners, a block pool, a slow reference."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
+
+from mrv1.runner import ModelRunner, RowOutput
+from mrv1.sampling_params import SamplingParams
+
+MODELS = Path(__file__).resolve().parent / "data" / "models"
+LLAMA = MODELS / "llama2"  # 328 ids; one weight file; lm_head of its own
+VOCAB = 328
+
+Tensors = dict[str, npt.NDArray[Any]]
+
+
+def open_runner(device: str, model: Path = LLAMA, **options: Any) -> ModelRunner:
+    """A float32 runner with small tables; `options` go before the defaults."""
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "block_size": 4,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 256,
+        "num_kv_blocks": 128,
+        "num_threads": 1,
+    }
+    return ModelRunner(model, device=device, progress=False, **{**defaults, **options})
+
+
+def greedy(max_tokens: int | None = 16, **fields: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, **{"ignore_eos": True, **fields})
+
+
+def seeded(seed: int, max_tokens: int | None = 16, **fields: Any) -> SamplingParams:
+    defaults: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "ignore_eos": True}
+    return SamplingParams(seed=seed, max_tokens=max_tokens, **{**defaults, **fields})
+
+
+def make_prompt(length: int, seed: int, vocab: int = VOCAB) -> list[int]:
+    """Token ids without the low special ones."""
+    ids: list[int] = np.random.default_rng(seed).integers(3, vocab, length).tolist()
+    return ids
+
+
+def num_blocks(tokens: int, block_size: int = 4) -> int:
+    return -(-tokens // block_size)
+
+
+class BlockPool:
+    """Free KV block ids of a runner; block 0 is nobody's."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.total = runner.model.num_kv_blocks - 1
+        self.free = list(range(self.total, 0, -1))
+
+    def take(self, count: int) -> list[int]:
+        return [self.free.pop() for _ in range(count)]
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        self.free.extend(blocks)
+        assert len(set(self.free)) == len(self.free) <= self.total, "a block came back twice"
+
+
+def run_to_end(
+    runner: ModelRunner,
+    token_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    blocks: Sequence[int] | None = None,
+    chunk: int = 10**9,
+    prompt_len: int | None = None,
+) -> list[RowOutput]:
+    """Runs one request alone, a step at a time, and frees its row; outputs of drawn tokens."""
+    if blocks is None:
+        blocks = range(1, runner.model.num_kv_blocks)
+    limit = num_blocks(runner.model.max_model_len, runner.model.block_size)
+    row = runner.add_row(token_ids, params, block_ids=list(blocks)[:limit], prompt_len=prompt_len)
+    outputs: list[RowOutput] = []
+    left = len(token_ids)
+    while not outputs or outputs[-1].finish_reason is None:
+        tokens = min(chunk, left) if left > 0 else 1
+        left -= tokens
+        output = runner.execute([(row, tokens)]).result()[0]
+        if left <= 0:
+            outputs.append(output)
+        else:
+            assert output.token_id is None and output.finish_reason is None
+    runner.free_row(row)
+    return outputs
+
+
+def tokens_of(outputs: Sequence[RowOutput]) -> list[int]:
+    assert all(output.token_id is not None for output in outputs)
+    return [output.token_id for output in outputs if output.token_id is not None]
+
+
+class SlowReference:
+    """One request at a time, whole prefill, one step in flight: what a request must generate."""
+
+    def __init__(self, device: str, model: Path = LLAMA, **options: Any) -> None:
+        self._runner = open_runner(device, model, **{"max_num_seqs": 1, **options})
+        self._known: dict[tuple[tuple[int, ...], SamplingParams], tuple[list[int], str]] = {}
+
+    def __call__(
+        self, prompt: Sequence[int], params: SamplingParams
+    ) -> tuple[list[int], str]:
+        """Token ids and finish reason. `params` need a seed, or temperature 0."""
+        assert params.greedy or params.seed is not None
+        key = (tuple(prompt), params)
+        if key not in self._known:
+            outputs = run_to_end(self._runner, prompt, params)
+            reason = outputs[-1].finish_reason
+            assert reason is not None
+            self._known[key] = (tokens_of(outputs), reason)
+        return self._known[key]
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+def copy_model(
+    directory: Path,
+    *,
+    source: Path = LLAMA,
+    config: dict[str, Any] | None = None,
+    change: Callable[[Tensors], None] | None = None,
+) -> Path:
+    """Copies a one-file model, with fields of its config and tensors changed."""
+    shutil.copytree(source, directory)
+    if config:
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    if change is not None:
+        weights = directory / "model.safetensors"
+        tensors = load_file(weights)
+        change(tensors)
+        save_file(tensors, weights)
+    return directory

@@ -1,0 +1,121 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""The registry of environment variables and its table in the documentation."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mrv1 import envs
+from mrv1.errors import InvalidArgumentError, Mrv1Error
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULTS = {
+    "MRV1_NUM_THREADS": None,
+    "MRV1_DEVICE": "auto",
+    "MRV1_LOG_LEVEL": "WARNING",
+    "MRV1_NO_PROGRESS": False,
+    "MRV1_FUSION": True,
+}
+
+
+@pytest.mark.parametrize("name", envs.REGISTRY)
+@pytest.mark.parametrize("text", [None, ""])
+def test_unset_or_empty_gives_the_default(
+    name: str, text: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is None:
+        monkeypatch.delenv(name, raising=False)
+    else:
+        monkeypatch.setenv(name, text)
+    variable = envs.REGISTRY[name]
+    assert variable.name == name
+    assert envs.get(name) == variable.get() == variable.default == DEFAULTS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("MRV1_NUM_THREADS", "1", 1),
+        ("MRV1_NUM_THREADS", "0016", 16),
+        ("MRV1_NUM_THREADS", "1024", 1024),
+        ("MRV1_DEVICE", "CPU", "cpu"),
+        ("MRV1_DEVICE", "cuda", "cuda"),
+        ("MRV1_DEVICE", "auto", "auto"),
+        ("MRV1_LOG_LEVEL", "debug", "DEBUG"),
+        ("MRV1_LOG_LEVEL", "ERROR", "ERROR"),
+        ("MRV1_NO_PROGRESS", "1", True),
+        ("MRV1_NO_PROGRESS", "Yes", True),
+        ("MRV1_FUSION", "0", False),
+        ("MRV1_FUSION", "off", False),
+    ],
+)
+def test_values(name: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, text)
+    result = envs.get(name)
+    assert result == value
+    assert type(result) is type(value)
+
+
+def test_a_value_is_read_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MRV1_NUM_THREADS", "2")
+    assert envs.NUM_THREADS.get() == 2
+    monkeypatch.setenv("MRV1_NUM_THREADS", "3")
+    assert envs.NUM_THREADS.get() == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *[
+            ("MRV1_NUM_THREADS", t)
+            for t in ("0", "-1", "1.0", "1025", " 2", "1_0", "\uff19", "all")
+        ],
+        *[("MRV1_DEVICE", t) for t in ("gpu", "cuda:0", " cpu")],
+        *[("MRV1_LOG_LEVEL", t) for t in ("TRACE", "10")],
+        *[("MRV1_NO_PROGRESS", t) for t in ("2", "maybe")],
+        *[("MRV1_FUSION", t) for t in ("-1", "01", "none")],
+    ],
+)
+def test_a_bad_value_names_variable_value_and_what_is_allowed(
+    name: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, text)
+    with pytest.raises(InvalidArgumentError) as caught:
+        envs.get(name)
+    message = str(caught.value)
+    assert isinstance(caught.value, Mrv1Error)
+    assert isinstance(caught.value, ValueError)
+    assert name in message
+    assert repr(text) in message
+    assert envs.REGISTRY[name].allowed in message
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"MRV1_NO_SUCH.*one of MRV1_NUM_THREADS"):
+        envs.get("MRV1_NO_SUCH")
+
+
+def run_table_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / "scripts" / "make_env_table.py")
+    return subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_documented_table_is_up_to_date(tmp_path: Path) -> None:
+    assert run_table_script("--check").returncode == 0
+    text = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    for name in envs.REGISTRY:
+        assert f"| `{name}` |" in text
+    stale = tmp_path / "environment.md"
+    stale.write_text(re.sub(r"\| `MRV1_FUSION`.*\n", "", text), encoding="utf-8")
+    checked = run_table_script("--check", "--document", str(stale))
+    assert checked.returncode == 1
+    assert "out of date" in checked.stdout
+    assert run_table_script("--document", str(stale)).returncode == 0
+    assert stale.read_text(encoding="utf-8") == text
