@@ -167,6 +167,10 @@ class CudaDevice final : public Device {
     }
   }
 
+  void settle() noexcept override {
+    cudaStreamSynchronize(stream_);  // what it reports is the task's own error, or follows from it
+  }
+
   void synchronize() override {
     check_owned();
     CurrentDevice current(ordinal_);

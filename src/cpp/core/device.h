@@ -72,6 +72,8 @@ class Device {
   virtual void wait_sequence(const std::atomic<uint64_t>& sequence, uint64_t value) = 0;
   // Waits for all submitted work.
   virtual void synchronize() = 0;
+  // From inside a task that failed: waits for what it and earlier tasks started asynchronously.
+  virtual void settle() noexcept {}
 
   // CPU only, else null.
   virtual ThreadPool* pool() { return nullptr; }

@@ -595,6 +595,8 @@ void ModelRunner::run_step(void* arg) {
   try {
     slot.runner->run_step(slot);
   } catch (const std::exception& error) {
+    // Earlier steps, and what was launched of this one, still use the rings.
+    slot.runner->device_->settle();
     slot.error = error.what();
     slot.output->step = slot.step;
     slot.output->num_entries = 0;
