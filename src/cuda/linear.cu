@@ -80,6 +80,8 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(LinearParams params, i
       if constexpr (kSiluMul) {
         float up = sums[1][i][j];
         if (params.bias != nullptr) up += params.bias[out_cols + col];
+        value = to_float(from_float<T>(value));
+        up = to_float(from_float<T>(up));
         value = value / (1.0f + expf(-value)) * up;
       }
       out[row * out_cols + col] = from_float<Out>(value);

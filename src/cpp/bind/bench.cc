@@ -65,7 +65,8 @@ class ReadProbe {
     // Pages that were never written would all be the one zero page, which stays in cache.
     auto* words = static_cast<uint64_t*>(buffer_.data());
     each_piece([words](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) words[i] = static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15;
+      for (int64_t i = begin; i < end; ++i)
+        words[i] = static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15;
     });
   }
 
@@ -130,16 +131,18 @@ void bind_bench(nb::module_& m) {
       .def(
           "__init__",
           [](ReadProbeHandle* self, const DeviceHandle& device, int64_t bytes) {
-            new (self) ReadProbeHandle(std::make_shared<ReadProbe>(device.share(), bytes),
-                                       "read probe");
+            new (self)
+                ReadProbeHandle(std::make_shared<ReadProbe>(device.share(), bytes), "read probe");
           },
           nb::arg("device"), nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("bytes", [](const ReadProbeHandle& self) { return self->bytes(); })
-      .def_prop_ro("checksum", [](const ReadProbeHandle& self) { return self->checksum(); },
-                   "Sum of the 64-bit words that the last run read, modulo 2**64.")
-      .def("run", [](const ReadProbeHandle& self) { return self->run(); },
-           nb::call_guard<nb::gil_scoped_release>(),
-           "Reads the buffer once; returns the seconds it took.")
+      .def_prop_ro(
+          "checksum", [](const ReadProbeHandle& self) { return self->checksum(); },
+          "Sum of the 64-bit words that the last run read, modulo 2**64.")
+      .def(
+          "run", [](const ReadProbeHandle& self) { return self->run(); },
+          nb::call_guard<nb::gil_scoped_release>(),
+          "Reads the buffer once; returns the seconds it took.")
       .def("close", &ReadProbeHandle::close);
 }
 

@@ -83,7 +83,7 @@ MRV1_INLINE void pack_keys(const char* const* src, int64_t words, uint32_t* dst)
 // Asks for the cache lines of count rows.
 MRV1_INLINE void prefetch_rows(const char* const* rows, int count, int64_t bytes) {
   for (int j = 0; j < count; ++j) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows[j] + i);
+    for (int64_t i = 0; i < bytes; i += 64) (void)0; //__builtin_prefetch(rows[j] + i);
   }
 }
 
@@ -211,18 +211,20 @@ void attention(const AttentionTile& tile) {
   // Keys and values of the chunk in work and, for prefetching, keys of the next.
   const char* key_rows[2][kAttentionChunk];
   const char* values[kAttentionChunk];
-  const auto offset_of = [&](int64_t position) {
-    return (tile.block_table[position / tile.block_size] * tile.block_stride +
-            position % tile.block_size * tile.token_stride) *
-           size;
-  };
   const auto count_at = [&](int64_t base) {
     return static_cast<int>(tile_end - base < kAttentionChunk ? tile_end - base : kAttentionChunk);
   };
   const auto find_keys = [&](const char** keys, int64_t base) {
     const int count = count_at(base);
+    const int32_t* block = tile.block_table + base / tile.block_size;
+    int64_t in_block = base % tile.block_size;
     for (int j = 0; j < count; ++j) {
-      keys[j] = static_cast<const char*>(tile.key) + offset_of(base + j);
+      keys[j] = static_cast<const char*>(tile.key) +
+                (*block * tile.block_stride + in_block * tile.token_stride) * size;
+      if (++in_block == tile.block_size) {
+        in_block = 0;
+        ++block;
+      }
     }
     // Lanes past the end are masked later; any readable key will do.
     for (int j = count; j < (count + kLanes - 1) / kLanes * kLanes; ++j) keys[j] = keys[count - 1];
@@ -233,7 +235,8 @@ void attention(const AttentionTile& tile) {
     const int count = count_at(base);
     const char** keys = key_rows[(base - first_base) / kAttentionChunk % 2];
     for (int j = 0; j < count; ++j) {
-      values[j] = static_cast<const char*>(tile.value) + (keys[j] - static_cast<const char*>(tile.key));
+      values[j] = static_cast<const char*>(tile.value) +
+                  (keys[j] - static_cast<const char*>(tile.key));
     }
     const int num_panels = (count + kLanes - 1) / kLanes;
 

@@ -105,16 +105,20 @@ struct Step<BFloat16> {
 };
 #endif
 
-// Register tiles, rows x panels. "Tall" tiles read a panel once for more rows.
+// Register tiles, rows x panels. "Tall" tiles read a panel once for more rows. With no more than
+// kNarrowRows it does not pay to widen bfloat16 rows ahead of the panels.
 #if defined(MRV1_SIMD_AVX512)
 constexpr int kWideRows = 6, kWidePanels = 4;
 constexpr int kTallRows = 12, kTallPanels = 2;
+constexpr int kNarrowRows = 4;
 #elif defined(MRV1_SIMD_AVX2)
 constexpr int kWideRows = 2, kWidePanels = 2;
 constexpr int kTallRows = 5, kTallPanels = 1;
+constexpr int kNarrowRows = 2;
 #else
 constexpr int kWideRows = 1, kWidePanels = 2;
 constexpr int kTallRows = 3, kTallPanels = 1;
+constexpr int kNarrowRows = 1;
 #endif
 // How far ahead of its use a panel is asked for.
 constexpr int64_t kPrefetchBytes = 2048;
@@ -206,7 +210,10 @@ MRV1_INLINE void widened_tile(const LinearBlock& block, const float (*x)[kWideCo
   for (int64_t i = 0; i < num_pairs; ++i) {
     Step<BFloat16>::Weight weights[kPanels];
 #pragma GCC unroll 16
-    for (int p = 0; p < kPanels; ++p) weights[p] = Step<BFloat16>::weight(w[p] + i * 64);
+    for (int p = 0; p < kPanels; ++p) {
+      weights[p] = Step<BFloat16>::weight(w[p] + i * 64);
+      __builtin_prefetch(w[p] + i * 64 + kPrefetchBytes);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const Step<BFloat16>::Input input{set1(x[r][2 * i]), set1(x[r][2 * i + 1])};
@@ -259,7 +266,7 @@ template <typename T>
 void linear(const LinearBlock& block) {
 #if !defined(MRV1_SIMD_BF16_DOT)
   if constexpr (sizeof(T) == 2) {
-    if (block.rows > kTallRows) {
+    if (block.rows > kNarrowRows) {
       for (int64_t col = 0; col < block.cols; col += kWideCols) {
         widened_rows<kTallRows>(block, 0, col);
       }
