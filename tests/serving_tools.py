@@ -110,9 +110,7 @@ class SlowReference:
         self._runner = open_runner(device, model, **{"max_num_seqs": 1, **options})
         self._known: dict[tuple[tuple[int, ...], SamplingParams], tuple[list[int], str]] = {}
 
-    def __call__(
-        self, prompt: Sequence[int], params: SamplingParams
-    ) -> tuple[list[int], str]:
+    def __call__(self, prompt: Sequence[int], params: SamplingParams) -> tuple[list[int], str]:
         """Token ids and finish reason. `params` need a seed, or temperature 0."""
         assert params.greedy or params.seed is not None
         key = (tuple(prompt), params)

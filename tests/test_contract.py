@@ -14,6 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from mrv1 import _core
+from mrv1.engine import Engine, RequestUpdate
+from mrv1.errors import InternalError, InvalidArgumentError, Mrv1Error, RequestError
+from mrv1.runner import ModelRunner, PendingStep
+from mrv1.sampling_params import SamplingParams
 from serving_tools import (
     VOCAB,
     BlockPool,
@@ -28,12 +34,6 @@ from serving_tools import (
     seeded,
     tokens_of,
 )
-
-from mrv1 import _core
-from mrv1.engine import Engine, RequestUpdate
-from mrv1.errors import InternalError, InvalidArgumentError, Mrv1Error, RequestError
-from mrv1.runner import ModelRunner, PendingStep
-from mrv1.sampling_params import SamplingParams
 
 Open = Callable[..., ModelRunner]
 
@@ -68,9 +68,7 @@ def open_engine(device: str, models_dir: Path, **options: Any) -> Engine:
         "num_kv_blocks": 65,
         "num_threads": 1,
     }
-    return Engine(
-        models_dir / "llama2", device=device, progress=False, **{**defaults, **options}
-    )
+    return Engine(models_dir / "llama2", device=device, progress=False, **{**defaults, **options})
 
 
 def drain(engine: Engine) -> dict[str, list[RequestUpdate]]:
@@ -102,9 +100,7 @@ def test_line_1_row_is_stable_and_outputs_are_in_batch_order(
     first = True
     shuffle = random.Random(3)
     for _ in range(12):
-        batch = [
-            (row, len(p) if first else 1) for row, p in zip(rows, prompts, strict=True)
-        ]
+        batch = [(row, len(p) if first else 1) for row, p in zip(rows, prompts, strict=True)]
         shuffle.shuffle(batch)
         outputs = runner.execute(batch).result()
         first = False
@@ -392,9 +388,7 @@ def test_line_5_resume_gives_the_same_tokens(
         assert rest[-1].finish_reason == reason == "length"
 
 
-def test_line_5_known_prefix_is_not_computed_again(
-    opened: Open, reference: SlowReference
-) -> None:
+def test_line_5_known_prefix_is_not_computed_again(opened: Open, reference: SlowReference) -> None:
     """num_computed at admission: blocks that another row filled are read, not written."""
     runner = opened()
     prompt = make_prompt(14, 5)
@@ -475,9 +469,7 @@ def test_line_6_results_asked_late_or_never(opened: Open, reference: SlowReferen
         runner.model.runner.result(1000)
 
 
-def test_line_6_thousand_steps_in_a_random_pattern(
-    opened: Open, reference: SlowReference
-) -> None:
+def test_line_6_thousand_steps_in_a_random_pattern(opened: Open, reference: SlowReference) -> None:
     """Rows come and go; results are read at once, late, or never."""
     runner = opened(num_kv_blocks=65)
     pool = BlockPool(runner)
@@ -740,9 +732,7 @@ def test_line_8_stop_ids_of_waiting_requests_never_fail_a_step(
 # --- 9: a failing step ---------------------------------------------------------------------------
 
 
-def test_line_9_runner_lives_on_after_a_failed_step(
-    opened: Open, reference: SlowReference
-) -> None:
+def test_line_9_runner_lives_on_after_a_failed_step(opened: Open, reference: SlowReference) -> None:
     runner = opened()
     prompt = make_prompt(6, 2)
     bad = runner.add_row(make_prompt(5, 1), greedy(8), block_ids=[1, 2, 3])

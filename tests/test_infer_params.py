@@ -18,11 +18,11 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving_tools import BlockPool, greedy, make_prompt, num_blocks, open_runner
 
 from mrv1 import _core
 from mrv1.errors import InvalidArgumentError
 from mrv1.runner import ModelRunner
+from serving_tools import BlockPool, greedy, make_prompt, num_blocks, open_runner
 
 Ints = npt.NDArray[np.int32]
 Params = dict[str, Ints]
@@ -97,7 +97,12 @@ def reference_params(
     for name, fill in (("row", -1), ("seq_lens", 0)):
         out[name] += [fill] * (pad_requests - len(batch))
     out["query_start_loc"] += [total] * (pad_requests - len(batch))
-    for name, fill in (("token_batch", -1), ("token_ids", 0), ("positions", 0), ("slot_mapping", -1)):
+    for name, fill in (
+        ("token_batch", -1),
+        ("token_ids", 0),
+        ("positions", 0),
+        ("slot_mapping", -1),
+    ):
         out[name] += [fill] * (pad_tokens - total)
     out["logits_indices"] += [0] * (pad_requests - logits)
     out["logits_batch"] += [-1] * (pad_requests - logits)
@@ -282,9 +287,7 @@ def compare_batch(
         state.stopped = output.finish_reason == "stop"
         if output.token_id is not None:
             state.tokens.append(output.token_id)
-    rows = [
-        (state, max(1, min(chunk, state.target - state.computed))) for state, chunk in rows
-    ]
+    rows = [(state, max(1, min(chunk, state.target - state.computed))) for state, chunk in rows]
     shuffle.shuffle(rows)
     while sum(count for _, count in rows) > TOKENS:
         rows.pop()
@@ -308,9 +311,7 @@ def compare_batch(
             encoder[state.row] = count if state.kind else 0
             decoder[state.row] = state.computed
             this_time[state.row] = count
-    check_same(
-        params, reference_view(encoder, decoder, this_time, tables, BLOCK, 1, TOKENS)
-    )
+    check_same(params, reference_view(encoder, decoder, this_time, tables, BLOCK, 1, TOKENS))
 
     kinds = params["counts"][3:].tolist()
     counters["batches"] += 1
@@ -321,9 +322,7 @@ def compare_batch(
         counters[draw] += 1
 
 
-def test_random_batches(
-    runners: dict[tuple[int, int], ModelRunner], first_token: int
-) -> None:
+def test_random_batches(runners: dict[tuple[int, int], ModelRunner], first_token: int) -> None:
     counters.clear()
     check_random_batch(runners, first_token)
     for name, least in (("mixed", 20), ("masked", 30), ("reordered", 40)):
@@ -459,7 +458,11 @@ def test_random_views(native_device: _core.Device) -> None:
     counters.clear()
     check_random_view(native_device)
     for name, least in (
-        ("prefix", 50), ("no prefix", 20), ("mixed", 50), ("empty", 5), ("null", 20)
+        ("prefix", 50),
+        ("no prefix", 20),
+        ("mixed", 50),
+        ("empty", 5),
+        ("null", 20),
     ):
         assert counters[name] >= least, counters
 

@@ -100,7 +100,12 @@ def embedding(draw: st.DataObject, rng: np.random.Generator, dtype: str) -> Case
     ids = rng.integers(0, vocab, tokens)
     values = normal(rng, vocab, cols)
     return Case(
-        program, {}, {table: values}, out, rounded(values, dtype)[ids], tokens,
+        program,
+        {},
+        {table: values},
+        out,
+        rounded(values, dtype)[ids],
+        tokens,
         ints={"token_ids": ids},
     )
 
@@ -146,9 +151,11 @@ def add(draw: st.DataObject, rng: np.random.Generator, dtype: str) -> Case:
 def linear(draw: st.DataObject, rng: np.random.Generator, dtype: str) -> Case:
     cols, size = draw.draw(st.integers(1, 200)), draw.draw(st.integers(1, 200))
     rows = draw.draw(st.sampled_from([1, 2, 3, 5, 8, 17, 33, 70]))
-    segments = [("a", size), ("b", draw.draw(st.integers(1, 40)))] if draw.draw(st.booleans()) else [
-        ("a", size)
-    ]
+    segments = (
+        [("a", size), ("b", draw.draw(st.integers(1, 40)))]
+        if draw.draw(st.booleans())
+        else [("a", size)]
+    )
     total = sum(count for _, count in segments)
     program = _core.Program(dtype)
     weight = program.weight("w", False, cols, segments)
@@ -191,7 +198,13 @@ def logits(draw: st.DataObject, rng: np.random.Generator, dtype: str) -> Case:
     weights = normal(rng, vocab, cols)
     expected = rounded(data, dtype)[picked] @ rounded(weights, dtype).T
     return Case(
-        program, {x: data}, {head: weights}, out, expected, tokens, logits_rows=count,
+        program,
+        {x: data},
+        {head: weights},
+        out,
+        expected,
+        tokens,
+        logits_rows=count,
         ints={"logits_indices": picked},
     )
 
@@ -249,8 +262,13 @@ def paged_attention(draw: st.DataObject, rng: np.random.Generator, dtype: str) -
     program = _core.Program(dtype)
     qkv = program.input("qkv", heads.cols)
     out = program.attention(
-        qkv, num_heads=heads.num, num_kv_heads=heads.kv, head_dim=heads.dim, kv_layer=0,
-        scale=heads.dim**-0.5, window=window,
+        qkv,
+        num_heads=heads.num,
+        num_kv_heads=heads.kv,
+        head_dim=heads.dim,
+        kv_layer=0,
+        scale=heads.dim**-0.5,
+        window=window,
     )
     program.output(out)
 
@@ -374,8 +392,15 @@ def qkv_case(
             weights[norms[name]] = 1 + 0.2 * normal(rng, heads.dim)
     qkv = program.input("qkv", heads.cols)
     out = program.attention(
-        qkv, num_heads=heads.num, num_kv_heads=heads.kv, head_dim=heads.dim, kv_layer=0,
-        scale=1.0, rope=program.rope_table(inv_freq.tolist()), eps=1e-6, **norms,
+        qkv,
+        num_heads=heads.num,
+        num_kv_heads=heads.kv,
+        head_dim=heads.dim,
+        kv_layer=0,
+        scale=1.0,
+        rope=program.rope_table(inv_freq.tolist()),
+        eps=1e-6,
+        **norms,
     )
     program.output(out)
     # The value attention reads stands right before its own.
@@ -559,7 +584,9 @@ def test_linear_row_does_not_depend_on_the_batch(
         out = program.linear(x, weight)
         program.output(out)
         expected = np.zeros((len(part), size))
-        return run(native_device, Case(program, {x: part}, {weight: weights}, out, expected, len(part)))
+        return run(
+            native_device, Case(program, {x: part}, {weight: weights}, out, expected, len(part))
+        )
 
     whole = linear_of(data)
     first = int(rng.integers(0, rows))

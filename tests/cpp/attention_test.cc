@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "ops/workspace_cpu.h"
 #include "ops_test_support.h"
 
 namespace mrv1::test {
@@ -95,7 +96,11 @@ class Scene {
                     static_cast<size_t>(config_.shape.q_cols()) * dtype_size(dtype_));
       }
     }
-    Step step(static_cast<int>(positions.size()), num_threads);
+    WorkspaceLimits limits{};
+    limits.head_dim = config_.shape.head_dim;
+    limits.num_threads = num_threads;
+    Step step(static_cast<int>(positions.size()), num_threads,
+              static_cast<size_t>(paged_attention_workspace_cpu(limits)));
     step.ctx.sizes.num_requests = static_cast<int32_t>(parts.size());
     step.ctx.infer.token_batch = token_batch.data();
     step.ctx.infer.positions = positions.data();

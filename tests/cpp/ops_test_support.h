@@ -102,8 +102,8 @@ inline double unit_roundoff(DType dtype) {
 
 // A step's arguments for ops that are called by themselves.
 struct Step {
-  explicit Step(int num_tokens, int num_threads = 2)
-      : pool(num_threads), workspace(size_t{1} << 22) {
+  explicit Step(int num_tokens, int num_threads = 2, size_t workspace_bytes = 0)
+      : pool(num_threads), workspace(workspace_bytes) {
     ctx.pool = &pool;
     ctx.sizes.num_tokens = num_tokens;
     ctx.sizes.num_logits = num_tokens;

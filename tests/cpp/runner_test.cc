@@ -1,0 +1,157 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// The runner over a small random model: steps that run ahead, and what a steady step allocates.
+#include <doctest/doctest.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#include "runner/model_runner.h"
+
+namespace {
+
+std::atomic<int64_t> allocations{0};
+
+}  // namespace
+
+// Counts every allocation of the test program.
+void* operator new(size_t bytes) {
+  allocations.fetch_add(1, std::memory_order_relaxed);
+  if (void* data = std::malloc(bytes > 0 ? bytes : 1)) return data;
+  throw std::bad_alloc();
+}
+void operator delete(void* data) noexcept { std::free(data); }
+void operator delete(void* data, size_t) noexcept { std::free(data); }
+
+namespace mrv1 {
+namespace {
+
+constexpr int32_t kVocab = 96, kHidden = 64, kHeads = 2, kKvHeads = 1, kHeadDim = 32;
+
+int32_t matrix(Program& program, const char* name, int64_t rows, int64_t cols) {
+  return program.weight({name, WeightKind::kMatrix, rows, cols, {{name, 0, rows}}});
+}
+
+int32_t vector(Program& program, const char* name, int64_t size) {
+  return program.weight({name, WeightKind::kVector, size, 1, {{name, 0, size}}});
+}
+
+Program small_model() {
+  Program program(DType::kBF16);
+  const int32_t embed = matrix(program, "embed", kVocab, kHidden);
+  std::vector<float> inv_freq(kHeadDim / 2);
+  for (size_t i = 0; i < inv_freq.size(); ++i) inv_freq[i] = 1.0f / static_cast<float>(1 + i);
+  const int32_t rope = program.rope_table({inv_freq, 1.0f});
+  int32_t x = program.embedding(embed);
+  program.begin_layer(0);
+  const HeadShape heads{kHeads, kKvHeads, kHeadDim};
+  const int32_t normed = program.rms_norm(x, vector(program, "norm1", kHidden), 1e-6f);
+  const int32_t qkv =
+      program.linear(normed, matrix(program, "qkv", heads.qkv_cols(), kHidden), -1, -1, false);
+  Program::AttentionSpec spec;
+  spec.heads = heads;
+  spec.scale = 0.2f;
+  spec.rope = rope;
+  const int32_t mixed = program.attention(qkv, spec);
+  x = program.linear(mixed, matrix(program, "o", kHidden, heads.q_cols()), -1, x, true);
+  const int32_t normed2 = program.rms_norm(x, vector(program, "norm2", kHidden), 1e-6f);
+  const int32_t gate_up =
+      program.linear(normed2, matrix(program, "gate_up", 2 * 80, kHidden), -1, -1, false);
+  x = program.linear(program.silu_mul(gate_up), matrix(program, "down", kHidden, 80), -1, x, true);
+  program.end_layer();
+  program.logits(program.rms_norm(x, vector(program, "norm", kHidden), 1e-6f), embed);
+  program.fuse();
+  return program;
+}
+
+std::shared_ptr<ModelRunner> small_runner() {
+  RunnerConfig config;
+  config.max_num_seqs = 4;
+  config.max_num_batched_tokens = 32;
+  config.max_model_len = 256;
+  config.block_size = 16;
+  config.num_blocks = 4 * 16 + 1;
+  config.max_stop_ids = 64;
+  std::shared_ptr<Device> device = make_cpu_device(2);
+  auto runner = std::make_shared<ModelRunner>(device, small_model(), config);
+  for (size_t i = 0; i < runner->program().weights().size(); ++i) {
+    runner->weights().fill_random(static_cast<int32_t>(i), 7, 0.2f);
+  }
+  runner->weights().check_complete();
+  return runner;
+}
+
+int32_t add_request(ModelRunner& runner, int32_t row, float temperature) {
+  RowSpec spec;
+  spec.token_ids = {1, 2, 3, 4, 5};
+  spec.prompt_len = 5;
+  spec.temperature = temperature;
+  spec.top_p = 0.9f;
+  spec.top_k = temperature > 0 ? 20 : 0;
+  spec.seed = 11;
+  spec.max_tokens = 200;
+  spec.block_ids.resize(16);
+  std::iota(spec.block_ids.begin(), spec.block_ids.end(), 1 + row * 16);
+  return runner.add_row(spec).row;
+}
+
+}  // namespace
+
+TEST_CASE("a steady decode step allocates nothing, on the host or on the stream") {
+  const auto runner = small_runner();
+  std::vector<BatchItem> prefill, decode;
+  for (int32_t row = 0; row < 4; ++row) {
+    const int32_t added = add_request(*runner, row, row % 2 == 0 ? 0.0f : 0.7f);
+    prefill.push_back({added, 5});
+    decode.push_back({added, 1});
+  }
+  runner->result(runner->execute(prefill));
+  for (int i = 0; i < 4; ++i) runner->result(runner->execute(decode));
+  for (int i = 0; i < 50; ++i) {
+    const int64_t before = allocations.load();
+    const uint64_t step = runner->execute(decode);
+    runner->device().synchronize();
+    CHECK(allocations.load() == before);
+    CHECK(runner->result(step).entries.size() == 4);
+  }
+}
+
+TEST_CASE("steps that run ahead give the tokens of steps that do not") {
+  std::vector<std::vector<int32_t>> all;
+  for (size_t ahead : {1, 2, 4}) {
+    const auto runner = small_runner();
+    const int32_t row = add_request(*runner, 0, 0.7f);
+    std::vector<uint64_t> launched;
+    std::vector<int32_t> tokens;
+    for (int i = 0; i < 60; ++i) {
+      launched.push_back(runner->execute(std::vector<BatchItem>{{row, i == 0 ? 5 : 1}}));
+      if (launched.size() - tokens.size() >= ahead) {
+        tokens.push_back(runner->result(launched[tokens.size()]).entries[0].token);
+      }
+    }
+    while (tokens.size() < launched.size()) {
+      tokens.push_back(runner->result(launched[tokens.size()]).entries[0].token);
+    }
+    all.push_back(tokens);
+  }
+  CHECK(all[0] == all[1]);
+  CHECK(all[0] == all[2]);
+}
+
+TEST_CASE("a failed step reports its error and the next one runs") {
+  const auto runner = small_runner();
+  const int32_t row = add_request(*runner, 0, 0.0f);
+  runner->fail_next_step("planned");
+  const StepOutput failed = runner->result(runner->execute(std::vector<BatchItem>{{row, 5}}));
+  CHECK(failed.entries.empty());
+  CHECK(failed.error.find("planned") != std::string::npos);
+  runner->free_row(row);
+  const int32_t other = add_request(*runner, 0, 0.0f);
+  CHECK(runner->result(runner->execute(std::vector<BatchItem>{{other, 5}})).entries[0].token >= 0);
+}
+
+}  // namespace mrv1

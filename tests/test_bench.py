@@ -1,0 +1,332 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""Benchmarks: records and floors, the native probes, saved random models, and memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from mrv1 import _core, bench, cli, shapes
+from mrv1.bench_decode import DecodeRun, decode_options
+from mrv1.config import ModelConfig
+from mrv1.env_report import commit
+from mrv1.errors import DeviceError, InvalidArgumentError, OutOfMemoryError
+from mrv1.loader import RunnerOptions, load_model
+from mrv1.random_model import RANGE, random_runner, save_random_model
+from mrv1.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+MIB = 1 << 20
+# Texts of the demo model, judged: no timing, with keys of its own.
+QUALITY = "demo_model_quality.json"
+
+# A small shape: 7 x 10^5 weights.
+SMALL: dict[str, object] = {
+    **shapes.shape_config("qwen3-0.6b", 2)[1],
+    "vocab_size": 1000,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Peak resident memory of the script's process, in bytes.
+PEAK = """
+def peak():
+    for line in open("/proc/self/status"):
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+"""
+
+
+def documented_keys() -> tuple[set[str], set[str]]:
+    """The keys of the two tables of docs/benchmarks.md: every record's, and some records'."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    records = text.split("## Records")[1].split("\n## ")[0]
+    first, second = records.split("Some have these as well")
+    find = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)
+    return set(find.findall(first)), set(find.findall(second))
+
+
+def check_record(record: dict[str, Any]) -> None:
+    required, optional = documented_keys()
+    assert required <= record.keys() <= required | optional
+    nullable = {"floor_ms", "host_us", "read_gb_s", "peak_memory_mb", "commit"} | optional
+    for key, value in record.items():
+        assert value is not None or key in nullable, key
+        assert value is None or isinstance(value, str | int | float), f"{key} is not flat"
+    assert record["step_ms"] > 0
+    rate = 1e3 * record["batch"] / record["step_ms"]
+    assert record["tokens_per_s"] == pytest.approx(rate, rel=1e-2)
+    assert record["figure"] in ("decode", "op")
+    assert "/" not in record["shape"] or record["shape"].endswith("-layers")
+
+
+def test_the_documented_keys_are_the_code_s() -> None:
+    assert documented_keys() == (set(bench.REQUIRED_KEYS), set(bench.OPTIONAL_KEYS))
+
+
+def test_decode_prints_a_table_and_writes_records(
+    models_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["bench", "decode", "--model", str(models_dir / "qwen3-tied"), "--device", "cpu"]
+    arguments += ["--batch", "1,3", "--context", "40,100", "--steps", "6", "--read-mb", "4"]
+    assert cli.main([*arguments, "--json", str(path)]) == 0
+    records = json.loads(path.read_text())
+    assert [(r["batch"], r["context"]) for r in records] == [(1, 40), (3, 40), (1, 100), (3, 100)]
+    for record in records:
+        check_record(record)
+        assert record["shape"] == "qwen3-tied"
+        assert record["kv_cache_dtype"] == "auto"
+        assert 0 < record["host_us"] < 1e4
+        assert record["floor_ms"] > 0
+        assert record["read_share"] > 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(records)
+    assert lines[0].startswith("figure")
+
+
+def test_op_measures_each_op(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = save_random_model(tmp_path / "model", SMALL)
+    path = tmp_path / "out.json"
+    arguments = ["bench", "op", "--model", str(directory), "--device", "cpu", "--batch", "1,2"]
+    arguments += ["--context", "33", "--steps", "2", "--read-mb", "1", "--json", str(path)]
+    assert cli.main(arguments) == 0
+    records = json.loads(path.read_text())
+    names = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "logits", "attention"]
+    assert [record["op"] for record in records] == 2 * names
+    for record in records:
+        check_record(record)
+        assert record["figure"] == "op"
+    assert "gate_up_proj" in capsys.readouterr().out
+
+
+def test_shape_with_save_and_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shapes._CONFIGS, "qwen3-0.6b", SMALL)
+    path = tmp_path / "out.json"
+    arguments = ["bench", "decode", "--shape", "qwen3-0.6b", "--layers", "1", "--batch", "1"]
+    arguments += ["--context", "16", "--steps", "2", "--read-mb", "1", "--json", str(path)]
+    saved = tmp_path / "saved"
+    assert cli.main([*arguments, "--save", str(saved), "--device", "cpu"]) == 0
+    (record,) = json.loads(path.read_text())
+    check_record(record)
+    assert record["shape"] == "qwen3-0.6b/1-layers"
+    assert ModelConfig.from_dir(saved).num_hidden_layers == 1
+    # Not over what is there already.
+    assert cli.main([*arguments, "--save", str(saved), "--device", "cpu"]) == cli.EXIT_ERROR
+
+
+def test_committed_results_follow_the_schema() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        if path.name == QUALITY:
+            continue
+        records = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(records, list)
+        assert records, path
+        for record in records:
+            check_record(record)
+            assert record["commit"] is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        # Parameters of the public models, from their published sizes.
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-1.7b", 1_720_574_976),
+        ("qwen3-4b", 4_022_468_096),
+        ("qwen3-8b", 8_190_735_360),
+        ("llama3.2-1b", 1_235_814_400),
+        ("llama3-8b", 8_030_261_248),
+    ],
+)
+def test_shapes_have_the_size_of_their_models(name: str, weights: int) -> None:
+    config = ModelConfig.from_values(shapes.shape_config(name)[1])
+    costs = bench.decode_costs(config, "bfloat16", 1, 0)
+    vectors = sum(cost.read_bytes for cost in costs if cost.operations == 0) - (
+        2 * config.hidden_size  # the embedding's row
+    )
+    matrices = sum(cost.operations for cost in costs) // 2
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    assert matrices + vectors // 4 + embedding == weights
+
+
+def test_costs_and_floor_by_hand() -> None:
+    config = ModelConfig.from_values(SMALL)
+    costs = {cost.name: cost for cost in bench.decode_costs(config, "bfloat16", 3, 10)}
+    # 3 requests x 10 tokens x (keys, values) x 2 heads x 64 x 2 bytes.
+    assert costs["attention"] == bench.OpCost("attention", 3 * 10 * 2 * 2 * 64 * 2, 30 * 4 * 4 * 64)
+    assert costs["embedding"] == bench.OpCost("embedding", 3 * 128 * 2, 0)
+    assert costs["logits"] == bench.OpCost("logits", 1000 * 128 * 2, 2 * 3 * 1000 * 128)
+    down = costs["model.layers.1.mlp.down_proj.weight"]
+    assert (down.read_bytes, down.operations) == (128 * 256 * 2, 2 * 3 * 128 * 256)
+    # One op that is bound by reads (2 ms) and one by arithmetic (3 ms).
+    rates = bench.Rates(read_gb_s=10.0, gflops=100.0)
+    pair = [bench.OpCost("a", 20_000_000, 1000), bench.OpCost("b", 1000, 300_000_000)]
+    assert bench.floor_ms(pair, rates) == pytest.approx(5.0)
+    assert bench.floor_ms([costs["attention"]] * 2, rates) == pytest.approx(
+        2 * bench.floor_ms([costs["attention"]], rates)
+    )
+
+
+def test_read_probe_reads_every_byte(native_device: _core.Device) -> None:
+    if native_device.kind != "cpu":
+        with pytest.raises(DeviceError, match="cpu only"):
+            _core.ReadProbe(native_device, MIB)
+        return
+    probe = _core.ReadProbe(native_device, 3 * MIB + 8 * 5)
+    assert probe.bytes == 3 * MIB + 40
+    assert probe.run() > 0
+    words = np.arange(probe.bytes // 8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert probe.checksum == int(words.sum(dtype=np.uint64))
+    probe.close()
+    with pytest.raises(InvalidArgumentError, match="bytes"):
+        _core.ReadProbe(native_device, 100)
+    with pytest.raises(OutOfMemoryError, match="bytes"):
+        _core.ReadProbe(native_device, 1 << 50)
+
+
+def test_floors_on_cuda_are_refused() -> None:
+    with pytest.raises(DeviceError, match="cuda"):
+        bench.check_measurable("cuda")
+
+
+def test_fill_kv_random_is_what_attention_reads(models_dir: Path, device: str) -> None:
+    def logits(seed: int | None) -> np.ndarray:
+        options = RunnerOptions(device=device, max_num_seqs=1, num_kv_blocks=4)
+        model = load_model(models_dir / "qwen3-tied", options, progress=False)
+        if seed is not None:
+            model.runner.fill_kv_random(seed)
+        spec = _core.RowSpec()
+        spec.token_ids = list(range(20, 40))
+        spec.prompt_len = 20
+        spec.num_computed = 19
+        spec.block_ids = [1, 2]
+        row, _ = model.runner.add_row(spec)
+        model.runner.result(model.runner.execute([(row, 1)]))
+        values = model.runner.logits(0)
+        model.runner.close()
+        model.device.close()
+        return values
+
+    empty, first, again, other = logits(None), logits(1), logits(1), logits(2)
+    assert np.isfinite(first).all()
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - empty).max() > 1e-3
+    assert np.abs(first - other).max() > 1e-3
+
+
+def test_decode_run_counts_its_context(device: str) -> None:
+    options = decode_options(device, "bfloat16", [2], [1, 21], 3)
+    model = random_runner(ModelConfig.from_values(SMALL), options)
+    for context, counted in ((21, 21), (1, 5)):
+        run = DecodeRun(model, 2, context)
+        assert run.length == counted
+        milliseconds, host_us = run.measure(3)
+        assert len(milliseconds) == len(host_us) == 3
+        seq_lens = model.runner.infer_params()["seq_lens"]
+        assert list(seq_lens[:2]) == [counted + 2] * 2
+        run.close()
+    assert model.runner.free_rows == 2
+    model.runner.close()
+    model.device.close()
+
+
+def test_saved_model_is_a_model(tmp_path: Path, device: str) -> None:
+    whole = save_random_model(tmp_path / "whole", SMALL, seed=5)
+    shards = save_random_model(tmp_path / "shards", SMALL, seed=5, shard_bytes=300_000)
+    other = save_random_model(tmp_path / "other", SMALL, seed=6)
+    files = sorted(path.name for path in shards.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    places = json.loads((shards / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "model.layers.1.mlp.up_proj.weight"
+    with (
+        safe_open(whole / "model.safetensors", "np") as one,
+        safe_open(shards / places[name], "np") as part,
+        safe_open(other / "model.safetensors", "np") as different,
+    ):
+        assert set(one.keys()) == set(places)
+        values = one.get_tensor(name)
+        assert values.dtype == ml_dtypes.bfloat16
+        assert values.shape == (256, 128)
+        np.testing.assert_array_equal(values, part.get_tensor(name))
+        assert (values != different.get_tensor(name)).any()
+        values = values.astype(np.float32)
+        assert np.abs(values).max() <= RANGE
+        assert values.std() == pytest.approx(0.02, rel=0.05)
+        norm = one.get_tensor("model.norm.weight").astype(np.float32)
+        assert 0.89 < norm.min() < norm.max() < 1.11
+    for directory in (whole, shards):
+        model = load_model(directory, RunnerOptions(device=device), progress=False)
+        model.runner.close()
+        model.device.close()
+    text = "Grüße, 世界\n"
+    tokenizer = Tokenizer.from_dir(whole, 1000)
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_saving_is_refused_where_it_would_overwrite_or_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(InvalidArgumentError, match="new or empty"):
+        save_random_model(tmp_path, SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+    with pytest.raises(InvalidArgumentError, match="cannot be written"):
+        save_random_model(tmp_path / "precious" / "inside", SMALL)
+    with pytest.raises(InvalidArgumentError, match="vocab_size"):
+        save_random_model(
+            tmp_path / "model", {**SMALL, "vocab_size": 100, "eos_token_id": 2, "bos_token_id": 1}
+        )
+
+
+def test_commit_is_this_checkout_s() -> None:
+    found = commit()
+    root = Path(bench.__file__).resolve().parent.parent.parent
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        assert found in (head, f"{head}-dirty")
+    else:
+        assert found is None
+
+
+def test_memory_stays_near_the_weights(tmp_path: Path) -> None:
+    config = {
+        **shapes.shape_config("qwen3-0.6b", 6)[1],
+        "vocab_size": 32000,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    directory = save_random_model(tmp_path / "model", config)
+    script = f"""{PEAK}
+from mrv1 import LLM, SamplingParams
+with LLM({str(directory)!r}, device="cpu", max_num_seqs=4, max_model_len=512) as llm:
+    llm.generate(["hello"] * 4, SamplingParams(max_tokens=8, ignore_eos=True))
+    plan, blocks = llm.model.runner.memory_plan, llm.model.num_kv_blocks
+    print(peak(), plan["weights"], plan["per_block"] * blocks)
+"""
+
+    def output(code: str) -> list[int]:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return [int(part) for part in done.stdout.split()]
+
+    (empty,) = output(PEAK + "print(peak())")
+    peak, weights, kv = output(script)
+    assert weights > 250e6
+    assert peak - empty <= 1.2 * weights + kv, f"{peak=} {empty=} {weights=} {kv=}"

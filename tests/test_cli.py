@@ -1,0 +1,248 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""The command `mrv1`, mostly as its users meet it: as a process."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from mrv1 import LLM, SamplingParams, __version__, cli, envs
+from mrv1.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, "-m", "mrv1"]
+
+
+def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(models_dir: Path) -> str:
+    return str(models_dir / "qwen3-tied")
+
+
+def expected(model: str, prompts: list[str], params: SamplingParams) -> list[str]:
+    with LLM(model, device="cpu") as llm:
+        return [result.text for result in llm.generate(prompts, params)]
+
+
+def test_generate_streams_what_llm_generates(model: str) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=20)
+    prompts = ["hello there", "abc", "One day"]
+    first, *others = expected(model, prompts, params)
+    options = ("--model", model, "--device", "cpu", "--temperature", "0", "--max-tokens", "20")
+    one = run("generate", *options, prompts[0])
+    assert (one.returncode, one.stdout) == (0, first + "\n")
+    assert "tokens/s" in one.stderr
+    assert "peak memory" in one.stderr
+    # Several prompts run together; their texts come in order.
+    many = run("generate", *options, *prompts)
+    assert many.stdout == "\n\n".join([first, *others]) + "\n"
+    piped = run("generate", *options, "-", stdin=prompts[0] + "\n")
+    assert piped.stdout == first + "\n"
+
+
+def test_sampling_options_reach_the_sampler(model: str) -> None:
+    params = SamplingParams(
+        temperature=1.5, top_p=0.9, top_k=40, min_p=0.01, seed=7, max_tokens=24, stop=["e"]
+    )
+    (text,) = expected(model, ["hello"], params)
+    options = "--temperature 1.5 --top-p 0.9 --top-k 40 --min-p 0.01 --seed 7 --max-tokens 24"
+    given = run("generate", "--model", model, *options.split(), "--stop", "e", "hello")
+    assert given.stdout == text + "\n"
+
+
+def test_temperature_comes_from_the_model_unless_given(model: str, tmp_path: Path) -> None:
+    for source in Path(model).iterdir():
+        (tmp_path / source.name).symlink_to(source)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.0, "top_k": 1}')
+    (greedy,) = expected(model, ["hello"], SamplingParams(temperature=0.0, ignore_eos=True))
+    given = run("generate", "--model", str(tmp_path), "--max-tokens", "16", "hello")
+    assert given.stdout == greedy + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["generate", "--model", "no/such/dir", "hello"], "no/such/dir"),
+        (["generate", "--model", "MODEL", "--top-p", "2", "hello"], "top_p"),
+        (["generate", "--model", "MODEL", ""], "prompt"),
+        (["generate", "--model", "MODEL", "--dtype", "int8", "hello"], "dtype"),
+        (["generate", "--model", "MODEL", "--device", "tpu", "hello"], "device"),
+        (["bench", "decode", "--model", "MODEL", "--context", "1000000"], "max_model_len"),
+        (["bench", "decode", "--model", "MODEL", "--layers", "1"], "--layers"),
+        (["bench", "decode", "--shape", "qwen3-0.6b", "--layers", "29"], "layers"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], named: str, model: str) -> None:
+    failed = run(*(model if part == "MODEL" else part for part in arguments))
+    assert failed.returncode == cli.EXIT_ERROR
+    assert failed.stdout == ""
+    assert failed.stderr.startswith("mrv1: error: ")
+    assert failed.stderr.count("\n") == 1
+    assert named in failed.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["generate"],
+        ["bench", "decode"],
+        ["bench", "nothing", "--shape", "qwen3-0.6b"],
+        ["bench", "decode", "--shape", "no-such-shape"],
+        ["bench", "decode", "--shape", "qwen3-0.6b", "--batch", "0"],
+        ["bench", "decode", "--shape", "qwen3-0.6b", "--steps", "1,2"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: mrv1" in capsys.readouterr().err
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"mrv1 {__version__}\n"
+
+
+def test_env_names_what_a_bug_report_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MRV1_NUM_THREADS", "3")
+    report = run("env")
+    assert report.returncode == 0
+    lines = dict(line.split(maxsplit=1) for line in report.stdout.splitlines())
+    assert lines["mrv1"] == __version__
+    assert lines["MRV1_NUM_THREADS"] == "3"
+    assert lines.keys() >= {"python", "numpy", "tokenizers", "system", "memory", *envs.REGISTRY}
+    assert "CUDA" in report.stdout
+
+
+def test_stdin_that_is_no_text_is_named(model: str) -> None:
+    failed = subprocess.run(
+        [*COMMAND, "generate", "--model", model, "-"],
+        input=b"ab\xff",
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert failed.returncode == cli.EXIT_ERROR
+    assert failed.stderr.startswith(b"mrv1: error: stdin")
+    assert failed.stderr.count(b"\n") == 1
+
+
+def test_a_terminal_gets_no_control_characters() -> None:
+    shown = cli.for_terminal("a\x1b[31m\tb\n\x07\x9bé\x7f\r")
+    assert shown == "a\ufffd[31m\tb\n\ufffd\ufffdé\ufffd\ufffd"
+
+
+def test_ctrl_c_leaves_terminal_and_processes_as_they_were(model: str) -> None:
+    parent, child = pty.openpty()
+    before = termios.tcgetattr(child)
+    # Long enough to be interrupted: many texts at once, up to the model's length.
+    prompts = ["hello"] * 64
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "--model", model, "--max-tokens", "500", *prompts],
+        stdin=child,
+        stdout=child,
+        stderr=child,
+        start_new_session=True,
+        env={**os.environ, "MRV1_NUM_THREADS": "2"},
+    )
+    try:
+        shown = os.read(parent, 1 << 16)
+        while not shown:
+            shown += os.read(parent, 1 << 16)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == cli.EXIT_INTERRUPTED
+        # All of it has been written by now, and stands in the terminal's buffer.
+        while select.select([parent], [], [], 0.1)[0]:
+            shown += os.read(parent, 1 << 16)
+        assert shown.endswith(b"\r\nmrv1: interrupted\r\n")
+        assert b"Traceback" not in shown
+        assert b"\x1b[?" not in shown  # no terminal mode was switched
+        assert termios.tcgetattr(child) == before
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(parent)
+        os.close(child)
+
+
+def test_ctrl_c_leaves_no_thread(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads() -> set[str]:
+        return {
+            name
+            for task in Path("/proc/self/task").iterdir()
+            if (name := (task / "comm").read_text().strip()).startswith("mrv1")
+        }
+
+    writes = 0
+
+    def write(_: str) -> int:
+        nonlocal writes
+        writes += 1
+        if writes == 3:
+            assert threads(), "the model should be running here"
+            raise KeyboardInterrupt
+        return 0
+
+    before = threads()
+    monkeypatch.setattr(sys.stdout, "write", write)
+    status = cli.main(["generate", "--model", model, "--max-tokens", "400", "hello", "abc"])
+    monkeypatch.undo()
+    assert status == cli.EXIT_INTERRUPTED
+    assert writes >= 3
+    assert threads() == before
+
+
+def test_reader_that_goes_away_is_no_traceback(model: str) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "generate", "--model", model, "--max-tokens", "400", *["hello"] * 8],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.wait(60) == cli.EXIT_ERROR
+        assert b"Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize("name", ["generate", "stream", "own_scheduler"])
+def test_examples_run(name: str, model: str) -> None:
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), model]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.count("\n") >= 2
+
+
+def test_the_scheduler_of_the_example_gives_what_llm_gives(model: str) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "own_scheduler.py"), model]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    prompts = ["Once upon a time there was a", "The little dog", "One day, a girl named Lily"]
+    with LLM(model, device="cpu") as llm:
+        results = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=32))
+    tokenizer = Tokenizer.from_dir(model)
+    texts = [tokenizer.decode(result.token_ids) for result in results]
+    assert done.stdout == "".join(f"{p}{t}\n" for p, t in zip(prompts, texts, strict=True))

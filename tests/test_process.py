@@ -1,0 +1,336 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""What a process keeps of a model: nothing after close, nothing at exit, its own after a fork.
+
+Each test runs in a process of its own, whose threads, memory, exit code and stderr it looks at.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from serving_tools import LLAMA, MODELS
+
+PRELUDE = """
+import gc, os, pathlib, sys
+from mrv1 import LLM, Engine, ModelRunner, SamplingParams
+from mrv1.errors import *
+
+DEVICE, MODEL, OTHER = sys.argv[1:4]
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+SIZES = dict(device=DEVICE, dtype="float32", num_threads=2, max_num_seqs=4, num_kv_blocks=128)
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def thread_names():
+    return sorted(task.joinpath("comm").read_text().strip()
+                  for task in pathlib.Path("/proc/self/task").iterdir())
+
+def memory_kib():
+    gc.collect()
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("VmRSS")).split()[1])
+
+def address_space_kib():
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("VmSize")).split()[1])
+
+def run(llm, prompt=(5, 6, 7, 8)):
+    return llm.generate([list(prompt)], GREEDY)[0].token_ids
+"""
+
+
+def run_child(device: str, body: str, timeout: float = 60.0) -> str:
+    """Runs PRELUDE and `body`; fails unless it exits with 0 and says nothing on stderr."""
+    start = time.perf_counter()
+    child = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", PRELUDE + body, device, str(LLAMA), str(qwen())],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stderr == ""
+    assert time.perf_counter() - start < timeout
+    return child.stdout
+
+
+def qwen() -> Path:
+    return MODELS / "qwen3-tied"
+
+
+def test_open_and_close_many_times(device: str) -> None:
+    run_child(
+        device,
+        """
+base = threads()
+with LLM(MODEL, **SIZES) as llm:
+    first = run(llm)
+    assert threads() > base or DEVICE != "cpu"
+assert threads() == base, thread_names()
+memory, space = memory_kib(), address_space_kib()
+for round in range(20):
+    with LLM(MODEL, **SIZES) as llm:
+        assert run(llm) == first
+    assert threads() == base, thread_names()
+# Baseline, with slack for the allocator: a leaked model would be 20 times its 6 MB.
+assert memory_kib() - memory < 4000, memory_kib() - memory
+assert address_space_kib() - space < 20000, address_space_kib() - space
+""",
+    )
+
+
+def test_memory_comes_back_without_close_too(device: str) -> None:
+    """Objects that are dropped, and constructors that fail half way."""
+    run_child(
+        device,
+        """
+base = threads()
+run(LLM(MODEL, **SIZES))
+for kind in (Engine, ModelRunner):
+    kind(MODEL, **SIZES)
+gc.collect()
+assert threads() == base, thread_names()
+memory = memory_kib()
+for round in range(10):
+    run(LLM(MODEL, **SIZES))
+    try:
+        LLM(MODEL, **{**SIZES, "max_num_batched_tokens": 2})
+        raise SystemExit("accepted")
+    except InvalidArgumentError:
+        pass
+    try:
+        LLM(MODEL, **{**SIZES, "num_kv_blocks": 10**8})
+        raise SystemExit("accepted")
+    except OutOfMemoryError:
+        pass
+gc.collect()
+assert threads() == base, thread_names()
+assert memory_kib() - memory < 4000, memory_kib() - memory
+""",
+    )
+
+
+def test_kv_cache_and_weights_are_given_back(device: str) -> None:
+    """A cache of 64 MB that was really written is gone after close."""
+    run_child(
+        device,
+        """
+memory = None
+for round in range(3):
+    runner = ModelRunner(MODEL, **{**SIZES, "num_kv_blocks": 2001, "max_num_batched_tokens": 511})
+    for start in range(1, 2001, 32):
+        row = runner.add_row([5 + start % 300] * 511, GREEDY, block_ids=range(start, start + 32)
+                             if start + 32 <= 2001 else range(2001 - 32, 2001))
+        runner.execute([(row, 511)]).result()
+        runner.free_row(row)
+    if DEVICE == "cpu":
+        written = memory_kib()
+    runner.close()
+    runner.close()
+    if memory is None:
+        memory = memory_kib()
+    if DEVICE == "cpu":
+        assert written - memory_kib() > 55000, written - memory_kib()
+    assert abs(memory_kib() - memory) < 4000
+""",
+    )
+
+
+def test_two_models_side_by_side(device: str) -> None:
+    run_child(
+        device,
+        """
+base = threads()
+alone = []
+for model in (MODEL, OTHER):
+    with LLM(model, **SIZES) as llm:
+        alone.append(run(llm))
+one, two = LLM(MODEL, **SIZES), LLM(OTHER, **SIZES)
+streams = [one.stream([[5, 6, 7, 8]], GREEDY), two.stream([[5, 6, 7, 8]], GREEDY)]
+got = [[], []]
+for _ in range(5):
+    for tokens, stream in zip(got, streams):
+        tokens += next(stream).token_ids
+for tokens, stream in zip(got, streams):
+    for chunk in stream:
+        tokens += chunk.token_ids
+assert got == alone and alone[0] != alone[1]
+one.close()
+assert run(two) == alone[1]
+try:
+    run(one)
+    raise SystemExit("a closed model ran")
+except ClosedError as error:
+    assert "closed" in str(error)
+two.close()
+assert threads() == base, thread_names()
+""",
+    )
+
+
+EXITS = {
+    "never closed": "llm = LLM(MODEL, **SIZES); run(llm)",
+    "closed": "llm = LLM(MODEL, **SIZES); run(llm); llm.close()",
+    "stream half read": "llm = LLM(MODEL, **SIZES); s = llm.stream([[5, 6]] * 8, GREEDY); next(s)",
+    "steps in flight": """
+runner = ModelRunner(MODEL, **SIZES)
+row = runner.add_row([5] * 300, GREEDY, block_ids=range(1, 33))
+steps = [runner.execute([(row, 100)]) for _ in range(3)]
+""",
+    "engine in flight": """
+engine = Engine(MODEL, **SIZES)
+engine.add_request("a", [5] * 300, GREEDY)
+engine.step()
+""",
+    "reference cycle": "llm = LLM(MODEL, **SIZES); run(llm); llm.me = llm; del llm",
+    "in a thread": """
+import threading
+def work():
+    global llm
+    llm = LLM(MODEL, **SIZES)
+    run(llm)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+""",
+}
+
+
+@pytest.mark.parametrize("name", EXITS)
+def test_interpreter_exit(device: str, name: str) -> None:
+    """Exit code 0, nothing on stderr, and it does not take long."""
+    out = run_child(device, EXITS[name] + "\nprint('end', flush=True)", timeout=20)
+    assert out == "end\n"
+    quick = """
+import time, atexit
+atexit.register(lambda: print(time.time(), flush=True))
+"""
+    out = run_child(device, quick + EXITS[name], timeout=20)
+    assert time.time() - float(out) < 5.0
+
+
+def test_error_leaves_by_its_own_way(device: str) -> None:
+    """An exception that nobody catches ends the process with 1 and its traceback."""
+    child = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            PRELUDE + "llm = LLM(MODEL, **SIZES)\nrun(llm)\nllm.generate([[10**6]])",
+            device,
+            str(LLAMA),
+            str(qwen()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert child.returncode == 1
+    assert "mrv1.errors.RequestError: request '1': prompt[0] = 1000000" in child.stderr
+
+
+def test_fork(device: str) -> None:
+    """The child's copy raises ForkError, a new model works there, and the parent goes on."""
+    if device == "cuda":
+        # A CUDA context does not survive a fork; the typed error is all that a child can have.
+        new_one = ""
+    else:
+        new_one = "with LLM(MODEL, **SIZES) as fresh: assert run(fresh) == expected"
+    run_child(
+        device,
+        f"""
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads: what is tested here
+base = threads()
+llm = LLM(MODEL, **SIZES)
+runner = ModelRunner(MODEL, **SIZES)
+row = runner.add_row([5, 6, 7], GREEDY, block_ids=[1])
+expected = run(llm)
+stream = llm.stream([[5, 6, 7, 8]], GREEDY)
+tokens = list(next(stream).token_ids)
+step = runner.execute([(row, 3)])
+child = os.fork()
+if child == 0:
+    try:
+        for use in (lambda: run(llm), lambda: llm.engine.step(), lambda: next(stream),
+                    lambda: runner.execute([(row, 1)]), lambda: step.result(),
+                    lambda: runner.add_row([1], GREEDY), lambda: runner.free_rows,
+                    lambda: llm.model.device.memory()):
+            try:
+                use()
+                os._exit(3)
+            except ForkError as error:
+                assert "forked child" in str(error)
+                assert isinstance(error, RuntimeError)
+        assert threads() == 1
+        {new_one or "pass"}
+        assert threads() == 1, thread_names()
+        llm.close()
+        runner.close()
+        del llm, runner, stream, step
+        gc.collect()
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        os._exit(4)
+    sys.exit(0)  # through the interpreter's own end
+for chunk in stream:
+    tokens += chunk.token_ids
+assert tokens == expected
+assert run(llm) == expected
+assert step.result()[0].token_id is not None
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 0, status
+assert run(llm) == expected
+llm.close()
+runner.close()
+# NumPy's linear algebra ends its own threads at a fork.
+assert threads() <= base and not [n for n in thread_names() if "mrv1" in n], thread_names()
+""",
+    )
+
+
+def test_fork_that_leaves_everything_to_the_exit(device: str) -> None:
+    """Nothing is closed, in the parent or in the child."""
+    run_child(
+        device,
+        """
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+llm = LLM(MODEL, **SIZES)
+expected = run(llm)
+stream = llm.stream([[5, 6, 7, 8]], GREEDY)
+next(stream)
+children = []
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        sys.exit(0)
+    children.append(child)
+for child in children:
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert run(llm) == expected
+""",
+    )
+
+
+def test_import_starts_nothing(device: str) -> None:
+    """No thread, no torch, and no library that is not needed yet."""
+    run_child(
+        device,
+        """
+with_mrv1 = threads()
+import numpy  # its linear algebra may have threads of its own
+assert threads() == with_mrv1, thread_names()
+assert not [name for name in thread_names() if "mrv1" in name]
+for name in ("torch", "transformers", "tokenizers", "tqdm"):
+    assert name not in sys.modules, name
+""",
+    )
