@@ -45,9 +45,9 @@ with LLM(demo, device="cuda", dtype="float32", progress=False) as llm:
 PYTHON
       ;;
     suite)
-      python3 -m pytest -q -p no:cacheprovider --device cuda --durations=5 \
-        tests/test_ops_parity.py tests/test_sampler.py tests/test_infer_params.py \
-        tests/test_program.py tests/test_models.py tests/test_contract.py tests/test_demo.py
+      # Every test file whose tests take the device.
+      grep -lE '\b(native_)?device: ' tests/test_*.py |
+        xargs python3 -m pytest -q -p no:cacheprovider --device cuda --durations=5
       ;;
     memcheck | racecheck | initcheck | synccheck) sanitized "$1" ;;
     *)

@@ -135,6 +135,23 @@ def test_line_1_output_of_the_old_request_is_not_the_new_ones(
     assert third.token_id == expected_new[0]
 
 
+def test_line_1_row_that_comes_and_goes_between_steps(
+    opened: Open, reference: SlowReference
+) -> None:
+    """Added and freed with no step between: the device hears of both, in order."""
+    runner = opened(max_num_seqs=1)
+    row = runner.add_row(make_prompt(20, 1), greedy(4), block_ids=[9, 8, 7, 6, 5])
+    runner.free_row(row)
+    runner.execute([]).result()
+    assert runner.row_state(row).phase == _core.RowPhase.FREE
+    for seed in range(3):
+        if seed:
+            runner.free_row(row)
+        row = runner.add_row(make_prompt(4 + seed, seed), greedy(4), block_ids=[3, 4])
+    output = runner.execute([(row, 6)]).result()[0]
+    assert output.token_id == reference(make_prompt(6, 2), greedy(4))[0][0]
+
+
 def test_line_1_a_name_is_taken_until_its_last_update(device: str, models_dir: Path) -> None:
     with open_engine(device, models_dir) as engine:
         engine.add_request("a", make_prompt(5, 1), greedy(8))
@@ -576,9 +593,9 @@ def test_line_7_greedy_tie_goes_to_the_lowest_id(opened: Open, tmp_path: Path) -
 # --- 8: admission --------------------------------------------------------------------------------
 
 
-def bad_rows() -> list[tuple[str, dict[str, Any], str]]:
+def bad_rows() -> list[Any]:
     prompt = make_prompt(5, 1)
-    return [
+    rows: list[tuple[str, dict[str, Any], str]] = [
         ("empty", {"token_ids": []}, "token_ids is empty"),
         ("high id", {"token_ids": [1, VOCAB]}, f"token id {VOCAB} is outside"),
         ("negative id", {"token_ids": [1, -1]}, "token id -1 is outside"),
@@ -598,11 +615,12 @@ def bad_rows() -> list[tuple[str, dict[str, Any], str]]:
         ("done", {"token_ids": prompt, "params": greedy(2), "prompt_len": 3}, "2 outputs already"),
         ("params", {"token_ids": prompt, "params": {"temperature": 0}}, "SamplingParams"),
     ]
+    return [pytest.param(arguments, message, id=name) for name, arguments, message in rows]
 
 
-@pytest.mark.parametrize("name, arguments, message", bad_rows(), ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize("arguments, message", bad_rows())
 def test_line_8_refused_row_leaves_the_runner_as_it_was(
-    opened: Open, reference: SlowReference, name: str, arguments: dict[str, Any], message: str
+    opened: Open, reference: SlowReference, arguments: dict[str, Any], message: str
 ) -> None:
     runner = opened(num_kv_blocks=256)
     prompt = make_prompt(6, 2)
@@ -845,7 +863,7 @@ def test_line_10_padded_sizes_change_no_token(
 
 def test_line_10_padding_beyond_the_limits_is_refused(device: str) -> None:
     for options in ({"pad_requests": 5}, {"pad_tokens": 257}):
-        with pytest.raises(InvalidArgumentError, match="padding exceeds the limits"):
+        with pytest.raises(InvalidArgumentError, match="pad_"):
             open_runner(device, **options)
 
 

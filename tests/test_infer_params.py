@@ -12,6 +12,7 @@ import dataclasses
 import random
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -469,7 +470,12 @@ def test_random_views(native_device: _core.Device) -> None:
 
 def test_view_refuses_what_does_not_fit(native_device: _core.Device) -> None:
     tables = np.ones((2, 2), np.int32)
-    good = dict(encoder=[4, 0], decoder=[0, 3], this_time=[4, 1], tables=tables)
+    good: dict[str, Any] = {
+        "encoder": [4, 0],
+        "decoder": [0, 3],
+        "this_time": [4, 1],
+        "tables": tables,
+    }
     for change, sizes, message in (
         ({"encoder": [9, 0]}, {}, "row 0 is longer than its block table"),
         ({"decoder": [0, 8]}, {}, "row 1 is longer than its block table"),

@@ -145,10 +145,17 @@ def test_max_tokens_none_runs_to_the_models_length(device: str) -> None:
 
 
 def test_stream_equals_generate(llm: LLM) -> None:
-    prompts = ["The graph is captured", make_prompt(30, 4), make_prompt(3, 5), "Numbers", "What"]
+    prompts: list[Any] = [
+        "The graph is captured",
+        make_prompt(30, 4),
+        make_prompt(3, 5),
+        "Numbers",
+        "What",
+    ]
     params = [greedy(12), seeded(3, 20), greedy(1), greedy(15, stop="e"), seeded(4, 7)]
     expected = llm.generate(prompts, params)
-    texts, tokens = [""] * 5, [[] for _ in range(5)]
+    texts = [""] * 5
+    tokens: list[list[int]] = [[] for _ in range(5)]
     ended: dict[int, GenerationResult] = {}
     for chunk in llm.stream(prompts, params):
         assert chunk.index not in ended, "news after the end"
@@ -337,15 +344,17 @@ def test_no_bar_unless_on_a_terminal_or_asked(
         llm.generate(prompts[:1], greedy(4), progress=True)
         written = capsys.readouterr()
         assert written.out == "" and "Generating" in written.err
-        monkeypatch.setattr(sys, "stderr", Terminal())
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
         llm.generate(prompts[:1], greedy(4))
-        assert sys.stderr.getvalue() == "", "a short batch needs no bar"  # type: ignore[attr-defined]
+        assert terminal.getvalue() == "", "a short batch needs no bar"
         llm.generate(prompts, greedy(4))
-        assert "Generating" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+        assert "Generating" in terminal.getvalue()
         monkeypatch.setenv("MRV1_NO_PROGRESS", "1")
-        monkeypatch.setattr(sys, "stderr", Terminal())
+        quiet = Terminal()
+        monkeypatch.setattr(sys, "stderr", quiet)
         llm.generate(prompts, greedy(4))
-        assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
+        assert quiet.getvalue() == ""
         assert not progress.is_shown(None)
 
 
@@ -526,12 +535,13 @@ DAMAGE: list[tuple[str, Any, type[Mrv1Error], str]] = [
 ]
 
 
-@pytest.mark.parametrize("name, damage, kind, message", DAMAGE, ids=[row[0] for row in DAMAGE])
+@pytest.mark.parametrize(
+    "damage, kind, message", [pytest.param(*row[1:], id=row[0]) for row in DAMAGE]
+)
 def test_damaged_model_directories(
     device: str,
     tmp_path: Path,
     llm: LLM,
-    name: str,
     damage: Any,
     kind: type[Mrv1Error],
     message: str,
@@ -575,7 +585,13 @@ def test_no_such_directory(device: str, tmp_path: Path) -> None:
         ({"num_kv_blocks": 1}, InvalidArgumentError, "num_kv_blocks = 1.*at least 2"),
         ({"num_kv_blocks": True}, InvalidArgumentError, "num_kv_blocks = True"),
         ({"kv_cache_memory": -1, "num_kv_blocks": None}, InvalidArgumentError, "kv_cache_memory"),
-        ({"pad_tokens": 65}, InvalidArgumentError, "padding exceeds the limits"),
+        ({"pad_tokens": 65}, InvalidArgumentError, r"pad_tokens = 65.*\[0, 64\]"),
+        ({"pad_requests": -1}, InvalidArgumentError, "pad_requests = -1"),
+        ({"pad_requests": 1.5}, InvalidArgumentError, "pad_requests = 1.5"),
+        ({"num_threads": -1}, InvalidArgumentError, "num_threads = -1"),
+        ({"num_threads": 10**6}, InvalidArgumentError, "num_threads = 1000000"),
+        ({"num_threads": "2"}, InvalidArgumentError, "num_threads = '2'"),
+        ({"fusion": "yes"}, InvalidArgumentError, "fusion = 'yes'.*True or False"),
         # 32 KiB a block of 16 tokens in float32: room for one, and the null block needs another.
         (
             {"kv_cache_memory": 60_000, "num_kv_blocks": None},

@@ -7,7 +7,7 @@ docs/benchmarks.md describes the records for their readers.
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import datetime as dt
 import json
 import os
 import platform
@@ -121,23 +121,22 @@ def check_measurable(device: str) -> None:
         DeviceError: They cannot, yet.
     """
     if device != "cpu":
-        raise DeviceError(f"[bench] read bandwidth is measured on the cpu only, not on {device}")
+        raise DeviceError(
+            f"[bench] read bandwidth is measured on the cpu only, not on {device}: "
+            "pass --device cpu"
+        )
 
 
 def measure_rates(device: _core.Device, dtype: str, read_bytes: int = READ_BYTES) -> Rates:
     """Measures read bandwidth (best of 10) and arithmetic rate (best of 5) of a device."""
-    probe = make_probe(device, read_bytes)
+    free, _ = device.memory()
+    probe = _core.ReadProbe(device, min(read_bytes, free // 2))
+    probe_bytes = probe.bytes
     try:
         seconds = min(probe.run() for _ in range(_READS))
-        return Rates(probe.bytes / seconds / 1e9, _measure_gflops(device, dtype))
     finally:
         probe.close()
-
-
-def make_probe(device: _core.Device, read_bytes: int) -> _core.ReadProbe:
-    """Makes the buffer of the plain read: at most half of the free memory."""
-    free, _ = device.memory()
-    return _core.ReadProbe(device, min(read_bytes, free // 2))
+    return Rates(probe_bytes / seconds / 1e9, _measure_gflops(device, dtype))
 
 
 def _measure_gflops(device: _core.Device, dtype: str) -> float:
@@ -227,15 +226,15 @@ def make_record(
         "batch": timing.batch,
         "context": timing.context,
         "kv_cache_dtype": "auto",
-        "step_ms": round(timing.step_ms, 4),
-        "floor_ms": round(floor_ms(costs, rates), 4),
+        "step_ms": round(timing.step_ms, 6),
+        "floor_ms": round(floor_ms(costs, rates), 6),
         "host_us": None if timing.host_us is None else round(timing.host_us, 2),
         "tokens_per_s": round(timing.batch / seconds, 2),
         "read_gb_s": round(rates.read_gb_s, 2),
         "peak_memory_mb": round(timing.peak_memory_mb, 1),
         "versions": versions(),
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         "dtype": dtype,
         "read_share": round(read_bytes / seconds / (rates.read_gb_s * 1e9), 4),
         "gflops": round(rates.gflops, 1),

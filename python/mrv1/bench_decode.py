@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ def decode_options(
     block_size: int = 16,
 ) -> RunnerOptions:
     """Options of a runner with exactly the memory that the measurements need."""
-    length = max(contexts) + steps + 1
+    length = max(max(contexts), WARMUP + 1) + steps + 1
     blocks = -(-length // block_size)
     return RunnerOptions(
         device=device,
@@ -50,7 +51,7 @@ class DecodeRun:
     Args:
         model: Made with `decode_options`.
         batch: Rows.
-        context: Tokens in each row's cache in the first step that counts.
+        context: Tokens in each row's cache in the first step that counts; at least 5.
     """
 
     def __init__(self, model: LoadedModel, batch: int, context: int) -> None:
@@ -72,11 +73,11 @@ class DecodeRun:
             self._rows.append(row)
         self._length = length
         self._host_ns: list[int] = []
-        self._run(min(WARMUP, context))
+        self._run(WARMUP)
 
     @property
     def length(self) -> int:
-        """Tokens in each row's cache with the last step."""
+        """Tokens in each row's cache in the next step."""
         return self._length
 
     def _launch(self) -> int:
@@ -98,13 +99,13 @@ class DecodeRun:
                 raise InternalError(f"a row ended in step {output.step}")
             pending = following
         self._length += steps
-        return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        return [end - start for start, end in itertools.pairwise(ends)]
 
     def measure(self, steps: int) -> tuple[list[float], list[float]]:
         """Runs steps; returns the milliseconds of each, and the host's microseconds for each."""
         self._host_ns = [self._runner.stats()["host_ns"]]
         milliseconds = [1e3 * seconds for seconds in self._run(steps)]
-        spans = zip(self._host_ns, self._host_ns[1:], strict=False)
+        spans = itertools.pairwise(self._host_ns)
         return milliseconds, [(end - start) / 1e3 for start, end in spans]
 
     def close(self) -> None:
@@ -117,12 +118,13 @@ def measure_decode(model: LoadedModel, batch: int, context: int, steps: int) -> 
     """Measures one batch size at one context length: the median of `steps` steps."""
     run = DecodeRun(model, batch, context)
     try:
+        length = run.length
         milliseconds, host_us = run.measure(steps)
     finally:
         run.close()
     return Timing(
         batch,
-        context,
+        length,
         statistics.median(milliseconds),
         statistics.median(host_us),
         peak_memory_mb(),

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrv1._version import __version__
@@ -29,6 +31,12 @@ EXIT_INTERRUPTED = 130
 # Sampling where neither the user nor generation_config.json says anything.
 _TEMPERATURE = 0.8
 _MAX_TOKENS = 128
+
+_CONTROL_CHARACTERS = {
+    code: "\N{REPLACEMENT CHARACTER}"
+    for code in (*range(0x20), *range(0x7F, 0xA0))
+    if chr(code) not in "\t\n"
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,9 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu or cuda (default: MRV1_DEVICE, else auto)")
-    parser.add_argument(
-        "--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)"
-    )
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
 
 
@@ -74,7 +80,7 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.description = "Continues each prompt. Text goes to stdout, all else to stderr."
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text; - reads it from stdin")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text; - takes stdin")
     parser.add_argument("--model", metavar="DIR", help="model directory (default: the demo model)")
     parser.add_argument(
         "--max-tokens", type=int, default=_MAX_TOKENS, help="tokens a prompt (default: %(default)s)"
@@ -93,7 +99,10 @@ def _run_generate(options: argparse.Namespace) -> None:
     from mrv1.llm import LLM
     from mrv1.shapes import demo_model
 
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in options.prompts]
+    prompts = [_read_stdin() if prompt == "-" else prompt for prompt in options.prompts]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
+    clean = for_terminal if sys.stdout.isatty() else str
     with LLM(
         options.model or demo_model(),
         progress=False if options.no_progress else None,
@@ -105,13 +114,29 @@ def _run_generate(options: argparse.Namespace) -> None:
         try:
             with contextlib.closing(_in_order(llm, prompts, params, results)) as texts:
                 for text in texts:
-                    sys.stdout.write(text)
+                    sys.stdout.write(clean(text))
                     sys.stdout.flush()
         except KeyboardInterrupt:
             # The terminal's cursor stands behind half a line of text and "^C".
             print(flush=True)
             raise
         _print_statistics(results)
+
+
+def _read_stdin() -> str:
+    """All of stdin but a newline at its end, which a shell adds."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(
+            field="stdin", allowed=f"UTF-8: {error.reason} at byte {error.start}"
+        ) from None
+    return text.removesuffix("\n")
+
+
+def for_terminal(text: str) -> str:
+    """The text without control characters: a model's output must not steer the terminal."""
+    return text.translate(_CONTROL_CHARACTERS)
 
 
 def _sampling_params(options: argparse.Namespace, llm: LLM) -> SamplingParams:
@@ -268,7 +293,7 @@ def _bench_source(options: argparse.Namespace) -> tuple[str, str | None, dict[st
         if options.model is None:
             return shapes.DEMO, str(shapes.demo_model()), {}
         # Records are published; where a directory lies is nobody's business.
-        return os.path.basename(os.path.abspath(options.model)), options.model, {}
+        return Path(options.model).resolve().name, options.model, {}
     name, config = shapes.shape_config(options.shape, options.layers)
     if options.save is None:
         return name, None, config
@@ -329,25 +354,25 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
     from mrv1.loader import resolve_device, resolve_dtype
 
     shape, directory, values = _bench_source(options)
-    config = ModelConfig.from_values(values) if directory is None else ModelConfig.from_dir(directory)
+    config = (
+        ModelConfig.from_values(values) if directory is None else ModelConfig.from_dir(directory)
+    )
     dtype = resolve_dtype(options.dtype, config)
     threads = envs.NUM_THREADS.get() or 0
     device = _core.Device(resolve_device(options.device), num_threads=threads)
     try:
         rates = bench.measure_rates(device, dtype, options.read_mb << 20)
-        probe = bench.make_probe(device, options.read_mb << 20)
         records = []
         for context in options.context:
             for batch in options.batch:
                 for cost, timing in bench_op.measure_ops(
-                    device, config, dtype, batch, context, options.steps, probe.run
+                    device, config, dtype, batch, context, options.steps, options.read_mb << 20
                 ):
                     record = bench.make_record(
                         "op", shape, bench.describe_device(device), dtype, timing, [cost], rates
                     )
                     record["op"] = cost.name
                     records.append(record)
-        probe.close()
     finally:
         device.close()
     return records

@@ -9,10 +9,11 @@ import itertools
 import numbers
 import os
 import resource
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -108,7 +109,8 @@ class _Job:
             self.end = update
 
     def result(self) -> GenerationResult:
-        assert self.end is not None and self.end.finish_reason is not None
+        assert self.end is not None
+        assert self.end.finish_reason is not None
         count = len(self.token_ids)
         waited, ran = self.first - self.start, self.last - self.first
         return GenerationResult(
@@ -209,7 +211,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk, None, None]:
         """Generates like `generate`, but yields what is new as it comes.
 
         Requests are submitted, and refused, when this is called; an iterator that is closed before
@@ -220,7 +222,7 @@ class LLM:
         next(chunks)
         return chunks
 
-    def _stream(self, jobs: list[_Job]) -> Iterator[StreamChunk]:
+    def _stream(self, jobs: list[_Job]) -> Generator[StreamChunk, None, None]:
         try:
             yield StreamChunk(0, "", ())
             while any(job.end is None or job.unread for job in jobs):
@@ -286,12 +288,16 @@ class LLM:
 
     def _forget(self, jobs: list[_Job]) -> None:
         """Lets go of jobs, aborting those that still run (an error, an interrupt)."""
+        if sys.is_finalizing():
+            return  # a stream that nobody closed: the process takes everything with it
         with self._lock:
             for job in jobs:
                 self._jobs.pop(job.request_id, None)
             # An LLM that was closed, or left in the parent by a fork, has nothing to abort.
             with contextlib.suppress(ClosedError, ForkError):
-                if any([self.engine.abort(job.request_id) for job in jobs if job.end is None]):
+                running = [job for job in jobs if job.end is None]
+                # A sum, since each of them must be aborted.
+                if sum(self.engine.abort(job.request_id) for job in running):
                     self._step()
 
     def close(self) -> None:

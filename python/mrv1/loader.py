@@ -25,6 +25,7 @@ _LOADABLE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _KV_SHARE = 0.25
 # Stop ids that all running requests together can have; address space, not memory, on the CPU.
 _MAX_STOP_IDS = 1 << 20
+_MAX_THREADS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +144,8 @@ def wire_model(config: ModelConfig, dtype: str, *, fusion: bool | None = None) -
         )
     builder = Builder(dtype)
     family(builder, config)
+    if not (fusion is None or isinstance(fusion, bool)):
+        raise InvalidArgumentError(field="fusion", value=fusion, allowed="None, True or False")
     if envs.FUSION.get() if fusion is None else fusion:
         builder.program.fuse()
     return builder.program
@@ -180,8 +183,8 @@ def load_model(
     _LOG.setLevel(envs.LOG_LEVEL.get())
     plan = model.runner.memory_plan
     _LOG.info(
-        "%s on %s in %s: weights %.0f MB, activations %.0f MB, state %.0f MB, KV cache %.0f MB in %d "
-        "blocks of %d tokens; %s",
+        "%s on %s in %s: weights %.0f MB, activations %.0f MB, state %.0f MB, KV cache %.0f MB "
+        "in %d blocks of %d tokens; %s",
         root,
         model.device.name,
         dtype,
@@ -207,7 +210,7 @@ def make_runner(
     start = time.perf_counter()
     kind = resolve_device(options.device)
     threads = envs.NUM_THREADS.get() if options.num_threads is None else options.num_threads
-    device = _core.Device(kind, num_threads=threads or 0)
+    device = _core.Device(kind, num_threads=_integer("num_threads", threads or 0, 0, _MAX_THREADS))
     native = _core.RunnerConfig()
     native.max_num_seqs = _positive("max_num_seqs", options.max_num_seqs, 64)
     default_tokens = max(512 if kind == "cpu" else 8192, native.max_num_seqs)
@@ -224,8 +227,8 @@ def make_runner(
         )
     native.block_size = _positive("block_size", options.block_size, 16)
     native.max_stop_ids = _MAX_STOP_IDS
-    native.pad_requests = options.pad_requests
-    native.pad_tokens = options.pad_tokens
+    native.pad_requests = _integer("pad_requests", options.pad_requests, 0, native.max_num_seqs)
+    native.pad_tokens = _integer("pad_tokens", options.pad_tokens, 0, native.max_num_batched_tokens)
     native.infer_param_view = options.infer_param_view
     native.num_blocks = _num_blocks(program, native, device, options)
     if options.max_model_len is None:
@@ -248,11 +251,16 @@ def make_runner(
     )
 
 
+def _integer(field: str, value: int, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidArgumentError(
+            field=field, value=value, allowed=f"an integer in [{low}, {high}]"
+        )
+    return value
+
+
 def _positive(field: str, value: int | None, default: int) -> int:
-    chosen = default if value is None else value
-    if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 < chosen < 2**31:
-        raise InvalidArgumentError(field=field, value=chosen, allowed="an integer in [1, 2**31)")
-    return chosen
+    return _integer(field, default if value is None else value, 1, 2**31 - 1)
 
 
 def _num_blocks(

@@ -30,11 +30,14 @@ def progress_bar(
         show: Whether to draw; None decides by the terminal.
     """
     if not is_shown(show):
-        yield lambda count: None
+        yield lambda _: None
         return
     from tqdm import tqdm
 
-    with tqdm(
+    class Bar(tqdm):  # type: ignore[type-arg]
+        monitor_interval = 0  # else tqdm starts a thread, which would outlive the bar
+
+    with Bar(
         total=total, desc=title, unit=unit, unit_scale=unit == "B", file=sys.stderr, leave=False
     ) as bar:
         yield bar.update

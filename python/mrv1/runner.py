@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 import os
@@ -94,10 +95,9 @@ class PendingStep:
 
     def __del__(self) -> None:
         if self._outputs is None:
-            try:
+            # The runner may be closed, or the interpreter going down.
+            with contextlib.suppress(Exception):
                 self._runner.discard(self.step)
-            except Exception:  # the runner is closed, or the interpreter is going down
-                pass
 
 
 def make_row_spec(

@@ -61,9 +61,9 @@ class Scene {
           for (int i = 0; i < dim; ++i) {
             const int64_t at = index(row, p, h) + i;
             key_.set(at, qkv_.back().get(column(p, config.shape.num_heads + h) + i));
-            value_.set(at, qkv_.back().get(
-                               column(p, config.shape.num_heads + config.shape.num_kv_heads + h) +
-                               i));
+            value_.set(at,
+                       qkv_.back().get(
+                           column(p, config.shape.num_heads + config.shape.num_kv_heads + h) + i));
           }
         }
       }
@@ -112,9 +112,9 @@ class Scene {
     step.ctx.rows.block_table = tables_.data();
     Tensor out(dtype_, static_cast<int64_t>(positions.size()) * config_.shape.q_cols());
     out.fill(kNaN);
-    paged_attention_cpu({qkv.data(), out.data(), config_.shape, dtype_, scale(), config_.window,
-                         &cache_, 1},
-                        step.ctx);
+    paged_attention_cpu(
+        {qkv.data(), out.data(), config_.shape, dtype_, scale(), config_.window, &cache_, 1},
+        step.ctx);
     return out;
   }
 
@@ -159,8 +159,8 @@ class Scene {
   KvCacheLayer& cache() { return cache_; }
   int64_t index(int row, int position, int kv_head) const {
     const auto rows = static_cast<int>(lengths_.size());
-    const int32_t block = tables_[static_cast<size_t>((rows + row) * max_blocks_ +
-                                                      position / config_.block_size)];
+    const int32_t block =
+        tables_[static_cast<size_t>((rows + row) * max_blocks_ + position / config_.block_size)];
     return block * cache_.block_stride + position % config_.block_size * cache_.token_stride +
            kv_head * cache_.head_stride;
   }
@@ -182,9 +182,9 @@ class Scene {
 };
 
 const Config kConfigs[] = {
-    {{4, 2, 128}, 16, 0}, {{3, 1, 64}, 16, 0}, {{2, 2, 40}, 16, 0},  {{8, 1, 256}, 32, 0},
-    {{6, 2, 8}, 8, 0},    {{4, 2, 32}, 16, 50}, {{2, 1, 24}, 16, 1}, {{70, 1, 16}, 16, 0},
-    {{2, 1, 72}, 1, 70},
+    {{4, 2, 128}, 16, 0}, {{3, 1, 64}, 16, 0},  {{2, 2, 40}, 16, 0},
+    {{8, 1, 256}, 32, 0}, {{6, 2, 8}, 8, 0},    {{4, 2, 32}, 16, 50},
+    {{2, 1, 24}, 16, 1},  {{70, 1, 16}, 16, 0}, {{2, 1, 72}, 1, 70},
 };
 
 TEST_CASE("paged attention agrees with float64, and whole, chunked and decoded prompts are equal") {

@@ -62,8 +62,8 @@ TEST_CASE("linear agrees with float64") {
                 double sum = b == nullptr ? 0.0 : b[n];
                 double magnitude = std::abs(sum);
                 for (int64_t k = 0; k < shape.in; ++k) {
-                  const double product = double{x.get(r * shape.in + k)} *
-                                         double{weight.source.get(n * shape.in + k)};
+                  const double product =
+                      double{x.get(r * shape.in + k)} * double{weight.source.get(n * shape.in + k)};
                   sum += product;
                   magnitude += std::abs(product);
                 }
@@ -95,8 +95,8 @@ TEST_CASE("linear gives a row the same bits in any batch and on any number of th
         CAPTURE(rows);
         const int64_t first = kRows - rows;
         Tensor part(dtype, rows * kIn);
-        std::memcpy(part.data(), x.at(first * kIn), static_cast<size_t>(part.at(part.count()) -
-                                                                        part.at(0)));
+        std::memcpy(part.data(), x.at(first * kIn),
+                    static_cast<size_t>(part.at(part.count()) - part.at(0)));
         const Tensor out = run_linear(part, weight, nullptr, rows, dtype, false);
         REQUIRE(out.same_bits(all, 0, first * kOut, rows * kOut));
       }
@@ -154,8 +154,8 @@ TEST_CASE("linear refuses arguments that do not fit") {
   const Weight weight(DType::kF32, 24, 8, 1);
   Tensor x(DType::kF32, 8);
   Tensor out(DType::kF32, 24);
-  LinearParams good{x.data(), weight.view, nullptr, out.data(), DType::kF32, DType::kF32, false,
-                    false};
+  LinearParams good{x.data(),    weight.view, nullptr, out.data(),
+                    DType::kF32, DType::kF32, false,   false};
   linear_cpu(good, step.ctx);
   LinearParams bad = good;
   bad.dtype = bad.out_dtype = DType::kBF16;
@@ -204,9 +204,10 @@ TEST_CASE("pack_panels and embedding: every source dtype, written in pieces, rea
       ThreadPool pool(2);
       const int64_t cuts[] = {0, 5, 30, 32, 75};
       for (int c = 0; c < 4; ++c) {
-        pack_panels(view, packed.data(),
-                    source.data() + cuts[c] * kCols * static_cast<int64_t>(dtype_size(source_dtype)),
-                    source_dtype, cuts[c], cuts[c + 1] - cuts[c], pool);
+        pack_panels(
+            view, packed.data(),
+            source.data() + cuts[c] * kCols * static_cast<int64_t>(dtype_size(source_dtype)),
+            source_dtype, cuts[c], cuts[c + 1] - cuts[c], pool);
       }
 
       Step step(kRows + 2);
@@ -233,12 +234,12 @@ TEST_CASE("pack_panels and embedding: every source dtype, written in pieces, rea
   ThreadPool pool(1);
   const Weight weight(DType::kF32, 16, 4, 1);
   std::vector<char> packed(weight.packed.size());
-  CHECK_THROWS_AS(pack_panels(weight.view, packed.data(), weight.source.data(), DType::kI32, 0, 16,
-                              pool),
-                  Error);
-  CHECK_THROWS_AS(pack_panels(weight.view, packed.data(), weight.source.data(), DType::kF32, 8, 9,
-                              pool),
-                  Error);
+  CHECK_THROWS_AS(
+      pack_panels(weight.view, packed.data(), weight.source.data(), DType::kI32, 0, 16, pool),
+      Error);
+  CHECK_THROWS_AS(
+      pack_panels(weight.view, packed.data(), weight.source.data(), DType::kF32, 8, 9, pool),
+      Error);
 }
 
 TEST_CASE("silu_mul is accurate over the whole range, the same in every lane") {
@@ -297,7 +298,8 @@ TEST_CASE("bfloat16 stores round to nearest even, NaN stays NaN") {
     std::mt19937 generator(12);
     for (int i = 0; i < kCount; ++i) {
       const auto bits = static_cast<uint16_t>(i < 65536 ? i : generator());
-      const auto other = static_cast<uint16_t>(i % 3 == 0 ? 0x8000u : bits ^ (generator() & 0x3ffu));
+      const auto other =
+          static_cast<uint16_t>(i % 3 == 0 ? 0x8000u : bits ^ (generator() & 0x3ffu));
       std::memcpy(a.at(i), &bits, 2);
       std::memcpy(b.at(i), &other, 2);
     }
@@ -308,8 +310,7 @@ TEST_CASE("bfloat16 stores round to nearest even, NaN stays NaN") {
       if (std::isnan(sum)) {
         REQUIRE(std::isnan(out.get(i)));
       } else {
-        REQUIRE(float_to_bits(out.get(i)) ==
-                float_to_bits(to_float(from_float<BFloat16>(sum))));
+        REQUIRE(float_to_bits(out.get(i)) == float_to_bits(to_float(from_float<BFloat16>(sum))));
       }
     }
   }
@@ -329,9 +330,9 @@ TEST_CASE("rms_norm, with a residual and in place") {
         Tensor sum(dtype, kRows * cols);
         add_cpu({x.data(), residual.data(), sum.data(), cols, dtype}, step.ctx);
         Tensor out(dtype, kRows * cols);
-        rms_norm_cpu({sum.data(), nullptr, weight.data(), out.data(), nullptr, cols, 1e-6f, dtype,
-                      false},
-                     step.ctx);
+        rms_norm_cpu(
+            {sum.data(), nullptr, weight.data(), out.data(), nullptr, cols, 1e-6f, dtype, false},
+            step.ctx);
         for (int64_t r = 0; r < kRows; ++r) {
           double squares = 0.0;
           for (int64_t c = 0; c < cols; ++c) {
@@ -410,14 +411,17 @@ TEST_CASE("qkv_prepare: the fused op equals its parts, the parts agree with floa
         Tensor key(dtype, cache_size), value(dtype, cache_size);
         key.fill(-7.0f);
         value.fill(-7.0f);
-        KvCacheLayer cache{key.data(), value.data(), dtype, kBlocks, kBlockSize, 2, head_dim,
-                           int64_t{2} * kBlockSize * head_dim, head_dim,
-                           int64_t{kBlockSize} * head_dim};
+        KvCacheLayer cache{key.data(), value.data(),
+                           dtype,      kBlocks,
+                           kBlockSize, 2,
+                           head_dim,   int64_t{2} * kBlockSize * head_dim,
+                           head_dim,   int64_t{kBlockSize} * head_dim};
 
         const Tensor qkv = random_tensor(dtype, kTokens * cols, 19);
         Tensor fused = qkv;
-        const QkvPrepareParams all{fused.data(), fused.data(), shape, dtype, q_norm.data(),
-                                   k_norm.data(), 1e-6f, rope.data(), kMaxPosition, &cache, 1};
+        const QkvPrepareParams all{fused.data(),  fused.data(),  shape, dtype,
+                                   q_norm.data(), k_norm.data(), 1e-6f, rope.data(),
+                                   kMaxPosition,  &cache,        1};
         qkv_prepare_cpu(all, step.ctx);
 
         Tensor normed(dtype, kTokens * cols), rotated(dtype, kTokens * cols);
@@ -464,7 +468,8 @@ TEST_CASE("qkv_prepare: the fused op equals its parts, the parts agree with floa
               REQUIRE(std::abs(normed.get(at + i) - expected) <= std::abs(expected) * roundoff);
             }
             for (int i = 0; i < head_dim / 2; ++i) {
-              const size_t angle = static_cast<size_t>(positions[static_cast<size_t>(t)] * head_dim);
+              const size_t angle =
+                  static_cast<size_t>(positions[static_cast<size_t>(t)] * head_dim);
               const double c = rope[angle + static_cast<size_t>(i)];
               const double s = rope[angle + static_cast<size_t>(head_dim / 2 + i)];
               const double a = normed.get(at + i), b = normed.get(at + head_dim / 2 + i);

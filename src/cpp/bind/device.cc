@@ -56,7 +56,7 @@ void bind_device(nb::module_& m) {
   m.def("cuda_built", &cuda::is_built, "True if this build has a CUDA backend.");
   m.def("cuda_available", &cuda::is_available, "True if a driver and a GPU are there too.");
   m.def("cuda_describe", &cuda::describe, "One line on what was found of CUDA.");
-  m.def("cpu_isa", [] { return std::string(cpu_isa_name(detect_cpu_isa())); },
+  m.def("cpu_isa", [] { return std::string(cpu_isa_name(current_cpu_isa())); },
         "The instruction set the CPU kernels use here.");
 }
 

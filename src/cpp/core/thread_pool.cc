@@ -103,13 +103,17 @@ struct ThreadPool::Impl {
   void notify() {
     if (parked.load(std::memory_order_seq_cst) == 0) return;
     // Taking the lock orders the wake-up after the check of a worker that is about to park.
-    { std::lock_guard<std::mutex> lock(mutex); }
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+    }
     wake.notify_all();
   }
 
   void stop() {
     stopping.store(true, std::memory_order_seq_cst);
-    { std::lock_guard<std::mutex> lock(mutex); }
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+    }
     wake.notify_all();
     for (std::thread& thread : threads) thread.join();
   }
@@ -129,8 +133,8 @@ ThreadPool::ThreadPool(int num_threads) : impl_(std::make_unique<Impl>()) {
     }
   } catch (const std::system_error& error) {
     impl_->stop();
-    fail(ErrorKind::kDevice, "thread_pool", "cannot start ", num_threads, " threads: ",
-         error.what());
+    fail(ErrorKind::kDevice, "thread_pool", "cannot start ", num_threads,
+         " threads: ", error.what());
   }
 }
 

@@ -6,12 +6,12 @@ namespace {
 
 // The scratch of a tile. D is head_dim rounded up to 16.
 struct AttentionScratch {
-  char* queries;     // [rows, head_dim] of the cache dtype
-  char* keys;        // kAttentionChunk / 16 panels of head_dim columns, as kPanel16
-  float* acc;        // [rows, D] unnormalised output
-  float* probs;      // [rows, kAttentionChunk]
-  float* row_max;    // [rows]
-  float* row_sum;    // [rows]
+  char* queries;   // [rows, head_dim] of the cache dtype
+  char* keys;      // kAttentionChunk / 16 panels of head_dim columns, as kPanel16
+  float* acc;      // [rows, D] unnormalised output
+  float* probs;    // [rows, kAttentionChunk]
+  float* row_max;  // [rows]
+  float* row_sum;  // [rows]
 };
 
 MRV1_INLINE AttentionScratch split_scratch(const AttentionTile& tile, int64_t dim) {
@@ -83,7 +83,7 @@ MRV1_INLINE void pack_keys(const char* const* src, int64_t words, uint32_t* dst)
 // Asks for the cache lines of count rows.
 MRV1_INLINE void prefetch_rows(const char* const* rows, int count, int64_t bytes) {
   for (int j = 0; j < count; ++j) {
-    for (int64_t i = 0; i < bytes; i += 64) (void)0; //__builtin_prefetch(rows[j] + i);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows[j] + i);
   }
 }
 
@@ -162,8 +162,11 @@ MRV1_INLINE float softmax_chunk(float* scores, int begin, int end, float scale, 
     const int low = begin - i * kLanes;
     const int high = end - i * kLanes;
     if (low > 0 || high < kLanes) {
-      s = keep_lanes(s, low < 0 ? 0 : low > kLanes ? kLanes : low, high < kLanes ? high : kLanes,
-                     minus_infinity);
+      s = keep_lanes(s,
+                     low < 0        ? 0
+                     : low > kLanes ? kLanes
+                                    : low,
+                     high < kLanes ? high : kLanes, minus_infinity);
     }
     store(scores + i * kLanes, s);
     highest = max(s, highest);
@@ -235,8 +238,8 @@ void attention(const AttentionTile& tile) {
     const int count = count_at(base);
     const char** keys = key_rows[(base - first_base) / kAttentionChunk % 2];
     for (int j = 0; j < count; ++j) {
-      values[j] = static_cast<const char*>(tile.value) +
-                  (keys[j] - static_cast<const char*>(tile.key));
+      values[j] =
+          static_cast<const char*>(tile.value) + (keys[j] - static_cast<const char*>(tile.key));
     }
     const int num_panels = (count + kLanes - 1) / kLanes;
 

@@ -31,8 +31,9 @@ constexpr std::string_view cpu_isa_name(CpuIsa isa) {
 // The best of them that this processor and operating system have. Detected once.
 CpuIsa detect_cpu_isa();
 
-// The one the kernels use unless forced: detect_cpu_isa(), except that Intel's processors get kAvx512
-// in place of kAvx512Bf16: their dot products do half the work of two fused multiply-adds per cycle.
+// The one the kernels use unless forced: detect_cpu_isa(), except that Intel's processors get
+// kAvx512 in place of kAvx512Bf16: their dot products do half the work of two fused multiply-adds
+// per cycle.
 CpuIsa default_cpu_isa();
 
 // The one the kernels use now.

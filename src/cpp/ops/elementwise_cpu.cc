@@ -16,28 +16,26 @@ constexpr int64_t kElementsPerPiece = 8192;
 void add_cpu(const AddParams& params, const StepContext& ctx) {
   const TypedVectorOps& ops = vector_ops(params.dtype, "add");
   const int64_t size = static_cast<int64_t>(dtype_size(params.dtype));
-  ctx.pool->parallel_for(
-      ctx.sizes.num_tokens * params.cols, kElementsPerPiece, [&](int64_t begin, int64_t end, int) {
-        ops.add_row(static_cast<const char*>(params.a) + begin * size,
-                    static_cast<const char*>(params.b) + begin * size,
-                    static_cast<char*>(params.out) + begin * size, end - begin);
-      });
+  ctx.pool->parallel_for(ctx.sizes.num_tokens * params.cols, kElementsPerPiece,
+                         [&](int64_t begin, int64_t end, int) {
+                           ops.add_row(static_cast<const char*>(params.a) + begin * size,
+                                       static_cast<const char*>(params.b) + begin * size,
+                                       static_cast<char*>(params.out) + begin * size, end - begin);
+                         });
 }
 
 void silu_mul_cpu(const SiluMulParams& params, const StepContext& ctx) {
   check(params.cols > 0, "silu_mul", "cols is ", params.cols, ", must be at least 1");
   const TypedVectorOps& ops = vector_ops(params.dtype, "silu_mul");
   const int64_t row_bytes = params.cols * static_cast<int64_t>(dtype_size(params.dtype));
-  ctx.pool->parallel_for(ctx.sizes.num_tokens, kElementsPerPiece / params.cols,
-                         [&](int64_t begin, int64_t end, int) {
-                           for (int64_t r = begin; r < end; ++r) {
-                             const char* gate =
-                                 static_cast<const char*>(params.x) + r * 2 * row_bytes;
-                             ops.silu_mul_row(gate, gate + row_bytes,
-                                              static_cast<char*>(params.out) + r * row_bytes,
-                                              params.cols);
-                           }
-                         });
+  ctx.pool->parallel_for(
+      ctx.sizes.num_tokens, kElementsPerPiece / params.cols, [&](int64_t begin, int64_t end, int) {
+        for (int64_t r = begin; r < end; ++r) {
+          const char* gate = static_cast<const char*>(params.x) + r * 2 * row_bytes;
+          ops.silu_mul_row(gate, gate + row_bytes, static_cast<char*>(params.out) + r * row_bytes,
+                           params.cols);
+        }
+      });
 }
 
 void gather_rows_cpu(const GatherRowsParams& params, const StepContext& ctx) {

@@ -36,7 +36,8 @@ void pack_panel(const WeightView& weight, To* data, const From* source, int64_t 
       to[words * kColsPerWord - 1] = To{};  // the column that pads an odd number
       convert_row(source + (row - row_begin) * weight.cols + col, to, cols);
     }
-    To* out = data + panel_index(weight.dtype, weight.cols, row_begin / kPanelRows * kPanelRows, col);
+    To* out =
+        data + panel_index(weight.dtype, weight.cols, row_begin / kPanelRows * kPanelRows, col);
     const int64_t lane_begin = row_begin % kPanelRows;
     const int64_t lane_end = lane_begin + row_end - row_begin;
     for (int64_t word = 0; word < words; ++word) {

@@ -22,8 +22,8 @@ void check_params(const PagedAttentionParams& params, const StepContext& ctx) {
   constexpr std::string_view kOp = "paged_attention";
   const HeadShape& shape = params.shape;
   const KvCacheLayer& cache = *params.cache;
-  check(shape.head_dim > 0 && shape.head_dim % 8 == 0 && shape.head_dim <= 256, kOp,
-        "head_dim is ", shape.head_dim, ", must be a multiple of 8 up to 256");
+  check(shape.head_dim > 0 && shape.head_dim % 8 == 0 && shape.head_dim <= 256, kOp, "head_dim is ",
+        shape.head_dim, ", must be a multiple of 8 up to 256");
   check(shape.num_kv_heads > 0 && shape.num_heads > 0 && shape.num_heads % shape.num_kv_heads == 0,
         kOp, "num_heads is ", shape.num_heads, ", must be a multiple of num_kv_heads ",
         shape.num_kv_heads);
@@ -60,8 +60,7 @@ void paged_attention_cpu(const PagedAttentionParams& params, const StepContext& 
   // Tiles of as many tokens as fit, fewer if there would be too few of them to go round.
   const int64_t wanted = kPiecesPerThread * ctx.pool->num_threads();
   const int64_t fair = std::max<int64_t>(num_tokens * shape.num_kv_heads / wanted, 1);
-  const int64_t tile_tokens =
-      std::min<int64_t>(fair, std::max<int64_t>(kAttentionRows / group, 1));
+  const int64_t tile_tokens = std::min<int64_t>(fair, std::max<int64_t>(kAttentionRows / group, 1));
   const int64_t num_tiles = (num_tokens + tile_tokens - 1) / tile_tokens;
 
   const auto attend = [&](int64_t first, int64_t end, int kv_head, int thread) {
@@ -90,8 +89,7 @@ void paged_attention_cpu(const PagedAttentionParams& params, const StepContext& 
     tile.block_size = cache.block_size;
     tile.scale = params.scale;
     tile.window = params.window;
-    tile.scratch =
-        static_cast<char*>(ctx.workspace) + thread * thread_bytes(shape.head_dim);
+    tile.scratch = static_cast<char*>(ctx.workspace) + thread * thread_bytes(shape.head_dim);
     const char* q = static_cast<const char*>(params.qkv) +
                     (first * shape.qkv_cols() + int64_t{kv_head} * group * shape.head_dim) * size;
     for (int head = 0; head < group; head += kAttentionRows) {
@@ -111,8 +109,7 @@ void paged_attention_cpu(const PagedAttentionParams& params, const StepContext& 
           const int64_t tile_end = std::min((tile + 1) * tile_tokens, num_tokens);
           for (int64_t first = tile * tile_tokens; first < tile_end;) {
             int64_t next = first + 1;
-            while (next < tile_end &&
-                   ctx.infer.token_batch[next] == ctx.infer.token_batch[first]) {
+            while (next < tile_end && ctx.infer.token_batch[next] == ctx.infer.token_batch[first]) {
               ++next;
             }
             attend(first, next, kv_head, thread);

@@ -39,8 +39,8 @@ void check_params(const QkvPrepareParams& params, const StepContext& ctx) {
     const int32_t* mapping =
         ctx.infer.slot_mapping + int64_t{params.kv_group} * ctx.infer.max_tokens;
     for (int32_t t = 0; t < ctx.sizes.num_tokens; ++t) {
-      check(mapping[t] < slots, kOp, "slot of token ", t, " is ", mapping[t],
-            ", must be below ", slots);
+      check(mapping[t] < slots, kOp, "slot of token ", t, " is ", mapping[t], ", must be below ",
+            slots);
     }
   }
 }

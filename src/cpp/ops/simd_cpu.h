@@ -47,8 +47,7 @@ MRV1_INLINE __m256i round_bf16(Vec a) {
   const __m512i rounded = _mm512_srli_epi32(
       _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_mask_or_epi32(rounded, nan, upper, _mm512_set1_epi32(0x40)));
+  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, upper, _mm512_set1_epi32(0x40)));
 }
 MRV1_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 MRV1_INLINE void store(BFloat16* p, Vec a) {
@@ -84,15 +83,11 @@ struct Words {
   __m512i v;
 };
 MRV1_INLINE Words load_words(const void* p) { return {_mm512_loadu_si512(p)}; }
-MRV1_INLINE Words set1_word(uint32_t word) {
-  return {_mm512_set1_epi32(static_cast<int>(word))};
-}
-MRV1_INLINE Vec lower_half(Words w) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16))};
-}
+MRV1_INLINE Words set1_word(uint32_t word) { return {_mm512_set1_epi32(static_cast<int>(word))}; }
+MRV1_INLINE Vec lower_half(Words w) { return {_mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16))}; }
 MRV1_INLINE Vec upper_half(Words w) {
-  return {_mm512_castsi512_ps(
-      _mm512_and_si512(w.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+  return {
+      _mm512_castsi512_ps(_mm512_and_si512(w.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
 
 #elif defined(MRV1_SIMD_AVX2)
@@ -330,8 +325,8 @@ MRV1_INLINE float reduce_max(const Vec& x) {
   return lanes[0];
 }
 
-// exp(x) within 2 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, and the Taylor polynomial of degree 7 of
-// exp(r), whose remainder is below 0.1 ulp there. Overflows to infinity, underflows through the
+// exp(x) within 2 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, and the Taylor polynomial of degree 7
+// of exp(r), whose remainder is below 0.1 ulp there. Overflows to infinity, underflows through the
 // subnormals to 0; NaN stays NaN.
 MRV1_INLINE Vec exp(const Vec& x) {
   // Adding 1.5 * 2^23 leaves the nearest whole number in the low bits of the mantissa.

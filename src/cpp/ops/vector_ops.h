@@ -32,16 +32,17 @@ constexpr int kAttentionChunk = 64;
 // Query rows (tokens times heads) of an AttentionTile at most.
 constexpr int kAttentionRows = 64;
 
-// Queries of consecutive tokens of one request, for some of the query heads that share one key head.
+// Queries of consecutive tokens of one request, for some of the query heads that share one key
+// head.
 struct AttentionTile {
   const void* q;  // first head of the first token
   void* out;
   int64_t q_token_stride, out_token_stride;  // elements; heads of a token follow each other
   int num_tokens, num_heads;                 // num_tokens * num_heads <= kAttentionRows
   int head_dim;
-  const int32_t* positions;                  // [num_tokens] ascending
-  const int32_t* block_table;                // of the request
-  const void* key;                           // of the key head, block 0
+  const int32_t* positions;    // [num_tokens] ascending
+  const int32_t* block_table;  // of the request
+  const void* key;             // of the key head, block 0
   const void* value;
   int64_t block_stride, token_stride;
   int block_size;

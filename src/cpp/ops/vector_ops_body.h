@@ -40,8 +40,8 @@ MRV1_INLINE void store_up_to(T* p, const Vec& x, int n) {
 
 // ---- linear ----
 
-// How a product is added to an accumulator. A step takes one stored column of float32 or one pair of
-// columns of bfloat16: 4 bytes of a row of x, and 64 bytes of a panel.
+// How a product is added to an accumulator. A step takes one stored column of float32 or one pair
+// of columns of bfloat16: 4 bytes of a row of x, and 64 bytes of a panel.
 template <typename T>
 struct Step;
 
@@ -202,9 +202,9 @@ MRV1_INLINE void widened_tile(const LinearBlock& block, const float (*x)[kWideCo
     w[p] = static_cast<const char*>(block.panels[panel + p]) + first_pair * 64;
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      acc[r][p] = first_pair == 0 ? set1(0.0f)
-                                  : load(block.out + (row + r) * block.out_stride +
-                                         (panel + p) * kLanes);
+      acc[r][p] = first_pair == 0
+                      ? set1(0.0f)
+                      : load(block.out + (row + r) * block.out_stride + (panel + p) * kLanes);
     }
   }
   for (int64_t i = 0; i < num_pairs; ++i) {
@@ -241,9 +241,8 @@ void widened_rows(const LinearBlock& block, int64_t row, int64_t col) {
     for (int r = 0; r < kRows; ++r) {
       const BFloat16* from =
           static_cast<const BFloat16*>(block.x) + (row + r) * block.x_stride + col;
-      for_each_vec(cols, [&](int64_t i, int lanes) {
-        store(x[r] + i, load_up_to(from + i, lanes));
-      });
+      for_each_vec(cols,
+                   [&](int64_t i, int lanes) { store(x[r] + i, load_up_to(from + i, lanes)); });
     }
     int panel = 0;
     for (; panel + kTallPanels <= block.num_panels; panel += kTallPanels) {
@@ -345,8 +344,7 @@ void norm_row(const NormRow& row) {
     const T* residual = static_cast<const T*>(row.residual);
     T* sum = static_cast<T*>(row.sum);
     for_each_vec(row.cols, [&](int64_t i, int lanes) {
-      const Vec v =
-          round_to<T>(add(load_up_to(x + i, lanes), load_up_to(residual + i, lanes)));
+      const Vec v = round_to<T>(add(load_up_to(x + i, lanes), load_up_to(residual + i, lanes)));
       store_up_to(sum + i, v, lanes);
       squares = fma(v, v, squares);
     });

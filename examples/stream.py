@@ -1,0 +1,27 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""A text as it comes.
+
+python examples/stream.py [model directory]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mrv1 import LLM, SamplingParams
+from mrv1.shapes import demo_model
+
+
+def main() -> None:
+    """Streams one prompt, then prints how fast it was."""
+    model = sys.argv[1] if len(sys.argv) > 1 else demo_model()
+    params = SamplingParams(temperature=0.0, max_tokens=64)
+    with LLM(model) as llm:
+        for chunk in llm.stream("Once upon a time", params):
+            print(chunk.text, end="", flush=True)
+            if chunk.result is not None:
+                print(f"\n{chunk.result.generation_tokens_per_s:.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()
