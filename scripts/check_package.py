@@ -62,7 +62,7 @@ def import_faults() -> Iterator[str]:
 
 def cuda_faults() -> Iterator[str]:
     """Yields a sentence if the installed module was built without CUDA."""
-    from mrv1 import _core
+    import mrv1._core as _core
 
     if not _core.cuda_built():
         yield "the installed mrv1 was built without CUDA"

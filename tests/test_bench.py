@@ -26,8 +26,6 @@ from mrv1.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
-# Texts of the demo model, judged: no timing, with keys of its own.
-QUALITY = "demo_model_quality.json"
 
 # A small shape: 7 x 10^5 weights.
 SMALL: dict[str, object] = {
@@ -130,8 +128,6 @@ def test_shape_with_save_and_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_committed_results_follow_the_schema() -> None:
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
-        if path.name == QUALITY:
-            continue
         records = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(records, list)
         assert records, path

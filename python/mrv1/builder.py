@@ -48,7 +48,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     (the Llama 3.1 release).
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (1.0 / np.power(np.float32(rope.theta), exponents)).astype(np.float32)
+    frequencies: np.ndarray = (1.0 / np.power(np.float32(rope.theta), exponents)).astype(np.float32)
     if rope.type == "default":
         return frequencies
     turns = rope.original_max_position_embeddings * frequencies / (2.0 * math.pi)

@@ -59,7 +59,8 @@ def commit() -> str | None:
 
 def env_report() -> dict[str, str]:
     """Versions, machine, devices and MRV1_* variables, by name, in the order to print."""
-    from mrv1 import _core, envs
+    import mrv1._core as _core
+    from mrv1 import envs
 
     report = {
         "mrv1": __version__,

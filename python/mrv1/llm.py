@@ -88,9 +88,9 @@ def peak_memory_mb() -> float:
 class _Job:
     """One request on its way: what has come in, and what a consumer has not yet taken."""
 
-    def __init__(self, request_id: str, prompt_token_ids: list[int]) -> None:
+    def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self.prompt_token_ids = prompt_token_ids
+        self.prompt_token_ids: list[int] = []
         self.text: list[str] = []
         self.token_ids: list[int] = []
         self.unread: deque[RequestUpdate] = deque()
@@ -191,12 +191,13 @@ class LLM:
         Raises:
             RequestError: A prompt or its parameters cannot be admitted; none of them was started.
         """
-        jobs = self._submit(prompts, sampling_params)
-        shown = progress if progress is not None else self._progress
-        if len(jobs) < _LONG_BATCH and shown is None:
-            shown = False
-        done = 0
+        jobs: list[_Job] = []
         try:
+            self._submit(jobs, prompts, sampling_params)
+            shown = progress if progress is not None else self._progress
+            if len(jobs) < _LONG_BATCH and shown is None:
+                shown = False
+            done = 0
             with progress_bar("Generating", len(jobs), unit="request", show=shown) as advance:
                 while done < len(jobs):
                     self._pump(jobs)
@@ -217,9 +218,15 @@ class LLM:
         Requests are submitted, and refused, when this is called; an iterator that is closed before
         its end aborts what still runs.
         """
-        chunks = self._stream(self._submit(prompts, sampling_params))
-        # Up to its first yield, which says nothing: one that never ran could not clean up.
-        next(chunks)
+        jobs: list[_Job] = []
+        try:
+            self._submit(jobs, prompts, sampling_params)
+            chunks = self._stream(jobs)
+            # Up to its first yield, which says nothing: one that never ran could not clean up.
+            next(chunks)
+        except BaseException:
+            self._forget(jobs)
+            raise
         return chunks
 
     def _stream(self, jobs: list[_Job]) -> Generator[StreamChunk, None, None]:
@@ -238,9 +245,11 @@ class LLM:
 
     def _submit(
         self,
+        jobs: list[_Job],
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list[_Job]:
+    ) -> None:
+        """Adds a job to `jobs` for each prompt; on an error the caller forgets them all."""
         many = _as_list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(many)
@@ -258,18 +267,12 @@ class LLM:
                 value=f"{len(params)} of them",
                 allowed=f"one, or one for each of the {len(many)} prompts",
             )
-        jobs: list[_Job] = []
-        try:
-            for prompt, chosen in zip(many, params, strict=True):
-                request_id = str(next(self._numbers))
-                token_ids = self.engine.add_request(request_id, prompt, chosen)
-                job = _Job(request_id, token_ids)
-                self._jobs[request_id] = job
-                jobs.append(job)
-        except BaseException:
-            self._forget(jobs)
-            raise
-        return jobs
+        for prompt, chosen in zip(many, params, strict=True):
+            # A job is there before its request is, so that an interrupt leaves no request behind.
+            job = _Job(str(next(self._numbers)))
+            jobs.append(job)
+            self._jobs[job.request_id] = job
+            job.prompt_token_ids = self.engine.add_request(job.request_id, prompt, chosen)
 
     def _pump(self, jobs: list[_Job]) -> None:
         """Takes one step, unless all of these jobs have ended."""

@@ -34,7 +34,7 @@ def progress_bar(
         return
     from tqdm import tqdm
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class Bar(tqdm):  # type: ignore[misc]
         monitor_interval = 0  # else tqdm starts a thread, which would outlive the bar
 
     with Bar(

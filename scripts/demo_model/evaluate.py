@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=ROOT / "benchmarks" / "results" / "demo_model_quality.json",
+        default=Path(__file__).parent / "quality.json",
         help="results file, updated in place",
     )
     parser.add_argument("--prompts-out", type=Path, help="file for the prompts of the greedy test")

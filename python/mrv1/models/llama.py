@@ -72,9 +72,7 @@ def _attention(
 
 def _mlp(p: Builder, config: ModelConfig, x: Value) -> Value:
     hidden, size = config.hidden_size, config.intermediate_size
-    normed = p.rms_norm(
-        x, p.vector("post_attention_layernorm.weight", hidden), config.rms_norm_eps
-    )
+    normed = p.rms_norm(x, p.vector("post_attention_layernorm.weight", hidden), config.rms_norm_eps)
     with p.scope("mlp."):
         gate_up = p.linear(
             normed,

@@ -13,7 +13,8 @@ DType dtype_from_name(const std::string& name) {
   for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16, DType::kI32}) {
     if (name == dtype_name(dtype)) return dtype;
   }
-  fail(ErrorKind::kInvalidArgument, "dtype", "'", name, "' is not one of float32, bfloat16, float16");
+  fail(ErrorKind::kInvalidArgument, "dtype", "'", name,
+       "' is not one of float32, bfloat16, float16");
 }
 
 void bind_device(nb::module_& m) {
@@ -50,14 +51,16 @@ void bind_device(nb::module_& m) {
             return nb::make_tuple(info.free_bytes, info.total_bytes);
           },
           nb::sig("def memory(self) -> tuple[int, int]"), "Free and total bytes.")
-      .def("synchronize", [](const DeviceHandle& self) { self->synchronize(); },
-           nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "synchronize", [](const DeviceHandle& self) { self->synchronize(); },
+          nb::call_guard<nb::gil_scoped_release>())
       .def("close", &DeviceHandle::close);
   m.def("cuda_built", &cuda::is_built, "True if this build has a CUDA backend.");
   m.def("cuda_available", &cuda::is_available, "True if a driver and a GPU are there too.");
   m.def("cuda_describe", &cuda::describe, "One line on what was found of CUDA.");
-  m.def("cpu_isa", [] { return std::string(cpu_isa_name(current_cpu_isa())); },
-        "The instruction set the CPU kernels use here.");
+  m.def(
+      "cpu_isa", [] { return std::string(cpu_isa_name(current_cpu_isa())); },
+      "The instruction set the CPU kernels use here.");
 }
 
 }  // namespace mrv1

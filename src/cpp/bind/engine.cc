@@ -29,36 +29,42 @@ void bind_engine(nb::module_& m) {
       .def_ro("end", &RequestOutput::end)
       .def_ro("error", &RequestOutput::error);
   nb::class_<EngineHandle>(m, "Engine", "See mrv1.engine.Engine.")
-      .def("__init__",
-           [](EngineHandle* self, const RunnerHandle& runner) {
-             new (self) EngineHandle(std::make_shared<Engine>(runner.share()), "engine");
-           },
-           nb::arg("runner"))
-      .def("add_request",
-           [](const EngineHandle& self, const std::string& id, const RowSpec& row) {
-             self->add_request({id, row});
-           },
-           nb::arg("id"), nb::arg("row"), nb::call_guard<nb::gil_scoped_release>())
-      .def("abort",
-           [](const EngineHandle& self, const std::string& id, bool report) {
-             return self->abort(id, report);
-           },
-           nb::arg("id"), nb::arg("report") = true)
+      .def(
+          "__init__",
+          [](EngineHandle* self, const RunnerHandle& runner) {
+            new (self) EngineHandle(std::make_shared<Engine>(runner.share()), "engine");
+          },
+          nb::arg("runner"))
+      .def(
+          "add_request",
+          [](const EngineHandle& self, const std::string& id, const RowSpec& row) {
+            self->add_request({id, row});
+          },
+          nb::arg("id"), nb::arg("row"), nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "abort",
+          [](const EngineHandle& self, const std::string& id, bool report) {
+            return self->abort(id, report);
+          },
+          nb::arg("id"), nb::arg("report") = true)
       .def("has_unfinished", [](const EngineHandle& self) { return self->has_unfinished(); })
-      .def("step", [](const EngineHandle& self) { return self->step(); },
-           nb::call_guard<nb::gil_scoped_release>())
-      .def("stats",
-           [](const EngineHandle& self) {
-             const EngineStats stats = self->stats();
-             nb::dict dict;
-             dict["steps"] = stats.steps;
-             dict["prefill_tokens"] = stats.prefill_tokens;
-             dict["decode_tokens"] = stats.decode_tokens;
-             dict["running"] = stats.running;
-             dict["waiting"] = stats.waiting;
-             dict["free_blocks"] = stats.free_blocks;
-             return dict;
-           })
+      .def(
+          "step", [](const EngineHandle& self) { return self->step(); },
+          nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "stats",
+          [](const EngineHandle& self) {
+            const EngineStats stats = self->stats();
+            nb::dict dict;
+            dict["steps"] = stats.steps;
+            dict["prefill_tokens"] = stats.prefill_tokens;
+            dict["decode_tokens"] = stats.decode_tokens;
+            dict["running"] = stats.running;
+            dict["waiting"] = stats.waiting;
+            dict["free_blocks"] = stats.free_blocks;
+            return dict;
+          },
+          nb::sig("def stats(self) -> dict[str, int]"))
       .def("check_idle", [](const EngineHandle& self) { self->check_idle(); })
       .def("close", &EngineHandle::close);
 }

@@ -20,7 +20,8 @@ class Handle {
   Handle& operator=(const Handle&) = delete;
 
   ~Handle() {
-    // In a child the parent's threads do not exist: joining them would hang, so nothing is torn down.
+    // In a child the parent's threads do not exist: joining them would hang, so nothing is torn
+    // down.
     if (getpid() != owner_) new std::shared_ptr<T>(std::move(object_));
   }
 

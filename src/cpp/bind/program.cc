@@ -15,16 +15,18 @@
 namespace mrv1 {
 
 void bind_program(nb::module_& m) {
-  nb::class_<Program>(m, "Program",
-                      "A model's forward pass: a flat list of native ops over values and weights.\n\n"
-                      "Values and weights are named by the index their maker returns. Building\n"
-                      "methods raise InvalidArgumentError naming the op when shapes or dtypes do\n"
-                      "not fit. mrv1.builder wraps this class for wiring models.")
-      .def("__init__",
-           [](Program* self, const std::string& dtype) {
-             new (self) Program(dtype_from_name(dtype));
-           },
-           nb::arg("dtype"))
+  nb::class_<Program>(
+      m, "Program",
+      "A model's forward pass: a flat list of native ops over values and weights.\n\n"
+      "Values and weights are named by the index their maker returns. Building\n"
+      "methods raise InvalidArgumentError naming the op when shapes or dtypes do\n"
+      "not fit. mrv1.builder wraps this class for wiring models.")
+      .def(
+          "__init__",
+          [](Program* self, const std::string& dtype) {
+            new (self) Program(dtype_from_name(dtype));
+          },
+          nb::arg("dtype"))
       .def(
           "weight",
           [](Program& self, const std::string& name, bool is_vector, int64_t cols,
@@ -97,34 +99,36 @@ void bind_program(nb::module_& m) {
                      for (const Op& op : self.ops()) names.emplace_back(op_name(op.kind));
                      return names;
                    })
-      .def_prop_ro("weights",
-                   [](const Program& self) {
-                     std::vector<std::tuple<std::string, bool, int64_t,
-                                            std::vector<std::pair<std::string, int64_t>>>>
-                         all;
-                     for (const WeightSpec& spec : self.weights()) {
-                       std::vector<std::pair<std::string, int64_t>> segments;
-                       for (const WeightSegment& segment : spec.segments) {
-                         segments.emplace_back(segment.tensor, segment.rows);
-                       }
-                       all.emplace_back(spec.name, spec.kind == WeightKind::kVector, spec.cols,
-                                        std::move(segments));
-                     }
-                     return all;
-                   },
-                   "(name, is_vector, cols, [(tensor, rows)]) of each weight.")
-      .def_prop_ro("cuts",
-                   [](const Program& self) {
-                     std::vector<std::pair<std::string, int32_t>> cuts;
-                     for (const Cut& cut : self.cuts()) {
-                       cuts.emplace_back(cut.kind == CutKind::kAttention ? "attention"
-                                         : cut.kind == CutKind::kStage   ? "stage"
-                                                                         : "collective",
-                                         cut.op);
-                     }
-                     return cuts;
-                   },
-                   "(kind, op index) of each place where the list can be cut.")
+      .def_prop_ro(
+          "weights",
+          [](const Program& self) {
+            std::vector<std::tuple<std::string, bool, int64_t,
+                                   std::vector<std::pair<std::string, int64_t>>>>
+                all;
+            for (const WeightSpec& spec : self.weights()) {
+              std::vector<std::pair<std::string, int64_t>> segments;
+              for (const WeightSegment& segment : spec.segments) {
+                segments.emplace_back(segment.tensor, segment.rows);
+              }
+              all.emplace_back(spec.name, spec.kind == WeightKind::kVector, spec.cols,
+                               std::move(segments));
+            }
+            return all;
+          },
+          "(name, is_vector, cols, [(tensor, rows)]) of each weight.")
+      .def_prop_ro(
+          "cuts",
+          [](const Program& self) {
+            std::vector<std::pair<std::string, int32_t>> cuts;
+            for (const Cut& cut : self.cuts()) {
+              cuts.emplace_back(cut.kind == CutKind::kAttention ? "attention"
+                                : cut.kind == CutKind::kStage   ? "stage"
+                                                                : "collective",
+                                cut.op);
+            }
+            return cuts;
+          },
+          "(kind, op index) of each place where the list can be cut.")
       .def(
           "plan",
           [](const Program& self, int64_t max_tokens, int64_t max_logits) {

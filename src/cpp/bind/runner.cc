@@ -195,13 +195,14 @@ void bind_runner(nb::module_& m) {
       .def_ro("entries", &StepOutput::entries);
 
   nb::class_<RunnerHandle>(m, "ModelRunner", "See mrv1.runner.ModelRunner.")
-      .def("__init__",
-           [](RunnerHandle* self, const DeviceHandle& device, const Program& program,
-              const RunnerConfig& config) {
-             new (self) RunnerHandle(
-                 std::make_shared<ModelRunner>(device.share(), program, config), "runner");
-           },
-           nb::arg("device"), nb::arg("program"), nb::arg("config"))
+      .def(
+          "__init__",
+          [](RunnerHandle* self, const DeviceHandle& device, const Program& program,
+             const RunnerConfig& config) {
+            new (self) RunnerHandle(std::make_shared<ModelRunner>(device.share(), program, config),
+                                    "runner");
+          },
+          nb::arg("device"), nb::arg("program"), nb::arg("config"))
       .def_static(
           "plan_memory",
           [](const Program& program, const RunnerConfig& config, const DeviceHandle& device) {
@@ -211,8 +212,9 @@ void bind_runner(nb::module_& m) {
           nb::sig("def plan_memory(program: Program, config: RunnerConfig, device: Device) -> "
                   "dict[str, int]"),
           "Bytes of weights, activations, state and of one KV block, before anything is allocated.")
-      .def_prop_ro("memory_plan",
-                   [](const RunnerHandle& self) { return plan_dict(self->memory_plan()); })
+      .def_prop_ro(
+          "memory_plan", [](const RunnerHandle& self) { return plan_dict(self->memory_plan()); },
+          nb::sig("def memory_plan(self) -> dict[str, int]"))
       .def(
           "load_tensor",
           [](const RunnerHandle& self, int32_t weight, int32_t segment, const MappedFile& file,
@@ -235,68 +237,86 @@ void bind_runner(nb::module_& m) {
           nb::arg("seed"), nb::call_guard<nb::gil_scoped_release>(),
           "Fills the KV cache with random values: timing without a prefill.")
       .def("check_weights", [](const RunnerHandle& self) { self->weights().check_complete(); })
-      .def("add_row",
-           [](const RunnerHandle& self, const RowSpec& spec) {
-             const RowHandle handle = self->add_row(spec);
-             return std::make_pair(handle.row, handle.generation);
-           },
-           nb::arg("spec"), nb::call_guard<nb::gil_scoped_release>())
-      .def("append_blocks",
-           [](const RunnerHandle& self, int32_t row, const std::vector<int32_t>& block_ids) {
-             self->append_blocks(row, block_ids);
-           },
-           nb::arg("row"), nb::arg("block_ids"), nb::call_guard<nb::gil_scoped_release>())
-      .def("free_row", [](const RunnerHandle& self, int32_t row) { self->free_row(row); },
-           nb::arg("row"), nb::call_guard<nb::gil_scoped_release>())
-      .def("last_step", [](const RunnerHandle& self, int32_t row) { return self->last_step(row); },
-           nb::arg("row"))
-      .def("execute",
-           [](const RunnerHandle& self, const std::vector<std::pair<int32_t, int32_t>>& batch) {
-             std::vector<BatchItem> items;
-             for (const auto& [row, tokens] : batch) items.push_back({row, tokens});
-             return self->execute(items);
-           },
-           nb::arg("batch"), nb::call_guard<nb::gil_scoped_release>())
-      .def("result", [](const RunnerHandle& self, uint64_t step) { return self->result(step); },
-           nb::arg("step"), nb::call_guard<nb::gil_scoped_release>())
-      .def("discard", [](const RunnerHandle& self, uint64_t step) { self->discard(step); },
-           nb::arg("step"))
-      .def("ready", [](const RunnerHandle& self, uint64_t step) { return self->ready(step); },
-           nb::arg("step"))
+      .def(
+          "add_row",
+          [](const RunnerHandle& self, const RowSpec& spec) {
+            const RowHandle handle = self->add_row(spec);
+            return std::make_pair(handle.row, handle.generation);
+          },
+          nb::arg("spec"), nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "append_blocks",
+          [](const RunnerHandle& self, int32_t row, const std::vector<int32_t>& block_ids) {
+            self->append_blocks(row, block_ids);
+          },
+          nb::arg("row"), nb::arg("block_ids"), nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "free_row", [](const RunnerHandle& self, int32_t row) { self->free_row(row); },
+          nb::arg("row"), nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "last_step", [](const RunnerHandle& self, int32_t row) { return self->last_step(row); },
+          nb::arg("row"))
+      .def(
+          "execute",
+          [](const RunnerHandle& self, const std::vector<std::pair<int32_t, int32_t>>& batch) {
+            std::vector<BatchItem> items;
+            for (const auto& [row, tokens] : batch) items.push_back({row, tokens});
+            return self->execute(items);
+          },
+          nb::arg("batch"), nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "result", [](const RunnerHandle& self, uint64_t step) { return self->result(step); },
+          nb::arg("step"), nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "discard", [](const RunnerHandle& self, uint64_t step) { self->discard(step); },
+          nb::arg("step"))
+      .def(
+          "ready", [](const RunnerHandle& self, uint64_t step) { return self->ready(step); },
+          nb::arg("step"))
       .def_prop_ro("retired_step", [](const RunnerHandle& self) { return self->retired_step(); })
       .def_prop_ro("free_rows", [](const RunnerHandle& self) { return self->free_rows(); })
-      .def("logits",
-           [](const RunnerHandle& self, int32_t item) {
-             const std::vector<float> values = self->logits(item);
-             return to_numpy(values, {values.size()});
-           },
-           nb::arg("item"))
-      .def("infer_params",
-           [](const RunnerHandle& self) { return ints_dict(self->infer_params()); })
-      .def("row_state", [](const RunnerHandle& self, int32_t row) { return self->row_state(row); },
-           nb::arg("row"))
-      .def("stats",
-           [](const RunnerHandle& self) {
-             const RunnerStats stats = self->stats();
-             nb::dict dict;
-             dict["steps"] = stats.steps;
-             dict["batches"] = stats.batches;
-             dict["host_ns"] = stats.host_ns;
-             dict["control_bytes"] = stats.control_bytes;
-             dict["output_bytes"] = stats.output_bytes;
-             return dict;
-           })
-      .def("fail_next_step",
-           [](const RunnerHandle& self, const std::string& message) {
-             self->fail_next_step(message);
-           },
-           nb::arg("message"))
+      .def(
+          "logits",
+          [](const RunnerHandle& self, int32_t item) {
+            const std::vector<float> values = self->logits(item);
+            return to_numpy(values, {values.size()});
+          },
+          nb::arg("item"))
+      .def(
+          "infer_params", [](const RunnerHandle& self) { return ints_dict(self->infer_params()); },
+          nb::sig("def infer_params(self) -> dict[str, NDArray[numpy.int32]]"))
+      .def(
+          "row_state", [](const RunnerHandle& self, int32_t row) { return self->row_state(row); },
+          nb::arg("row"))
+      .def(
+          "stats",
+          [](const RunnerHandle& self) {
+            const RunnerStats stats = self->stats();
+            nb::dict dict;
+            dict["steps"] = stats.steps;
+            dict["batches"] = stats.batches;
+            dict["host_ns"] = stats.host_ns;
+            dict["control_bytes"] = stats.control_bytes;
+            dict["output_bytes"] = stats.output_bytes;
+            return dict;
+          },
+          nb::sig("def stats(self) -> dict[str, int]"))
+      .def(
+          "fail_next_step",
+          [](const RunnerHandle& self, const std::string& message) {
+            self->fail_next_step(message);
+          },
+          nb::arg("message"))
       .def_prop_ro("program", [](const RunnerHandle& self) { return self->program(); })
       .def("close", &RunnerHandle::close);
 
   m.def("infer_param_view", &infer_param_view, nb::arg("device"), nb::arg("encoder"),
         nb::arg("decoder"), nb::arg("this_time"), nb::arg("block_tables"), nb::arg("block_size"),
         nb::arg("query_per_decode") = 1, nb::arg("max_tokens") = 8192,
+        nb::sig("def infer_param_view(device: Device, encoder: NDArray[numpy.int32], "
+                "decoder: NDArray[numpy.int32], this_time: NDArray[numpy.int32], "
+                "block_tables: NDArray[numpy.int32], block_size: int, query_per_decode: int = 1, "
+                "max_tokens: int = 8192) -> dict[str, NDArray[numpy.int32]]"),
         "Prefill and decode maps, cumulative lengths and slots by table row: the outputs of\n"
         "FastDeploy's get_infer_param, as int32 arrays by name.");
 }

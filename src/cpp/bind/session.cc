@@ -21,10 +21,10 @@ std::vector<T> to_vector(const Array& array) {
 }  // namespace
 
 void bind_session(nb::module_& m) {
-  nb::class_<SessionHandle>(
-      m, "ProgramSession",
-      "Runs a program over inputs, infer_params and a KV cache set by hand: for testing single ops\n"
-      "and fused forms on either backend. Floats cross as float32.")
+  nb::class_<SessionHandle>(m, "ProgramSession",
+                            "Runs a program over inputs, infer_params and a KV cache set by hand: "
+                            "for testing single ops\n"
+                            "and fused forms on either backend. Floats cross as float32.")
       .def(
           "__init__",
           [](SessionHandle* self, const DeviceHandle& device, const Program& program,
@@ -32,9 +32,9 @@ void bind_session(nb::module_& m) {
              int32_t block_size, int32_t max_blocks, int64_t max_position) {
             ProgramSession::Limits limits{max_requests, max_tokens, max_logits,  num_blocks,
                                           block_size,   max_blocks, max_position};
-            for (int64_t limit : {int64_t{max_requests}, int64_t{max_tokens}, int64_t{max_logits},
-                                  int64_t{num_blocks}, int64_t{block_size}, int64_t{max_blocks},
-                                  max_position}) {
+            for (int64_t limit :
+                 {int64_t{max_requests}, int64_t{max_tokens}, int64_t{max_logits},
+                  int64_t{num_blocks}, int64_t{block_size}, int64_t{max_blocks}, max_position}) {
               check(limit > 0, "session", "limits must be positive");
             }
             new (self) SessionHandle(

@@ -104,8 +104,8 @@ class CpuDevice final : public Device {
   void wait_sequence(const std::atomic<uint64_t>& sequence, uint64_t value) override {
     if (sequence.load(std::memory_order_acquire) >= value) return;
     std::unique_lock lock(mutex_);
-    drained_.wait(lock,
-                  [&] { return sequence.load(std::memory_order_acquire) >= value || head_ == tail_; });
+    drained_.wait(
+        lock, [&] { return sequence.load(std::memory_order_acquire) >= value || head_ == tail_; });
     check_internal(sequence.load(std::memory_order_acquire) >= value, "cpu",
                    "the stream is idle but sequence ", value, " was never written");
   }
@@ -124,12 +124,13 @@ class CpuDevice final : public Device {
   };
 
   Buffer map(size_t bytes, std::string_view what, bool host_visible) {
-    const size_t length = round_up(std::max<size_t>(bytes, 1), bytes >= kHugePage ? kHugePage : 4096);
+    const size_t length =
+        round_up(std::max<size_t>(bytes, 1), bytes >= kHugePage ? kHugePage : 4096);
     void* data = mmap(nullptr, length, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (data == MAP_FAILED) {
-      fail(ErrorKind::kOutOfMemory, "cpu", what, " needs ", bytes, " bytes, which cannot be mapped (",
-           memory().free_bytes, " bytes are available)");
+      fail(ErrorKind::kOutOfMemory, "cpu", what, " needs ", bytes,
+           " bytes, which cannot be mapped (", memory().free_bytes, " bytes are available)");
     }
     // Large pages halve the page walks of a weight stream. Advice only: failure is harmless.
     if (length >= 2 * kHugePage) madvise(data, length, MADV_HUGEPAGE);

@@ -8,7 +8,8 @@
 
 namespace mrv1 {
 
-// What went wrong, in the terms of the caller. The Python layer maps each kind to one exception type.
+// What went wrong, in the terms of the caller. The Python layer maps each kind to one exception
+// type.
 enum class ErrorKind {
   kInvalidArgument,  // a value the caller gave: ValueError
   kRequest,          // a request that cannot be admitted: RequestError (a ValueError)

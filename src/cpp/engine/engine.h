@@ -93,12 +93,12 @@ class Engine {
 
   std::shared_ptr<ModelRunner> runner_;
   BlockAllocator blocks_;
-  std::unordered_map<std::string, Request> requests_;   // not ended
+  std::unordered_map<std::string, Request> requests_;  // not ended
   std::deque<std::string> waiting_;
-  std::vector<std::string> running_;                    // in order of admission
-  std::vector<Request> draining_;                       // ended, a launched step still names the row
+  std::vector<std::string> running_;  // in order of admission
+  std::vector<Request> draining_;     // ended, a launched step still names the row
   std::deque<Launched> launched_;
-  std::vector<RequestOutput> pending_outputs_;          // aborts between steps
+  std::vector<RequestOutput> pending_outputs_;  // aborts between steps
   std::vector<BatchItem> batch_;
   EngineStats stats_;
 };

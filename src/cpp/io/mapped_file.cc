@@ -17,7 +17,7 @@ namespace mrv1 {
 MappedFile::MappedFile(const std::string& path) : path_(path) {
   const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) fail(ErrorKind::kWeights, "weights", path, ": ", std::strerror(errno));
-  struct stat info {};
+  struct stat info{};
   if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
     close(fd);
     fail(ErrorKind::kWeights, "weights", path, ": not a regular file");
@@ -28,8 +28,8 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
     if (data_ == MAP_FAILED) {
       const int error = errno;
       close(fd);
-      fail(ErrorKind::kWeights, "weights", path, ": cannot map ", size_, " bytes: ",
-           std::strerror(error));
+      fail(ErrorKind::kWeights, "weights", path, ": cannot map ", size_,
+           " bytes: ", std::strerror(error));
     }
     madvise(data_, size_, MADV_SEQUENTIAL);
   }

@@ -61,7 +61,8 @@ WeightStore::WeightStore(const Program& program, Device& device)
 }
 
 void WeightStore::check_segment(int32_t weight, int32_t segment, DType source) const {
-  check(weight >= 0 && weight < static_cast<int32_t>(views_.size()), "weights", "no weight ", weight);
+  check(weight >= 0 && weight < static_cast<int32_t>(views_.size()), "weights", "no weight ",
+        weight);
   const WeightSpec& spec = program_->weights()[weight];
   check(segment >= 0 && segment < static_cast<int32_t>(spec.segments.size()), "weights", "'",
         spec.name, "' has no segment ", segment);
@@ -132,11 +133,12 @@ void WeightStore::load_segment(int32_t weight, int32_t segment, const void* data
 }
 
 void WeightStore::fill_random(int32_t weight, uint64_t seed, float range) {
-  check(weight >= 0 && weight < static_cast<int32_t>(views_.size()), "weights", "no weight ", weight);
+  check(weight >= 0 && weight < static_cast<int32_t>(views_.size()), "weights", "no weight ",
+        weight);
   const WeightView& view = views_[weight];
   const bool vector = program_->weights()[weight].kind == WeightKind::kVector;
-  const int64_t piece = std::max<int64_t>(kPanelRows, (int64_t{1} << 22) / view.cols / kPanelRows *
-                                                          kPanelRows);
+  const int64_t piece =
+      std::max<int64_t>(kPanelRows, (int64_t{1} << 22) / view.cols / kPanelRows * kPanelRows);
   std::vector<BFloat16> rows(static_cast<size_t>(std::min(piece, view.rows) * view.cols));
   for (int64_t row = 0; row < view.rows; row += piece) {
     const int64_t count = std::min(piece, view.rows - row) * view.cols;

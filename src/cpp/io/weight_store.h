@@ -12,9 +12,9 @@
 
 namespace mrv1 {
 
-// The one copy of every weight of a program, in the dtype and layout its kernels read: matrices that
-// a linear op reads in the backend's linear layout (an embedding tied to it gathers from the same
-// copy), other matrices by rows, vectors in float32.
+// The one copy of every weight of a program, in the dtype and layout its kernels read: matrices
+// that a linear op reads in the backend's linear layout (an embedding tied to it gathers from the
+// same copy), other matrices by rows, vectors in float32.
 class WeightStore {
  public:
   WeightStore(const Program& program, Device& device);

@@ -6,11 +6,11 @@
 
 namespace mrv1 {
 
-// out = x weight^T (+ bias): [rows, weight.cols] x [weight.rows, weight.cols] -> [rows, weight.rows].
-// Products are summed in float32; the order over columns is the same for every number of rows, so
-// that a row's result does not depend on what else is in the batch.
-// With silu_mul the weight stacks gate over up and out = silu(gate) * up: [rows, weight.rows / 2];
-// gate and up are rounded to dtype first, so that the fused form equals its parts bit for bit.
+// out = x weight^T (+ bias): [rows, weight.cols] x [weight.rows, weight.cols] -> [rows,
+// weight.rows]. Products are summed in float32; the order over columns is the same for every number
+// of rows, so that a row's result does not depend on what else is in the batch. With silu_mul the
+// weight stacks gate over up and out = silu(gate) * up: [rows, weight.rows / 2]; gate and up are
+// rounded to dtype first, so that the fused form equals its parts bit for bit.
 struct LinearParams {
   const void* x;      // [rows, weight.cols] of dtype
   WeightView weight;  // dtype equal to `dtype`; kPanel16 on the CPU, kRowMajor on CUDA

@@ -13,11 +13,11 @@ namespace mrv1 {
 // a token's result does not depend on the batch or on how the prompt was cut into chunks.
 // Padding and masked tokens (token_batch -1) give zero rows.
 struct PagedAttentionParams {
-  const void* qkv;            // [tokens, shape.qkv_cols()] of dtype; only q is read
-  void* out;                  // [tokens, shape.q_cols()] of dtype
+  const void* qkv;  // [tokens, shape.qkv_cols()] of dtype; only q is read
+  void* out;        // [tokens, shape.q_cols()] of dtype
   HeadShape shape;
   DType dtype;
-  float scale;                // of the scores, usually 1 / sqrt(head_dim)
+  float scale;  // of the scores, usually 1 / sqrt(head_dim)
   int32_t window;
   const KvCacheLayer* cache;  // cache dtype equals dtype
   int32_t kv_group;           // whose block table

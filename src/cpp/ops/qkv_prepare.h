@@ -16,17 +16,17 @@ namespace mrv1 {
 // All arithmetic in float32; a value is rounded to dtype after each part, so that fused and unfused
 // agree bit for bit.
 struct QkvPrepareParams {
-  const void* qkv;             // [tokens, shape.qkv_cols()] of dtype
-  void* out;                   // the same shape; may be qkv; null if only the cache is written
+  const void* qkv;  // [tokens, shape.qkv_cols()] of dtype
+  void* out;        // the same shape; may be qkv; null if only the cache is written
   HeadShape shape;
   DType dtype;
-  const float* q_norm;         // [head_dim] or null: no QK-norm
-  const float* k_norm;         // [head_dim] or null
+  const float* q_norm;  // [head_dim] or null: no QK-norm
+  const float* k_norm;  // [head_dim] or null
   float eps;
-  const float* rope;           // [max_position, head_dim]: cos of d/2 angles, then sin; null: no RoPE
+  const float* rope;  // [max_position, head_dim]: cos of d/2 angles, then sin; null: no RoPE
   int64_t max_position;
-  const KvCacheLayer* cache;   // null: no cache write; cache dtype equals dtype
-  int32_t kv_group;            // whose slot mapping
+  const KvCacheLayer* cache;  // null: no cache write; cache dtype equals dtype
+  int32_t kv_group;           // whose slot mapping
 };
 
 void qkv_prepare_cpu(const QkvPrepareParams& params, const StepContext& ctx);

@@ -18,7 +18,7 @@ struct RmsNormParams {
   int64_t cols;
   float eps;
   DType dtype;
-  bool logits_rows;      // rows are the step's logits rows instead of its tokens
+  bool logits_rows;  // rows are the step's logits rows instead of its tokens
 };
 
 void rms_norm_cpu(const RmsNormParams& params, const StepContext& ctx);

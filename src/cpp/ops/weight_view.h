@@ -10,8 +10,9 @@ namespace mrv1 {
 // How the elements of a matrix weight [rows, cols] lie in memory.
 enum class WeightLayout {
   kRowMajor,  // element (r, c) at r * cols + c
-  // CPU: panels of 16 rows, rows padded to 16 and columns to 2 with zeros. In bfloat16 a panel holds
-  // for each pair of columns 16 rows x 2 elements (64 bytes); in float32 for each column 16 rows.
+  // CPU: panels of 16 rows, rows padded to 16 and columns to 2 with zeros. In bfloat16 a panel
+  // holds for each pair of columns 16 rows x 2 elements (64 bytes); in float32 for each column 16
+  // rows.
   kPanel16,
 };
 

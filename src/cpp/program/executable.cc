@@ -63,19 +63,18 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
     case OpKind::kEmbedding:
       return EmbeddingParams{weights[op.weights[0]], out(0), dtype};
     case OpKind::kRmsNorm:
-      return RmsNormParams{in(0),   nullptr, vector(0), out(0),     nullptr,
+      return RmsNormParams{in(0),        nullptr, vector(0), out(0),     nullptr,
                            result->cols, op.eps,  dtype,     logits_rows};
     case OpKind::kAddRmsNorm:
-      return RmsNormParams{in(0),   in(1),  vector(0), out(1),     out(0),
+      return RmsNormParams{in(0),        in(1),  vector(0), out(1),     out(0),
                            result->cols, op.eps, dtype,     logits_rows};
     case OpKind::kAdd:
       return AddParams{in(0), in(1), out(0), result->cols, dtype};
     case OpKind::kLinear:
     case OpKind::kLinearSiluMul:
-      return LinearParams{in(0),  weights[op.weights[0]],
-                          op.weights.size() > 1 ? vector(1) : nullptr,
-                          out(0), dtype, result->dtype, op.kind == OpKind::kLinearSiluMul,
-                          logits_rows};
+      return LinearParams{
+          in(0), weights[op.weights[0]], op.weights.size() > 1 ? vector(1) : nullptr, out(0),
+          dtype, result->dtype,          op.kind == OpKind::kLinearSiluMul,           logits_rows};
     case OpKind::kSiluMul:
       return SiluMulParams{in(0), out(0), result->cols, dtype};
     case OpKind::kGatherRows:
@@ -103,7 +102,7 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
       return params;
     }
     case OpKind::kPagedAttention:
-      return PagedAttentionParams{in(0),    out(0),    op.heads,          dtype,
+      return PagedAttentionParams{in(0),    out(0),    op.heads,         dtype,
                                   op.scale, op.window, &kv[op.kv_layer], 0};
   }
   fail(ErrorKind::kInternal, "executable", "no kernel for ", op_name(op.kind));

@@ -1,6 +1,6 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
-// The fusion pass: a table of patterns, each a chain of ops in which every op reads the first output
-// of the one before, and a function that writes the op that replaces the chain.
+// The fusion pass: a table of patterns, each a chain of ops in which every op reads the first
+// output of the one before, and a function that writes the op that replaces the chain.
 #include <algorithm>
 #include <array>
 #include <span>
@@ -66,12 +66,21 @@ bool gate_up_aligned(Chain chain, const Program& program) {
 // Longer chains first: they contain the shorter ones.
 const std::array<Pattern, 4>& patterns() {
   static const std::array<Pattern, 4> table = {{
-      {"qk_norm + rope + cache_write", {OpKind::kQkNorm, OpKind::kRope, OpKind::kCacheWrite}, false,
-       always, fuse_qkv_prepare},
+      {"qk_norm + rope + cache_write",
+       {OpKind::kQkNorm, OpKind::kRope, OpKind::kCacheWrite},
+       false,
+       always,
+       fuse_qkv_prepare},
       {"rope + cache_write", {OpKind::kRope, OpKind::kCacheWrite}, true, always, fuse_qkv_prepare},
-      {"residual + rms_norm", {OpKind::kAdd, OpKind::kRmsNorm}, true, norm_reads_tokens,
+      {"residual + rms_norm",
+       {OpKind::kAdd, OpKind::kRmsNorm},
+       true,
+       norm_reads_tokens,
        fuse_add_norm},
-      {"linear + silu_mul", {OpKind::kLinear, OpKind::kSiluMul}, false, gate_up_aligned,
+      {"linear + silu_mul",
+       {OpKind::kLinear, OpKind::kSiluMul},
+       false,
+       gate_up_aligned,
        fuse_linear_silu},
   }};
   return table;

@@ -179,21 +179,32 @@ int32_t Program::attention(int32_t qkv, const AttentionSpec& spec) {
   if (spec.q_norm >= 0) {
     check_vector(spec.q_norm, heads.head_dim, "attention");
     check_vector(spec.k_norm, heads.head_dim, "attention");
-    x = emit({.kind = OpKind::kQkNorm, .inputs = {x}, .weights = {spec.q_norm, spec.k_norm},
-              .eps = spec.eps, .heads = heads},
+    x = emit({.kind = OpKind::kQkNorm,
+              .inputs = {x},
+              .weights = {spec.q_norm, spec.k_norm},
+              .eps = spec.eps,
+              .heads = heads},
              "qk_norm", in.space, in.cols, dtype_);
   }
   if (spec.rope >= 0) {
-    check(spec.rope < static_cast<int32_t>(ropes_.size()), "attention", "no rope table ", spec.rope);
+    check(spec.rope < static_cast<int32_t>(ropes_.size()), "attention", "no rope table ",
+          spec.rope);
     check(static_cast<int32_t>(ropes_[spec.rope].inv_freq.size()) * 2 == heads.head_dim,
           "attention", "rope table ", spec.rope, " is not made for head_dim ", heads.head_dim);
     x = emit({.kind = OpKind::kRope, .inputs = {x}, .heads = heads, .rope = spec.rope}, "rope",
              in.space, in.cols, dtype_);
   }
-  ops_.push_back({.kind = OpKind::kCacheWrite, .inputs = {x}, .heads = heads,
-                  .kv_layer = spec.kv_layer, .layer = layer_});
-  return emit({.kind = OpKind::kPagedAttention, .inputs = {x}, .heads = heads, .scale = spec.scale,
-               .window = spec.window, .kv_layer = spec.kv_layer},
+  ops_.push_back({.kind = OpKind::kCacheWrite,
+                  .inputs = {x},
+                  .heads = heads,
+                  .kv_layer = spec.kv_layer,
+                  .layer = layer_});
+  return emit({.kind = OpKind::kPagedAttention,
+               .inputs = {x},
+               .heads = heads,
+               .scale = spec.scale,
+               .window = spec.window,
+               .kv_layer = spec.kv_layer},
               "attention", in.space, heads.q_cols(), dtype_);
 }
 

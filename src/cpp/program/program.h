@@ -35,8 +35,8 @@ enum class OpKind {
   kPagedAttention,
   kGatherRows,
   // Made by the fusion pass only.
-  kAddRmsNorm,      // outputs: sum, normed
-  kQkvPrepare,      // QK-norm (optional), RoPE and cache write in one
+  kAddRmsNorm,  // outputs: sum, normed
+  kQkvPrepare,  // QK-norm (optional), RoPE and cache write in one
   kLinearSiluMul,
 };
 std::string_view op_name(OpKind kind);
@@ -50,11 +50,11 @@ struct Op {
   std::vector<int32_t> weights = {};
   float eps = 0.0f;
   HeadShape heads = {};
-  float scale = 0.0f;      // attention
-  int32_t window = 0;      // attention; 0 = none
-  int32_t kv_layer = -1;   // cache_write, attention
-  int32_t rope = -1;       // index of a rope table
-  int32_t layer = -1;      // decoder layer the op belongs to, -1 outside
+  float scale = 0.0f;         // attention
+  int32_t window = 0;         // attention; 0 = none
+  int32_t kv_layer = -1;      // cache_write, attention
+  int32_t rope = -1;          // index of a rope table
+  int32_t layer = -1;         // decoder layer the op belongs to, -1 outside
   bool row_parallel = false;  // linear: its output is a partial sum under tensor parallelism
 };
 

@@ -73,13 +73,12 @@ ProgramSession::ProgramSession(std::shared_ptr<Device> device, Program program,
     kv_.push_back(layer);
   }
   workspace.num_threads = ctx_.pool != nullptr ? ctx_.pool->num_threads() : 1;
-  ctx_.workspace_bytes =
-      static_cast<size_t>(device_->kernels().workspace_bytes(workspace));
+  ctx_.workspace_bytes = static_cast<size_t>(device_->kernels().workspace_bytes(workspace));
   buffers_.push_back(device_->allocate(ctx_.workspace_bytes, "session workspace"));
   ctx_.workspace = buffers_.back().data();
-  executable_ = std::make_unique<Executable>(
-      program_, PlanLimits{limits.max_tokens, limits.max_logits}, *device_, weights_.views(), kv_,
-      limits.max_position);
+  executable_ =
+      std::make_unique<Executable>(program_, PlanLimits{limits.max_tokens, limits.max_logits},
+                                   *device_, weights_.views(), kv_, limits.max_position);
 }
 
 void ProgramSession::write_floats(void* target, int64_t count, const std::vector<float>& data,
@@ -110,16 +109,15 @@ std::vector<float> ProgramSession::read_floats(const void* source, int64_t count
 void ProgramSession::set_value(int32_t id, const std::vector<float>& data) {
   check(id >= 0 && id < static_cast<int32_t>(program_.values().size()), "session", "no value ", id);
   const Value& value = program_.values()[id];
-  const int64_t rows =
-      value.space == RowSpace::kTokens ? limits_.max_tokens : limits_.max_logits;
+  const int64_t rows = value.space == RowSpace::kTokens ? limits_.max_tokens : limits_.max_logits;
   write_floats(executable_->value(id), rows * value.cols, data, value.dtype);
 }
 
 std::vector<float> ProgramSession::value(int32_t id, int64_t rows) {
   check(id >= 0 && id < static_cast<int32_t>(program_.values().size()), "session", "no value ", id);
   const Value& value = program_.values()[id];
-  check(rows >= 0 && rows <= (value.space == RowSpace::kTokens ? limits_.max_tokens
-                                                              : limits_.max_logits),
+  check(rows >= 0 &&
+            rows <= (value.space == RowSpace::kTokens ? limits_.max_tokens : limits_.max_logits),
         "session", rows, " rows are past the limit");
   return read_floats(executable_->value(id), rows * value.cols, value.dtype);
 }
@@ -171,8 +169,7 @@ std::vector<float> ProgramSession::cache(int32_t layer, bool values) {
 
 void ProgramSession::run(int32_t num_requests, int32_t num_tokens, int32_t num_logits) {
   check(num_requests >= 0 && num_requests <= limits_.max_requests && num_tokens >= 0 &&
-            num_tokens <= limits_.max_tokens && num_logits >= 0 &&
-            num_logits <= limits_.max_logits,
+            num_tokens <= limits_.max_tokens && num_logits >= 0 && num_logits <= limits_.max_logits,
         "session", "the run exceeds the session's limits");
   ctx_.sizes = {num_requests, num_tokens, num_logits};
   struct Task {

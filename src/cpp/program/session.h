@@ -13,9 +13,9 @@
 
 namespace mrv1 {
 
-// Runs a program over inputs, infer_params and a KV cache that the caller sets by hand: how a single
-// op or a fused form is tested on either backend. Float values cross as float32 and are rounded to
-// the program's dtype.
+// Runs a program over inputs, infer_params and a KV cache that the caller sets by hand: how a
+// single op or a fused form is tested on either backend. Float values cross as float32 and are
+// rounded to the program's dtype.
 class ProgramSession {
  public:
   struct Limits {

@@ -43,7 +43,8 @@ void ControlWriter::write_tokens(int32_t row, int32_t start, std::span<const int
 
 void ControlWriter::write_blocks(int32_t group, int32_t row, int32_t start,
                                  std::span<const int32_t> blocks) {
-  block_writes_.push_back({group, row, start, static_cast<int32_t>(blocks.size()), count(payload_)});
+  block_writes_.push_back(
+      {group, row, start, static_cast<int32_t>(blocks.size()), count(payload_)});
   payload_.insert(payload_.end(), blocks.begin(), blocks.end());
 }
 

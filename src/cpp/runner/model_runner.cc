@@ -84,10 +84,10 @@ MemoryPlan ModelRunner::plan_memory(const Program& program, const RunnerConfig& 
   }
   for (size_t i = 0; i < program.weights().size(); ++i) {
     const WeightSpec& spec = program.weights()[i];
-    plan.weights += weight_bytes(
-        spec.kind == WeightKind::kVector ? DType::kF32 : program.dtype(),
-        in_linear[i] ? device.kernels().linear_layout : WeightLayout::kRowMajor, spec.rows,
-        spec.cols);
+    plan.weights +=
+        weight_bytes(spec.kind == WeightKind::kVector ? DType::kF32 : program.dtype(),
+                     in_linear[i] ? device.kernels().linear_layout : WeightLayout::kRowMajor,
+                     spec.rows, spec.cols);
   }
   const PlanLimits limits{config.max_num_batched_tokens, config.max_num_seqs};
   plan.activations = plan_buffers(program, limits).arena_bytes +
@@ -96,10 +96,11 @@ MemoryPlan ModelRunner::plan_memory(const Program& program, const RunnerConfig& 
     plan.activations += int64_t{config.max_model_len} * rope.inv_freq.size() * 2 * sizeof(float);
   }
   const int64_t rows = config.max_num_seqs;
-  plan.state = rows * (sizeof(Row) + sizeof(SamplingRow)) +
-               rows * (int64_t{config.max_model_len} + max_blocks_per_row(config)) * 4 +
-               int64_t{config.max_stop_ids} * 4 + infer_ints(config) * 4 +
-               kSlots * static_cast<int64_t>(control_slot_bytes(config) + output_slot_bytes(config));
+  plan.state =
+      rows * (sizeof(Row) + sizeof(SamplingRow)) +
+      rows * (int64_t{config.max_model_len} + max_blocks_per_row(config)) * 4 +
+      int64_t{config.max_stop_ids} * 4 + infer_ints(config) * 4 +
+      kSlots * static_cast<int64_t>(control_slot_bytes(config) + output_slot_bytes(config));
   for (const HeadShape& heads : program.kv_layers()) {
     plan.per_block += int64_t{2} * config.block_size * heads.num_kv_heads * heads.head_dim *
                       static_cast<int64_t>(dtype_size(program.dtype()));
@@ -116,14 +117,15 @@ RunnerConfig ModelRunner::checked_config(const Program& program, RunnerConfig co
   positive(config.max_num_batched_tokens, "max_num_batched_tokens", 1 << 24);
   positive(config.max_model_len, "max_model_len", 1 << 24);
   positive(config.block_size, "block_size", 4096);
-  check(config.num_blocks >= 2, "runner", "num_blocks must be at least 2 (block 0 is never used), not ",
-        config.num_blocks);
+  check(config.num_blocks >= 2, "runner",
+        "num_blocks must be at least 2 (block 0 is never used), not ", config.num_blocks);
   check(int64_t{config.num_blocks} * config.block_size < std::numeric_limits<int32_t>::max(),
         "runner", "num_blocks * block_size must fit 31 bits, is ", config.num_blocks, " * ",
         config.block_size);
   check(config.max_stop_ids >= 0, "runner", "max_stop_ids must not be negative");
   check(config.max_num_batched_tokens >= config.max_num_seqs, "runner", "max_num_batched_tokens (",
-        config.max_num_batched_tokens, ") must be at least max_num_seqs (", config.max_num_seqs, ")");
+        config.max_num_batched_tokens, ") must be at least max_num_seqs (", config.max_num_seqs,
+        ")");
   check(config.pad_requests <= config.max_num_seqs &&
             config.pad_tokens <= config.max_num_batched_tokens,
         "runner", "padding exceeds the limits");
@@ -170,8 +172,8 @@ ModelRunner::~ModelRunner() {
 }
 
 void ModelRunner::allocate_kv() {
-  kv_buffer_ = device_->allocate(
-      static_cast<size_t>(memory_plan_.per_block * config_.num_blocks), "KV cache");
+  kv_buffer_ = device_->allocate(static_cast<size_t>(memory_plan_.per_block * config_.num_blocks),
+                                 "KV cache");
   char* next = static_cast<char*>(kv_buffer_.data());
   for (const HeadShape& heads : program_.kv_layers()) {
     KvCacheLayer layer;
@@ -249,14 +251,19 @@ void ModelRunner::allocate_state() {
   infer.row_lengths = nullptr;
   if (config_.infer_param_view) {
     infer.row_lengths = state_array<int32_t>(3 * rows, "infer params");
-    view_inputs_ = {infer.row_lengths,   infer.row_lengths + rows, infer.row_lengths + 2 * rows,
-                    state.block_table,   config_.max_num_seqs,     state.max_blocks,
-                    config_.block_size, 1};
+    view_inputs_ = {infer.row_lengths,
+                    infer.row_lengths + rows,
+                    infer.row_lengths + 2 * rows,
+                    state.block_table,
+                    config_.max_num_seqs,
+                    state.max_blocks,
+                    config_.block_size,
+                    1};
     InferParamView view{};
-    for (int32_t** array : {&view.encoder_batch_map, &view.decoder_batch_map,
-                            &view.encoder_batch_idx, &view.decoder_batch_idx, &view.prefix_len,
-                            &view.decoder_context_len, &view.decoder_context_len_cache,
-                            &view.slot_mapping_dec}) {
+    for (int32_t** array :
+         {&view.encoder_batch_map, &view.decoder_batch_map, &view.encoder_batch_idx,
+          &view.decoder_batch_idx, &view.prefix_len, &view.decoder_context_len,
+          &view.decoder_context_len_cache, &view.slot_mapping_dec}) {
       *array = state_array<int32_t>(rows, "infer param view");
     }
     for (int32_t** array : {&view.encoder_seq_lod, &view.decoder_seq_lod, &view.encoder_kv_lod}) {
@@ -295,8 +302,8 @@ void ModelRunner::allocate_rings() {
     slots_[i].runner = this;
     slots_[i].control = reinterpret_cast<ControlHeader*>(
         static_cast<char*>(control_buffer_.host()) + control_slot_bytes_ * i);
-    slots_[i].output = reinterpret_cast<OutputHeader*>(
-        static_cast<char*>(output_buffer_.host()) + output_slot_bytes_ * i);
+    slots_[i].output = reinterpret_cast<OutputHeader*>(static_cast<char*>(output_buffer_.host()) +
+                                                       output_slot_bytes_ * i);
   }
 }
 
@@ -369,7 +376,8 @@ void ModelRunner::check_spec(const RowSpec& spec) const {
   check(std::isfinite(spec.temperature) && spec.temperature >= 0.0f, where, "temperature ",
         spec.temperature, " must be finite and not negative");
   check(spec.top_p > 0.0f && spec.top_p <= 1.0f, where, "top_p ", spec.top_p, " is outside (0, 1]");
-  check(spec.min_p >= 0.0f && spec.min_p <= 1.0f, where, "min_p ", spec.min_p, " is outside [0, 1]");
+  check(spec.min_p >= 0.0f && spec.min_p <= 1.0f, where, "min_p ", spec.min_p,
+        " is outside [0, 1]");
   check(spec.top_k >= 0, where, "top_k ", spec.top_k, " must be 0 (off) or positive");
   check(spec.max_tokens >= 1, where, "max_tokens ", spec.max_tokens, " must be positive");
   check(spec.min_tokens >= 0 && spec.min_tokens <= spec.max_tokens, where, "min_tokens ",
@@ -521,8 +529,9 @@ int32_t ModelRunner::checked_tokens(const BatchItem& item, const HostRow& row) c
           " has reached its length of ", row.max_total_len, " tokens");
   }
   check(row.num_launched + item.num_tokens <= row.num_blocks * config_.block_size, where, "row ",
-        item.row, " needs ", (row.num_launched + item.num_tokens + config_.block_size - 1) /
-        config_.block_size, " blocks for this step, has ", row.num_blocks);
+        item.row, " needs ",
+        (row.num_launched + item.num_tokens + config_.block_size - 1) / config_.block_size,
+        " blocks for this step, has ", row.num_blocks);
   return item.num_tokens;
 }
 
@@ -615,9 +624,9 @@ void ModelRunner::run_step(Slot& slot) {
     if (view_) kernels.infer_param_view(view_inputs_, *view_, ctx);
     executable_->run(ctx);
     if (!slot.injected.empty()) fail(ErrorKind::kInternal, "step", slot.injected);
-    kernels.sample({static_cast<float*>(executable_->value(program_.logits_value())),
-                    ctx.rows.vocab_size},
-                   ctx);
+    kernels.sample(
+        {static_cast<float*>(executable_->value(program_.logits_value())), ctx.rows.vocab_size},
+        ctx);
   }
   kernels.advance(record, ctx.rows, ctx.infer, slot.output, ctx);
 }

@@ -27,7 +27,8 @@ struct RunnerConfig {
   int32_t block_size = 16;             // tokens of one KV block
   int32_t num_blocks = 0;              // KV blocks, the null block included
   int32_t max_stop_ids = 0;            // stop ids all rows together can hold
-  // Steps are padded up to these sizes (0: the batch's own). For testing what padding must not change.
+  // Steps are padded up to these sizes (0: the batch's own). For testing what padding must not
+  // change.
   int32_t pad_requests = 0, pad_tokens = 0;
   // Also compute the table-row-order view of state/infer_param_view.h every step.
   bool infer_param_view = false;
@@ -76,11 +77,11 @@ struct StepOutput {
 };
 
 struct RunnerStats {
-  uint64_t steps = 0;           // records submitted, those without a batch included
-  uint64_t batches = 0;         // steps that ran the program
-  uint64_t host_ns = 0;         // host time inside execute(), waiting for a free slot excluded
-  uint64_t control_bytes = 0;   // sent to the device
-  uint64_t output_bytes = 0;    // received
+  uint64_t steps = 0;          // records submitted, those without a batch included
+  uint64_t batches = 0;        // steps that ran the program
+  uint64_t host_ns = 0;        // host time inside execute(), waiting for a free slot excluded
+  uint64_t control_bytes = 0;  // sent to the device
+  uint64_t output_bytes = 0;   // received
 };
 
 // Owns rows, block tables, buffers and the step; knows nothing of requests waiting or of text. The
@@ -108,7 +109,8 @@ class ModelRunner {
   void check_spec(const RowSpec& spec) const;
   // Whether there is a free row and room for the stop ids of a spec now.
   bool can_add(const RowSpec& spec) const;
-  // Admits a request into a free row. Errors (kRequest, kInvalidArgument) leave everything as it was.
+  // Admits a request into a free row. Errors (kRequest, kInvalidArgument) leave everything as it
+  // was.
   RowHandle add_row(const RowSpec& spec);
   void append_blocks(int32_t row, std::span<const int32_t> block_ids);
   // The row may be given to another request at once: steps in flight keep their generation. Its
@@ -152,7 +154,7 @@ class ModelRunner {
     bool active = false;
     int32_t generation = 0;
     int32_t prefill_target = 0;
-    int32_t num_launched = 0;   // upper bound of num_computed after the steps launched so far
+    int32_t num_launched = 0;  // upper bound of num_computed after the steps launched so far
     int32_t max_total_len = 0;
     int32_t num_blocks = 0;
     int32_t stop_offset = 0, stop_count = 0;
@@ -164,10 +166,10 @@ class ModelRunner {
     ModelRunner* runner = nullptr;
     ControlHeader* control = nullptr;
     OutputHeader* output = nullptr;
-    uint64_t step = 0;        // newest step in this slot, 0 = never used
-    bool delivered = true;    // its output was handed over or kept
-    std::string error;        // set by the stream when the step failed
-    std::string injected;     // test failure
+    uint64_t step = 0;      // newest step in this slot, 0 = never used
+    bool delivered = true;  // its output was handed over or kept
+    std::string error;      // set by the stream when the step failed
+    std::string injected;   // test failure
   };
 
   int32_t max_total_length(const RowSpec& spec) const;

@@ -12,7 +12,7 @@ namespace mrv1 {
 // never on the batch, on padding or on the place in the batch. See sampling/processors.h for the
 // order of processors and the exact rules.
 struct SampleParams {
-  float* logits;       // [logits rows, vocab] float32; may be overwritten
+  float* logits;  // [logits rows, vocab] float32; may be overwritten
   int64_t vocab_size;
 };
 

@@ -20,7 +20,7 @@ struct InferParamInputs {
   int32_t rows;
   int32_t blocks_per_row;
   int32_t block_size;
-  int32_t query_per_decode;     // 1 + the number of speculative tokens
+  int32_t query_per_decode;  // 1 + the number of speculative tokens
 };
 
 // The batch in table-row order with prefill and decode apart: the outputs of PaddlePaddle
@@ -28,14 +28,14 @@ struct InferParamInputs {
 // what a call does not fill is -1 (maps, slots, prefix_len) or the last sum (lods), so that fixed
 // shapes can be replayed.
 struct InferParamView {
-  int32_t* encoder_batch_map;  // [rows] compact prefill index -> row
-  int32_t* decoder_batch_map;  // [rows] compact decode index -> row
-  int32_t* encoder_batch_idx;  // [rows] the same, -> row counted without the empty rows
-  int32_t* decoder_batch_idx;  // [rows]
-  int32_t* encoder_seq_lod;    // [rows + 1] cumulative new prefill tokens
-  int32_t* decoder_seq_lod;    // [rows + 1] cumulative decode tokens
-  int32_t* encoder_kv_lod;     // [rows + 1] cumulative new + cached tokens of prefill rows
-  int32_t* prefix_len;         // [rows] cached tokens of each prefill row
+  int32_t* encoder_batch_map;          // [rows] compact prefill index -> row
+  int32_t* decoder_batch_map;          // [rows] compact decode index -> row
+  int32_t* encoder_batch_idx;          // [rows] the same, -> row counted without the empty rows
+  int32_t* decoder_batch_idx;          // [rows]
+  int32_t* encoder_seq_lod;            // [rows + 1] cumulative new prefill tokens
+  int32_t* decoder_seq_lod;            // [rows + 1] cumulative decode tokens
+  int32_t* encoder_kv_lod;             // [rows + 1] cumulative new + cached tokens of prefill rows
+  int32_t* prefix_len;                 // [rows] cached tokens of each prefill row
   int32_t* decoder_context_len;        // [rows] decoder + this_time of each decode row
   int32_t* decoder_context_len_cache;  // [rows] decoder of each decode row
   // [rows * blocks_per_row] block ids of the prefill rows, packed with stride len_info[5] =

@@ -13,10 +13,10 @@ namespace mrv1 {
 // What a step tells the host about one entry of its batch: 32 bytes, in the host's entry order.
 struct OutputEntry {
   int32_t row, generation;
-  int32_t token;          // -1: no token (unfinished chunk, or masked row)
+  int32_t token;  // -1: no token (unfinished chunk, or masked row)
   FinishReason finish_reason;
   int32_t num_computed, total_len;
-  int32_t masked;         // 1 if the row was finished or freed before the step
+  int32_t masked;  // 1 if the row was finished or freed before the step
   int32_t reserved;
 };
 static_assert(sizeof(OutputEntry) == 32);
@@ -47,8 +47,8 @@ MRV1_HD OutputEntry advance_row(const RowState& state, const BatchEntry& entry, 
   row.num_computed += query_len;
   if (row.num_computed < row.total_len) {
     row.phase = RowPhase::kExtend;
-    return OutputEntry{entry.row, entry.generation, kNoToken, FinishReason::kNone,
-                       row.num_computed, row.total_len, 0, 0};
+    return OutputEntry{entry.row,        entry.generation, kNoToken, FinishReason::kNone,
+                       row.num_computed, row.total_len,    0,        0};
   }
   row.phase = RowPhase::kDecode;
   if (sampled == kErrorToken) {
@@ -73,8 +73,14 @@ MRV1_HD OutputEntry advance_row(const RowState& state, const BatchEntry& entry, 
       row.phase = RowPhase::kFinished;
     }
   }
-  return OutputEntry{entry.row, entry.generation, sampled >= 0 ? sampled : kNoToken,
-                     row.finish_reason, row.num_computed, row.total_len, 0, 0};
+  return OutputEntry{entry.row,
+                     entry.generation,
+                     sampled >= 0 ? sampled : kNoToken,
+                     row.finish_reason,
+                     row.num_computed,
+                     row.total_len,
+                     0,
+                     0};
 }
 
 // Advances every row of the batch and writes the output slot, its sequence number last.

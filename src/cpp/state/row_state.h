@@ -27,7 +27,7 @@ constexpr int32_t kErrorToken = -2;  // the row's logits hold no token to draw
 
 // One request's state on the device: 64 bytes. The device holds the truth; the host keeps bounds.
 struct Row {
-  int32_t generation;      // of the row; outputs are matched by (row, generation)
+  int32_t generation;  // of the row; outputs are matched by (row, generation)
   RowPhase phase;
   int32_t prompt_len;      // tokens of the prompt proper: outputs are counted from here
   int32_t prefill_target;  // known tokens at admission: prompt, plus outputs on resume
@@ -37,20 +37,20 @@ struct Row {
   int32_t min_total_len;   // below this length stop tokens are masked: prompt_len + min_tokens
   int32_t max_total_len;   // at this length the row stops: prompt_len + max_tokens, or less
   FinishReason finish_reason;
-  int32_t adapter;         // adapter id, -1 for none
+  int32_t adapter;  // adapter id, -1 for none
   int32_t reserved[5];
 };
 static_assert(sizeof(Row) == 64);
 
 // Sampling parameters of a row: 48 bytes. Defaults mean "off".
 struct SamplingRow {
-  float temperature;      // 0 = greedy
-  float top_p;            // 1 = off
-  float min_p;            // 0 = off
-  int32_t top_k;          // 0 = off
-  uint64_t seed;          // of the counter RNG; the host draws one for requests without a seed
-  int32_t stop_offset;    // into RowState::stop_ids
-  int32_t stop_count;     // EOS ids (unless ignore_eos) and stop_token_ids
+  float temperature;    // 0 = greedy
+  float top_p;          // 1 = off
+  float min_p;          // 0 = off
+  int32_t top_k;        // 0 = off
+  uint64_t seed;        // of the counter RNG; the host draws one for requests without a seed
+  int32_t stop_offset;  // into RowState::stop_ids
+  int32_t stop_count;   // EOS ids (unless ignore_eos) and stop_token_ids
   int32_t reserved[4];
 };
 static_assert(sizeof(SamplingRow) == 48);
@@ -58,16 +58,16 @@ static_assert(sizeof(SamplingRow) == 48);
 // Device addresses of all row state: fixed for the life of the runner. R = num_rows rows.
 struct RowState {
   int32_t num_rows;
-  int32_t num_groups;      // KV-cache groups; each has its own block table
-  int32_t block_size;      // tokens a block holds
-  int32_t max_blocks;      // block ids a row can hold in one group
-  int32_t max_model_len;   // tokens a row can hold
+  int32_t num_groups;     // KV-cache groups; each has its own block table
+  int32_t block_size;     // tokens a block holds
+  int32_t max_blocks;     // block ids a row can hold in one group
+  int32_t max_model_len;  // tokens a row can hold
   int32_t vocab_size;
-  Row* rows;               // [R]
-  SamplingRow* sampling;   // [R]
-  int32_t* tokens;         // [R, max_model_len] history: prompt, then sampled tokens
-  int32_t* block_table;    // [num_groups, R, max_blocks]; entries past the row's blocks are 0
-  int32_t* stop_ids;       // pool that rows address by offset
+  Row* rows;              // [R]
+  SamplingRow* sampling;  // [R]
+  int32_t* tokens;        // [R, max_model_len] history: prompt, then sampled tokens
+  int32_t* block_table;   // [num_groups, R, max_blocks]; entries past the row's blocks are 0
+  int32_t* stop_ids;      // pool that rows address by offset
 };
 
 }  // namespace mrv1

@@ -19,12 +19,12 @@ struct StepSizes {
 // argument; nothing about a step is global. One context runs one step at a time.
 struct StepContext {
   Device* device = nullptr;
-  ThreadPool* pool = nullptr;   // CPU
-  void* stream = nullptr;       // CUDA: cudaStream_t
-  StepSizes sizes;              // padded
-  RowState rows;                // device addresses
-  InferParams infer;            // device addresses, written by infer_params
-  void* workspace = nullptr;    // scratch of ops, workspace_bytes long; contents do not outlive an op
+  ThreadPool* pool = nullptr;  // CPU
+  void* stream = nullptr;      // CUDA: cudaStream_t
+  StepSizes sizes;             // padded
+  RowState rows;               // device addresses
+  InferParams infer;           // device addresses, written by infer_params
+  void* workspace = nullptr;  // scratch of ops, workspace_bytes long; contents do not outlive an op
   size_t workspace_bytes = 0;
 };
 

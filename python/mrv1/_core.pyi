@@ -1,0 +1,557 @@
+"""Native core of mrv1: programs, state, the step and the engine."""
+
+from collections.abc import Sequence
+import enum
+from typing import Annotated
+
+import numpy
+from numpy.typing import NDArray
+
+
+class Device:
+    """
+    A compute device with one in-order stream.
+
+    Args:
+        kind: "cpu" or "cuda".
+        num_threads: CPU threads; 0 takes the cores this process may use.
+        ordinal: GPU number.
+
+    Raises:
+        DeviceError: no such device, or a build without CUDA.
+    """
+
+    def __init__(self, kind: str, num_threads: int = 0, ordinal: int = 0) -> None: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def num_threads(self) -> int: ...
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes."""
+
+    def synchronize(self) -> None: ...
+
+    def close(self) -> None: ...
+
+def cuda_built() -> bool:
+    """True if this build has a CUDA backend."""
+
+def cuda_available() -> bool:
+    """True if a driver and a GPU are there too."""
+
+def cuda_describe() -> str:
+    """One line on what was found of CUDA."""
+
+def cpu_isa() -> str:
+    """The instruction set the CPU kernels use here."""
+
+class Program:
+    """
+    A model's forward pass: a flat list of native ops over values and weights.
+
+    Values and weights are named by the index their maker returns. Building
+    methods raise InvalidArgumentError naming the op when shapes or dtypes do
+    not fit. mrv1.builder wraps this class for wiring models.
+    """
+
+    def __init__(self, dtype: str) -> None: ...
+
+    def weight(self, name: str, is_vector: bool, cols: int, segments: Sequence[tuple[str, int]]) -> int:
+        """
+        Declares a weight [sum of segment rows, cols]; segments are (tensor name, rows).
+        """
+
+    def input(self, name: str, cols: int, logits_rows: bool = False) -> int: ...
+
+    def output(self, value: int) -> None: ...
+
+    def embedding(self, table: int) -> int: ...
+
+    def rms_norm(self, x: int, weight: int, eps: float) -> int: ...
+
+    def add(self, a: int, b: int) -> int: ...
+
+    def linear(self, x: int, weight: int, bias: int = -1, residual: int = -1, row_parallel: bool = False) -> int: ...
+
+    def silu_mul(self, x: int) -> int: ...
+
+    def rope_table(self, inv_freq: Sequence[float], factor: float = 1.0) -> int: ...
+
+    def attention(self, qkv: int, *, num_heads: int, num_kv_heads: int, head_dim: int, kv_layer: int, scale: float, window: int = 0, rope: int = -1, q_norm: int = -1, k_norm: int = -1, eps: float = 0.0) -> int: ...
+
+    def gather_rows(self, x: int) -> int: ...
+
+    def logits(self, x: int, weight: int) -> int: ...
+
+    def begin_layer(self, layer: int) -> None: ...
+
+    def end_layer(self) -> None: ...
+
+    def fuse(self) -> list[tuple[str, int]]:
+        """Runs the fusion patterns; returns (pattern, how many it replaced)."""
+
+    def dump(self, format: str = 'text') -> str:
+        """The op list as text, or as a Graphviz picture with format="dot"."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def num_ops(self) -> int: ...
+
+    @property
+    def op_names(self) -> list[str]: ...
+
+    @property
+    def weights(self) -> list[tuple[str, bool, int, list[tuple[str, int]]]]:
+        """(name, is_vector, cols, [(tensor, rows)]) of each weight."""
+
+    @property
+    def cuts(self) -> list[tuple[str, int]]:
+        """(kind, op index) of each place where the list can be cut."""
+
+    def plan(self, max_tokens: int, max_logits: int) -> tuple[int, list[int]]:
+        """
+        Bytes of the activation arena at these limits, and each value's offset in it.
+        """
+
+    def live_ranges(self, max_tokens: int, max_logits: int) -> list[tuple[int, int, int]]:
+        """
+        (op that writes it, last op that reads it, bytes) of each value; -1 for none.
+        """
+
+class ProgramSession:
+    """
+    Runs a program over inputs, infer_params and a KV cache set by hand: for testing single ops
+    and fused forms on either backend. Floats cross as float32.
+    """
+
+    def __init__(self, device: Device, program: Program, *, max_requests: int = 1, max_tokens: int = 1, max_logits: int = 1, num_blocks: int = 1, block_size: int = 16, max_blocks: int = 1, max_position: int = 1) -> None: ...
+
+    def load_weight(self, weight: int, values: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None: ...
+
+    def set_value(self, value: int, data: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None: ...
+
+    def value(self, value: int, rows: int) -> NDArray[numpy.float32]: ...
+
+    def set_ints(self, name: str, data: Annotated[NDArray[numpy.int32], dict(order='C', device='cpu', writable=False)]) -> None: ...
+
+    def set_cache(self, layer: int, values: bool, data: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None: ...
+
+    def cache(self, layer: int, values: bool) -> NDArray[numpy.float32]: ...
+
+    def run(self, num_requests: int, num_tokens: int, num_logits: int = 0) -> None: ...
+
+    def close(self) -> None: ...
+
+NO_TOKEN: int = -1
+
+ERROR_TOKEN: int = -2
+
+def sample(device: Device, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], *, logits_batch: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], batch_row: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], temperature: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], top_k: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], top_p: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], min_p: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], seed: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], total_len: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], min_total_len: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], stop_ids: Sequence[Sequence[int]]) -> NDArray[numpy.int32]:
+    """
+    Runs the device's sampler once over a batch that is described by hand.
+
+    L logits rows, B batch positions, R rows of the row table.
+
+    Args:
+        device: where to run.
+        logits: float32 [L, vocab]; left as it is.
+        logits_batch: int32 [L], batch position of a logits row, -1 for padding.
+        batch_row: int32 [B], row of a batch position, -1 for padding and masked rows.
+        temperature, top_p, min_p: float32 [R].
+        top_k, total_len, min_total_len: int32 [R].
+        seed: uint64 [R].
+        stop_ids: R lists of token ids.
+
+    Returns:
+        int32 [B]: token ids, NO_TOKEN or ERROR_TOKEN.
+    """
+
+def fixed_point_weights(logits: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], temperature: float = 1.0) -> NDArray[numpy.uint64]:
+    """
+    exp((logits - max) / temperature) as integers of 2^-45 units, as the sampler takes it.
+
+    Args:
+        logits: float32 [n], without NaN.
+        temperature: above 0.
+
+    Returns:
+        uint64 [n].
+    """
+
+def random_word(seed: int, position: int) -> int:
+    """
+    The 64 random bits of the token at `position` of a request with this seed.
+    """
+
+def sampling_processors() -> list[str]:
+    """Names of the sampler's processors, in the order they run."""
+
+class MappedFile:
+    """A file mapped read-only."""
+
+    def __init__(self, path: str) -> None: ...
+
+    @property
+    def size(self) -> int: ...
+
+class RunnerConfig:
+    def __init__(self) -> None: ...
+
+    @property
+    def max_num_seqs(self) -> int: ...
+
+    @max_num_seqs.setter
+    def max_num_seqs(self, arg: int, /) -> None: ...
+
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+
+    @max_num_batched_tokens.setter
+    def max_num_batched_tokens(self, arg: int, /) -> None: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @max_model_len.setter
+    def max_model_len(self, arg: int, /) -> None: ...
+
+    @property
+    def block_size(self) -> int: ...
+
+    @block_size.setter
+    def block_size(self, arg: int, /) -> None: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @num_blocks.setter
+    def num_blocks(self, arg: int, /) -> None: ...
+
+    @property
+    def max_stop_ids(self) -> int: ...
+
+    @max_stop_ids.setter
+    def max_stop_ids(self, arg: int, /) -> None: ...
+
+    @property
+    def pad_requests(self) -> int: ...
+
+    @pad_requests.setter
+    def pad_requests(self, arg: int, /) -> None: ...
+
+    @property
+    def pad_tokens(self) -> int: ...
+
+    @pad_tokens.setter
+    def pad_tokens(self, arg: int, /) -> None: ...
+
+    @property
+    def infer_param_view(self) -> bool: ...
+
+    @infer_param_view.setter
+    def infer_param_view(self, arg: bool, /) -> None: ...
+
+class RowSpec:
+    def __init__(self) -> None: ...
+
+    @property
+    def token_ids(self) -> list[int]: ...
+
+    @token_ids.setter
+    def token_ids(self, arg: Sequence[int], /) -> None: ...
+
+    @property
+    def prompt_len(self) -> int: ...
+
+    @prompt_len.setter
+    def prompt_len(self, arg: int, /) -> None: ...
+
+    @property
+    def num_computed(self) -> int: ...
+
+    @num_computed.setter
+    def num_computed(self, arg: int, /) -> None: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    @temperature.setter
+    def temperature(self, arg: float, /) -> None: ...
+
+    @property
+    def top_p(self) -> float: ...
+
+    @top_p.setter
+    def top_p(self, arg: float, /) -> None: ...
+
+    @property
+    def min_p(self) -> float: ...
+
+    @min_p.setter
+    def min_p(self, arg: float, /) -> None: ...
+
+    @property
+    def top_k(self) -> int: ...
+
+    @top_k.setter
+    def top_k(self, arg: int, /) -> None: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @seed.setter
+    def seed(self, arg: int, /) -> None: ...
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    @max_tokens.setter
+    def max_tokens(self, arg: int, /) -> None: ...
+
+    @property
+    def min_tokens(self) -> int: ...
+
+    @min_tokens.setter
+    def min_tokens(self, arg: int, /) -> None: ...
+
+    @property
+    def stop_ids(self) -> list[int]: ...
+
+    @stop_ids.setter
+    def stop_ids(self, arg: Sequence[int], /) -> None: ...
+
+    @property
+    def block_ids(self) -> list[int]: ...
+
+    @block_ids.setter
+    def block_ids(self, arg: Sequence[int], /) -> None: ...
+
+class FinishReason(enum.Enum):
+    NONE = 0
+
+    STOP = 1
+
+    LENGTH = 2
+
+    ERROR = 3
+
+class RowPhase(enum.Enum):
+    FREE = 0
+
+    PREFILL = 1
+
+    EXTEND = 2
+
+    DECODE = 3
+
+    FINISHED = 4
+
+class OutputEntry:
+    """What a step says about one item of its batch."""
+
+    @property
+    def row(self) -> int: ...
+
+    @property
+    def generation(self) -> int: ...
+
+    @property
+    def token(self) -> int: ...
+
+    @property
+    def finish_reason(self) -> FinishReason: ...
+
+    @property
+    def num_computed(self) -> int: ...
+
+    @property
+    def total_len(self) -> int: ...
+
+    @property
+    def masked(self) -> bool: ...
+
+class RowState:
+    """A row as the device holds it."""
+
+    @property
+    def generation(self) -> int: ...
+
+    @property
+    def phase(self) -> RowPhase: ...
+
+    @property
+    def prompt_len(self) -> int: ...
+
+    @property
+    def prefill_target(self) -> int: ...
+
+    @property
+    def num_computed(self) -> int: ...
+
+    @property
+    def total_len(self) -> int: ...
+
+    @property
+    def last_token(self) -> int: ...
+
+    @property
+    def finish_reason(self) -> FinishReason: ...
+
+class StepOutput:
+    """A retired step: entries in the batch's order."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def error(self) -> str: ...
+
+    @property
+    def entries(self) -> list[OutputEntry]: ...
+
+class ModelRunner:
+    """See mrv1.runner.ModelRunner."""
+
+    def __init__(self, device: Device, program: Program, config: RunnerConfig) -> None: ...
+
+    @staticmethod
+    def plan_memory(program: Program, config: RunnerConfig, device: Device) -> dict[str, int]:
+        """
+        Bytes of weights, activations, state and of one KV block, before anything is allocated.
+        """
+
+    @property
+    def memory_plan(self) -> dict[str, int]: ...
+
+    def load_tensor(self, weight: int, segment: int, file: MappedFile, offset: int, dtype: str) -> None:
+        """Copies a tensor of a mapped file into a segment of a weight."""
+
+    def fill_random(self, weight: int, seed: int, range: float) -> None: ...
+
+    def fill_kv_random(self, seed: int) -> None:
+        """Fills the KV cache with random values: timing without a prefill."""
+
+    def check_weights(self) -> None: ...
+
+    def add_row(self, spec: RowSpec) -> tuple[int, int]: ...
+
+    def append_blocks(self, row: int, block_ids: Sequence[int]) -> None: ...
+
+    def free_row(self, row: int) -> None: ...
+
+    def last_step(self, row: int) -> int: ...
+
+    def execute(self, batch: Sequence[tuple[int, int]]) -> int: ...
+
+    def result(self, step: int) -> StepOutput: ...
+
+    def discard(self, step: int) -> None: ...
+
+    def ready(self, step: int) -> bool: ...
+
+    @property
+    def retired_step(self) -> int: ...
+
+    @property
+    def free_rows(self) -> int: ...
+
+    def logits(self, item: int) -> NDArray[numpy.float32]: ...
+
+    def infer_params(self) -> dict[str, NDArray[numpy.int32]]: ...
+
+    def row_state(self, row: int) -> RowState: ...
+
+    def stats(self) -> dict[str, int]: ...
+
+    def fail_next_step(self, message: str) -> None: ...
+
+    @property
+    def program(self) -> Program: ...
+
+    def close(self) -> None: ...
+
+def infer_param_view(device: Device, encoder: NDArray[numpy.int32], decoder: NDArray[numpy.int32], this_time: NDArray[numpy.int32], block_tables: NDArray[numpy.int32], block_size: int, query_per_decode: int = 1, max_tokens: int = 8192) -> dict[str, NDArray[numpy.int32]]:
+    """
+    Prefill and decode maps, cumulative lengths and slots by table row: the outputs of
+    FastDeploy's get_infer_param, as int32 arrays by name.
+    """
+
+class RequestEnd(enum.Enum):
+    NONE = 0
+
+    STOP = 1
+
+    LENGTH = 2
+
+    ABORT = 3
+
+    ERROR = 4
+
+class RequestOutput:
+    """One event of one request."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def token(self) -> int: ...
+
+    @property
+    def end(self) -> RequestEnd: ...
+
+    @property
+    def error(self) -> str: ...
+
+class Engine:
+    """See mrv1.engine.Engine."""
+
+    def __init__(self, runner: ModelRunner) -> None: ...
+
+    def add_request(self, id: str, row: RowSpec) -> None: ...
+
+    def abort(self, id: str, report: bool = True) -> bool: ...
+
+    def has_unfinished(self) -> bool: ...
+
+    def step(self) -> list[RequestOutput]: ...
+
+    def stats(self) -> dict[str, int]: ...
+
+    def check_idle(self) -> None: ...
+
+    def close(self) -> None: ...
+
+class ReadProbe:
+    """
+    A buffer that all threads of a device read from end to end: measures read bandwidth.
+
+    Args:
+        device: A CPU device.
+        bytes: Size of the buffer, at least 2**20.
+
+    Raises:
+        DeviceError: the device is not a CPU.
+        OutOfMemoryError: less memory is free.
+    """
+
+    def __init__(self, device: Device, bytes: int) -> None: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def checksum(self) -> int:
+        """Sum of the 64-bit words that the last run read, modulo 2**64."""
+
+    def run(self) -> float:
+        """Reads the buffer once; returns the seconds it took."""
+
+    def close(self) -> None: ...
