@@ -5,7 +5,7 @@
 #   MRV1_CUDA=AUTO    (default) on if nvcc and cublasLt.h are found
 #   MRV1_CUDA=ON      on; an error says what is missing
 #   MRV1_CUDA=OFF     off
-#   MRV1_CUDA=WHEELS  on, with the toolkit of the PyPI wheels in Python's environment
+#   MRV1_CUDA=WHEELS  on, with the toolkit of the pip wheels in Python's environment
 #
 # The environment variable of the same name is the default of the option.
 # Sets MRV1_WITH_CUDA and MRV1_CUBLASLT_INCLUDE_DIR; enables the CUDA language.
@@ -133,7 +133,7 @@ else()
     endif()
     if(mrv1_cuda_mode STREQUAL "ON")
       message(FATAL_ERROR "MRV1_CUDA=ON: ${mrv1_cuda_reason}. Give CMAKE_CUDA_COMPILER or "
-        "MRV1_CUBLASLT_INCLUDE_DIR, or take the toolkit from PyPI with MRV1_CUDA=WHEELS.")
+        "MRV1_CUBLASLT_INCLUDE_DIR, or take the toolkit from pip wheels with MRV1_CUDA=WHEELS.")
     endif()
   endif()
 endif()
