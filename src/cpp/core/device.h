@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -86,6 +87,27 @@ class Device {
   friend class Buffer;
   virtual void release(void* data, void* host, size_t bytes) noexcept = 0;
 };
+
+// Runs fn() on the device's stream, waits, and throws what it threw: for work outside of steps.
+template <typename Fn>
+void run_on_stream(Device& device, Fn&& fn) {
+  struct Task {
+    Fn& fn;
+    std::exception_ptr error;
+  } task{fn, nullptr};
+  device.submit(
+      [](void* arg) {
+        Task& task = *static_cast<Task*>(arg);
+        try {
+          task.fn();
+        } catch (...) {
+          task.error = std::current_exception();
+        }
+      },
+      &task);
+  device.synchronize();
+  if (task.error) std::rethrow_exception(task.error);
+}
 
 // `num_threads` <= 0 takes the cores this process may run on.
 std::unique_ptr<Device> make_cpu_device(int num_threads);
