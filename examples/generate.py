@@ -6,7 +6,7 @@ python examples/generate.py [model directory]
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 from mrv1 import LLM, SamplingParams
 from mrv1.shapes import demo_model
@@ -16,7 +16,9 @@ PROMPTS = ["Once upon a time", "The little dog", "One day, a girl named Lily"]
 
 def main() -> None:
     """Generates for all prompts at once."""
-    model = sys.argv[1] if len(sys.argv) > 1 else demo_model()
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("model", nargs="?", default=demo_model(), help="model directory")
+    model = parser.parse_args().model
     params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=48, seed=1)
     with LLM(model) as llm:
         for prompt, result in zip(PROMPTS, llm.generate(PROMPTS, params), strict=True):

@@ -6,7 +6,7 @@ python examples/stream.py [model directory]
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 from mrv1 import LLM, SamplingParams
 from mrv1.shapes import demo_model
@@ -14,7 +14,9 @@ from mrv1.shapes import demo_model
 
 def main() -> None:
     """Streams one prompt, then prints how fast it was."""
-    model = sys.argv[1] if len(sys.argv) > 1 else demo_model()
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("model", nargs="?", default=demo_model(), help="model directory")
+    model = parser.parse_args().model
     params = SamplingParams(temperature=0.0, max_tokens=64)
     with LLM(model) as llm:
         for chunk in llm.stream("Once upon a time", params):

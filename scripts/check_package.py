@@ -1,22 +1,23 @@
 # Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
-"""Checks a built wheel and the time that `import mrv1` takes.
+"""Checks a built or installed wheel and the time that `import mrv1` takes.
 
     python scripts/check_package.py --wheel dist/mrv1-....whl [--cuda]
-    python scripts/check_package.py --import-time
+    python scripts/check_package.py --installed --import-time
 
-The wheel must carry the stable-ABI tag, hold the typing files and the demo model, and stay under
-10 MB without the demo model. With --cuda, the module of the running environment must have been
-built with CUDA and must import all the same where there is no driver.
+The wheel must carry the stable-ABI tag, hold the typing files and the demo model, nothing outside
+of the package, and stay under 10 MB without the demo model. With --cuda, the module of the running
+environment must have been built with CUDA and must import all the same where there is no driver.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 MAX_WHEEL_MB = 10.0
@@ -28,8 +29,35 @@ REQUIRED = (
     "mrv1/_core.pyi",
     "mrv1/py.typed",
     DEMO + "config.json",
+    DEMO + "generation_config.json",
+    DEMO + "model.safetensors",
     DEMO + "tokenizer.json",
 )
+
+
+def content_faults(where: str, names: Iterable[str]) -> Iterator[str]:
+    """Yields a sentence for each file that is missing, or is not the package's."""
+    found = set(names)
+    for name in REQUIRED:
+        if name not in found:
+            yield f"{where}: {name} is missing"
+    for name in sorted(found):
+        top = name.split("/", 1)[0]
+        if top != "mrv1" and not (top.startswith("mrv1-") and top.endswith(".dist-info")):
+            yield f"{where}: {name} is outside of mrv1/ and *.dist-info/"
+
+
+def installed_faults() -> Iterator[str]:
+    """Yields a sentence for each thing that is wrong with the wheel that was installed."""
+    package = importlib.metadata.distribution("mrv1")
+    if f"Tag: {ABI_TAG.strip('-')}-" not in (package.read_text("WHEEL") or ""):
+        yield f"the installed mrv1: the tag is not {ABI_TAG.strip('-')}"
+    # pip adds the command, and the bytecode where it compiles.
+    names = [str(file) for file in package.files or ()]
+    yield from content_faults(
+        "the installed mrv1",
+        (name for name in names if not name.endswith((".pyc", "/bin/mrv1"))),
+    )
 
 
 def wheel_faults(path: Path) -> Iterator[str]:
@@ -38,9 +66,7 @@ def wheel_faults(path: Path) -> Iterator[str]:
         yield f"{path.name}: the tag is not {ABI_TAG.strip('-')}"
     with zipfile.ZipFile(path) as wheel:
         sizes = {entry.filename: entry.compress_size for entry in wheel.infolist()}
-    for name in REQUIRED:
-        if name not in sizes:
-            yield f"{path.name}: {name} is missing"
+    yield from content_faults(path.name, sizes)
     demo_mb = sum(size for name, size in sizes.items() if name.startswith(DEMO)) / 1e6
     rest_mb = path.stat().st_size / 1e6 - demo_mb
     print(f"{path.name}: {rest_mb:.2f} MB and a demo model of {demo_mb:.2f} MB")
@@ -73,12 +99,15 @@ def main() -> int:
     """Runs the checks asked for; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--wheel", type=Path, help="the wheel to look into")
+    parser.add_argument("--installed", action="store_true", help="look into the installed mrv1")
     parser.add_argument("--cuda", action="store_true", help="the installed mrv1 must have CUDA")
     parser.add_argument("--import-time", action="store_true", help="time `import mrv1`")
     args = parser.parse_args()
     faults: list[str] = []
     if args.wheel:
         faults += wheel_faults(args.wheel)
+    if args.installed:
+        faults += installed_faults()
     if args.cuda:
         faults += cuda_faults()
     if args.import_time:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 import re
 import subprocess
 import sys
@@ -17,11 +19,14 @@ from safetensors import safe_open
 
 from mrv1 import _core, bench, cli, shapes
 from mrv1.bench_decode import DecodeRun, decode_options
+from mrv1.bench_mix import MixRequest, measure_mix, mix_options, mix_requests
+from mrv1.bench_prefill import measure_prefill, prefill_chunks, prefill_options
 from mrv1.config import ModelConfig
+from mrv1.engine import Engine
 from mrv1.env_report import commit
 from mrv1.errors import DeviceError, InvalidArgumentError, OutOfMemoryError
 from mrv1.loader import RunnerOptions, load_model
-from mrv1.random_model import RANGE, random_runner, save_random_model
+from mrv1.random_model import RANGE, byte_tokenizer, random_runner, save_random_model
 from mrv1.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,9 +70,11 @@ def check_record(record: dict[str, Any]) -> None:
         assert value is not None or key in nullable, key
         assert value is None or isinstance(value, str | int | float), f"{key} is not flat"
     assert record["step_ms"] > 0
-    rate = 1e3 * record["batch"] / record["step_ms"]
-    assert record["tokens_per_s"] == pytest.approx(rate, rel=1e-2)
-    assert record["figure"] in ("decode", "op")
+    assert record["figure"] in ("decode", "prefill", "mix", "op")
+    if record["figure"] != "mix":
+        tokens = record["batch"] * (record["context"] if record["figure"] == "prefill" else 1)
+        rate = 1e3 * tokens / record["step_ms"]
+        assert record["tokens_per_s"] == pytest.approx(rate, rel=1e-2)
     assert "/" not in record["shape"] or record["shape"].endswith("-layers")
 
 
@@ -96,6 +103,102 @@ def test_decode_prints_a_table_and_writes_records(
     assert lines[0].startswith("figure")
 
 
+def test_prefill_prints_a_table_and_writes_records(
+    models_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["bench", "prefill", "--model", str(models_dir / "qwen3-tied"), "--device", "cpu"]
+    arguments += ["--batch", "1,3", "--context", "40,200", "--read-mb", "4"]
+    assert cli.main([*arguments, "--json", str(path)]) == 0
+    records = json.loads(path.read_text())
+    assert [(r["batch"], r["context"]) for r in records] == [(1, 40), (3, 40), (1, 200), (3, 200)]
+    for record in records:
+        check_record(record)
+        assert record["figure"] == "prefill"
+        assert 0 < record["host_us"] < 1e5
+        assert record["floor_ms"] > 0
+        assert record["read_share"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(records)
+
+
+def test_prefill_chunks_are_full_and_cover_the_prompts() -> None:
+    assert prefill_chunks(1, 5, 8) == [[(0, 5)]]
+    assert prefill_chunks(2, 4, 8) == [[(0, 4), (1, 4)]]
+    assert prefill_chunks(3, 5, 4) == [[(0, 4)], [(0, 1), (1, 3)], [(1, 2), (2, 2)], [(2, 3)]]
+
+
+def test_prefill_runs_all_chunks_and_leaves_nothing(device: str) -> None:
+    options = dataclasses.replace(
+        prefill_options(device, "bfloat16", [3], [21]), max_num_batched_tokens=8
+    )
+    model = random_runner(ModelConfig.from_values(SMALL), options)
+    before = model.runner.stats()["steps"]
+    timing = measure_prefill(model, 3, 21, 2)
+    # One chunk to warm up, and twice 63 tokens by 8.
+    assert model.runner.stats()["steps"] - before == 1 + 2 * 8
+    assert (timing.batch, timing.context, timing.tokens) == (3, 21, 63)
+    assert model.runner.free_rows == 3
+    model.runner.close()
+    model.device.close()
+
+
+def test_mix_draws_the_published_workload() -> None:
+    random.seed(0)
+    prompts = [
+        [random.randint(0, 10000) for _ in range(random.randint(100, 1024))] for _ in range(256)
+    ]
+    lengths = [random.randint(100, 1024) for _ in range(256)]
+    drawn = mix_requests(151936)
+    assert [request.prompt_token_ids for request in drawn] == prompts
+    assert [request.max_tokens for request in drawn] == lengths
+    assert sum(len(request.prompt_token_ids) for request in drawn) == 142_827
+    assert sum(request.max_tokens for request in drawn) == 133_966
+    assert mix_requests(151936, 3) == drawn[:3]
+    small = mix_requests(1000)
+    assert [request.max_tokens for request in small] == lengths
+    assert [len(request.prompt_token_ids) for request in small] == [len(p) for p in prompts]
+    assert {token for request in small for token in request.prompt_token_ids} == set(range(1000))
+    for count in (0, 257):
+        with pytest.raises(InvalidArgumentError, match="requests"):
+            mix_requests(1000, count)
+
+
+@pytest.mark.parametrize("from_directory", [True, False])
+def test_mix_writes_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_directory: bool
+) -> None:
+    monkeypatch.setitem(shapes._CONFIGS, "qwen3-0.6b", {**SMALL, "num_hidden_layers": 1})
+    path = tmp_path / "out.json"
+    arguments = ["bench", "mix", "--shape", "qwen3-0.6b", "--requests", "2", "--json", str(path)]
+    if from_directory:
+        arguments += ["--save", str(tmp_path / "saved")]
+    assert cli.main([*arguments, "--device", "cpu"]) == 0
+    (record,) = json.loads(path.read_text())
+    check_record(record)
+    assert (record["figure"], record["batch"], record["context"]) == ("mix", 2, 0)
+    assert record["floor_ms"] is None
+    assert 0 < record["host_us"] < 1e4
+    # The second request ends first: from then on a step makes one token.
+    per_step = record["tokens_per_s"] * record["step_ms"] / 1e3
+    first, second = (request.max_tokens for request in mix_requests(1000, 2))
+    assert first > second
+    assert 1 < per_step <= (first + second) / first
+
+
+def test_mix_runs_every_request_to_its_end(device: str) -> None:
+    requests = [MixRequest([7] * 20, 3), MixRequest([8] * 5, 9)]
+    model = random_runner(ModelConfig.from_values(SMALL), mix_options(device, "bfloat16", requests))
+    with Engine.from_model(model, Tokenizer(byte_tokenizer())) as engine:
+        timing = measure_mix(engine, requests)
+        stats = engine.stats()
+        engine.check_idle()
+    # The warm-up's prompt is the first 16 tokens.
+    assert stats["prefill_tokens"] == 16 + 25
+    assert timing.tokens is not None
+    assert 1 < timing.tokens <= 12 / 9
+    assert (model.max_num_seqs, model.max_model_len) == (2, 23)
+
+
 def test_op_measures_each_op(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = save_random_model(tmp_path / "model", SMALL)
     path = tmp_path / "out.json"
@@ -109,6 +212,18 @@ def test_op_measures_each_op(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         check_record(record)
         assert record["figure"] == "op"
     assert "gate_up_proj" in capsys.readouterr().out
+
+
+def test_json_that_exists_is_kept_until_it_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    bench.check_writable(path)
+    assert not path.exists()
+    path.write_text("mine")
+    bench.check_writable(path)
+    assert path.read_text() == "mine"
+    for refused in (tmp_path, path / "inside", "a\0b"):
+        with pytest.raises(InvalidArgumentError, match="cannot be written"):
+            bench.check_writable(refused)
 
 
 def test_shape_with_save_and_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,13 +242,21 @@ def test_shape_with_save_and_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_committed_results_follow_the_schema() -> None:
+    compared = set()
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         records = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(records, list)
         assert records, path
         for record in records:
             check_record(record)
+            # Of a commit that anyone can check out.
             assert record["commit"] is not None
+            assert not record["commit"].endswith("-dirty"), path
+            if record["figure"] == "decode" and "peer" in record:
+                compared.add((record["peer"], record["batch"]))
+    peers = {peer for peer, _ in compared}
+    assert len(peers) >= 2
+    assert compared >= {(peer, batch) for peer in peers for batch in (1, 8)}
 
 
 @pytest.mark.parametrize(
@@ -174,6 +297,27 @@ def test_costs_and_floor_by_hand() -> None:
     assert bench.floor_ms(pair, rates) == pytest.approx(5.0)
     assert bench.floor_ms([costs["attention"]] * 2, rates) == pytest.approx(
         2 * bench.floor_ms([costs["attention"]], rates)
+    )
+
+
+def test_prefill_costs_by_hand() -> None:
+    config = ModelConfig.from_values(SMALL)
+    found = bench.prefill_costs(config, "bfloat16", 3, 10)
+    costs = {cost.name: cost for cost in found}
+    # Keys and values once; 1 + 2 + ... + 10 pairs a prompt, two products of 64 for each of 4 heads.
+    assert costs["attention"] == bench.OpCost(
+        "attention", 3 * 10 * 2 * 2 * 64 * 2, 3 * 55 * 2 * 2 * 4 * 64
+    )
+    assert sum(cost.name == "attention" for cost in found) == 2
+    assert costs["embedding"] == bench.OpCost("embedding", 30 * 128 * 2, 0)
+    assert costs["logits"] == bench.OpCost("logits", 1000 * 128 * 2, 2 * 3 * 1000 * 128)
+    down = costs["model.layers.1.mlp.down_proj.weight"]
+    assert (down.read_bytes, down.operations) == (128 * 256 * 2, 2 * 30 * 128 * 256)
+    untied = ModelConfig.from_values({**SMALL, "tie_word_embeddings": False})
+    assert costs["logits"] in bench.prefill_costs(untied, "bfloat16", 3, 10)
+    # A prompt of one token is a decode step over itself.
+    assert bench.prefill_costs(config, "float32", 4, 1) == bench.decode_costs(
+        config, "float32", 4, 1
     )
 
 

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mrv1 import LLM, SamplingParams, __version__, cli, envs
+from mrv1 import LLM, SamplingParams, __version__, _core, cli, envs
 from mrv1.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +84,13 @@ def test_temperature_comes_from_the_model_unless_given(model: str, tmp_path: Pat
     ("arguments", "named"),
     [
         (["generate", "--model", "no/such/dir", "hello"], "no/such/dir"),
+        (["generate", "--model", "", "hello"], "model = ''"),
+        (["bench", "decode", "--model", ""], "model = ''"),
+        (["bench", "op", "--model", ""], "model = ''"),
+        (["bench", "op", "--shape", "qwen3-0.6b", "--layers", "1"], "--layers"),
+        (["bench", "op", "--shape", "qwen3-0.6b", "--save", "no/such/dir"], "--save"),
+        (["bench", "op", "--shape", "qwen3-0.6b", "--context", "40961"], "--context"),
+        (["bench", "decode", "--shape", "qwen3-0.6b", "--json", "no/such/dir/out"], "json"),
         (["generate", "--model", "MODEL", "--top-p", "2", "hello"], "top_p"),
         (["generate", "--model", "MODEL", ""], "prompt"),
         (["generate", "--model", "MODEL", "--dtype", "int8", "hello"], "dtype"),
@@ -90,6 +98,11 @@ def test_temperature_comes_from_the_model_unless_given(model: str, tmp_path: Pat
         (["bench", "decode", "--model", "MODEL", "--context", "1000000"], "max_model_len"),
         (["bench", "decode", "--model", "MODEL", "--layers", "1"], "--layers"),
         (["bench", "decode", "--shape", "qwen3-0.6b", "--layers", "29"], "layers"),
+        (["bench", "prefill", "--model", "MODEL", "--context", "1000000"], "max_model_len"),
+        (["bench", "prefill", "--model", "MODEL", "--requests", "2"], "--requests"),
+        (["bench", "mix", "--shape", "qwen3-0.6b", "--read-mb", "1"], "--read-mb"),
+        (["bench", "mix", "--shape", "qwen3-0.6b", "--requests", "257"], "[1, 256]"),
+        (["bench", "mix", "--shape", "demo", "--requests", "1"], "max_model_len"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], named: str, model: str) -> None:
@@ -132,7 +145,59 @@ def test_env_names_what_a_bug_report_needs(monkeypatch: pytest.MonkeyPatch) -> N
     assert lines["mrv1"] == __version__
     assert lines["MRV1_NUM_THREADS"] == "3"
     assert lines.keys() >= {"python", "numpy", "tokenizers", "system", "memory", *envs.REGISTRY}
-    assert "CUDA" in report.stdout
+    # Why it is not there, as the build printed it.
+    assert _core.cuda_built() or lines["cuda"].removeprefix("built without CUDA: ").strip()
+    assert _core.cuda_built() or lines["cuda"].startswith("built without CUDA: ")
+
+
+def test_load_is_logged_where_the_variable_asks(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MRV1_LOG_LEVEL", raising=False)
+    arguments = ("generate", "--model", model, "--device", "cpu", "--max-tokens", "2", "hello")
+    assert "KV cache" not in run(*arguments).stderr
+    monkeypatch.setenv("MRV1_LOG_LEVEL", "INFO")
+    shown = run(*arguments)
+    assert shown.returncode == 0
+    (line,) = (line for line in shown.stderr.splitlines() if "KV cache" in line)
+    assert line.startswith(f"mrv1: {model} on ")
+
+
+def test_failed_request_is_a_failed_command(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = LLM.stream
+
+    def failing(llm: LLM, *arguments: Any) -> Any:
+        stream = original(llm, *arguments)
+        llm.model.runner.fail_next_step("sparks")
+        return stream
+
+    monkeypatch.setattr(LLM, "stream", failing)
+    arguments = ["generate", "--model", model, "--device", "cpu", "hello", "there"]
+    assert cli.main(arguments) == cli.EXIT_ERROR
+    written = capsys.readouterr().err
+    assert "prompt 1 failed: " in written
+    assert "prompt 2 failed: " in written
+    assert "sparks" in written
+
+
+@pytest.mark.parametrize("command", ["generate", "env"])
+def test_full_disk_is_one_line(command: str, model: str) -> None:
+    arguments = ["--model", model, "hello"] if command == "generate" else []
+    with Path("/dev/full").open("w") as full:
+        failed = subprocess.run(
+            [*COMMAND, command, *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert failed.returncode == cli.EXIT_ERROR
+    assert failed.stderr.startswith("mrv1: error: ")
+    assert "No space left" in failed.stderr
+    assert failed.stderr.count("\n") == 1
 
 
 def test_stdin_that_is_no_text_is_named(model: str) -> None:
@@ -230,7 +295,12 @@ def test_reader_that_goes_away_is_no_traceback(model: str) -> None:
 
 @pytest.mark.parametrize("name", ["generate", "stream", "own_scheduler"])
 def test_examples_run(name: str, model: str) -> None:
-    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), model]
+    example = str(ROOT / "examples" / f"{name}.py")
+    asked = subprocess.run(
+        [sys.executable, example, "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert asked.stdout.startswith("usage: ")
+    command = [sys.executable, example, model]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -12,7 +12,8 @@ import pytest
 
 from model_files import GENERATION, LLAMA, QWEN3, Json, write_model
 from mrv1.config import DefaultSampling, ModelConfig, RopeConfig
-from mrv1.errors import ConfigError, Mrv1Error
+from mrv1.errors import ConfigError, InvalidArgumentError, Mrv1Error
+from mrv1.sampling_params import SamplingParams
 
 LLAMA3_ROPE = RopeConfig("llama3", 500000.0, 8.0, 1.0, 4.0, 64)
 
@@ -128,6 +129,9 @@ def test_accepted(config: Json, attribute: str, value: object, tmp_path: Path) -
         ({"eos_token_id": [4, 4, 1]}, (4, 1), DefaultSampling()),
         ({"temperature": 0, "top_k": None}, (2, 3), DefaultSampling(temperature=0.0)),
         ({"top_k": -1}, (2, 3), DefaultSampling(top_k=0)),
+        ({"do_sample": True, "top_k": 3}, (2, 3), DefaultSampling(top_k=3)),
+        ({"do_sample": None, "top_k": 3}, (2, 3), DefaultSampling(top_k=3)),
+        ({"do_sample": False, "temperature": 0.6}, (2, 3), DefaultSampling(temperature=0.0)),
     ],
 )
 def test_generation_config(
@@ -139,12 +143,12 @@ def test_generation_config(
 
 
 INTEGERS = {
-    "vocab_size": 2**22,
+    "vocab_size": 2**18,
     "hidden_size": 2**20,
     "intermediate_size": 2**22,
     "num_hidden_layers": 4096,
     "num_attention_heads": 2**14,
-    "max_position_embeddings": 2**25,
+    "max_position_embeddings": 2**24,
 }
 
 
@@ -182,10 +186,10 @@ def test_refused_integers(name: str, tmp_path: Path) -> None:
         (LLAMA, {"num_key_value_heads": 5}, "num_key_value_heads", "in [1, 4]"),
         (LLAMA, {"num_key_value_heads": 0}, "num_key_value_heads", "in [1, 4]"),
         (LLAMA, {"hidden_size": 130}, "hidden_size", "a multiple of num_attention_heads = 4"),
-        (LLAMA, {"hidden_size": 12}, "head_dim", "an even integer"),
-        (LLAMA, {"hidden_size": 2**20}, "head_dim", "an even integer"),
-        (LLAMA, {"head_dim": 33}, "head_dim", "an even integer"),
-        (LLAMA, {"head_dim": 2048}, "head_dim", "an integer in [2, 1024]"),
+        *[(LLAMA, {"hidden_size": 4 * size}, "head_dim", "a multiple of 8 in [8, 256]")
+          for size in (3, 36, 264, 2**18)],
+        *[(QWEN3, {"head_dim": value}, "head_dim", "a multiple of 8 in [8, 256]")
+          for value in (0, -8, 4, 33, 36, 264, 64.0, "64", True, [64])],
         (LLAMA, {"rms_norm_eps": ...}, "rms_norm_eps", "a number in"),
         (LLAMA, {"rms_norm_eps": 0}, "rms_norm_eps", "a number in"),
         (LLAMA, {"rms_norm_eps": "1e-5"}, "rms_norm_eps", "a number in"),
@@ -245,6 +249,8 @@ def test_refused(base: Json, changes: Json, field: str, allowed: str, tmp_path: 
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_k": 1.5}, "top_k"),
+        ({"do_sample": False, "top_k": 1.5}, "top_k"),
+        ({"do_sample": 1}, "do_sample"),
         ([], None),
     ],
 )
@@ -252,6 +258,18 @@ def test_refused_generation_config(generation: Any, field: str | None, tmp_path:
     with pytest.raises(ConfigError, match=r"generation_config\.json: ") as caught:
         ModelConfig.from_dir(write_model(tmp_path, LLAMA, generation))
     assert caught.value.field == field
+
+
+def test_recommended_parameters() -> None:
+    assert DefaultSampling().params() == SamplingParams()
+    recommended = DefaultSampling(temperature=0.6, top_k=20).params()
+    assert recommended == SamplingParams(temperature=0.6, top_k=20)
+
+
+@pytest.mark.parametrize("directory", ["", None, 3, b"model", ["model"]])
+def test_what_is_no_path(directory: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="model = .*path of a model directory"):
+        ModelConfig.from_dir(directory)
 
 
 @pytest.mark.parametrize(

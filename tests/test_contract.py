@@ -1,8 +1,8 @@
 # Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 """The contract of the step, line by line: `test_line_<n>_...` is line n of docs/architecture.md.
 
-Line 10 speaks of graph replay, which comes with graphs. What exists of it everywhere is that steps
-are padded to a size: padding keeps the rules of line 3 and changes no token.
+Of graph replay, line 10 holds what exists: steps are padded to a size, which keeps the rules of
+line 3 and changes no token.
 """
 
 from __future__ import annotations
@@ -124,8 +124,17 @@ def test_line_1_output_of_the_old_request_is_not_the_new_ones(
     in_flight = runner.execute([(row, 20)])
     decoding = runner.execute([(row, 1)])
     runner.free_row(row)
-    assert runner.add_row(new, greedy(4), block_ids=pool.take(6)) == row
-    step = runner.execute([(row, 6)])
+    again = runner.add_row(new, greedy(4), block_ids=pool.take(6))
+    assert again == row
+    # The old handle is refused, everywhere, and nothing happens to the new request.
+    for call in (
+        lambda: runner.execute([(row, 6)]),
+        lambda: runner.append_blocks(row, [60]),
+        lambda: runner.free_row(row),
+    ):
+        with pytest.raises(InvalidArgumentError, match="belongs to another request now"):
+            call()
+    step = runner.execute([(again, 6)])
     expected_old, expected_new = reference(old, greedy(4))[0], reference(new, greedy(4))[0]
     first, second, third = (pending.result()[0] for pending in (in_flight, decoding, step))
     assert (first.row, second.row, third.row) == (row, row, row)
@@ -748,6 +757,36 @@ def test_line_8_stop_ids_of_waiting_requests_never_fail_a_step(
 
 
 # --- 9: a failing step ---------------------------------------------------------------------------
+
+
+def test_line_8_blocks_are_held_once_by_a_row(opened: Open) -> None:
+    runner = opened(num_kv_blocks=256)
+    with pytest.raises(InvalidArgumentError, match="block id 1 is in the row twice"):
+        runner.add_row(make_prompt(30, 1), greedy(4), block_ids=[1, 2, 1])
+    row = runner.add_row(make_prompt(30, 1), greedy(4), block_ids=[1, 2])
+    with pytest.raises(InvalidArgumentError, match="block id 2 is in the row twice"):
+        runner.append_blocks(row, [3, 2])
+    runner.append_blocks(row, [3])
+    # Two rows may share a block, as a common prefix does.
+    runner.add_row(make_prompt(30, 1), greedy(4), block_ids=[1, 4])
+
+
+def test_line_8_wrong_types_are_named(opened: Open) -> None:
+    runner = opened(num_kv_blocks=256)
+    row = runner.add_row(make_prompt(3, 1), greedy(4), block_ids=[1])
+    wrong: list[tuple[Any, str]] = [
+        (lambda: runner.execute([(row,)]), r"batch\[0\]"),
+        (lambda: runner.execute([(row, "3")]), r"batch\[0\] tokens"),
+        (lambda: runner.execute([("0", 3)]), r"batch\[0\] row"),
+        (lambda: runner.free_row(None), "row"),
+        (lambda: runner.append_blocks(row, [1.5]), r"block_ids\[0\] = 1.5"),
+        (lambda: runner.add_row([1], greedy(1), prompt_len="a"), "prompt_len = 'a'"),
+        (lambda: runner.add_row([1], greedy(1), num_computed=2**40), "num_computed"),
+    ]
+    for call, message in wrong:
+        with pytest.raises(InvalidArgumentError, match=message):
+            call()
+    assert runner.execute([(row, 3)]).result()[0].token_id is not None
 
 
 def test_line_9_runner_lives_on_after_a_failed_step(opened: Open, reference: SlowReference) -> None:

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import mrv1
 from mrv1 import LLM, SamplingParams
 
 DEMO = Path(mrv1.__file__).parent / "demo"
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts" / "demo_model"
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,54 @@ def test_greedy_text_is_the_committed_one(llm: LLM, data_dir: Path) -> None:
 
 def test_model_is_small_enough_to_ship() -> None:
     assert (DEMO / "model.safetensors").stat().st_size <= 8_000_000
+
+
+def test_committed_quality_is_good_and_that_of_these_weights() -> None:
+    records = json.loads((SCRIPTS / "quality.json").read_text())
+    weights = hashlib.sha256((DEMO / "model.safetensors").read_bytes()).hexdigest()
+    assert {record["weights_sha256"] for record in records} == {weights}
+    (perplexity,) = (record for record in records if record["metric"] == "perplexity")
+    assert perplexity["ratio"] <= 1.15
+    continuations = [record for record in records if record["metric"] == "continuations"]
+    assert {record["engine"] for record in continuations} == {"torch", "mrv1"}
+    for record in continuations:
+        assert record["continuations"] == 100
+        assert record["accepted"] >= 95
+
+
+def test_sampled_continuations_follow_the_grammar(llm: LLM) -> None:
+    prompts = [
+        "Once upon a time",
+        "Long ago,",
+        "There once was a",
+        "In a lighthouse",
+        "Long ago, there was",
+    ]
+    params = [
+        SamplingParams(temperature=0.8, top_p=0.95, max_tokens=128, seed=seed) for seed in range(5)
+    ]
+    stories = [
+        (prompt + result.text, result.finish_reason == "stop")
+        for prompt, result in zip(prompts, llm.generate(prompts, params), strict=True)
+    ]
+    # In a process of its own: the grammar is a script beside the package.
+    script = (
+        "import json, sys, story_grammar\n"
+        "for text, complete in json.load(sys.stdin):\n"
+        "    result = story_grammar.parse(text, complete=complete)\n"
+        "    print(result.accepted or f'{result.reason}: {text[:result.offset]!r}')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(stories),
+        cwd=SCRIPTS,
+        env={"PYTHONPATH": str(SCRIPTS), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["True"] * 5
 
 
 def test_stories_end_by_themselves(llm: LLM) -> None:

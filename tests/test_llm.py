@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import io
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 
 from golden_data import load_golden
-from mrv1 import progress
+from mrv1 import _core, progress
 from mrv1.errors import (
     ClosedError,
     ConfigError,
@@ -28,6 +30,7 @@ from mrv1.errors import (
     WeightError,
 )
 from mrv1.llm import LLM, GenerationResult
+from mrv1.loader import RunnerKwargs, RunnerOptions
 from mrv1.sampling_params import SamplingParams
 from serving_tools import LLAMA, MODELS, VOCAB, Tensors, copy_model, greedy, make_prompt, seeded
 
@@ -105,7 +108,8 @@ def test_results_have_all_fields(llm: LLM) -> None:
         assert result.text == llm.tokenizer.decode(result.token_ids)
         assert result.prompt_tokens_per_s > 0 and result.peak_memory_mb > 10
         assert (result.generation_tokens_per_s > 0) == (count > 1)
-    assert int(results[1].request_id) == int(results[0].request_id) + 1
+    first, second = (result.request_id.removeprefix("llm-") for result in results)
+    assert int(second) == int(first) + 1
 
 
 @pytest.mark.parametrize("name", ["llama2", "qwen3-tied", "llama3-untied"])
@@ -124,11 +128,36 @@ def test_default_parameters_and_one_for_each(llm: LLM) -> None:
     prompts = ["Prefill reads", "Every request"]
     both = llm.generate(prompts, [greedy(3), greedy(5)])
     assert [len(r.token_ids) for r in both] == [3, 5]
-    with pytest.raises(RequestError, match="sampling_params = '1 of them'.*2 prompts"):
+    with pytest.raises(RequestError, match="sampling_params: there are 1 for 2 prompts"):
         llm.generate(prompts, [greedy(3)])
+    with pytest.raises(InvalidArgumentError, match="progress = 'yes'"):
+        llm.generate(["Prefill reads"] * 8, greedy(3), progress="yes")  # type: ignore[arg-type]
     for bad in (5, {"temperature": 0}, "greedy"):
         with pytest.raises(RequestError, match="sampling_params|params"):
             llm.generate("Prefill reads", bad)  # type: ignore[arg-type]
+
+
+def test_without_parameters_the_models_own_are_taken(device: str, tmp_path: Path) -> None:
+    root = copy_model(tmp_path / "model")
+    (root / "generation_config.json").write_text('{"do_sample": false, "eos_token_id": 2}')
+    prompts = [make_prompt(5, seed) for seed in range(4)]
+    with open_llm(device, root) as llm:
+        expected = [r.token_ids for r in llm.generate(prompts, SamplingParams(temperature=0))]
+        assert [r.token_ids for r in llm.generate(prompts)] == expected
+        streamed = [c.result.token_ids for c in llm.stream(prompts[0]) if c.result is not None]
+        assert streamed == expected[:1]
+        # Asked for, vLLM's defaults draw at temperature 1.
+        assert [r.token_ids for r in llm.generate(prompts, SamplingParams())] != expected
+
+
+def test_requests_of_the_engines_own_do_not_collide(llm: LLM) -> None:
+    names = [str(number) for number in range(2000)]
+    taken = int(llm.generate("abc", greedy(1))[0].request_id.removeprefix("llm-")) + 1
+    llm.engine.add_request(names[taken], make_prompt(4, 1), greedy(30))
+    (result,) = llm.generate("abc", greedy(2))
+    assert result.request_id == f"llm-{taken}" and result.finish_reason == "length"
+    while llm.engine.has_unfinished():
+        llm.engine.step()
 
 
 def test_max_tokens_none_runs_to_the_models_length(device: str) -> None:
@@ -363,6 +392,34 @@ def test_bar_while_loading(device: str, capsys: pytest.CaptureFixture[str]) -> N
         assert "Loading weights" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("show", [None, False])
+def test_bad_variables_are_refused_before_loading(
+    device: str, show: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MRV1_NO_PROGRESS", "MRV1_LOG_LEVEL"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "maybe")
+            with pytest.raises(InvalidArgumentError, match=f"{name} = 'maybe'"):
+                open_llm(device, tmp_path / "nothing", progress=show)
+
+
+def test_log_level_is_set_only_where_the_variable_is(
+    device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger("mrv1")
+    before = log.level
+    try:
+        log.setLevel(logging.ERROR)
+        open_llm(device).close()
+        assert log.level == logging.ERROR and caplog.messages == []
+        monkeypatch.setenv("MRV1_LOG_LEVEL", "INFO")
+        open_llm(device).close()
+        assert log.level == logging.INFO
+        assert any("KV cache" in message for message in caplog.messages)
+    finally:
+        log.setLevel(before)
+
+
 # --- errors at the door: requests ----------------------------------------------------------------
 
 
@@ -564,6 +621,24 @@ def test_tokenizer_and_model_disagree(device: str, tmp_path: Path) -> None:
         open_llm(device, root)
 
 
+@pytest.mark.parametrize("model", ["", None, 3, b"model"])
+def test_what_is_no_path(device: str, model: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="model = .*path of a model directory"):
+        LLM(model, device=device)
+
+
+def test_sizes_that_leave_no_memory_for_the_cache(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_core.Device, "memory", lambda _: (2_000_000, 10**9))
+    message = (
+        "weights .* activations .* state .* need more than the 2 MB that are free.*"
+        "max_num_batched_tokens = 4096.*max_num_seqs = 4000"
+    )
+    with pytest.raises(OutOfMemoryError, match=message):
+        open_llm(device, max_num_seqs=4000, max_num_batched_tokens=4096, num_kv_blocks=None)
+
+
 def test_no_such_directory(device: str, tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", LLAMA / "config.json", tmp_path):
         with pytest.raises(ConfigError, match=r"config\.json|is not a directory"):
@@ -581,6 +656,9 @@ def test_no_such_directory(device: str, tmp_path: Path) -> None:
         ({"max_num_batched_tokens": 3}, InvalidArgumentError, "max_num_batched_tokens"),
         ({"max_model_len": 513}, InvalidArgumentError, "max_model_len = 513.*at most.*512"),
         ({"max_model_len": -1}, InvalidArgumentError, "max_model_len = -1"),
+        ({"max_model_len": 1}, InvalidArgumentError, "max_model_len = 1: must be at least 2"),
+        ({"progress": "yes"}, InvalidArgumentError, "progress = 'yes'.*True or False"),
+        ({"progress": 1}, InvalidArgumentError, "progress = 1"),
         ({"block_size": 0}, InvalidArgumentError, "block_size = 0"),
         ({"num_kv_blocks": 1}, InvalidArgumentError, "num_kv_blocks = 1.*at least 2"),
         ({"num_kv_blocks": True}, InvalidArgumentError, "num_kv_blocks = True"),
@@ -607,6 +685,12 @@ def test_options_that_cannot_be(
 ) -> None:
     with pytest.raises(kind, match=message):
         LLM(LLAMA, **{"device": device, **SIZES, **options})
+
+
+def test_options_and_keywords_have_the_same_fields() -> None:
+    fields = {field.name: field.type for field in dataclasses.fields(RunnerOptions)}
+    keywords = {name: hint.__forward_arg__ for name, hint in RunnerKwargs.__annotations__.items()}
+    assert keywords == fields
 
 
 # --- a failing step ------------------------------------------------------------------------------
@@ -654,7 +738,9 @@ from mrv1.llm import LLM
 from mrv1.sampling_params import SamplingParams
 
 def tasks():
-    return len(os.listdir("/proc/self/task"))
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    # On a GPU only our own, since the driver keeps its threads until the end.
+    return len([name for name in names if sys.argv[2] == "cpu" or name.startswith("mrv1")])
 
 before = tasks()
 llm = LLM(sys.argv[1], device=sys.argv[2], dtype="float32", num_threads=2, max_num_seqs=4,

@@ -24,12 +24,14 @@ DEVICE, MODEL, OTHER = sys.argv[1:4]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 SIZES = dict(device=DEVICE, dtype="float32", num_threads=2, max_num_seqs=4, num_kv_blocks=128)
 
-def threads():
-    return len(os.listdir("/proc/self/task"))
-
 def thread_names():
     return sorted(task.joinpath("comm").read_text().strip()
                   for task in pathlib.Path("/proc/self/task").iterdir())
+
+def threads():
+    # On a GPU only our own, since the driver keeps its threads until the end.
+    names = thread_names()
+    return len(names if DEVICE == "cpu" else [name for name in names if name.startswith("mrv1")])
 
 def memory_kib():
     gc.collect()
@@ -175,6 +177,96 @@ assert threads() == base, thread_names()
     )
 
 
+def test_load_while_another_runner_of_the_device_works(device: str) -> None:
+    """Loading uses the threads of the device, which steps of another runner use too."""
+    run_child(
+        device,
+        """
+import dataclasses, threading
+from mrv1 import _core
+from mrv1.config import ModelConfig
+from mrv1.loader import wire_model
+
+shared = _core.Device(DEVICE, num_threads=4)
+# A vocabulary that is large enough for loading to be shared among threads.
+config = dataclasses.replace(ModelConfig.from_dir(MODEL), vocab_size=8192)
+program = wire_model(config, "float32")
+sizes = _core.RunnerConfig()
+sizes.max_num_seqs, sizes.max_num_batched_tokens = 2, 128
+sizes.max_model_len, sizes.num_blocks = 256, 40
+
+def fill(runner):
+    for index in range(len(program.weights)):
+        runner.fill_random(index, 7, 0.2)
+
+def generate(runner):
+    tokens = []
+    spec = _core.RowSpec()
+    spec.token_ids = list(range(5, 105))
+    spec.prompt_len, spec.max_tokens, spec.block_ids = 100, 100, list(range(1, 17))
+    spec.temperature = 0.0
+    row, _ = runner.add_row(spec)
+    steps = [runner.execute([(row, 100)])]
+    for _ in range(30):
+        steps.append(runner.execute([(row, 1)]))
+        tokens.append(runner.result(steps.pop(0)).entries[0].token)
+    runner.result(steps.pop())
+    runner.free_row(row)
+    return tokens
+
+first = _core.ModelRunner(shared, program, sizes)
+fill(first)
+alone = generate(first)
+done = threading.Event()
+loaded = []
+
+def load():
+    while not done.is_set():
+        second = _core.ModelRunner(shared, program, sizes)
+        fill(second)
+        loaded.append(second)
+        del loaded[:-1]
+
+loader = threading.Thread(target=load)
+loader.start()
+try:
+    while not loaded:
+        assert generate(first) == alone
+    for _ in range(10):
+        assert generate(first) == alone
+finally:
+    done.set()
+    loader.join()
+assert generate(loaded[0]) == alone
+""",
+    )
+
+
+def test_threads_that_cannot_start_are_a_typed_error(device: str) -> None:
+    """Without address space for a thread's stack: DeviceError, for one thread and for several."""
+    run_child(
+        device,
+        """
+import resource
+from mrv1 import _core
+
+base = threads()
+used = address_space_kib() * 1024
+_, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 20), hard))
+for count in (1, 4):
+    try:
+        _core.Device("cpu", num_threads=count)
+        raise SystemExit("started")
+    except DeviceError as error:
+        assert "cannot start" in str(error), error
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+assert threads() == base, thread_names()
+_core.Device("cpu", num_threads=2).close()
+""",
+    )
+
+
 EXITS = {
     "never closed": "llm = LLM(MODEL, **SIZES); run(llm)",
     "closed": "llm = LLM(MODEL, **SIZES); run(llm); llm.close()",
@@ -233,7 +325,7 @@ def test_error_leaves_by_its_own_way(device: str) -> None:
         check=False,
     )
     assert child.returncode == 1
-    assert "mrv1.errors.RequestError: request '1': prompt[0] = 1000000" in child.stderr
+    assert "mrv1.errors.RequestError: request 'llm-1': prompt[0] = 1000000" in child.stderr
 
 
 def test_fork(device: str) -> None:
@@ -269,9 +361,9 @@ if child == 0:
             except ForkError as error:
                 assert "forked child" in str(error)
                 assert isinstance(error, RuntimeError)
-        assert threads() == 1
+        assert threads() <= 1
         {new_one or "pass"}
-        assert threads() == 1, thread_names()
+        assert threads() <= 1, thread_names()
         llm.close()
         runner.close()
         del llm, runner, stream, step

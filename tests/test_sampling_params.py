@@ -184,9 +184,9 @@ def test_instances_are_values() -> None:
 
 
 def test_greedy() -> None:
-    assert SamplingParams(temperature=0).greedy
-    assert SamplingParams(temperature=1e-6).greedy
-    assert not SamplingParams(temperature=0.01).greedy
+    assert SamplingParams(temperature=0).temperature == 0
+    assert SamplingParams(temperature=1e-6).temperature == 0
+    assert SamplingParams(temperature=0.01).temperature == 0.01
 
 
 def test_validate_for() -> None:

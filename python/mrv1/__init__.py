@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mrv1.engine import Engine, RequestUpdate
     from mrv1.llm import LLM, GenerationResult, StreamChunk
     from mrv1.loader import RunnerOptions
-    from mrv1.runner import ModelRunner, PendingStep, RowOutput
+    from mrv1.runner import ModelRunner, PendingStep, RowHandle, RowOutput
     from mrv1.sampling_params import SamplingParams
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ModelRunner",
     "PendingStep",
     "RequestUpdate",
+    "RowHandle",
     "RowOutput",
     "RunnerOptions",
     "SamplingParams",
@@ -38,6 +39,7 @@ _HOMES = {
     "RunnerOptions": "mrv1.loader",
     "ModelRunner": "mrv1.runner",
     "PendingStep": "mrv1.runner",
+    "RowHandle": "mrv1.runner",
     "RowOutput": "mrv1.runner",
     "SamplingParams": "mrv1.sampling_params",
 }

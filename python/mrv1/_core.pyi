@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 import enum
-from typing import Annotated
+from typing import Annotated, overload
 
 import numpy
 from numpy.typing import NDArray
@@ -94,16 +94,15 @@ class Program:
     def end_layer(self) -> None: ...
 
     def fuse(self) -> list[tuple[str, int]]:
-        """Runs the fusion patterns; returns (pattern, how many it replaced)."""
+        """
+        Runs each fusion pattern once over the list; returns (pattern, how many it replaced).
+        """
 
     def dump(self, format: str = 'text') -> str:
         """The op list as text, or as a Graphviz picture with format="dot"."""
 
     @property
     def dtype(self) -> str: ...
-
-    @property
-    def num_ops(self) -> int: ...
 
     @property
     def op_names(self) -> list[str]: ...
@@ -443,13 +442,17 @@ class ModelRunner:
 
     def add_row(self, spec: RowSpec) -> tuple[int, int]: ...
 
-    def append_blocks(self, row: int, block_ids: Sequence[int]) -> None: ...
+    def append_blocks(self, row: int, block_ids: Sequence[int], generation: int = -1) -> None: ...
 
-    def free_row(self, row: int) -> None: ...
+    def free_row(self, row: int, generation: int = -1) -> None: ...
 
     def last_step(self, row: int) -> int: ...
 
+    @overload
     def execute(self, batch: Sequence[tuple[int, int]]) -> int: ...
+
+    @overload
+    def execute(self, batch: Sequence[tuple[int, int, int]]) -> int: ...
 
     def result(self, step: int) -> StepOutput: ...
 

@@ -77,6 +77,7 @@ class Timing:
         step_ms: Median time of a step.
         host_us: Host time of a step, or None where it was not measured.
         peak_memory_mb: Highest resident memory of the process so far, in 10^6 bytes.
+        tokens: Of a step, for the rate; None is one a request.
     """
 
     batch: int
@@ -84,6 +85,7 @@ class Timing:
     step_ms: float
     host_us: float | None
     peak_memory_mb: float
+    tokens: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,21 +171,48 @@ def decode_costs(config: ModelConfig, dtype: str, batch: int, context: float) ->
         batch: Requests, one token each.
         context: Tokens that each attends to.
     """
+    attention = attention_cost(config, _element_size(dtype), batch, context)
+    return _step_costs(config, dtype, batch, batch, attention)
+
+
+def prefill_costs(config: ModelConfig, dtype: str, batch: int, context: int) -> list[OpCost]:
+    """What the prefill of whole prompts must do at least, as if it were one step.
+
+    Args:
+        config: The model's.
+        dtype: The one it runs in, "float32" or "bfloat16".
+        batch: Prompts. Logits are those of the last token of each.
+        context: Tokens of each. Token i attends to i + 1 of them.
+    """
+    every = attention_cost(config, _element_size(dtype), batch, context)
+    causal = dataclasses.replace(every, operations=every.operations * (context + 1) // 2)
+    return _step_costs(config, dtype, batch * context, batch, causal)
+
+
+def _element_size(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def _step_costs(
+    config: ModelConfig, dtype: str, tokens: int, draws: int, attention: OpCost
+) -> list[OpCost]:
+    """A step of `tokens` tokens with logits for `draws` of them, and one layer's attention."""
     from mrv1.loader import wire_model
 
-    size = 4 if dtype == "float32" else 2
+    size = _element_size(dtype)
     costs = []
     for name, is_vector, cols, segments in wire_model(config, dtype).weights:
         rows = sum(count for _, count in segments)
         if is_vector:
             costs.append(OpCost(name, rows * 4, 0))
         elif "embed_tokens" in name:
-            costs.append(OpCost("embedding", batch * cols * size, 0))
+            costs.append(OpCost("embedding", tokens * cols * size, 0))
             if config.tie_word_embeddings:
-                costs.append(linear_cost("logits", rows, cols, size, batch))
+                costs.append(linear_cost("logits", rows, cols, size, draws))
+        elif name == "lm_head.weight":
+            costs.append(linear_cost("logits", rows, cols, size, draws))
         else:
-            costs.append(linear_cost(name, rows, cols, size, batch))
-    attention = attention_cost(config, size, batch, context)
+            costs.append(linear_cost(name, rows, cols, size, tokens))
     return costs + [attention] * config.num_hidden_layers
 
 
@@ -213,13 +242,13 @@ def make_record(
     device: str,
     dtype: str,
     timing: Timing,
-    costs: Sequence[OpCost],
-    rates: Rates,
+    costs: Sequence[OpCost] = (),
+    rates: Rates | None = None,
 ) -> Record:
-    """Sets a timing of mrv1 against what the machine can do."""
-    read_bytes = sum(cost.read_bytes for cost in costs)
+    """Sets a timing of mrv1 against what the machine can do, unless `rates` is None."""
     seconds = timing.step_ms / 1e3
-    return {
+    tokens = timing.batch if timing.tokens is None else timing.tokens
+    record: Record = {
         "figure": figure,
         "shape": shape,
         "device": device,
@@ -227,18 +256,23 @@ def make_record(
         "context": timing.context,
         "kv_cache_dtype": "auto",
         "step_ms": round(timing.step_ms, 6),
-        "floor_ms": round(floor_ms(costs, rates), 6),
+        "floor_ms": None,
         "host_us": None if timing.host_us is None else round(timing.host_us, 2),
-        "tokens_per_s": round(timing.batch / seconds, 2),
-        "read_gb_s": round(rates.read_gb_s, 2),
+        "tokens_per_s": round(tokens / seconds, 2),
+        "read_gb_s": None,
         "peak_memory_mb": round(timing.peak_memory_mb, 1),
         "versions": versions(),
         "commit": commit(),
         "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         "dtype": dtype,
-        "read_share": round(read_bytes / seconds / (rates.read_gb_s * 1e9), 4),
-        "gflops": round(rates.gflops, 1),
     }
+    if rates is not None:
+        read_bytes = sum(cost.read_bytes for cost in costs)
+        record["floor_ms"] = round(floor_ms(costs, rates), 6)
+        record["read_gb_s"] = round(rates.read_gb_s, 2)
+        record["read_share"] = round(read_bytes / seconds / (rates.read_gb_s * 1e9), 4)
+        record["gflops"] = round(rates.gflops, 1)
+    return record
 
 
 def describe_device(device: _core.Device) -> str:
@@ -253,6 +287,26 @@ def versions(*packages: str) -> str:
     parts = [f"mrv1 {__version__}", f"python {platform.python_version()}"]
     parts += [f"{name} {package_version(name)}" for name in ("numpy", *packages)]
     return ", ".join(parts)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Checks that `write_json` can write a file, before minutes go into what it shall hold.
+
+    Raises:
+        InvalidArgumentError: It cannot be written.
+    """
+    target = Path(path)
+    existed = os.path.lexists(target)
+    try:
+        # Appending keeps what is there.
+        with target.open("a", encoding="utf-8"):
+            pass
+        if not existed:
+            target.unlink()
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"cannot be written: {error}", field="json", value=os.fspath(path)
+        ) from None
 
 
 def write_json(path: str | os.PathLike[str], records: Sequence[Record]) -> None:

@@ -15,10 +15,10 @@ from mrv1.bench import Timing
 from mrv1.errors import InternalError
 from mrv1.llm import peak_memory_mb
 from mrv1.loader import LoadedModel, RunnerOptions
+from mrv1.sampling_params import MAX_INT32
 
 # Steps before those that count.
 WARMUP = 4
-_MAX_TOKENS = 2**31 - 1
 
 
 def decode_options(
@@ -27,7 +27,7 @@ def decode_options(
     batches: Sequence[int],
     contexts: Sequence[int],
     steps: int,
-    block_size: int = 16,
+    block_size: int = RunnerOptions.block_size,
 ) -> RunnerOptions:
     """Options of a runner with exactly the memory that the measurements need."""
     length = max(max(contexts), WARMUP + 1) + steps + 1
@@ -67,7 +67,7 @@ class DecodeRun:
             spec.prompt_len = length
             spec.num_computed = length - 1
             spec.temperature = 0.0
-            spec.max_tokens = _MAX_TOKENS
+            spec.max_tokens = MAX_INT32
             spec.block_ids = list(range(1 + index * blocks, 1 + (index + 1) * blocks))
             row, _ = self._runner.add_row(spec)
             self._rows.append(row)

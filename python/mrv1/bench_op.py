@@ -14,8 +14,9 @@ from mrv1.bench import OpCost, Timing, attention_cost, linear_cost
 from mrv1.builder import rope_frequencies
 from mrv1.config import ModelConfig
 from mrv1.llm import peak_memory_mb
+from mrv1.loader import RunnerOptions
 
-_BLOCK_SIZE = 16
+_BLOCK_SIZE = RunnerOptions.block_size
 _WARMUP = 1
 
 

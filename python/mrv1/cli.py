@@ -1,8 +1,8 @@
 # Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 """The command `mrv1`: generate, bench, env.
 
-Exit status: 0; 1 for an error that mrv1 names, as one line on stderr; 2 for wrong usage; 130 after
-Ctrl-C.
+Exit status: 0; 1 for an error that mrv1 names, as one line on stderr, or a request that failed; 2
+for wrong usage; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Generator, Sequence
@@ -20,7 +21,7 @@ from mrv1._version import __version__
 from mrv1.errors import InvalidArgumentError, Mrv1Error
 
 if TYPE_CHECKING:
-    from mrv1.bench import Record
+    from mrv1.bench import Figure, Record
     from mrv1.llm import LLM, GenerationResult
     from mrv1.loader import LoadedModel, RunnerOptions
     from mrv1.sampling_params import SamplingParams
@@ -42,20 +43,32 @@ _CONTROL_CHARACTERS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parser().parse_args(arguments)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    log = logging.getLogger("mrv1")
+    log.addHandler(handler)
     try:
-        options.run(options)
+        status: int = options.run(options)
         sys.stdout.flush()
     except Mrv1Error as error:
-        print(f"mrv1: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(error)
         return EXIT_ERROR
-    except BrokenPipeError:
-        # Whoever read the output has gone. What is still buffered must not fail again at exit.
+    except OSError as error:
+        # What is still buffered must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # there, whoever read the output has gone
+            _print_error(error)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("mrv1: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 0
+    finally:
+        log.removeHandler(handler)
+    return status
+
+
+def _print_error(error: Exception) -> None:
+    print(f"mrv1: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,9 +98,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-tokens", type=int, default=_MAX_TOKENS, help="tokens a prompt (default: %(default)s)"
     )
-    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's)")
-    parser.add_argument("--top-p", type=float, help="(default: the model's)")
-    parser.add_argument("--top-k", type=int, help="(default: the model's)")
+    parser.add_argument(
+        "--temperature", type=float, help="0 is greedy (default: the model's, else 0.8)"
+    )
+    parser.add_argument("--top-p", type=float, help="(default: the model's, else 1)")
+    parser.add_argument("--top-k", type=int, help="0 is off (default: the model's, else off)")
     parser.add_argument("--min-p", type=float, default=0.0, help="(default: off)")
     parser.add_argument("--seed", type=int, help="makes the output repeatable")
     parser.add_argument("--stop", action="append", metavar="STR", help="ends the text; repeatable")
@@ -95,7 +110,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run_generate)
 
 
-def _run_generate(options: argparse.Namespace) -> None:
+def _run_generate(options: argparse.Namespace) -> int:
     from mrv1.llm import LLM
     from mrv1.shapes import demo_model
 
@@ -104,13 +119,13 @@ def _run_generate(options: argparse.Namespace) -> None:
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
     clean = for_terminal if sys.stdout.isatty() else str
     with LLM(
-        options.model or demo_model(),
+        demo_model() if options.model is None else options.model,
         progress=False if options.no_progress else None,
         device=options.device,
         dtype=options.dtype,
     ) as llm:
         params = _sampling_params(options, llm)
-        results: list[GenerationResult] = []
+        results: dict[int, GenerationResult] = {}
         try:
             with contextlib.closing(_in_order(llm, prompts, params, results)) as texts:
                 for text in texts:
@@ -120,7 +135,9 @@ def _run_generate(options: argparse.Namespace) -> None:
             # The terminal's cursor stands behind half a line of text and "^C".
             print(flush=True)
             raise
-        _print_statistics(results)
+    ordered = [results[index] for index in range(len(prompts))]
+    _print_statistics(ordered)
+    return EXIT_ERROR if any(result.error is not None for result in ordered) else 0
 
 
 def _read_stdin() -> str:
@@ -159,7 +176,7 @@ def _sampling_params(options: argparse.Namespace, llm: LLM) -> SamplingParams:
 
 
 def _in_order(
-    llm: LLM, prompts: list[str], params: SamplingParams, results: list[GenerationResult]
+    llm: LLM, prompts: list[str], params: SamplingParams, results: dict[int, GenerationResult]
 ) -> Generator[str, None, None]:
     """Yields the texts of prompts that run together, one after the other, as they come.
 
@@ -167,7 +184,7 @@ def _in_order(
         llm: The model.
         prompts: Texts.
         params: For all of them.
-        results: Takes the results, in the order in which they ended.
+        results: Takes the result of each prompt.
     """
     waiting: list[list[str]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
@@ -177,7 +194,7 @@ def _in_order(
             waiting[chunk.index].append(chunk.text)
             if chunk.result is not None:
                 ended[chunk.index] = True
-                results.append(chunk.result)
+                results[chunk.index] = chunk.result
             while current < len(prompts):
                 yield "".join(waiting[current])
                 waiting[current].clear()
@@ -188,9 +205,9 @@ def _in_order(
 
 
 def _print_statistics(results: list[GenerationResult]) -> None:
-    for result in sorted(results, key=lambda result: int(result.request_id)):
+    for index, result in enumerate(results):
         if result.error is not None:
-            print(f"request {result.request_id} failed: {result.error}", file=sys.stderr)
+            print(f"prompt {index + 1} failed: {result.error}", file=sys.stderr)
     prompt_tokens = sum(len(result.prompt_token_ids) for result in results)
     tokens = sum(len(result.token_ids) for result in results)
     # Requests run together: tokens of all over the time of the slowest.
@@ -228,6 +245,28 @@ def _positive(text: str) -> int:
 _positive_list.__name__ = "list of positive integers"
 _positive.__name__ = "positive integer"
 
+# Of the figures that run a whole model.
+_SHAPE_DEFAULTS: dict[str, object] = {"layers": None, "save": None}
+# The options that each figure has, with their defaults.
+_BENCH_DEFAULTS: dict[Figure, dict[str, object]] = {
+    "decode": {
+        "batch": [1, 8],
+        "context": [1024],
+        "steps": 32,
+        "read_mb": 1024,
+        **_SHAPE_DEFAULTS,
+    },
+    "prefill": {
+        "batch": [1, 8],
+        "context": [1024],
+        "steps": 3,
+        "read_mb": 1024,
+        **_SHAPE_DEFAULTS,
+    },
+    "mix": {"requests": 256, **_SHAPE_DEFAULTS},
+    "op": {"batch": [1, 8], "context": [1024], "steps": 32, "read_mb": 1024},
+}
+
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     from mrv1.shapes import NAMES
@@ -235,46 +274,94 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Measures a figure, prints a table and writes records; see docs/benchmarks.md."
     )
-    parser.add_argument("figure", choices=("decode", "op"), help="what to measure")
+    parser.add_argument(
+        "figure",
+        choices=tuple(_BENCH_DEFAULTS),
+        help="decode: steps of one token a request; prefill: whole prompts; mix: requests of many "
+        "lengths from first to last token; op: single ops of a decode step",
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="DIR", help="a model directory")
     what.add_argument("--shape", choices=NAMES, help="sizes of a public model, random weights")
     parser.add_argument(
-        "--batch", type=_positive_list, default=[1, 8], metavar="N[,N]", help="(default: 1,8)"
+        "--batch",
+        type=_positive_list,
+        metavar="N[,N]",
+        help="decode, prefill, op: requests (default: 1,8)",
     )
     parser.add_argument(
-        "--context", type=_positive_list, default=[1024], metavar="N[,N]", help="(default: 1024)"
+        "--context",
+        type=_positive_list,
+        metavar="N[,N]",
+        help="decode, op: cached tokens; prefill: tokens of a prompt (default: 1024)",
     )
     parser.add_argument(
-        "--steps", type=_positive, default=32, metavar="N", help="steps that count (default: 32)"
+        "--steps",
+        type=_positive,
+        metavar="N",
+        help="decode, prefill, op: steps that count (default: 32; prefill: 3)",
     )
     parser.add_argument(
-        "--layers", type=_positive, metavar="N", help="cut the shape to N layers; its name says so"
+        "--requests",
+        type=_positive,
+        metavar="N",
+        help="mix: only the first N of its 256 requests (default: 256)",
     )
     parser.add_argument(
-        "--save", metavar="DIR", help="write the shape as a model directory, and measure that"
+        "--layers",
+        type=_positive,
+        metavar="N",
+        help="decode, prefill, mix: cut the shape to N layers; its name says so",
+    )
+    parser.add_argument(
+        "--save",
+        metavar="DIR",
+        help="decode, prefill, mix: write the shape as a model directory, and measure that",
     )
     parser.add_argument("--json", metavar="FILE", help="write the records")
     parser.add_argument(
         "--read-mb",
         type=_positive,
-        default=1 << 10,
         metavar="N",
-        help="buffer of the bandwidth measurement in MiB (default: 1024)",
+        help="decode, prefill, op: buffer of the bandwidth measurement in MiB (default: 1024)",
     )
     _add_device_options(parser)
     parser.set_defaults(run=_run_bench)
 
 
-def _run_bench(options: argparse.Namespace) -> None:
+def _run_bench(options: argparse.Namespace) -> int:
     from mrv1 import bench
     from mrv1.loader import resolve_device
 
+    _set_bench_defaults(options)
+    if options.json is not None:
+        bench.check_writable(options.json)
     bench.check_measurable(resolve_device(options.device))
-    records = _decode_records(options) if options.figure == "decode" else _op_records(options)
+    records = {
+        "decode": _decode_records,
+        "prefill": _prefill_records,
+        "mix": _mix_records,
+        "op": _op_records,
+    }[options.figure](options)
     print(bench.format_table(records))
     if options.json is not None:
         bench.write_json(options.json, records)
+    return 0
+
+
+def _set_bench_defaults(options: argparse.Namespace) -> None:
+    """Fills in what was not given, and refuses what the figure would ignore."""
+    defaults = _BENCH_DEFAULTS[options.figure]
+    for name in ("batch", "context", "steps", "read_mb", "requests", "layers", "save"):
+        value = getattr(options, name)
+        if value is None:
+            setattr(options, name, defaults.get(name))
+        elif name not in defaults:
+            raise InvalidArgumentError(
+                field=f"--{name.replace('_', '-')}",
+                value=value,
+                allowed=f"left out for the figure {options.figure}",
+            )
 
 
 def _bench_source(options: argparse.Namespace) -> tuple[str, str | None, dict[str, object]]:
@@ -348,6 +435,59 @@ def _decode_records(options: argparse.Namespace) -> list[Record]:
     return records
 
 
+def _prefill_records(options: argparse.Namespace) -> list[Record]:
+    from mrv1 import bench, bench_prefill
+
+    shape, directory, config = _bench_source(options)
+    runner_options = bench_prefill.prefill_options(
+        options.device, options.dtype, options.batch, options.context
+    )
+    model = _load(options, directory, config, runner_options)
+    try:
+        timings = [
+            bench_prefill.measure_prefill(model, batch, context, options.steps)
+            for context in options.context
+            for batch in options.batch
+        ]
+        # Last, since its buffer would count as memory of the model.
+        rates = bench.measure_rates(model.device, model.dtype, options.read_mb << 20)
+        device = bench.describe_device(model.device)
+    finally:
+        model.runner.close()
+        model.device.close()
+    records = []
+    for timing in timings:
+        costs = bench.prefill_costs(model.config, model.dtype, timing.batch, timing.context)
+        records.append(
+            bench.make_record("prefill", shape, device, model.dtype, timing, costs, rates)
+        )
+    return records
+
+
+def _mix_records(options: argparse.Namespace) -> list[Record]:
+    from mrv1 import bench, bench_mix
+    from mrv1.config import ModelConfig
+    from mrv1.engine import Engine
+    from mrv1.random_model import byte_tokenizer
+    from mrv1.tokenizer import Tokenizer
+
+    shape, directory, values = _bench_source(options)
+    config = (
+        ModelConfig.from_values(values) if directory is None else ModelConfig.from_dir(directory)
+    )
+    if directory is None:
+        tokenizer = Tokenizer(byte_tokenizer())
+    else:
+        tokenizer = Tokenizer.from_dir(directory, config.vocab_size)
+    requests = bench_mix.mix_requests(config.vocab_size, options.requests)
+    runner_options = bench_mix.mix_options(options.device, options.dtype, requests)
+    model = _load(options, directory, values, runner_options)
+    with Engine.from_model(model, tokenizer) as engine:
+        timing = bench_mix.measure_mix(engine, requests)
+        device = bench.describe_device(model.device)
+    return [bench.make_record("mix", shape, device, model.dtype, timing)]
+
+
 def _op_records(options: argparse.Namespace) -> list[Record]:
     from mrv1 import _core, bench, bench_op, envs
     from mrv1.config import ModelConfig
@@ -357,6 +497,14 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
     config = (
         ModelConfig.from_values(values) if directory is None else ModelConfig.from_dir(directory)
     )
+    limit = config.max_position_embeddings
+    for context in options.context:
+        if context > limit:
+            raise InvalidArgumentError(
+                field="--context",
+                value=context,
+                allowed=f"at most the model's max_position_embeddings = {limit}",
+            )
     dtype = resolve_dtype(options.dtype, config)
     threads = envs.NUM_THREADS.get() or 0
     device = _core.Device(resolve_device(options.device), num_threads=threads)
@@ -381,7 +529,8 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
 # --- env -----------------------------------------------------------------------------------------
 
 
-def _run_env(_: argparse.Namespace) -> None:
+def _run_env(_: argparse.Namespace) -> int:
     from mrv1.env_report import env_report, format_report
 
     print(format_report(env_report()))
+    return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, Literal, cast
 
 from mrv1._files import FileError, parse_json, read_file
-from mrv1.errors import MISSING, ConfigError, RequestError
+from mrv1.errors import MISSING, ConfigError, InvalidArgumentError, RequestError
 from mrv1.sampling_params import SamplingParams
 
 ModelType = Literal["llama", "qwen3"]
@@ -31,14 +31,35 @@ ROPE_TYPES: Final = ("default", "llama3")
 
 MAX_FILE_BYTES: Final = 4 << 20
 MAX_JSON_VALUES: Final = 200_000
-MAX_VOCAB_SIZE: Final = 2**22
+# What the sampler can draw from.
+MAX_VOCAB_SIZE: Final = 2**18
 MAX_HIDDEN_SIZE: Final = 2**20
 MAX_INTERMEDIATE_SIZE: Final = 2**22
 MAX_LAYERS: Final = 4096
 MAX_HEADS: Final = 2**14
-MAX_HEAD_DIM: Final = 1024
-MAX_POSITIONS: Final = 2**25
+# Attention kernels take heads in whole vectors of 8, up to 256.
+HEAD_DIM_STEP: Final = 8
+MAX_HEAD_DIM: Final = 256
+MAX_POSITIONS: Final = 2**24
 MAX_EOS_IDS: Final = 256
+
+
+def model_root(directory: str | os.PathLike[str]) -> Path:
+    """Returns a model directory as a path, which may not exist.
+
+    Raises:
+        InvalidArgumentError: It is empty, or no path at all.
+    """
+    try:
+        path = os.fspath(directory)
+    except TypeError:
+        path = ""
+    # An empty path would mean the working directory.
+    if not isinstance(path, str) or not path:
+        raise InvalidArgumentError(
+            field="model", value=directory, allowed="the path of a model directory"
+        )
+    return Path(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +89,23 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DefaultSampling:
-    """Sampling parameters that generation_config.json recommends; None where it is silent."""
+    """Sampling parameters that generation_config.json recommends; None where it is silent.
+
+    Attributes:
+        temperature: 0 where the file says do_sample = false, which means greedy.
+        top_p: As `SamplingParams`.
+        top_k: As `SamplingParams`.
+    """
 
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+
+    def params(self) -> SamplingParams:
+        """The recommended parameters; those of `SamplingParams` where the file is silent."""
+        return SamplingParams(
+            **{name: value for name, value in vars(self).items() if value is not None}
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +121,8 @@ class ModelConfig:
         num_hidden_layers: Number of layers.
         num_attention_heads: Number of query heads.
         num_key_value_heads: Number of key and value heads; divides num_attention_heads.
-        head_dim: Width of a head, even. num_attention_heads * head_dim may differ from hidden_size.
+        head_dim: Width of a head, a multiple of 8. num_attention_heads * head_dim may differ from
+            hidden_size.
         rms_norm_eps: Added to the mean square in each RMSNorm.
         rope: Rotary position embedding.
         max_position_embeddings: Most tokens a sequence can have.
@@ -125,9 +159,10 @@ class ModelConfig:
         """Reads config.json and, if there is one, generation_config.json.
 
         Raises:
+            InvalidArgumentError: `directory` is no path.
             ConfigError: A file is missing, damaged, or asks for something that is not supported.
         """
-        root = Path(directory)
+        root = model_root(directory)
         if not root.is_dir():
             raise ConfigError("is not a directory", path=root)
         config = _load(root / CONFIG_NAME)
@@ -281,9 +316,14 @@ def _head_dim(config: _Fields, model_type: str, hidden_size: int, num_heads: int
             allowed = f"a multiple of num_attention_heads = {num_heads} where there is no head_dim"
             raise config.error("hidden_size", allowed)
         default = hidden_size // num_heads
-    head_dim = config.integer("head_dim", 2, MAX_HEAD_DIM, default=default)
-    if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
-        raise config.error("head_dim", f"an even integer in [2, {MAX_HEAD_DIM}]", head_dim)
+    allowed = f"a multiple of {HEAD_DIM_STEP} in [{HEAD_DIM_STEP}, {MAX_HEAD_DIM}]"
+    head_dim = config.values.get("head_dim")
+    if head_dim is None:
+        head_dim = default
+    if not isinstance(head_dim, int) or isinstance(head_dim, bool):
+        raise config.error("head_dim", allowed)
+    if head_dim % HEAD_DIM_STEP or not HEAD_DIM_STEP <= head_dim <= MAX_HEAD_DIM:
+        raise config.error("head_dim", allowed, head_dim)
     return head_dim
 
 
@@ -381,4 +421,6 @@ def _default_sampling(generation: _Fields | None) -> DefaultSampling:
         raise ConfigError(
             path=generation.path, field=error.field, value=error.value, allowed=error.allowed
         ) from None
+    if not generation.boolean("do_sample", True):
+        return DefaultSampling(temperature=0.0)
     return DefaultSampling(**{name: getattr(params, name) for name in given})

@@ -80,11 +80,23 @@ class Engine:
             os.fspath(model), RunnerOptions(**options), progress=progress
         )
         try:
-            self.tokenizer = Tokenizer.from_dir(model, self.model.config.vocab_size)
+            tokenizer = Tokenizer.from_dir(model, self.model.config.vocab_size)
         except Mrv1Error:
             self.model.runner.close()
             self.model.device.close()
             raise
+        self._start(tokenizer)
+
+    @classmethod
+    def from_model(cls, model: LoadedModel, tokenizer: Tokenizer) -> Engine:
+        """An engine over a model that is loaded already; closing the engine closes the model."""
+        engine = cls.__new__(cls)
+        engine.model = model
+        engine._start(tokenizer)
+        return engine
+
+    def _start(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
         self._native = _core.Engine(self.model.runner)
         self._requests: dict[str, _Request] = {}
         self._lock = threading.RLock()

@@ -5,8 +5,7 @@ A variable is read when it is asked for, so a change takes effect for whatever i
 An empty value counts as unset. `scripts/make_env_table.py` writes the table of docs/environment.md
 from this registry.
 
-    threads = envs.NUM_THREADS.get()             # int | None, known to the type checker
-    threads = envs.get("MRV1_NUM_THREADS")       # the same by name
+    threads = envs.NUM_THREADS.get()  # int | None, known to the type checker
 """
 
 from __future__ import annotations
@@ -109,12 +108,12 @@ DEVICE: Final = EnvVar[str](
     help="Device to run on where the caller names none; `auto` takes a GPU if there is one.",
     parse=_one_of("auto", "cpu", "cuda"),
 )
-LOG_LEVEL: Final = EnvVar[str](
+LOG_LEVEL: Final = EnvVar[str | None](
     name="MRV1_LOG_LEVEL",
-    default="WARNING",
-    default_text="`WARNING`",
+    default=None,
+    default_text="as the program sets it",
     allowed="DEBUG, INFO, WARNING or ERROR",
-    help="Lowest level of the messages that are logged.",
+    help="Level that loading a model gives to the logger `mrv1`.",
     parse=_one_of("DEBUG", "INFO", "WARNING", "ERROR"),
 )
 NO_PROGRESS: Final = EnvVar[bool](
@@ -144,17 +143,3 @@ REGISTRY: Final[Mapping[str, EnvVar[object]]] = MappingProxyType(
         FUSION.name: FUSION,
     }
 )
-
-
-def get(name: str) -> object:
-    """Returns the value of the variable `name`, with the type that its `EnvVar` states.
-
-    Raises:
-        InvalidArgumentError: There is no such variable, or it holds something not allowed.
-    """
-    variable = REGISTRY.get(name)
-    if variable is None:
-        raise InvalidArgumentError(
-            field="environment variable", value=name, allowed=f"one of {', '.join(REGISTRY)}"
-        )
-    return variable.get()

@@ -17,6 +17,7 @@ from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from mrv1.config import model_root
 from mrv1.engine import Engine, FinishReason, RequestUpdate
 from mrv1.errors import ClosedError, ForkError, InternalError, RequestError
 from mrv1.loader import LoadedModel, RunnerKwargs
@@ -25,9 +26,19 @@ from mrv1.sampling_params import SamplingParams
 from mrv1.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from typing import Any, TypeAlias
+
+    import numpy as np
+    import numpy.typing as npt
     from typing_extensions import Unpack
 
-Prompt = str | Sequence[int]
+    # A text or token ids, or several of either. One union of what a sequence holds, not one of
+    # sequences: type checkers take a list of both kinds only so.
+    Prompts: TypeAlias = (
+        str
+        | Sequence[int | str | Sequence[int] | npt.NDArray[np.integer[Any]]]
+        | npt.NDArray[np.integer[Any]]
+    )
 
 # Batches from this size on get a progress bar.
 _LONG_BATCH = 8
@@ -38,9 +49,10 @@ class GenerationResult:
     """One finished request.
 
     Attributes:
-        request_id: Its number among this LLM's requests, as a string.
+        request_id: "llm-" and its number among this LLM's requests.
         prompt_token_ids: Of the prompt.
-        text: What was generated, without stop strings, EOS and stop tokens.
+        text: What was generated, without EOS and stop tokens, up to the stop string that ended it;
+            with it under include_stop_str_in_output. Empty without detokenize.
         token_ids: All tokens generated, the one that stopped the request included.
         finish_reason: "stop" (EOS, a stop token or a stop string), "length", "abort" or "error".
         stop_reason: The stop string, or the id of stop_token_ids, that ended it; None for EOS.
@@ -130,6 +142,12 @@ class _Job:
 class LLM:
     """A language model that is ready to generate.
 
+    Methods may be called from several threads; their requests share the steps.
+
+    Attributes:
+        engine: What runs the requests, to look at (`stats`). The LLM calls its `step`, and drops
+            the updates of requests that someone else added.
+
     Args:
         model: A Hugging Face model directory: config.json, tokenizer.json, safetensors, and
             generation_config.json if there is one.
@@ -138,6 +156,7 @@ class LLM:
         **options: Fields of `RunnerOptions`: device, dtype, max_num_seqs, max_model_len, ...
 
     Raises:
+        InvalidArgumentError: An argument, or a variable of the environment, is not allowed.
         ConfigError, WeightError: The directory is damaged or not supported.
         OutOfMemoryError: Too little memory, saying for what.
         DeviceError: No such device.
@@ -155,7 +174,7 @@ class LLM:
         **options: Unpack[RunnerKwargs],
     ) -> None:
         self._progress = progress
-        self.engine = Engine(model, progress=progress, **options)
+        self.engine = Engine(model_root(model), progress=progress, **options)
         self._numbers = itertools.count()
         self._jobs: dict[str, _Job] = {}
         # Held from a step until its updates have reached their jobs.
@@ -163,17 +182,17 @@ class LLM:
 
     @property
     def model(self) -> LoadedModel:
-        """Config, sizes and start-up times."""
+        """Config, device, resolved sizes and start-up times."""
         return self.engine.model
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The directory's tokenizer."""
+        """The directory's tokenizer: `encode` and `decode`."""
         return self.engine.tokenizer
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool | None = None,
@@ -181,8 +200,10 @@ class LLM:
         """Generates for one prompt or many; waits for all.
 
         Args:
-            prompts: A text, a list of token ids, or a list of either.
-            sampling_params: For all prompts, or one for each.
+            prompts: A text; token ids as a sequence or a NumPy array; or a list of either, texts
+                and ids mixed as one likes. A sequence of integers is one prompt.
+            sampling_params: For all prompts, or one for each. None takes what the model's
+                generation_config.json recommends, as vLLM does; `SamplingParams()` does not.
             progress: As for `LLM`, for this call.
 
         Returns:
@@ -190,6 +211,7 @@ class LLM:
 
         Raises:
             RequestError: A prompt or its parameters cannot be admitted; none of them was started.
+            ClosedError: The LLM was closed.
         """
         jobs: list[_Job] = []
         try:
@@ -210,13 +232,25 @@ class LLM:
 
     def stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Generator[StreamChunk, None, None]:
         """Generates like `generate`, but yields what is new as it comes.
 
-        Requests are submitted, and refused, when this is called; an iterator that is closed before
-        its end aborts what still runs.
+        Requests are submitted, and refused, when this is called. They go on while any call on this
+        LLM waits; an iterator that is closed before its end aborts what still runs.
+
+        Args:
+            prompts: As for `generate`.
+            sampling_params: As for `generate`.
+
+        Yields:
+            Chunks of any of the prompts, those of one prompt in order: the texts of a prompt's
+            chunks joined are its result's text. The last chunk of each has the result.
+
+        Raises:
+            RequestError: A prompt or its parameters cannot be admitted; none of them was started.
+            ClosedError: The LLM was closed.
         """
         jobs: list[_Job] = []
         try:
@@ -246,13 +280,15 @@ class LLM:
     def _submit(
         self,
         jobs: list[_Job],
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> None:
         """Adds a job to `jobs` for each prompt; on an error the caller forgets them all."""
         many = _as_list(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(many)
+        if sampling_params is None:
+            params = [self.model.config.default_sampling.params()] * len(many)
+        elif isinstance(sampling_params, SamplingParams):
+            params = [sampling_params] * len(many)
         elif isinstance(sampling_params, Sequence):
             params = list(sampling_params)
         else:
@@ -263,13 +299,14 @@ class LLM:
             )
         if len(params) != len(many):
             raise RequestError(
+                f"there are {len(params)} for {len(many)} prompts",
                 field="sampling_params",
-                value=f"{len(params)} of them",
-                allowed=f"one, or one for each of the {len(many)} prompts",
+                allowed="one, or one for each prompt",
             )
         for prompt, chosen in zip(many, params, strict=True):
             # A job is there before its request is, so that an interrupt leaves no request behind.
-            job = _Job(str(next(self._numbers)))
+            # The prefix keeps it apart from names that someone gives to requests of `engine`.
+            job = _Job(f"llm-{next(self._numbers)}")
             jobs.append(job)
             self._jobs[job.request_id] = job
             job.prompt_token_ids = self.engine.add_request(job.request_id, prompt, chosen)
@@ -319,7 +356,7 @@ class LLM:
         self.close()
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _as_list(prompts: Prompts) -> list[str | Sequence[int]]:
     """A list of prompts from one prompt or several; a sequence of integers is one prompt."""
     if isinstance(prompts, str):
         return [prompts]

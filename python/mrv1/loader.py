@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from pathlib import Path
 from typing import TypedDict
 
 from mrv1 import _core, envs
 from mrv1.builder import Builder
-from mrv1.config import ModelConfig
+from mrv1.config import ModelConfig, model_root
 from mrv1.errors import ConfigError, InvalidArgumentError, OutOfMemoryError, WeightError
 from mrv1.models import FAMILIES
-from mrv1.progress import progress_bar
+from mrv1.progress import is_shown, progress_bar
 from mrv1.safetensors_reader import TensorInfo, read_checkpoint
+from mrv1.sampling_params import MAX_INT32
 
 _LOG = logging.getLogger("mrv1")
 
@@ -25,7 +27,6 @@ _LOADABLE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _KV_SHARE = 0.25
 # Stop ids that all running requests together can have; address space, not memory, on the CPU.
 _MAX_STOP_IDS = 1 << 20
-_MAX_THREADS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +153,7 @@ def wire_model(config: ModelConfig, dtype: str, *, fusion: bool | None = None) -
 
 
 def load_model(
-    directory: str | Path, options: RunnerOptions, *, progress: bool | None = None
+    directory: str | os.PathLike[str], options: RunnerOptions, *, progress: bool | None = None
 ) -> LoadedModel:
     """Reads a Hugging Face model directory into a runner.
 
@@ -162,12 +163,18 @@ def load_model(
         progress: Whether to show a progress bar; None shows it on a terminal.
 
     Raises:
+        InvalidArgumentError: `directory` is no path, or an option or a variable of the environment
+            holds what is not allowed.
         ConfigError: config.json is missing, damaged or asks for something not supported.
         WeightError: Weight files are missing, damaged or do not fit the config.
         OutOfMemoryError: Memory for weights, buffers or one KV block is missing.
         DeviceError: No such device.
     """
-    root = Path(directory)
+    level = envs.LOG_LEVEL.get()
+    if level is not None:
+        _LOG.setLevel(level)
+    is_shown(progress)  # refused here, before anything is read, if at all
+    root = model_root(directory)
     start = time.perf_counter()
     config = ModelConfig.from_dir(root)
     tensors = read_checkpoint(root)
@@ -180,7 +187,6 @@ def load_model(
     start = time.perf_counter()
     _load_weights(model.runner, sources, progress)
     startup["load weights"] = time.perf_counter() - start
-    _LOG.setLevel(envs.LOG_LEVEL.get())
     plan = model.runner.memory_plan
     _LOG.info(
         "%s on %s in %s: weights %.0f MB, activations %.0f MB, state %.0f MB, KV cache %.0f MB "
@@ -210,7 +216,8 @@ def make_runner(
     start = time.perf_counter()
     kind = resolve_device(options.device)
     threads = envs.NUM_THREADS.get() if options.num_threads is None else options.num_threads
-    device = _core.Device(kind, num_threads=_integer("num_threads", threads or 0, 0, _MAX_THREADS))
+    threads = _integer("num_threads", threads or 0, 0, envs.MAX_THREADS)
+    device = _core.Device(kind, num_threads=threads)
     native = _core.RunnerConfig()
     native.max_num_seqs = _positive("max_num_seqs", options.max_num_seqs, 64)
     default_tokens = max(512 if kind == "cpu" else 8192, native.max_num_seqs)
@@ -219,13 +226,19 @@ def make_runner(
     )
     limit = config.max_position_embeddings
     native.max_model_len = _positive("max_model_len", options.max_model_len, limit)
+    if native.max_model_len < 2:
+        raise InvalidArgumentError(
+            field="max_model_len",
+            value=native.max_model_len,
+            allowed="at least 2: a token of a prompt and one that follows",
+        )
     if native.max_model_len > limit:
         raise InvalidArgumentError(
             field="max_model_len",
             value=native.max_model_len,
             allowed=f"at most the model's max_position_embeddings = {limit}",
         )
-    native.block_size = _positive("block_size", options.block_size, 16)
+    native.block_size = _positive("block_size", options.block_size, RunnerOptions.block_size)
     native.max_stop_ids = _MAX_STOP_IDS
     native.pad_requests = _integer("pad_requests", options.pad_requests, 0, native.max_num_seqs)
     native.pad_tokens = _integer("pad_tokens", options.pad_tokens, 0, native.max_num_batched_tokens)
@@ -260,7 +273,7 @@ def _integer(field: str, value: int, low: int, high: int) -> int:
 
 
 def _positive(field: str, value: int | None, default: int) -> int:
-    return _integer(field, default if value is None else value, 1, 2**31 - 1)
+    return _integer(field, default if value is None else value, 1, MAX_INT32)
 
 
 def _num_blocks(
@@ -280,6 +293,16 @@ def _num_blocks(
     plan = _core.ModelRunner.plan_memory(program, native, device)
     others = plan["weights"] + plan["activations"] + plan["state"]
     free, _ = device.memory()
+    needs = (
+        f"weights {plan['weights'] / 1e6:.0f} MB, activations {plan['activations'] / 1e6:.0f} MB, "
+        f"state {plan['state'] / 1e6:.0f} MB"
+    )
+    if others > free:
+        raise OutOfMemoryError(
+            f"{needs} need more than the {free / 1e6:.0f} MB that are free; activations grow with "
+            f"max_num_batched_tokens = {native.max_num_batched_tokens}, state with max_num_seqs = "
+            f"{native.max_num_seqs} and max_model_len = {native.max_model_len}"
+        )
     budget = options.kv_cache_memory
     if budget is None:
         budget = int(max(0, free - others) * _KV_SHARE)
@@ -293,8 +316,7 @@ def _num_blocks(
         raise OutOfMemoryError(
             f"the KV cache may take {budget / 1e6:.1f} MB, but the null block and one block of "
             f"{native.block_size} tokens need {2 * per_block / 1e6:.1f} MB "
-            f"({free / 1e6:.0f} MB are free; weights {plan['weights'] / 1e6:.0f} MB, activations "
-            f"{plan['activations'] / 1e6:.0f} MB, state {plan['state'] / 1e6:.0f} MB)"
+            f"({free / 1e6:.0f} MB are free; {needs})"
         )
     per_request = -(-native.max_model_len // native.block_size)
     most = min(native.max_num_seqs * per_request, 2**31 // native.block_size - 2)

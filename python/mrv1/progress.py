@@ -8,13 +8,22 @@ import sys
 from collections.abc import Callable, Iterator
 
 from mrv1 import envs
+from mrv1.errors import InvalidArgumentError
 
 
 def is_shown(show: bool | None) -> bool:
-    """Whether a bar is drawn: as `show` says, else if stderr is a terminal and the user lets it."""
-    if show is not None:
-        return show
-    return sys.stderr.isatty() and not envs.NO_PROGRESS.get()
+    """Whether a bar is drawn: as `show` says, else if stderr is a terminal and the user lets it.
+
+    Raises:
+        InvalidArgumentError: `show` is something else, or MRV1_NO_PROGRESS holds what is not
+            allowed, even where it does not decide.
+    """
+    hidden = envs.NO_PROGRESS.get()
+    if show is None:
+        return sys.stderr.isatty() and not hidden
+    if not isinstance(show, bool):
+        raise InvalidArgumentError(field="progress", value=show, allowed="None, True or False")
+    return show
 
 
 @contextlib.contextmanager

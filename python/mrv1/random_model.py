@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from mrv1.errors import InvalidArgumentError
 from mrv1.loader import LoadedModel, RunnerOptions, make_runner, resolve_dtype, wire_model
 from mrv1.progress import progress_bar
 from mrv1.tokenizer import TOKENIZER_NAME
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # Matrices are uniform in (-RANGE, RANGE): a standard deviation of 0.02, as models are initialised.
 RANGE: Final = 0.02 * 3**0.5
@@ -117,7 +120,8 @@ def _write_json(path: Path, values: object) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(root: Path) -> None:
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """A tokenizer of 257 ids: one a byte, and one for the end of a text."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -127,7 +131,11 @@ def _write_tokenizer(root: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([_END_OF_TEXT])
-    backend.save(str(root / TOKENIZER_NAME))
+    return backend
+
+
+def _write_tokenizer(root: Path) -> None:
+    byte_tokenizer().save(str(root / TOKENIZER_NAME))
     _write_json(
         root / "tokenizer_config.json",
         {"eos_token": _END_OF_TEXT, "tokenizer_class": "PreTrainedTokenizerFast"},

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import dataclasses
 import operator
 import os
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _MAX_INT32 = 2**31 - 1
+_ANY_GENERATION = -1
 # Smaller ones would be 0 in float32; they keep one token all the same.
 _MIN_TOP_P = 1e-37
 
@@ -54,11 +55,49 @@ class RowOutput:
     masked: bool
 
 
+class RowHandle(int):
+    """A row's index that knows which request it stands for.
+
+    It can be used as the index it is; calls that get a handle refuse it once the row has been given
+    to another request.
+
+    Attributes:
+        generation: Of the row; outputs carry it too.
+    """
+
+    generation: int
+
+    def __new__(cls, row: int, generation: int) -> RowHandle:
+        """Makes the handle of a row in its given generation."""
+        handle = super().__new__(cls, row)
+        handle.generation = generation
+        return handle
+
+
+def _generation(row: int) -> int:
+    """The generation a row argument names; any if it is a plain index."""
+    return row.generation if isinstance(row, RowHandle) else _ANY_GENERATION
+
+
+def _index(field: str, value: object) -> int:
+    """A 32-bit integer argument."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not -(2**31) <= number < 2**31:
+        raise InvalidArgumentError(field=field, value=value, allowed="an integer of 32 bits")
+    return number
+
+
 class PendingStep:
     """A step that was launched and may still be running."""
 
-    def __init__(self, runner: _core.ModelRunner, step: int) -> None:
+    def __init__(
+        self, runner: _core.ModelRunner, step: int, unread: collections.deque[int]
+    ) -> None:
         self._runner = runner
+        self._unread = unread
         self._outputs: list[RowOutput] | None = None
         self._error: str | None = None
         self.step = step
@@ -94,10 +133,9 @@ class PendingStep:
         return self._outputs
 
     def __del__(self) -> None:
+        # Runs on any thread at any time, so the runner is only told at its next step.
         if self._outputs is None:
-            # The runner may be closed, or the interpreter going down.
-            with contextlib.suppress(Exception):
-                self._runner.discard(self.step)
+            self._unread.append(self.step)
 
 
 def make_row_spec(
@@ -118,8 +156,8 @@ def make_row_spec(
         raise InvalidArgumentError(
             f"token_ids and block_ids hold integers of 32 bits: {error}"
         ) from None
-    spec.prompt_len = len(spec.token_ids) if prompt_len is None else prompt_len
-    spec.num_computed = num_computed
+    spec.prompt_len = len(spec.token_ids) if prompt_len is None else _index("prompt_len", prompt_len)
+    spec.num_computed = _index("num_computed", num_computed)
     spec.temperature = params.temperature
     spec.top_p = max(params.top_p, _MIN_TOP_P)
     spec.min_p = params.min_p
@@ -163,6 +201,7 @@ class ModelRunner:
             os.fspath(model), RunnerOptions(**options), progress=progress
         )
         self._native = self.model.runner
+        self._unread: collections.deque[int] = collections.deque()
 
     @property
     def free_rows(self) -> int:
@@ -182,7 +221,7 @@ class ModelRunner:
         block_ids: Sequence[int] = (),
         prompt_len: int | None = None,
         num_computed: int = 0,
-    ) -> int:
+    ) -> RowHandle:
         """Admits a request into a free row; nothing is computed yet.
 
         Args:
@@ -208,20 +247,29 @@ class ModelRunner:
             num_computed=num_computed,
             block_ids=block_ids,
         )
-        row, _ = self._native.add_row(spec)
-        return row
+        return RowHandle(*self._native.add_row(spec))
 
     def append_blocks(self, row: int, block_ids: Sequence[int]) -> None:
-        """Gives a row further KV blocks."""
-        self._native.append_blocks(row, list(block_ids))
+        """Gives a row further KV blocks.
+
+        Raises:
+            InvalidArgumentError: The row is not the handle's any more, or a block id is out of range
+                or in the row already.
+        """
+        ids = [_index(f"block_ids[{place}]", block) for place, block in enumerate(block_ids)]
+        self._native.append_blocks(_index("row", row), ids, _generation(row))
 
     def free_row(self, row: int) -> None:
-        """Ends a row, finished or not. It may be given to another request at once."""
-        self._native.free_row(row)
+        """Ends a row, finished or not. It may be given to another request at once.
+
+        Raises:
+            InvalidArgumentError: The row is free, or not the handle's any more.
+        """
+        self._native.free_row(_index("row", row), _generation(row))
 
     def last_step(self, row: int) -> int:
-        """Newest step that was launched with the row; 0 for none."""
-        return self._native.last_step(row)
+        """Newest step that was launched with the row; 0 for none. The row may be free by now."""
+        return self._native.last_step(_index("row", row))
 
     def execute(self, batch: Sequence[tuple[int, int]]) -> PendingStep:
         """Launches a step.
@@ -234,12 +282,33 @@ class ModelRunner:
         Raises:
             InvalidArgumentError: Something does not fit; nothing was launched.
         """
-        return PendingStep(self._native, self._native.execute(list(batch)))
+        while self._unread:
+            self._native.discard(self._unread.popleft())
+        items = []
+        for place, item in enumerate(batch):
+            try:
+                row, tokens = item
+            except (TypeError, ValueError):
+                raise InvalidArgumentError(
+                    field=f"batch[{place}]", value=item, allowed="a pair (row, tokens)"
+                ) from None
+            items.append(
+                (
+                    _index(f"batch[{place}] row", row),
+                    _index(f"batch[{place}] tokens", tokens),
+                    _generation(row),
+                )
+            )
+        return PendingStep(self._native, self._native.execute(items), self._unread)
 
     def logits(self, item: int) -> np.ndarray:
         """Logits of the newest step for one item of its batch: [vocab] float32; waits for it.
 
-        Empty if no token was drawn for the item.
+        As the sampler left them: stop tokens that min_tokens masked are -inf. Empty if no token was
+        drawn for the item.
+
+        Raises:
+            InvalidArgumentError: There is no such item, or no step yet.
         """
         return self._native.logits(item)
 
@@ -257,7 +326,12 @@ class ModelRunner:
         return self._native.row_state(row)
 
     def stats(self) -> dict[str, int]:
-        """Counts since the start: steps, batches, host_ns, control_bytes, output_bytes."""
+        """Counts since the start.
+
+        steps (records sent, those that only change rows included), batches (steps that ran the
+        program), host_ns (host time inside execute, waiting aside), control_bytes and output_bytes
+        (sent to and received from the device).
+        """
         counts: dict[str, int] = self._native.stats()
         return counts
 

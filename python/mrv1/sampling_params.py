@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _MAX_FLOAT32: Final = 3.4028234663852886e38
-_MAX_INT32: Final = 2**31 - 1
+MAX_INT32: Final = 2**31 - 1
 _MAX_SEED: Final = 2**64 - 1
 # Below this a temperature means greedy, as in vLLM: dividing by it would overflow float32.
 _MIN_TEMPERATURE: Final = 1e-5
@@ -105,7 +105,7 @@ class SamplingParams:
         if not 0.0 < checked <= 1.0:
             raise RequestError(field="top_p", value=top_p, allowed="in (0, 1]")
         store("top_p", checked)
-        store("top_k", max(0, _integer("top_k", top_k, -1, _MAX_INT32)))
+        store("top_k", max(0, _integer("top_k", top_k, -1, MAX_INT32)))
         checked = _number("min_p", min_p, "in [0, 1]")
         if not 0.0 <= checked <= 1.0:
             raise RequestError(field="min_p", value=min_p, allowed="in [0, 1]")
@@ -113,9 +113,9 @@ class SamplingParams:
         store("seed", None if seed is None else _integer("seed", seed, 0, _MAX_SEED, "None or "))
         most = None
         if max_tokens is not None:
-            most = _integer("max_tokens", max_tokens, 1, _MAX_INT32, "None or ")
+            most = _integer("max_tokens", max_tokens, 1, MAX_INT32, "None or ")
         store("max_tokens", most)
-        least = _integer("min_tokens", min_tokens, 0, _MAX_INT32)
+        least = _integer("min_tokens", min_tokens, 0, MAX_INT32)
         if most is not None and least > most:
             raise RequestError(
                 field="min_tokens", value=min_tokens, allowed=f"at most max_tokens = {most}"
@@ -136,11 +136,6 @@ class SamplingParams:
             raise RequestError(
                 field="detokenize", value=False, allowed="True where stop strings are given"
             )
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the most likely token is taken each time."""
-        return self.temperature == 0.0
 
     def validate_for(
         self, vocab_size: int, max_model_len: int, request_id: str | None = None
@@ -234,6 +229,6 @@ def _stop_token_ids(value: object) -> tuple[int, ...]:
             allowed=f"a list of at most {_MAX_STOP_TOKEN_IDS} token ids",
         )
     return tuple(
-        _integer(f"stop_token_ids[{index}]", token_id, 0, _MAX_INT32)
+        _integer(f"stop_token_ids[{index}]", token_id, 0, MAX_INT32)
         for index, token_id in enumerate(value)
     )

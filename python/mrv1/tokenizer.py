@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from mrv1._files import FileError, read_file
 from mrv1.errors import ClosedError, ConfigError, InvalidArgumentError, RequestError
-from mrv1.sampling_params import SamplingParams
+from mrv1.sampling_params import MAX_INT32, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 TOKENIZER_NAME: Final = "tokenizer.json"
 MAX_FILE_BYTES: Final = 256 << 20
-_MAX_ID: Final = 2**31 - 1
 
 # A token of SentencePiece's byte fallback.
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -66,9 +65,9 @@ def _check_id(token_id: object) -> int:
         result = operator.index(token_id)  # type: ignore[arg-type]  # TypeError if it is none
     except TypeError:
         result = -1
-    if not 0 <= result <= _MAX_ID:
+    if not 0 <= result <= MAX_INT32:
         raise InvalidArgumentError(
-            field="token id", value=token_id, allowed=f"an integer in [0, {_MAX_ID}]"
+            field="token id", value=token_id, allowed=f"an integer in [0, {MAX_INT32}]"
         )
     return result
 
@@ -125,12 +124,6 @@ class Tokenizer:
         if vocab_size is not None:
             tokenizer.check_vocab_size(vocab_size)
         return tokenizer
-
-    @property
-    def num_ids(self) -> int:
-        """The highest token id plus 1, added tokens included; 0 without tokens."""
-        vocab = self._backend.get_vocab(with_added_tokens=True)
-        return max(vocab.values(), default=-1) + 1
 
     def check_vocab_size(self, vocab_size: int) -> None:
         """Checks that the model has every id that the tokenizer can give; it may have more.
@@ -340,13 +333,10 @@ class StreamPiece(NamedTuple):
     Attributes:
         text: The text that is new; the pieces of a request joined are its text.
         stopped: The stop string that ended the text, or None.
-        num_tokens: Number of tokens, from the first on, that the text up to here is made of. At a
-            stop this leaves out the tokens after the cut.
     """
 
     text: str
     stopped: str | None
-    num_tokens: int
 
 
 class IncrementalDetokenizer:
@@ -374,11 +364,6 @@ class IncrementalDetokenizer:
         self._min_tokens = params.min_tokens
         self._state = 0
         self._held = ""
-        # Characters settled, and those of them given out; the difference is held back.
-        self._num_settled = 0
-        self._num_given = 0
-        # (tokens, characters settled by them), for the text from the last character given on.
-        self._growth: deque[tuple[int, int]] = deque()
         self._num_pushed = 0
         self._ended = False
 
@@ -397,7 +382,7 @@ class IncrementalDetokenizer:
         if stop is None and new:
             piece, stop = self._take(new, self._num_pushed)
             text += piece
-        return StreamPiece(text, stop, self._num_tokens())
+        return StreamPiece(text, stop)
 
     def finish(self) -> StreamPiece:
         """Ends the text; returns what was held back. It may still hold a stop string.
@@ -411,14 +396,11 @@ class IncrementalDetokenizer:
         self._ended = True
         if stop is None:
             text += self._held
-            self._num_given = self._num_settled
             self._held = ""
-        return StreamPiece(text, stop, self._num_tokens())
+        return StreamPiece(text, stop)
 
     def _take(self, new: str, num_tokens: int) -> tuple[str, str | None]:
         """Adds the text that the tokens up to `num_tokens` settled; returns text, and the stop."""
-        if new:
-            self._growth.append((num_tokens, self._num_settled + len(new)))
         text = self._held + new
         hold = 0
         if self._matcher is not None:
@@ -429,20 +411,9 @@ class IncrementalDetokenizer:
                 if stop is not None and num_tokens > self._min_tokens:
                     # What is cut off was held back: it begins the stop string.
                     end = len(self._held) + index + 1 - (0 if self._include_stop else len(stop))
-                    self._num_given += end
                     self._ended, self._held = True, ""
                     return text[:end], stop
             self._state = state
             hold = 0 if self._include_stop else self._matcher.hold[state]
-        self._num_settled += len(new)
-        self._num_given = self._num_settled - hold
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold], None
-
-    def _num_tokens(self) -> int:
-        """Returns how many tokens the text given out so far needs."""
-        if self._num_given == 0:
-            return 0
-        while self._growth[0][1] < self._num_given:
-            self._growth.popleft()
-        return self._growth[0][0]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -233,7 +234,7 @@ def write_prompts(model: Any, tokenizer: Tokenizer, path: Path) -> None:
         file.write(f"[\n{lines}\n]\n")
 
 
-def _record(metric: str, engine: str, values: dict[str, Any]) -> dict[str, Any]:
+def _record(metric: str, engine: str, model: Path, values: dict[str, Any]) -> dict[str, Any]:
     versions = {
         f"{name}_version": importlib.metadata.version(name)
         for name in ("tokenizers", *(("torch", "transformers") if engine == "torch" else ("mrv1",)))
@@ -243,6 +244,7 @@ def _record(metric: str, engine: str, values: dict[str, Any]) -> dict[str, Any]:
         "metric": metric,
         "engine": engine,
         **values,
+        "weights_sha256": hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest(),
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
         "machine": platform.machine(),
         "python_version": platform.python_version(),
@@ -296,7 +298,7 @@ def main() -> None:
             "first_seed": PERPLEXITY_SEED,
             "weight_bytes": (args.model / "model.safetensors").stat().st_size,
         }
-        records.append(_record("perplexity", "torch", values))
+        records.append(_record("perplexity", "torch", args.model, values))
         continuations = continue_torch(model, tokenizer, prompts, args.seed)
     else:
         continuations = continue_mrv1(args.model, prompts, args.seed)
@@ -311,7 +313,7 @@ def main() -> None:
         "first_seed": CONTINUATION_SEED,
         "sampling_seed": args.seed,
     }
-    records.append(_record("continuations", args.engine, values))
+    records.append(_record("continuations", args.engine, args.model, values))
     _merge(args.out, records)
     print(json.dumps(records, indent=2))
     if args.prompts_out:

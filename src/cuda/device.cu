@@ -82,7 +82,6 @@ class CudaDevice final : public Device {
 
   // Errors are left alone here: at the end of a process the driver may be gone already.
   ~CudaDevice() override {
-    if (abandoned_) return;
     cudaStreamSynchronize(stream_);
     cudaStreamDestroy(stream_);
     cudaGetLastError();
@@ -92,10 +91,8 @@ class CudaDevice final : public Device {
   std::string name() const override { return name_; }
   const Kernels& kernels() const override { return cuda_kernels(); }
   void* stream() override { return stream_; }
-  void abandon() override { abandoned_ = true; }
 
   MemoryInfo memory() const override {
-    check_owned();
     CurrentDevice current(ordinal_);
     MemoryInfo info;
     cuda::check_cuda(cudaMemGetInfo(&info.free_bytes, &info.total_bytes), kWhere, "cudaMemGetInfo");
@@ -103,7 +100,6 @@ class CudaDevice final : public Device {
   }
 
   Buffer allocate(size_t bytes, std::string_view what) override {
-    check_owned();
     if (bytes == 0) return Buffer(this, nullptr, nullptr, 0);
     CurrentDevice current(ordinal_);
     void* data = nullptr;
@@ -115,7 +111,6 @@ class CudaDevice final : public Device {
   }
 
   Buffer allocate_mapped(size_t bytes, std::string_view what) override {
-    check_owned();
     if (bytes == 0) return Buffer(this, nullptr, nullptr, 0);
     CurrentDevice current(ordinal_);
     void* host = nullptr;
@@ -138,7 +133,6 @@ class CudaDevice final : public Device {
   }
 
   void submit(void (*fn)(void*), void* arg) override {
-    check_owned();
     CurrentDevice current(ordinal_);
     fn(arg);
   }
@@ -146,7 +140,6 @@ class CudaDevice final : public Device {
   // Spins first, as a step is short, then sleeps between looks. A launch that failed never stores
   // the sequence, so the stream is asked now and then.
   void wait_sequence(const std::atomic<uint64_t>& sequence, uint64_t value) override {
-    check_owned();
     for (int64_t looks = 1; sequence.load(std::memory_order_acquire) < value; ++looks) {
       if (looks % kLooksPerQuery == 0) {
         const cudaError_t status = cudaStreamQuery(stream_);
@@ -158,6 +151,7 @@ class CudaDevice final : public Device {
         if (status != cudaErrorNotReady) {
           cuda::check_cuda(status, kWhere, "a kernel of the step that was waited for");
         }
+        cudaGetLastError();  // "not ready" is remembered, and the next launch must not report it
       }
       if (looks < kSpins) {
         std::this_thread::yield();
@@ -172,7 +166,6 @@ class CudaDevice final : public Device {
   }
 
   void synchronize() override {
-    check_owned();
     CurrentDevice current(ordinal_);
     wait_for_stream();
   }
@@ -181,14 +174,6 @@ class CudaDevice final : public Device {
   static constexpr int64_t kSpins = 20000;
   static constexpr int64_t kLooksPerQuery = 64;
   static constexpr std::chrono::microseconds kSleep{20};
-
-  void check_owned() const {
-    if (abandoned_) {
-      fail(ErrorKind::kFork, kWhere,
-           "this GPU device belongs to the parent process; start workers ",
-           "with spawn instead of fork");
-    }
-  }
 
   void wait_for_stream() {
     cuda::check_cuda(cudaStreamSynchronize(stream_), kWhere, "cudaStreamSynchronize");
@@ -207,7 +192,6 @@ class CudaDevice final : public Device {
   }
 
   void copy(void* target, const void* source, size_t bytes, cudaMemcpyKind kind) {
-    check_owned();
     if (bytes == 0) return;
     CurrentDevice current(ordinal_);
     cuda::check_cuda(cudaMemcpyAsync(target, source, bytes, kind, stream_), kWhere,
@@ -217,7 +201,7 @@ class CudaDevice final : public Device {
 
   // Waits for kernels that may still use the memory; cudaFreeHost does not promise to.
   void release(void* data, void* host, size_t) noexcept override {
-    if (abandoned_ || (data == nullptr && host == nullptr)) return;
+    if (data == nullptr && host == nullptr) return;
     cudaStreamSynchronize(stream_);
     if (host != nullptr) {
       cudaFreeHost(host);
@@ -230,7 +214,6 @@ class CudaDevice final : public Device {
   const int ordinal_;
   std::string name_;
   cudaStream_t stream_ = nullptr;
-  bool abandoned_ = false;
 };
 
 }  // namespace

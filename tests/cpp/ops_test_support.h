@@ -17,7 +17,8 @@ namespace mrv1::test {
 // Every instruction set this machine can run; the forced one is undone at the end of the scope.
 inline std::vector<CpuIsa> supported_isas() {
   std::vector<CpuIsa> isas;
-  for (CpuIsa isa : {CpuIsa::kPortable, CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAvx512Bf16}) {
+  for (CpuIsa isa :
+       {CpuIsa::kPortable, CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAvx512Bf16, CpuIsa::kAmxBf16}) {
     if (isa <= detect_cpu_isa()) isas.push_back(isa);
   }
   return isas;

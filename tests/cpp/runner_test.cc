@@ -149,7 +149,7 @@ TEST_CASE("a failed step reports its error and the next one runs") {
   const StepOutput failed = runner->result(runner->execute(std::vector<BatchItem>{{row, 5}}));
   CHECK(failed.entries.empty());
   CHECK(failed.error.find("planned") != std::string::npos);
-  runner->free_row(row);
+  runner->free_row({row});
   const int32_t other = add_request(*runner, 0, 0.0f);
   CHECK(runner->result(runner->execute(std::vector<BatchItem>{{other, 5}})).entries[0].token >= 0);
 }

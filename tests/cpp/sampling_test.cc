@@ -20,7 +20,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 std::vector<CpuIsa> vector_isas() {
   std::vector<CpuIsa> isas;
-  for (CpuIsa isa : {CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAvx512Bf16}) {
+  for (CpuIsa isa : {CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAvx512Bf16, CpuIsa::kAmxBf16}) {
     if (isa <= detect_cpu_isa()) {
       isas.push_back(isa);
     }

@@ -2,8 +2,6 @@
 #include "core/thread_pool.h"
 
 #include <doctest/doctest.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -55,29 +53,6 @@ TEST_CASE("workers take part") {
     while (arrived.load() < 2) std::this_thread::yield();
   });
   CHECK(arrived.load() == 2);
-}
-
-TEST_CASE("a forked child can abandon the pool and go on alone") {
-#if !defined(__SANITIZE_THREAD__)
-  ThreadPool pool(3);
-  pool.parallel_for(8, 1, [](int64_t, int64_t, int) {});
-  const pid_t child = fork();
-  REQUIRE(child >= 0);
-  if (child == 0) {
-    int64_t sum = 0;
-    {
-      pool.abandon();
-      pool.parallel_for(10, 1, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; ++i) sum += i;
-      });
-    }
-    _exit(sum == 45 && pool.num_threads() == 1 ? 0 : 1);
-  }
-  int status = 0;
-  REQUIRE(waitpid(child, &status, 0) == child);
-  CHECK(WIFEXITED(status));
-  CHECK(WEXITSTATUS(status) == 0);
-#endif
 }
 
 TEST_CASE("a pool needs a thread") { CHECK_THROWS_AS(ThreadPool(0), Error); }

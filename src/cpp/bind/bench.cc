@@ -92,18 +92,7 @@ class ReadProbe {
   // Runs fn over the words in the device's stream, which is where the pool may be used.
   template <typename Fn>
   void each_piece(const Fn& fn) {
-    struct Task {
-      ReadProbe* probe;
-      const Fn* fn;
-    } task{this, &fn};
-    device_->submit(
-        [](void* arg) {
-          const Task& task = *static_cast<Task*>(arg);
-          task.probe->device_->pool()->parallel_for(task.probe->num_words_, kWordsPerPiece,
-                                                    *task.fn);
-        },
-        &task);
-    device_->synchronize();
+    run_on_stream(*device_, [&] { device_->pool()->parallel_for(num_words_, kWordsPerPiece, fn); });
   }
 
   std::shared_ptr<Device> device_;  // outlives the buffer

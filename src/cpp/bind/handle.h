@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <memory>
+#include <mutex>
 
 #include "core/error.h"
 
@@ -25,26 +26,31 @@ class Handle {
     if (getpid() != owner_) new std::shared_ptr<T>(std::move(object_));
   }
 
-  T& operator*() const { return *share(); }
-  T* operator->() const { return share().get(); }
+  // A reference of the caller's own: a close() in another thread does not end what is being used.
+  std::shared_ptr<T> operator->() const { return share(); }
 
-  const std::shared_ptr<T>& share() const {
+  std::shared_ptr<T> share() const {
     if (getpid() != owner_) {
       fail(ErrorKind::kFork, name_, "was made in process ", owner_,
            " and cannot be used in its forked child; make a new one here");
     }
+    std::lock_guard lock(mutex_);
     if (object_ == nullptr) fail(ErrorKind::kClosed, name_, "is closed");
     return object_;
   }
 
   void close() {
-    if (object_ != nullptr && getpid() == owner_) object_.reset();
+    if (getpid() != owner_) return;
+    std::shared_ptr<T> last;
+    std::lock_guard lock(mutex_);
+    last.swap(object_);
   }
 
  private:
   std::shared_ptr<T> object_;
   const char* name_;
   pid_t owner_;
+  mutable std::mutex mutex_;
 };
 
 }  // namespace mrv1

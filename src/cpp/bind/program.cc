@@ -36,6 +36,8 @@ void bind_program(nb::module_& m) {
             spec.kind = is_vector ? WeightKind::kVector : WeightKind::kMatrix;
             spec.cols = cols;
             for (const auto& [tensor, rows] : segments) {
+              check(rows > 0 && rows <= kMaxExtent, "weight", "'", name, "': '", tensor,
+                    "' must have 1 to 2^31 rows, not ", rows);
               spec.segments.push_back({tensor, spec.rows, rows});
               spec.rows += rows;
             }
@@ -87,12 +89,11 @@ void bind_program(nb::module_& m) {
       .def("begin_layer", &Program::begin_layer, nb::arg("layer"))
       .def("end_layer", &Program::end_layer)
       .def("fuse", &Program::fuse,
-           "Runs the fusion patterns; returns (pattern, how many it replaced).")
+           "Runs each fusion pattern once over the list; returns (pattern, how many it replaced).")
       .def("dump", &Program::dump, nb::arg("format") = "text",
            "The op list as text, or as a Graphviz picture with format=\"dot\".")
       .def_prop_ro("dtype",
                    [](const Program& self) { return std::string(dtype_name(self.dtype())); })
-      .def_prop_ro("num_ops", [](const Program& self) { return self.ops().size(); })
       .def_prop_ro("op_names",
                    [](const Program& self) {
                      std::vector<std::string> names;

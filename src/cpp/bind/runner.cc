@@ -3,6 +3,7 @@
 
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "bind/bind.h"
@@ -34,7 +35,8 @@ nb::dict ints_dict(const std::vector<std::pair<std::string, std::vector<int32_t>
 nb::dict infer_param_view(const DeviceHandle& handle, IntArray encoder, IntArray decoder,
                           IntArray this_time, IntArray block_tables, int32_t block_size,
                           int32_t query_per_decode, int32_t max_tokens) {
-  Device& device = *handle;
+  const std::shared_ptr<Device> shared = handle.share();
+  Device& device = *shared;
   const char* where = "infer_param_view";
   const int64_t rows = static_cast<int64_t>(encoder.size());
   check(rows > 0 && decoder.size() == encoder.size() && this_time.size() == encoder.size(), where,
@@ -99,22 +101,13 @@ nb::dict infer_param_view(const DeviceHandle& handle, IntArray encoder, IntArray
       {"len_info", &view.len_info, 7},
   };
   for (const Field& field : fields) *field.data = ints(field.count);
-  struct Task {
-    Device* device;
-    const InferParamInputs* in;
-    const InferParamView* view;
-  } task{&device, &in, &view};
-  device.submit(
-      [](void* arg) {
-        const Task& task = *static_cast<Task*>(arg);
-        StepContext ctx;
-        ctx.device = task.device;
-        ctx.pool = task.device->pool();
-        ctx.stream = task.device->stream();
-        task.device->kernels().infer_param_view(*task.in, *task.view, ctx);
-      },
-      &task);
-  device.synchronize();
+  run_on_stream(device, [&] {
+    StepContext ctx;
+    ctx.device = &device;
+    ctx.pool = device.pool();
+    ctx.stream = device.stream();
+    device.kernels().infer_param_view(in, view, ctx);
+  });
   nb::dict dict;
   for (const Field& field : fields) {
     std::vector<int32_t> values(static_cast<size_t>(field.count));
@@ -206,7 +199,7 @@ void bind_runner(nb::module_& m) {
       .def_static(
           "plan_memory",
           [](const Program& program, const RunnerConfig& config, const DeviceHandle& device) {
-            return plan_dict(ModelRunner::plan_memory(program, config, *device));
+            return plan_dict(ModelRunner::plan_memory(program, config, *device.share()));
           },
           nb::arg("program"), nb::arg("config"), nb::arg("device"),
           nb::sig("def plan_memory(program: Program, config: RunnerConfig, device: Device) -> "
@@ -246,21 +239,36 @@ void bind_runner(nb::module_& m) {
           nb::arg("spec"), nb::call_guard<nb::gil_scoped_release>())
       .def(
           "append_blocks",
-          [](const RunnerHandle& self, int32_t row, const std::vector<int32_t>& block_ids) {
-            self->append_blocks(row, block_ids);
+          [](const RunnerHandle& self, int32_t row, const std::vector<int32_t>& block_ids,
+             int32_t generation) { self->append_blocks({row, generation}, block_ids); },
+          nb::arg("row"), nb::arg("block_ids"), nb::arg("generation") = kAnyGeneration,
+          nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "free_row",
+          [](const RunnerHandle& self, int32_t row, int32_t generation) {
+            self->free_row({row, generation});
           },
-          nb::arg("row"), nb::arg("block_ids"), nb::call_guard<nb::gil_scoped_release>())
+          nb::arg("row"), nb::arg("generation") = kAnyGeneration,
+          nb::call_guard<nb::gil_scoped_release>())
       .def(
-          "free_row", [](const RunnerHandle& self, int32_t row) { self->free_row(row); },
-          nb::arg("row"), nb::call_guard<nb::gil_scoped_release>())
-      .def(
-          "last_step", [](const RunnerHandle& self, int32_t row) { return self->last_step(row); },
+          "last_step", [](const RunnerHandle& self, int32_t row) { return self->last_step({row}); },
           nb::arg("row"))
       .def(
           "execute",
           [](const RunnerHandle& self, const std::vector<std::pair<int32_t, int32_t>>& batch) {
             std::vector<BatchItem> items;
             for (const auto& [row, tokens] : batch) items.push_back({row, tokens});
+            return self->execute(items);
+          },
+          nb::arg("batch"), nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "execute",
+          [](const RunnerHandle& self,
+             const std::vector<std::tuple<int32_t, int32_t, int32_t>>& batch) {
+            std::vector<BatchItem> items;
+            for (const auto& [row, tokens, generation] : batch) {
+              items.push_back({row, tokens, generation});
+            }
             return self->execute(items);
           },
           nb::arg("batch"), nb::call_guard<nb::gil_scoped_release>())

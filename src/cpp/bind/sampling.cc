@@ -3,7 +3,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <exception>
 #include <string>
 #include <vector>
 
@@ -26,22 +25,6 @@ Buffer copy_to_device(Device& device, const T* data, size_t count) {
     device.copy_in(buffer.data(), data, count * sizeof(T));
   }
   return buffer;
-}
-
-struct SampleTask {
-  const Kernels* kernels;
-  SampleParams params;
-  StepContext ctx;
-  std::exception_ptr error;
-};
-
-void run_sample(void* arg) {
-  auto* task = static_cast<SampleTask*>(arg);
-  try {
-    task->kernels->sample(task->params, task->ctx);
-  } catch (...) {
-    task->error = std::current_exception();
-  }
 }
 
 nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsMatrix& logits,
@@ -96,7 +79,8 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
   std::vector<int32_t> sampled(num_requests);
   {
     nb::gil_scoped_release release;
-    Device& device = *handle;
+    const std::shared_ptr<Device> shared = handle.share();
+    Device& device = *shared;
     const Buffer device_rows = copy_to_device(device, rows.data(), num_rows);
     const Buffer device_sampling = copy_to_device(device, sampling.data(), num_rows);
     const Buffer device_stops = copy_to_device(device, stops.data(), stops.size());
@@ -107,20 +91,14 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
     std::fill(sampled.begin(), sampled.end(), INT32_MIN);
     const Buffer device_sampled = copy_to_device(device, sampled.data(), num_requests);
     WorkspaceLimits limits = {};
-    limits.max_requests = static_cast<int64_t>(num_requests);
-    limits.max_tokens = static_cast<int64_t>(num_requests);
-    limits.max_logits = static_cast<int64_t>(num_logits);
     limits.vocab_size = static_cast<int64_t>(vocab_size);
-    limits.max_linear_cols = limits.max_heads = limits.head_dim = 1;
     limits.num_threads = device.pool() != nullptr ? device.pool()->num_threads() : 1;
     const int64_t workspace_bytes = std::max<int64_t>(device.kernels().workspace_bytes(limits), 1);
     const Buffer workspace = device.allocate(static_cast<size_t>(workspace_bytes), "workspace");
 
-    SampleTask task = {};
-    task.kernels = &device.kernels();
-    task.params =
-        SampleParams{static_cast<float*>(device_logits.data()), static_cast<int64_t>(vocab_size)};
-    StepContext& ctx = task.ctx;
+    const SampleParams params{static_cast<float*>(device_logits.data()),
+                              static_cast<int64_t>(vocab_size)};
+    StepContext ctx;
     ctx.device = &device;
     ctx.pool = device.pool();
     ctx.stream = device.stream();
@@ -140,11 +118,7 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
     ctx.infer.max_logits = static_cast<int32_t>(num_logits);
     ctx.workspace = workspace.data();
     ctx.workspace_bytes = workspace.bytes();
-    device.submit(run_sample, &task);
-    device.synchronize();
-    if (task.error != nullptr) {
-      std::rethrow_exception(task.error);
-    }
+    run_on_stream(device, [&] { device.kernels().sample(params, ctx); });
     if (num_requests > 0) {
       device.copy_out(sampled.data(), device_sampled.data(), num_requests * sizeof(int32_t));
     }

@@ -32,11 +32,6 @@ void bind_session(nb::module_& m) {
              int32_t block_size, int32_t max_blocks, int64_t max_position) {
             ProgramSession::Limits limits{max_requests, max_tokens, max_logits,  num_blocks,
                                           block_size,   max_blocks, max_position};
-            for (int64_t limit :
-                 {int64_t{max_requests}, int64_t{max_tokens}, int64_t{max_logits},
-                  int64_t{num_blocks}, int64_t{block_size}, int64_t{max_blocks}, max_position}) {
-              check(limit > 0, "session", "limits must be positive");
-            }
             new (self) SessionHandle(
                 std::make_shared<ProgramSession>(device.share(), program, limits), "session");
           },

@@ -1,19 +1,19 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include <sched.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <condition_variable>
 #include <cstring>
-#include <fstream>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
 
 #include "core/device.h"
 #include "core/error.h"
+#include "core/host_memory.h"
 #include "ops/kernels.h"
 
 namespace mrv1 {
@@ -33,37 +33,26 @@ int usable_cores() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
-// Reads one "Name:  123 kB" line of /proc/meminfo, in bytes; 0 if it is not there.
-size_t meminfo_bytes(const std::string& name) {
-  std::ifstream file("/proc/meminfo");
-  std::string key, unit;
-  size_t value = 0;
-  while (file >> key >> value) {
-    std::getline(file, unit);
-    if (key == name + ":") return value * 1024;
-  }
-  return 0;
-}
-
 // The CPU as a device with one in-order stream: a thread that runs submitted tasks in turn, with a
 // pool of workers for the loops inside them. Memory is mapped on demand, so pages that are never
 // written (an unused part of the KV cache) cost nothing.
 class CpuDevice final : public Device {
  public:
-  explicit CpuDevice(int num_threads)
-      : owner_(getpid()), pool_(num_threads > 0 ? num_threads : usable_cores()) {
-    stream_thread_ = new std::thread([this] { run_stream(); });
+  explicit CpuDevice(int num_threads) : pool_(num_threads > 0 ? num_threads : usable_cores()) {
+    try {
+      stream_thread_ = std::thread([this] { run_stream(); });
+    } catch (const std::system_error& error) {
+      fail(ErrorKind::kDevice, "cpu", "cannot start the stream's thread: ", error.what());
+    }
   }
 
   ~CpuDevice() override {
-    if (getpid() != owner_) return;  // the thread is the parent's; its handle is left alone
     {
       std::lock_guard lock(mutex_);
       closing_ = true;
     }
     wake_.notify_all();
-    stream_thread_->join();
-    delete stream_thread_;
+    stream_thread_.join();
   }
 
   DeviceType type() const override { return DeviceType::kCpu; }
@@ -71,9 +60,7 @@ class CpuDevice final : public Device {
   const Kernels& kernels() const override { return cpu_kernels(); }
   ThreadPool* pool() override { return &pool_; }
 
-  MemoryInfo memory() const override {
-    return {meminfo_bytes("MemAvailable"), meminfo_bytes("MemTotal")};
-  }
+  MemoryInfo memory() const override { return read_host_memory("/"); }
 
   Buffer allocate(size_t bytes, std::string_view what) override {
     return map(bytes, what, /*host_visible=*/false);
@@ -112,10 +99,9 @@ class CpuDevice final : public Device {
 
   void synchronize() override {
     std::unique_lock lock(mutex_);
-    drained_.wait(lock, [this] { return head_ == tail_; });
+    // Not for an empty queue, which others may keep filled.
+    drained_.wait(lock, [this, last = tail_] { return head_ >= last; });
   }
-
-  void abandon() override { pool_.abandon(); }
 
  private:
   struct Task {
@@ -154,14 +140,13 @@ class CpuDevice final : public Device {
 
   void release(void* data, void*, size_t bytes) noexcept override { munmap(data, bytes); }
 
-  const pid_t owner_;
   ThreadPool pool_;
   std::mutex mutex_;
   std::condition_variable wake_, drained_;
   std::array<Task, kQueueLength> queue_{};
   uint64_t head_ = 0, tail_ = 0;
   bool closing_ = false;
-  std::thread* stream_thread_ = nullptr;
+  std::thread stream_thread_;
 };
 
 }  // namespace

@@ -71,17 +71,15 @@ class Device {
   virtual void submit(void (*fn)(void* arg), void* arg) = 0;
   // Waits until *sequence >= value, where device work stores the sequence.
   virtual void wait_sequence(const std::atomic<uint64_t>& sequence, uint64_t value) = 0;
-  // Waits for all submitted work.
+  // Waits for all work submitted before the call, by whichever thread.
   virtual void synchronize() = 0;
   // From inside a task that failed: waits for what it and earlier tasks started asynchronously.
   virtual void settle() noexcept {}
 
-  // CPU only, else null.
+  // CPU only, else null. Used from inside submitted tasks only.
   virtual ThreadPool* pool() { return nullptr; }
   // The native stream handle (cudaStream_t) or null on the CPU.
   virtual void* stream() { return nullptr; }
-  // In a forked child: forget threads and handles that belong to the parent.
-  virtual void abandon() {}
 
  private:
   friend class Buffer;

@@ -138,23 +138,14 @@ ThreadPool::ThreadPool(int num_threads) : impl_(std::make_unique<Impl>()) {
   }
 }
 
-ThreadPool::~ThreadPool() {
-  if (impl_) impl_->stop();
-}
+ThreadPool::~ThreadPool() { impl_->stop(); }
 
-int ThreadPool::num_threads() const {
-  return impl_ ? static_cast<int>(impl_->threads.size()) + 1 : 1;
-}
-
-void ThreadPool::abandon() {
-  // Leaked: neither the threads nor a mutex that one of them held exist usefully in this process.
-  static_cast<void>(impl_.release());
-}
+int ThreadPool::num_threads() const { return static_cast<int>(impl_->threads.size()) + 1; }
 
 void ThreadPool::run(int64_t count, int64_t grain, const void* state, Body body) {
   if (count <= 0) return;
   grain = std::max<int64_t>(grain, 1);
-  if (!impl_ || impl_->threads.empty() || count <= grain) {
+  if (impl_->threads.empty() || count <= grain) {
     body(state, 0, count, 0);
     return;
   }

@@ -29,9 +29,6 @@ class ThreadPool {
     });
   }
 
-  // In a forked child the workers do not exist: forget them instead of joining.
-  void abandon();
-
  private:
   using Body = void (*)(const void* state, int64_t begin, int64_t end, int thread);
   void run(int64_t count, int64_t grain, const void* state, Body body);

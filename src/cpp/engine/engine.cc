@@ -97,7 +97,7 @@ void Engine::release_ended() {
   const uint64_t retired = launched_.empty() ? UINT64_MAX : launched_.front().step - 1;
   std::erase_if(draining_, [&](Request& request) {
     if (request.last_step > retired) return false;
-    runner_->free_row(request.handle.row);
+    runner_->free_row(request.handle);
     blocks_.release(request.blocks);
     return true;
   });
@@ -125,7 +125,7 @@ void Engine::cover_with_blocks(Request& request, int32_t tokens) {
     --request.blocks_reserved;
   }
   if (request.blocks.size() > held) {
-    runner_->append_blocks(request.handle.row, std::span(request.blocks).subspan(held));
+    runner_->append_blocks(request.handle, std::span(request.blocks).subspan(held));
   }
 }
 
@@ -138,7 +138,7 @@ bool Engine::launch() {
   const auto schedule = [&](const std::string& id, Request& request, int32_t tokens) {
     cover_with_blocks(request, request.num_launched + tokens);
     request.num_launched += tokens;
-    batch_.push_back({request.handle.row, tokens});
+    batch_.push_back({request.handle.row, tokens, request.handle.generation});
     launched.requests.emplace_back(id, request.handle);
     budget -= tokens;
   };
@@ -188,6 +188,11 @@ void Engine::take_in(std::vector<RequestOutput>& outputs) {
       continue;
     }
     const OutputEntry& entry = output.entries.at(i);
+    if (entry.masked != 0) {
+      // It ended in no step that was taken in, so the device never got it, or lost it.
+      end(id, RequestEnd::kError, "the device lost the request's row", outputs);
+      continue;
+    }
     if (entry.token < 0 && entry.finish_reason == FinishReason::kNone) continue;
     const RequestEnd reason = end_of(entry.finish_reason);
     if (reason == RequestEnd::kNone) {

@@ -45,7 +45,8 @@ class Engine {
  public:
   explicit Engine(std::shared_ptr<ModelRunner> runner);
 
-  // Queues a request; kRequest errors name what does not fit. Nothing is queued on error.
+  // Queues a request; kRequest and kInvalidArgument errors name what does not fit. Nothing is
+  // queued on error.
   void add_request(EngineRequest request);
   // Ends a request; its kAbort output comes with the next step(), or never if the caller does not
   // want a report. False if it is not there.

@@ -19,7 +19,6 @@ class MappedFile {
   const void* read(size_t offset, size_t bytes) const;
   // Gives the pages of the range back to the page cache: they no longer count as resident.
   void drop(size_t offset, size_t bytes) const;
-  const std::string& path() const { return path_; }
   size_t size() const { return size_; }
 
  private:

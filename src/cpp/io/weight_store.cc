@@ -35,28 +35,31 @@ uint64_t mix(uint64_t x) {
 
 }  // namespace
 
-WeightStore::WeightStore(const Program& program, Device& device)
-    : program_(&program), device_(&device) {
-  const auto& specs = program.weights();
-  std::vector<bool> in_linear(specs.size(), false);
+std::vector<WeightView> stored_weights(const Program& program, WeightLayout linear_layout) {
+  std::vector<WeightView> weights;
+  for (const WeightSpec& spec : program.weights()) {
+    weights.push_back({.dtype = spec.kind == WeightKind::kVector ? DType::kF32 : program.dtype(),
+                       .rows = spec.rows,
+                       .cols = spec.cols});
+  }
   for (const Op& op : program.ops()) {
     if (op.kind == OpKind::kLinear || op.kind == OpKind::kLinearSiluMul) {
-      in_linear[op.weights[0]] = true;
+      weights[op.weights[0]].layout = linear_layout;
     }
   }
-  for (size_t i = 0; i < specs.size(); ++i) {
-    const WeightSpec& spec = specs[i];
-    WeightView view;
-    view.dtype = spec.kind == WeightKind::kVector ? DType::kF32 : program.dtype();
-    view.layout = in_linear[i] ? device.kernels().linear_layout : WeightLayout::kRowMajor;
-    view.rows = spec.rows;
-    view.cols = spec.cols;
-    const int64_t bytes = weight_bytes(view.dtype, view.layout, view.rows, view.cols);
-    buffers_.push_back(device.allocate(static_cast<size_t>(bytes), "weight " + spec.name));
-    view.data = buffers_.back().data();
-    views_.push_back(view);
+  return weights;
+}
+
+WeightStore::WeightStore(const Program& program, Device& device)
+    : program_(&program),
+      device_(&device),
+      views_(stored_weights(program, device.kernels().linear_layout)) {
+  for (size_t i = 0; i < views_.size(); ++i) {
+    const WeightSpec& spec = program.weights()[i];
+    buffers_.push_back(
+        device.allocate(static_cast<size_t>(weight_bytes(views_[i])), "weight " + spec.name));
+    views_[i].data = buffers_[i].data();
     loaded_.emplace_back(spec.segments.size(), false);
-    bytes_ += bytes;
   }
 }
 
@@ -76,7 +79,10 @@ void WeightStore::store_rows(int32_t weight, int64_t row_start, int64_t rows, co
                              DType dtype) {
   const WeightView& view = views_[weight];
   if (view.layout == WeightLayout::kPanel16) {
-    pack_panels(view, buffers_[weight].data(), source, dtype, row_start, rows, *device_->pool());
+    // The pool is the stream's, on which other runners of the device may be at work.
+    run_on_stream(*device_, [&] {
+      pack_panels(view, buffers_[weight].data(), source, dtype, row_start, rows, *device_->pool());
+    });
     return;
   }
   const int64_t count = rows * view.cols;
@@ -151,8 +157,10 @@ void WeightStore::fill_random(int32_t weight, uint64_t seed, float range) {
       }
     };
     if (device_->pool() != nullptr) {
-      device_->pool()->parallel_for(count, 1 << 16,
-                                    [&](int64_t begin, int64_t end, int) { fill(begin, end); });
+      run_on_stream(*device_, [&] {
+        device_->pool()->parallel_for(count, 1 << 16,
+                                      [&](int64_t begin, int64_t end, int) { fill(begin, end); });
+      });
     } else {
       fill(0, count);
     }

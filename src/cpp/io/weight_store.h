@@ -12,9 +12,12 @@
 
 namespace mrv1 {
 
-// The one copy of every weight of a program, in the dtype and layout its kernels read: matrices
-// that a linear op reads in the backend's linear layout (an embedding tied to it gathers from the
-// same copy), other matrices by rows, vectors in float32.
+// How each weight of a program is stored, by weight index; addresses are not filled in. Matrices
+// that a linear op reads are in the backend's linear layout, others by rows, vectors in float32.
+std::vector<WeightView> stored_weights(const Program& program, WeightLayout linear_layout);
+
+// The one copy of every weight of a program, in the dtype and layout its kernels read. An embedding
+// that is tied to a linear op gathers from the same copy.
 class WeightStore {
  public:
   WeightStore(const Program& program, Device& device);
@@ -34,7 +37,6 @@ class WeightStore {
   void check_complete() const;
 
   const std::vector<WeightView>& views() const { return views_; }
-  int64_t bytes() const { return bytes_; }
 
  private:
   void check_segment(int32_t weight, int32_t segment, DType source) const;
@@ -45,7 +47,6 @@ class WeightStore {
   std::vector<Buffer> buffers_;
   std::vector<WeightView> views_;
   std::vector<std::vector<bool>> loaded_;
-  int64_t bytes_ = 0;
 };
 
 }  // namespace mrv1

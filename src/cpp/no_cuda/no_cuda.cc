@@ -8,8 +8,9 @@ bool is_built() { return false; }
 
 bool is_available() { return false; }
 
-std::string describe() { return "built without CUDA"; }
+// The build says why: cmake/Mrv1Cuda.cmake.
+std::string describe() { return "built without CUDA: " MRV1_NO_CUDA_REASON; }
 
-std::unique_ptr<Device> make_device(int) { fail(ErrorKind::kDevice, "cuda", "built without CUDA"); }
+std::unique_ptr<Device> make_device(int) { fail(ErrorKind::kDevice, "cuda", describe()); }
 
 }  // namespace mrv1::cuda

@@ -12,6 +12,7 @@ enum class CpuIsa {
   kAvx2,        // AVX2 and FMA
   kAvx512,      // AVX-512 F, BW, DQ, VL
   kAvx512Bf16,  // the same with bfloat16 dot products. They treat subnormals as zero.
+  kAmxBf16,     // kAvx512, with bfloat16 linears on AMX tiles. They treat subnormals as zero.
 };
 
 constexpr std::string_view cpu_isa_name(CpuIsa isa) {
@@ -24,11 +25,14 @@ constexpr std::string_view cpu_isa_name(CpuIsa isa) {
       return "avx512";
     case CpuIsa::kAvx512Bf16:
       return "avx512_bf16";
+    case CpuIsa::kAmxBf16:
+      return "amx_bf16";
   }
   return "?";
 }
 
-// The best of them that this processor and operating system have. Detected once.
+// The best of them that this processor and operating system have. Detected once; Linux is then
+// asked to let this process use AMX tiles.
 CpuIsa detect_cpu_isa();
 
 // The one the kernels use unless forced: detect_cpu_isa(), except that Intel's processors get

@@ -14,9 +14,9 @@
 
 namespace mrv1 {
 
-// Limits of a runner, from which a backend says how much scratch its kernels need at most.
+// Sizes from which a backend says how much scratch its kernels need at most.
 struct WorkspaceLimits {
-  int64_t max_requests, max_tokens, max_logits, vocab_size, max_linear_cols, max_heads, head_dim;
+  int64_t vocab_size, head_dim;
   int num_threads;
 };
 

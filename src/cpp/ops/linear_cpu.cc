@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "ops/cpu_isa.h"
 #include "ops/vector_ops.h"
 
 namespace mrv1 {
@@ -11,6 +12,8 @@ namespace {
 
 // Rows whose float32 sums a thread holds at a time, on its stack.
 constexpr int64_t kRowsPerBlock = 48;
+constexpr int64_t kAmxRowsPerBlock = 64;  // two by two tiles, twice
+constexpr int64_t kMaxRowsPerBlock = std::max(kRowsPerBlock, kAmxRowsPerBlock);
 // Rows of one piece of work: its panels are read from cache for all but the first block.
 constexpr int64_t kRowsPerItem = 192;
 // With more rows than this, panels are read again and should stay in the second-level cache.
@@ -39,6 +42,23 @@ void check_params(const LinearParams& params) {
   }
 }
 
+// What computes the sums, and for how many rows at a time. The choice depends on the weight alone,
+// so that each of its outputs has one order of summation.
+struct SumKernel {
+  void (*run)(const LinearBlock& block);
+  int64_t block_rows;
+};
+
+SumKernel sum_kernel(const TypedVectorOps& ops, [[maybe_unused]] const WeightView& weight) {
+#if defined(__x86_64__)
+  if (current_cpu_isa() == CpuIsa::kAmxBf16 && weight.dtype == DType::kBF16 &&
+      weight.cols % amx::kAmxCols == 0) {
+    return {amx::linear, kAmxRowsPerBlock};
+  }
+#endif
+  return {ops.linear, kRowsPerBlock};
+}
+
 }  // namespace
 
 void linear_cpu(const LinearParams& params, const StepContext& ctx) {
@@ -46,6 +66,7 @@ void linear_cpu(const LinearParams& params, const StepContext& ctx) {
   check_params(params);
   const auto store_row = vector_ops(params.out_dtype, "linear").store_row;
   const WeightView& weight = params.weight;
+  const SumKernel kernel = sum_kernel(ops, weight);
   const int64_t rows = params.logits_rows ? ctx.sizes.num_logits : ctx.sizes.num_tokens;
   const int64_t size = static_cast<int64_t>(dtype_size(params.dtype));
   const int64_t out_size = static_cast<int64_t>(dtype_size(params.out_dtype));
@@ -67,7 +88,7 @@ void linear_cpu(const LinearParams& params, const StepContext& ctx) {
     const int num_outs = static_cast<int>(std::min<int64_t>(group_outs, out_panels - first));
     const int64_t col = first * kPanelRows;
     const int64_t num_cols = std::min<int64_t>(num_outs * kPanelRows, out_cols - col);
-    alignas(64) float sums[kRowsPerBlock * kMaxPanels * kPanelRows];
+    alignas(64) float sums[kMaxRowsPerBlock * kMaxPanels * kPanelRows];
     LinearBlock block;
     block.x_stride = weight.cols;
     block.cols = weight.cols;
@@ -80,10 +101,10 @@ void linear_cpu(const LinearParams& params, const StepContext& ctx) {
         block.panels[num_outs + p] = panels + (out_panels + first + p) * panel_bytes;
       }
     }
-    for (int64_t row = row_begin; row < row_end; row += kRowsPerBlock) {
-      block.rows = std::min(kRowsPerBlock, row_end - row);
+    for (int64_t row = row_begin; row < row_end; row += kernel.block_rows) {
+      block.rows = std::min(kernel.block_rows, row_end - row);
       block.x = static_cast<const char*>(params.x) + row * weight.cols * size;
-      ops.linear(block);
+      kernel.run(block);
       const float* bias = params.bias == nullptr ? nullptr : params.bias + col;
       for (int64_t r = 0; r < block.rows; ++r) {
         const float* sum = sums + r * block.out_stride;

@@ -10,6 +10,7 @@ const VectorOps& vector_ops() {
   switch (current_cpu_isa()) {
     case CpuIsa::kAvx512Bf16:
       return avx512bf16::kVectorOps;
+    case CpuIsa::kAmxBf16:
     case CpuIsa::kAvx512:
       return avx512::kVectorOps;
     case CpuIsa::kAvx2:

@@ -94,6 +94,13 @@ const VectorOps& vector_ops();
 // The entries for an activation dtype. Throws kInvalidArgument unless it is float32 or bfloat16.
 const TypedVectorOps& vector_ops(DType dtype, std::string_view op);
 
+namespace amx {
+// Columns of a weight that this takes are a multiple of this.
+constexpr int64_t kAmxCols = 32;
+// TypedVectorOps::linear for bfloat16. The order of a sum is this function's own.
+void linear(const LinearBlock& block);
+}  // namespace amx
+
 namespace portable {
 extern const VectorOps kVectorOps;
 }

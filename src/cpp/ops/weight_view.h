@@ -39,6 +39,10 @@ constexpr int64_t weight_bytes(DType dtype, WeightLayout layout, int64_t rows, i
   return (rows + kPanelRows - 1) / kPanelRows * kPanelRows * panel_cols(dtype, cols) * size;
 }
 
+constexpr int64_t weight_bytes(const WeightView& weight) {
+  return weight_bytes(weight.dtype, weight.layout, weight.rows, weight.cols);
+}
+
 // Index (in elements) of (row, col) in a kPanel16 weight.
 MRV1_HD int64_t panel_index(DType dtype, int64_t cols, int64_t row, int64_t col) {
   const int64_t panel = row / kPanelRows;

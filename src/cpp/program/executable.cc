@@ -38,14 +38,16 @@ Executable::Executable(const Program& program, const PlanLimits& limits, Device&
     const std::vector<float> table = rope_values(spec, max_position);
     ropes_.push_back(device.allocate(table.size() * sizeof(float), "rope table"));
     device.copy_in(ropes_.back().data(), table.data(), table.size() * sizeof(float));
-    rope_bytes_ += static_cast<int64_t>(table.size() * sizeof(float));
   }
   calls_.reserve(program.ops().size());
   for (const Op& op : program.ops()) calls_.push_back(bind(program, op, weights, kv));
 }
 
 void* Executable::value(int32_t id) const {
-  return static_cast<char*>(arena_.data()) + plan_.offsets.at(id);
+  check(id >= 0 && id < static_cast<int32_t>(plan_.offsets.size()), "executable", "no value ", id);
+  const int64_t offset = plan_.offsets[id];
+  check(offset >= 0, "executable", "value ", id, " was fused away: no op writes it");
+  return static_cast<char*>(arena_.data()) + offset;
 }
 
 Executable::Call Executable::bind(const Program& program, const Op& op,

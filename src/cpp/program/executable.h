@@ -28,13 +28,9 @@ class Executable {
   void run(const StepContext& ctx, size_t first, size_t last) const;
   void run(const StepContext& ctx) const { run(ctx, 0, calls_.size()); }
 
-  size_t num_ops() const { return calls_.size(); }
-  // Device address of a value.
+  // Device address of a value. Its bytes are reused after its last reader, unless it is an input or
+  // an output. kInvalidArgument if no op writes it.
   void* value(int32_t id) const;
-  const Plan& plan() const { return plan_; }
-  // Bytes of activations and rope tables.
-  int64_t arena_bytes() const { return plan_.arena_bytes; }
-  int64_t rope_bytes() const { return rope_bytes_; }
 
  private:
   using Call = std::variant<EmbeddingParams, RmsNormParams, LinearParams, AddParams, SiluMulParams,
@@ -46,7 +42,6 @@ class Executable {
   Plan plan_;
   Buffer arena_;
   std::vector<Buffer> ropes_;
-  int64_t rope_bytes_ = 0;
   int64_t max_position_;
   std::vector<Call> calls_;
 };

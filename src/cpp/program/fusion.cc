@@ -131,6 +131,12 @@ std::vector<std::pair<std::string, int>> Program::fuse() {
       for (int32_t index : found) chain.push_back(&ops_[index]);
       if (!pattern.accepts(chain, *this)) continue;
       Op fused = pattern.fuse(chain);
+      for (const Op* op : chain) {
+        for (int32_t id : op->outputs) {
+          values_[id].fused_away =
+              std::find(fused.outputs.begin(), fused.outputs.end(), id) == fused.outputs.end();
+        }
+      }
       ops_[found.back()] = std::move(fused);
       for (size_t k = found.size() - 1; k-- > 0;) ops_.erase(ops_.begin() + found[k]);
       ++count;

@@ -79,7 +79,10 @@ class ArenaPlanner {
 
 int64_t value_bytes(const Value& value, const PlanLimits& limits) {
   const int64_t rows = value.space == RowSpace::kTokens ? limits.max_tokens : limits.max_logits;
-  const int64_t bytes = rows * value.cols * static_cast<int64_t>(dtype_size(value.dtype));
+  const int64_t row_bytes = value.cols * static_cast<int64_t>(dtype_size(value.dtype));
+  check(rows <= kMaxTensorBytes / row_bytes, "plan", "a value of ", rows, " rows and ", value.cols,
+        " columns is too large: at most 2^48 bytes are allowed");
+  const int64_t bytes = rows * row_bytes;
   return (bytes + kArenaAlignment - 1) / kArenaAlignment * kArenaAlignment;
 }
 

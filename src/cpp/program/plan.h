@@ -24,7 +24,7 @@ struct Plan {
 
 constexpr int64_t kArenaAlignment = 256;
 
-// Bytes of a value at the limits.
+// Bytes of a value at the limits. kInvalidArgument above kMaxTensorBytes.
 int64_t value_bytes(const Value& value, const PlanLimits& limits);
 
 Plan plan_buffers(const Program& program, const PlanLimits& limits);

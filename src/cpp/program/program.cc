@@ -1,7 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include "program/program.h"
 
-#include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "core/error.h"
@@ -47,6 +47,7 @@ Program::Program(DType dtype) : dtype_(dtype) {
 
 const Value& Program::value(int32_t id, std::string_view op) const {
   check(id >= 0 && id < static_cast<int32_t>(values_.size()), op, "no value ", id);
+  check(!values_[id].fused_away, op, "value ", id, " was fused away: no op writes it");
   return values_[id];
 }
 
@@ -61,12 +62,33 @@ void Program::check_vector(int32_t weight, int64_t size, std::string_view op) co
         "' must be a vector of ", size, " elements");
 }
 
+void Program::check_matrix(int32_t weight, int64_t cols, std::string_view op) const {
+  const WeightSpec& spec = weight_spec(weight, op);
+  check(spec.kind == WeightKind::kMatrix && spec.cols == cols, op, "weight '", spec.name, "' has ",
+        spec.cols, " columns, x has ", cols);
+}
+
+// The kernel adds rows of tokens in the program's dtype.
+void Program::check_addend(const Value& value, int64_t cols, std::string_view op) const {
+  check(value.space == RowSpace::kTokens, op, "operands must have one row a token");
+  check(value.dtype == dtype_, op, "operands must be ", dtype_name(dtype_), ", not ",
+        dtype_name(value.dtype));
+  check(value.cols == cols, op, "operands differ in shape: ", cols, " and ", value.cols,
+        " columns");
+}
+
 int32_t Program::weight(WeightSpec spec) {
   check(spec.rows > 0 && spec.cols > 0, "weight", "'", spec.name, "' is empty");
+  check(spec.rows <= kMaxExtent && spec.cols <= kMaxExtent &&
+            spec.rows <= kMaxTensorBytes / 4 / spec.cols,
+        "weight", "'", spec.name, "' is too large: [", spec.rows, ", ", spec.cols,
+        "], at most 2^31 rows or columns and 2^48 bytes are allowed");
+  check(spec.kind == WeightKind::kMatrix || spec.cols == 1, "weight", "'", spec.name,
+        "' is a vector and must have 1 column, not ", spec.cols);
   int64_t row = 0;
   for (const WeightSegment& segment : spec.segments) {
-    check(segment.row_start == row && segment.rows > 0, "weight", "segments of '", spec.name,
-          "' must follow each other");
+    check(segment.row_start == row && segment.rows > 0 && segment.rows <= spec.rows - row, "weight",
+          "segments of '", spec.name, "' must follow each other and fit its ", spec.rows, " rows");
     row += segment.rows;
   }
   check(row == spec.rows, "weight", "segments of '", spec.name, "' cover ", row, " of ", spec.rows,
@@ -76,20 +98,20 @@ int32_t Program::weight(WeightSpec spec) {
 }
 
 int32_t Program::add_value(std::string name, RowSpace space, int64_t cols, DType dtype) {
-  values_.push_back(Value{std::move(name), space, cols, dtype});
+  values_.push_back({.name = std::move(name), .space = space, .cols = cols, .dtype = dtype});
   return static_cast<int32_t>(values_.size()) - 1;
 }
 
-int32_t Program::emit(Op op, std::string_view name, RowSpace space, int64_t cols, DType dtype) {
+int32_t Program::emit(Op op, RowSpace space, int64_t cols, DType dtype) {
   op.layer = layer_;
-  const int32_t id = add_value(std::string(name), space, cols, dtype);
+  const int32_t id = add_value("", space, cols, dtype);
   op.outputs = {id};
   ops_.push_back(std::move(op));
   return id;
 }
 
 int32_t Program::input(std::string name, int64_t cols, RowSpace space) {
-  check(cols > 0, "input", "cols must be positive");
+  check(cols > 0 && cols <= kMaxExtent, "input", "cols must be in [1, 2^31], not ", cols);
   const int32_t id = add_value(std::move(name), space, cols, dtype_);
   inputs_.push_back(id);
   return id;
@@ -103,8 +125,8 @@ void Program::output(int32_t id) {
 int32_t Program::embedding(int32_t table) {
   const WeightSpec& spec = weight_spec(table, "embedding");
   check(spec.kind == WeightKind::kMatrix, "embedding", "'", spec.name, "' must be a matrix");
-  return emit({.kind = OpKind::kEmbedding, .weights = {table}}, "embedding", RowSpace::kTokens,
-              spec.cols, dtype_);
+  return emit({.kind = OpKind::kEmbedding, .weights = {table}}, RowSpace::kTokens, spec.cols,
+              dtype_);
 }
 
 int32_t Program::rms_norm(int32_t x, int32_t weight, float eps) {
@@ -112,31 +134,34 @@ int32_t Program::rms_norm(int32_t x, int32_t weight, float eps) {
   check_vector(weight, in.cols, "rms_norm");
   check(in.dtype == dtype_, "rms_norm", "x must be ", dtype_name(dtype_));
   check(eps >= 0.0f, "rms_norm", "eps must not be negative");
-  return emit({.kind = OpKind::kRmsNorm, .inputs = {x}, .weights = {weight}, .eps = eps}, "norm",
-              in.space, in.cols, dtype_);
+  return emit({.kind = OpKind::kRmsNorm, .inputs = {x}, .weights = {weight}, .eps = eps}, in.space,
+              in.cols, dtype_);
 }
 
 int32_t Program::add(int32_t a, int32_t b) {
-  const Value left = value(a, "add");
-  const Value right = value(b, "add");
-  check(left.cols == right.cols && left.space == right.space && left.dtype == right.dtype, "add",
-        "operands differ in shape or dtype: ", left.cols, " and ", right.cols, " columns");
-  return emit({.kind = OpKind::kAdd, .inputs = {a, b}}, "sum", left.space, left.cols, left.dtype);
+  const int64_t cols = value(a, "add").cols;
+  check_addend(value(a, "add"), cols, "add");
+  check_addend(value(b, "add"), cols, "add");
+  return emit({.kind = OpKind::kAdd, .inputs = {a, b}}, RowSpace::kTokens, cols, dtype_);
 }
 
 int32_t Program::linear(int32_t x, int32_t weight, int32_t bias, int32_t residual,
                         bool row_parallel) {
   const Value in = value(x, "linear");
-  const WeightSpec& spec = weight_spec(weight, "linear");
-  check(spec.kind == WeightKind::kMatrix && spec.cols == in.cols, "linear", "weight '", spec.name,
-        "' has ", spec.cols, " columns, x has ", in.cols);
+  check_matrix(weight, in.cols, "linear");
   check(in.dtype == dtype_, "linear", "x must be ", dtype_name(dtype_));
+  const int64_t rows = weights_[weight].rows;
   Op op{.kind = OpKind::kLinear, .inputs = {x}, .weights = {weight}, .row_parallel = row_parallel};
   if (bias >= 0) {
-    check_vector(bias, spec.rows, "linear");
+    check_vector(bias, rows, "linear");
     op.weights.push_back(bias);
   }
-  const int32_t out = emit(std::move(op), "linear", in.space, spec.rows, dtype_);
+  if (residual >= 0) {
+    check(in.space == RowSpace::kTokens, "linear",
+          "x must have one row a token to take a residual");
+    check_addend(value(residual, "linear"), rows, "linear");
+  }
+  const int32_t out = emit(std::move(op), in.space, rows, dtype_);
   return residual < 0 ? out : add(out, residual);
 }
 
@@ -144,11 +169,17 @@ int32_t Program::silu_mul(int32_t x) {
   const Value in = value(x, "silu_mul");
   check(in.cols % 2 == 0, "silu_mul", "x needs an even number of columns, has ", in.cols);
   check(in.space == RowSpace::kTokens, "silu_mul", "x must have one row a token");
-  return emit({.kind = OpKind::kSiluMul, .inputs = {x}}, "silu_mul", in.space, in.cols / 2, dtype_);
+  return emit({.kind = OpKind::kSiluMul, .inputs = {x}}, in.space, in.cols / 2, dtype_);
 }
 
 int32_t Program::rope_table(RopeSpec spec) {
   check(!spec.inv_freq.empty(), "rope_table", "inv_freq is empty");
+  check(spec.inv_freq.size() <= kMaxHeadDim / 2, "rope_table", "inv_freq has ",
+        spec.inv_freq.size(), " frequencies, at most ", kMaxHeadDim / 2, " are allowed");
+  for (float frequency : spec.inv_freq) {
+    check(std::isfinite(frequency), "rope_table", "inv_freq must be finite");
+  }
+  check(std::isfinite(spec.factor), "rope_table", "factor must be finite");
   ropes_.push_back(std::move(spec));
   return static_cast<int32_t>(ropes_.size()) - 1;
 }
@@ -159,8 +190,10 @@ int32_t Program::attention(int32_t qkv, const AttentionSpec& spec) {
   check(heads.num_heads > 0 && heads.num_kv_heads > 0 && heads.num_heads % heads.num_kv_heads == 0,
         "attention", heads.num_heads, " query heads do not divide into ", heads.num_kv_heads,
         " key/value heads");
-  check(heads.head_dim > 0 && heads.head_dim % 8 == 0 && heads.head_dim <= 256, "attention",
-        "head_dim must be a multiple of 8 up to 256, not ", heads.head_dim);
+  check(heads.num_heads <= kMaxHeads, "attention", "num_heads must be at most ", kMaxHeads,
+        ", not ", heads.num_heads);
+  check(heads.head_dim > 0 && heads.head_dim % 8 == 0 && heads.head_dim <= kMaxHeadDim, "attention",
+        "head_dim must be a multiple of 8 up to ", kMaxHeadDim, ", not ", heads.head_dim);
   check(in.cols == heads.qkv_cols() && in.space == RowSpace::kTokens, "attention", "qkv has ",
         in.cols, " columns, the heads need ", heads.qkv_cols());
   check(spec.window >= 0, "attention", "window must not be negative");
@@ -168,31 +201,35 @@ int32_t Program::attention(int32_t qkv, const AttentionSpec& spec) {
         "q_norm and k_norm go together: give both or none");
   check(spec.kv_layer >= 0 && spec.kv_layer < 65536, "attention", "kv layer ", spec.kv_layer,
         " is out of range");
-  if (spec.kv_layer >= static_cast<int32_t>(kv_layers_.size())) {
-    kv_layers_.resize(spec.kv_layer + 1);
-  }
-  check(kv_layers_[spec.kv_layer].num_heads == 0, "attention", "kv layer ", spec.kv_layer,
-        " is used twice");
-  kv_layers_[spec.kv_layer] = heads;
-
-  int32_t x = qkv;
+  const bool new_layer = spec.kv_layer >= static_cast<int32_t>(kv_layers_.size());
+  check(new_layer || kv_layers_[spec.kv_layer].num_heads == 0, "attention", "kv layer ",
+        spec.kv_layer, " is used twice");
   if (spec.q_norm >= 0) {
     check_vector(spec.q_norm, heads.head_dim, "attention");
     check_vector(spec.k_norm, heads.head_dim, "attention");
-    x = emit({.kind = OpKind::kQkNorm,
-              .inputs = {x},
-              .weights = {spec.q_norm, spec.k_norm},
-              .eps = spec.eps,
-              .heads = heads},
-             "qk_norm", in.space, in.cols, dtype_);
+    check(spec.eps >= 0.0f, "attention", "eps must not be negative");
   }
   if (spec.rope >= 0) {
     check(spec.rope < static_cast<int32_t>(ropes_.size()), "attention", "no rope table ",
           spec.rope);
     check(static_cast<int32_t>(ropes_[spec.rope].inv_freq.size()) * 2 == heads.head_dim,
           "attention", "rope table ", spec.rope, " is not made for head_dim ", heads.head_dim);
-    x = emit({.kind = OpKind::kRope, .inputs = {x}, .heads = heads, .rope = spec.rope}, "rope",
+  }
+
+  if (new_layer) kv_layers_.resize(spec.kv_layer + 1);
+  kv_layers_[spec.kv_layer] = heads;
+  int32_t x = qkv;
+  if (spec.q_norm >= 0) {
+    x = emit({.kind = OpKind::kQkNorm,
+              .inputs = {x},
+              .weights = {spec.q_norm, spec.k_norm},
+              .eps = spec.eps,
+              .heads = heads},
              in.space, in.cols, dtype_);
+  }
+  if (spec.rope >= 0) {
+    x = emit({.kind = OpKind::kRope, .inputs = {x}, .heads = heads, .rope = spec.rope}, in.space,
+             in.cols, dtype_);
   }
   ops_.push_back({.kind = OpKind::kCacheWrite,
                   .inputs = {x},
@@ -205,24 +242,21 @@ int32_t Program::attention(int32_t qkv, const AttentionSpec& spec) {
                .scale = spec.scale,
                .window = spec.window,
                .kv_layer = spec.kv_layer},
-              "attention", in.space, heads.q_cols(), dtype_);
+              in.space, heads.q_cols(), dtype_);
 }
 
 int32_t Program::gather_rows(int32_t x) {
   const Value in = value(x, "gather_rows");
   check(in.space == RowSpace::kTokens, "gather_rows", "x must have one row a token");
-  return emit({.kind = OpKind::kGatherRows, .inputs = {x}}, "gathered", RowSpace::kLogits, in.cols,
-              in.dtype);
+  return emit({.kind = OpKind::kGatherRows, .inputs = {x}}, RowSpace::kLogits, in.cols, in.dtype);
 }
 
 int32_t Program::logits(int32_t x, int32_t weight) {
   check(logits_ < 0, "logits", "the program has its logits already");
+  check_matrix(weight, value(x, "logits").cols, "logits");
   const int32_t rows = gather_rows(x);
-  const WeightSpec& spec = weight_spec(weight, "logits");
-  check(spec.kind == WeightKind::kMatrix && spec.cols == values_[rows].cols, "logits", "weight '",
-        spec.name, "' has ", spec.cols, " columns, x has ", values_[rows].cols);
-  logits_ = emit({.kind = OpKind::kLinear, .inputs = {rows}, .weights = {weight}}, "logits",
-                 RowSpace::kLogits, spec.rows, DType::kF32);
+  logits_ = emit({.kind = OpKind::kLinear, .inputs = {rows}, .weights = {weight}},
+                 RowSpace::kLogits, weights_[weight].rows, DType::kF32);
   output(logits_);
   return logits_;
 }
@@ -267,21 +301,26 @@ std::string Program::dump(std::string_view format) const {
   std::ostringstream out;
   if (format == "dot") {
     out << "digraph program {\n  node [shape=box, fontname=monospace];\n";
-    std::vector<int32_t> producer(values_.size(), -1);
+    std::vector<std::string> producer(values_.size());
+    for (int32_t id : inputs_) {
+      producer[id] = concat("in", id);
+      out << "  in" << id << " [label=\"" << values_[id].name << "\", shape=ellipse];\n";
+    }
     for (size_t i = 0; i < ops_.size(); ++i) {
       out << "  op" << i << " [label=\"" << op_name(ops_[i].kind);
       for (int32_t id : ops_[i].weights) out << "\\n" << weights_[id].name;
       out << "\"];\n";
       for (int32_t id : ops_[i].inputs) {
-        if (producer[id] >= 0) {
-          out << "  op" << producer[id] << " -> op" << i << " [label=\"" << describe(values_[id])
-              << "\"];\n";
-        }
+        out << "  " << producer[id] << " -> op" << i << " [label=\"" << describe(values_[id])
+            << "\"];\n";
       }
-      for (int32_t id : ops_[i].outputs) producer[id] = static_cast<int32_t>(i);
+      for (int32_t id : ops_[i].outputs) producer[id] = concat("op", i);
     }
     out << "}\n";
     return out.str();
+  }
+  for (int32_t id : inputs_) {
+    out << "%" << id << " = input " << values_[id].name << " : " << describe(values_[id]) << "\n";
   }
   const std::vector<Cut> marks = cuts();
   size_t mark = 0;

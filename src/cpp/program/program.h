@@ -17,10 +17,11 @@ enum class RowSpace { kTokens, kLogits };
 
 // A value of the program: a matrix [rows of the space, cols] that one op writes.
 struct Value {
-  std::string name;
+  std::string name;  // of an input, else empty
   RowSpace space = RowSpace::kTokens;
   int64_t cols = 0;
   DType dtype = DType::kF32;
+  bool fused_away = false;  // was inside a chain that a fused op replaced: nothing writes it
 };
 
 enum class OpKind {
@@ -67,6 +68,13 @@ struct WeightSegment {
 
 enum class WeightKind { kMatrix, kVector };
 
+// Bounds of what a program may ask for, far above any model, so that products of sizes stay within
+// 64 bits.
+constexpr int64_t kMaxExtent = int64_t{1} << 31;  // rows or columns of a weight, columns of a value
+constexpr int64_t kMaxTensorBytes = int64_t{1} << 48;  // a weight or a value
+constexpr int32_t kMaxHeads = 1 << 16;
+constexpr int32_t kMaxHeadDim = 256;
+
 // A weight as the program needs it. Several tensors may be stacked by rows (fused projections).
 struct WeightSpec {
   std::string name;
@@ -78,12 +86,14 @@ struct WeightSpec {
 
 // Rotary angles: position p turns pair i by p * inv_freq[i]; cos and sin are multiplied by factor.
 struct RopeSpec {
-  std::vector<float> inv_freq;  // head_dim / 2
+  std::vector<float> inv_freq;  // head_dim / 2, at most kMaxHeadDim / 2
   float factor = 1.0f;
 };
 
 // Where the list can be cut: attention (piecewise graphs), stage (pipeline), collective (tensor and
-// expert parallelism, two-batch overlap). The cut stands before op `op`.
+// expert parallelism, two-batch overlap). The cut stands before op `op`. After fusion the residual
+// add that ends a layer is part of the next layer's first op, so that two values are live at a
+// stage cut: the residual and what is still to be added to it.
 enum class CutKind { kAttention, kStage, kCollective };
 struct Cut {
   CutKind kind;
@@ -92,7 +102,7 @@ struct Cut {
 
 // A model's forward pass as a flat list of native ops. Python wires it once; nothing in it says
 // where or how large it runs. Building methods check shapes and dtypes and throw
-// kInvalidArgument naming the op.
+// kInvalidArgument naming the op; the program is then as it was before.
 class Program {
  public:
   explicit Program(DType dtype);
@@ -127,7 +137,8 @@ class Program {
   void end_layer();
 
   // --- passes --------------------------------------------------------------------------------
-  // Runs the fusion patterns (program/fusion.cc) until none matches; returns how often each did.
+  // Runs each fusion pattern (program/fusion.cc) once over the list, longer patterns before the
+  // shorter ones they contain; returns how often each matched.
   std::vector<std::pair<std::string, int>> fuse();
 
   // --- reading ---------------------------------------------------------------------------------
@@ -147,10 +158,12 @@ class Program {
 
  private:
   int32_t add_value(std::string name, RowSpace space, int64_t cols, DType dtype);
-  int32_t emit(Op op, std::string_view name, RowSpace space, int64_t cols, DType dtype);
+  int32_t emit(Op op, RowSpace space, int64_t cols, DType dtype);
   const Value& value(int32_t id, std::string_view op) const;
   const WeightSpec& weight_spec(int32_t id, std::string_view op) const;
   void check_vector(int32_t weight, int64_t size, std::string_view op) const;
+  void check_matrix(int32_t weight, int64_t cols, std::string_view op) const;
+  void check_addend(const Value& value, int64_t cols, std::string_view op) const;
 
   DType dtype_;
   std::vector<Op> ops_;

@@ -2,16 +2,37 @@
 #include "program/session.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "core/error.h"
 
 namespace mrv1 {
+namespace {
+
+// As a runner has them, so that products of sizes stay within 64 bits.
+ProgramSession::Limits checked_limits(const ProgramSession::Limits& limits) {
+  const auto positive = [](int64_t value, const char* name, int64_t limit) {
+    check(value > 0 && value <= limit, "session", name, " must be in [1, ", limit, "], not ",
+          value);
+  };
+  positive(limits.max_requests, "max_requests", 1 << 16);
+  positive(limits.max_tokens, "max_tokens", 1 << 24);
+  positive(limits.max_logits, "max_logits", 1 << 24);
+  positive(limits.block_size, "block_size", 4096);
+  positive(limits.num_blocks, "num_blocks",
+           std::numeric_limits<int32_t>::max() / limits.block_size);
+  positive(limits.max_blocks, "max_blocks", 1 << 24);
+  positive(limits.max_position, "max_position", 1 << 24);
+  return limits;
+}
+
+}  // namespace
 
 ProgramSession::ProgramSession(std::shared_ptr<Device> device, Program program,
                                const Limits& limits)
     : device_(std::move(device)),
       program_(std::move(program)),
-      limits_(limits),
+      limits_(checked_limits(limits)),
       weights_(program_, *device_) {
   const auto ints = [&](int64_t count) {
     buffers_.push_back(device_->allocate(static_cast<size_t>(count) * 4, "session"));
@@ -45,29 +66,12 @@ ProgramSession::ProgramSession(std::shared_ptr<Device> device, Program program,
   ctx_.stream = device_->stream();
 
   WorkspaceLimits workspace{};
-  workspace.max_requests = limits.max_requests;
-  workspace.max_tokens = limits.max_tokens;
-  workspace.max_logits = limits.max_logits;
-  for (const WeightSpec& weight : program_.weights()) {
-    workspace.vocab_size = std::max(workspace.vocab_size, weight.rows);
-    workspace.max_linear_cols = std::max(workspace.max_linear_cols, weight.cols);
-  }
   for (const HeadShape& heads : program_.kv_layers()) {
-    workspace.max_heads = std::max<int64_t>(workspace.max_heads, heads.num_heads);
     workspace.head_dim = std::max<int64_t>(workspace.head_dim, heads.head_dim);
-    KvCacheLayer layer;
-    layer.dtype = program_.dtype();
-    layer.num_blocks = limits.num_blocks;
-    layer.block_size = limits.block_size;
-    layer.num_kv_heads = heads.num_kv_heads;
-    layer.head_dim = heads.head_dim;
-    layer.token_stride = heads.head_dim;
-    layer.head_stride = int64_t{limits.block_size} * heads.head_dim;
-    layer.block_stride = layer.head_stride * heads.num_kv_heads;
-    const size_t bytes =
-        static_cast<size_t>(layer.block_stride * limits.num_blocks) * dtype_size(layer.dtype);
+    KvCacheLayer layer =
+        kv_cache_layer(program_.dtype(), limits.num_blocks, limits.block_size, heads);
     for (void** side : {&layer.key, &layer.value}) {
-      buffers_.push_back(device_->allocate(bytes, "session KV cache"));
+      buffers_.push_back(device_->allocate(static_cast<size_t>(layer.bytes()), "session KV cache"));
       *side = buffers_.back().data();
     }
     kv_.push_back(layer);
@@ -106,19 +110,29 @@ std::vector<float> ProgramSession::read_floats(const void* source, int64_t count
   return values;
 }
 
-void ProgramSession::set_value(int32_t id, const std::vector<float>& data) {
+const Value& ProgramSession::lasting_value(int32_t id) const {
   check(id >= 0 && id < static_cast<int32_t>(program_.values().size()), "session", "no value ", id);
-  const Value& value = program_.values()[id];
-  const int64_t rows = value.space == RowSpace::kTokens ? limits_.max_tokens : limits_.max_logits;
-  write_floats(executable_->value(id), rows * value.cols, data, value.dtype);
+  const auto holds = [id](const std::vector<int32_t>& ids) {
+    return std::find(ids.begin(), ids.end(), id) != ids.end();
+  };
+  check(holds(program_.inputs()) || holds(program_.outputs()), "session", "value ", id,
+        " is neither an input nor an output: its bytes are reused during a run");
+  return program_.values()[id];
+}
+
+int64_t ProgramSession::max_rows(const Value& value) const {
+  return value.space == RowSpace::kTokens ? limits_.max_tokens : limits_.max_logits;
+}
+
+void ProgramSession::set_value(int32_t id, const std::vector<float>& data) {
+  const Value& value = lasting_value(id);
+  write_floats(executable_->value(id), max_rows(value) * value.cols, data, value.dtype);
 }
 
 std::vector<float> ProgramSession::value(int32_t id, int64_t rows) {
-  check(id >= 0 && id < static_cast<int32_t>(program_.values().size()), "session", "no value ", id);
-  const Value& value = program_.values()[id];
-  check(rows >= 0 &&
-            rows <= (value.space == RowSpace::kTokens ? limits_.max_tokens : limits_.max_logits),
-        "session", rows, " rows are past the limit");
+  const Value& value = lasting_value(id);
+  check(rows >= 0 && rows <= max_rows(value), "session", rows, " rows are outside [0, ",
+        max_rows(value), "]");
   return read_floats(executable_->value(id), rows * value.cols, value.dtype);
 }
 
@@ -156,15 +170,13 @@ void ProgramSession::set_ints(const std::string& name, const std::vector<int32_t
 void ProgramSession::set_cache(int32_t layer, bool values, const std::vector<float>& data) {
   check(layer >= 0 && layer < static_cast<int32_t>(kv_.size()), "session", "no kv layer ", layer);
   const KvCacheLayer& cache = kv_[layer];
-  write_floats(values ? cache.value : cache.key, cache.block_stride * cache.num_blocks, data,
-               cache.dtype);
+  write_floats(values ? cache.value : cache.key, cache.elements(), data, cache.dtype);
 }
 
 std::vector<float> ProgramSession::cache(int32_t layer, bool values) {
   check(layer >= 0 && layer < static_cast<int32_t>(kv_.size()), "session", "no kv layer ", layer);
   const KvCacheLayer& cache = kv_[layer];
-  return read_floats(values ? cache.value : cache.key, cache.block_stride * cache.num_blocks,
-                     cache.dtype);
+  return read_floats(values ? cache.value : cache.key, cache.elements(), cache.dtype);
 }
 
 void ProgramSession::run(int32_t num_requests, int32_t num_tokens, int32_t num_logits) {
@@ -172,22 +184,7 @@ void ProgramSession::run(int32_t num_requests, int32_t num_tokens, int32_t num_l
             num_tokens <= limits_.max_tokens && num_logits >= 0 && num_logits <= limits_.max_logits,
         "session", "the run exceeds the session's limits");
   ctx_.sizes = {num_requests, num_tokens, num_logits};
-  struct Task {
-    ProgramSession* session;
-    std::string error;
-  } task{this, ""};
-  device_->submit(
-      [](void* arg) {
-        Task& task = *static_cast<Task*>(arg);
-        try {
-          task.session->executable_->run(task.session->ctx_);
-        } catch (const std::exception& error) {
-          task.error = error.what();
-        }
-      },
-      &task);
-  device_->synchronize();
-  if (!task.error.empty()) throw Error(ErrorKind::kInvalidArgument, task.error);
+  run_on_stream(*device_, [this] { executable_->run(ctx_); });
 }
 
 }  // namespace mrv1

@@ -28,6 +28,7 @@ class ProgramSession {
 
   WeightStore& weights() { return weights_; }
   const Program& program() const { return program_; }
+  // Inputs and outputs of the program only: the bytes of other values are reused during a run.
   void set_value(int32_t value, const std::vector<float>& data);
   std::vector<float> value(int32_t value, int64_t rows);
   // name: row, query_start_loc, seq_lens, token_batch, token_ids, positions, slot_mapping,
@@ -39,6 +40,8 @@ class ProgramSession {
   void run(int32_t num_requests, int32_t num_tokens, int32_t num_logits);
 
  private:
+  const Value& lasting_value(int32_t id) const;
+  int64_t max_rows(const Value& value) const;
   void write_floats(void* target, int64_t count, const std::vector<float>& data, DType dtype);
   std::vector<float> read_floats(const void* source, int64_t count, DType dtype);
 

@@ -49,15 +49,8 @@ int32_t vocab_size(const Program& program) {
 WorkspaceLimits workspace_limits(const Program& program, const RunnerConfig& config,
                                  Device& device) {
   WorkspaceLimits limits{};
-  limits.max_requests = config.max_num_seqs;
-  limits.max_tokens = config.max_num_batched_tokens;
-  limits.max_logits = config.max_num_seqs;
   limits.vocab_size = vocab_size(program);
-  for (const WeightSpec& weight : program.weights()) {
-    limits.max_linear_cols = std::max(limits.max_linear_cols, weight.cols);
-  }
   for (const HeadShape& heads : program.kv_layers()) {
-    limits.max_heads = std::max<int64_t>(limits.max_heads, heads.num_heads);
     limits.head_dim = std::max<int64_t>(limits.head_dim, heads.head_dim);
   }
   limits.num_threads = device.pool() != nullptr ? device.pool()->num_threads() : 1;
@@ -67,27 +60,22 @@ WorkspaceLimits workspace_limits(const Program& program, const RunnerConfig& con
 // Sizes of the int32 arrays of InferParams, in the order allocate_state() makes them.
 int64_t infer_ints(const RunnerConfig& config) {
   const int64_t requests = config.max_num_seqs, tokens = config.max_num_batched_tokens;
-  return requests * 5 + 1 + tokens * 4 + requests * 2 + sizeof(InferCounts) / 4 +
-         (config.infer_param_view ? 3 * requests : 0);
+  int64_t ints = requests * 5 + 1 + tokens * 4 + requests * 2 + sizeof(InferCounts) / 4;
+  if (config.infer_param_view) {
+    ints += 3 * requests + 8 * requests + 3 * (requests + 1) +
+            requests * max_blocks_per_row(config) + tokens + 7;
+  }
+  return ints;
 }
 
 }  // namespace
 
 MemoryPlan ModelRunner::plan_memory(const Program& program, const RunnerConfig& config,
                                     Device& device) {
+  check_limits(program, config);
   MemoryPlan plan;
-  std::vector<bool> in_linear(program.weights().size(), false);
-  for (const Op& op : program.ops()) {
-    if (op.kind == OpKind::kLinear || op.kind == OpKind::kLinearSiluMul) {
-      in_linear[op.weights[0]] = true;
-    }
-  }
-  for (size_t i = 0; i < program.weights().size(); ++i) {
-    const WeightSpec& spec = program.weights()[i];
-    plan.weights +=
-        weight_bytes(spec.kind == WeightKind::kVector ? DType::kF32 : program.dtype(),
-                     in_linear[i] ? device.kernels().linear_layout : WeightLayout::kRowMajor,
-                     spec.rows, spec.cols);
+  for (const WeightView& weight : stored_weights(program, device.kernels().linear_layout)) {
+    plan.weights += weight_bytes(weight);
   }
   const PlanLimits limits{config.max_num_batched_tokens, config.max_num_seqs};
   plan.activations = plan_buffers(program, limits).arena_bytes +
@@ -102,14 +90,12 @@ MemoryPlan ModelRunner::plan_memory(const Program& program, const RunnerConfig& 
       int64_t{config.max_stop_ids} * 4 + infer_ints(config) * 4 +
       kSlots * static_cast<int64_t>(control_slot_bytes(config) + output_slot_bytes(config));
   for (const HeadShape& heads : program.kv_layers()) {
-    plan.per_block += int64_t{2} * config.block_size * heads.num_kv_heads * heads.head_dim *
-                      static_cast<int64_t>(dtype_size(program.dtype()));
+    plan.per_block += 2 * kv_cache_layer(program.dtype(), 1, config.block_size, heads).bytes();
   }
   return plan;
 }
 
-RunnerConfig ModelRunner::checked_config(const Program& program, RunnerConfig config,
-                                         Device& device) {
+void ModelRunner::check_limits(const Program& program, const RunnerConfig& config) {
   const auto positive = [](int64_t value, const char* name, int64_t limit) {
     check(value > 0 && value <= limit, "runner", name, " must be in [1, ", limit, "], not ", value);
   };
@@ -117,11 +103,6 @@ RunnerConfig ModelRunner::checked_config(const Program& program, RunnerConfig co
   positive(config.max_num_batched_tokens, "max_num_batched_tokens", 1 << 24);
   positive(config.max_model_len, "max_model_len", 1 << 24);
   positive(config.block_size, "block_size", 4096);
-  check(config.num_blocks >= 2, "runner",
-        "num_blocks must be at least 2 (block 0 is never used), not ", config.num_blocks);
-  check(int64_t{config.num_blocks} * config.block_size < std::numeric_limits<int32_t>::max(),
-        "runner", "num_blocks * block_size must fit 31 bits, is ", config.num_blocks, " * ",
-        config.block_size);
   check(config.max_stop_ids >= 0, "runner", "max_stop_ids must not be negative");
   check(config.max_num_batched_tokens >= config.max_num_seqs, "runner", "max_num_batched_tokens (",
         config.max_num_batched_tokens, ") must be at least max_num_seqs (", config.max_num_seqs,
@@ -133,7 +114,16 @@ RunnerConfig ModelRunner::checked_config(const Program& program, RunnerConfig co
   check(!program.kv_layers().empty(), "runner", "the program has no attention");
   // The sampler's sums of fixed-point weights hold this many (sampling/math.h).
   positive(vocab_size(program), "vocab_size", 1 << 18);
+}
 
+RunnerConfig ModelRunner::checked_config(const Program& program, RunnerConfig config,
+                                         Device& device) {
+  check_limits(program, config);
+  check(config.num_blocks >= 2, "runner",
+        "num_blocks must be at least 2 (block 0 is never used), not ", config.num_blocks);
+  check(int64_t{config.num_blocks} * config.block_size < std::numeric_limits<int32_t>::max(),
+        "runner", "num_blocks * block_size must fit 31 bits, is ", config.num_blocks, " * ",
+        config.block_size);
   const MemoryPlan plan = plan_memory(program, config, device);
   const MemoryInfo memory = device.memory();
   const int64_t total = plan.total(config.num_blocks);
@@ -176,20 +166,11 @@ void ModelRunner::allocate_kv() {
                                  "KV cache");
   char* next = static_cast<char*>(kv_buffer_.data());
   for (const HeadShape& heads : program_.kv_layers()) {
-    KvCacheLayer layer;
-    layer.dtype = program_.dtype();
-    layer.num_blocks = config_.num_blocks;
-    layer.block_size = config_.block_size;
-    layer.num_kv_heads = heads.num_kv_heads;
-    layer.head_dim = heads.head_dim;
-    layer.token_stride = heads.head_dim;
-    layer.head_stride = int64_t{config_.block_size} * heads.head_dim;
-    layer.block_stride = layer.head_stride * heads.num_kv_heads;
-    const int64_t bytes =
-        layer.block_stride * config_.num_blocks * static_cast<int64_t>(dtype_size(layer.dtype));
+    KvCacheLayer layer =
+        kv_cache_layer(program_.dtype(), config_.num_blocks, config_.block_size, heads);
     layer.key = next;
-    layer.value = next + bytes;
-    next += 2 * bytes;
+    layer.value = next + layer.bytes();
+    next += 2 * layer.bytes();
     kv_.push_back(layer);
   }
 }
@@ -285,6 +266,7 @@ void ModelRunner::allocate_state() {
   ctx_.workspace = workspace_.data();
 
   rows_.resize(rows);
+  block_marks_.assign(config_.num_blocks, 0);
   // The lowest free row is taken first.
   for (int32_t row = config_.max_num_seqs; row-- > 0;) free_rows_.push_back(row);
   if (config_.max_stop_ids > 0) free_stop_ranges_.emplace_back(0, config_.max_stop_ids);
@@ -309,17 +291,26 @@ void ModelRunner::allocate_rings() {
 
 // --- rows --------------------------------------------------------------------------------------
 
-ModelRunner::HostRow& ModelRunner::checked_row(int32_t row, const char* where) {
+ModelRunner::HostRow& ModelRunner::checked_row(RowHandle handle, const char* where) {
+  const auto& [row, generation] = handle;
   check(row >= 0 && row < config_.max_num_seqs, where, "row ", row, " is outside [0, ",
         config_.max_num_seqs, ")");
   check(rows_[row].active, where, "row ", row, " is free");
+  check(generation == kAnyGeneration || rows_[row].generation == generation, where, "row ", row,
+        " belongs to another request now: generation ", rows_[row].generation, ", not ",
+        generation);
   return rows_[row];
 }
 
-void ModelRunner::check_blocks(std::span<const int32_t> block_ids, const char* where) const {
+void ModelRunner::check_blocks(std::span<const int32_t> held, std::span<const int32_t> block_ids,
+                               const char* where) {
+  ++block_mark_;
+  for (int32_t block : held) block_marks_[block] = block_mark_;
   for (int32_t block : block_ids) {
     check(block > 0 && block < config_.num_blocks, where, "block id ", block, " is outside [1, ",
           config_.num_blocks, ")");
+    check(block_marks_[block] != block_mark_, where, "block id ", block, " is in the row twice");
+    block_marks_[block] = block_mark_;
   }
 }
 
@@ -358,7 +349,7 @@ int32_t ModelRunner::max_total_length(const RowSpec& spec) const {
       std::min<int64_t>(int64_t{spec.prompt_len} + spec.max_tokens, config_.max_model_len));
 }
 
-void ModelRunner::check_spec(const RowSpec& spec) const {
+void ModelRunner::check_spec(const RowSpec& spec) {
   const int32_t length = static_cast<int32_t>(spec.token_ids.size());
   const int32_t vocab = ctx_.rows.vocab_size;
   const char* where = "add_row";
@@ -391,7 +382,7 @@ void ModelRunner::check_spec(const RowSpec& spec) const {
         " outputs already, max_tokens is ", spec.max_tokens);
   check(spec.block_ids.size() <= static_cast<size_t>(ctx_.rows.max_blocks), where, "a row holds ",
         ctx_.rows.max_blocks, " blocks, not ", spec.block_ids.size());
-  check_blocks(spec.block_ids, where);
+  check_blocks({}, spec.block_ids, where);
 }
 
 bool ModelRunner::can_add(const RowSpec& spec) const {
@@ -411,11 +402,14 @@ RowHandle ModelRunner::add_row(const RowSpec& spec) {
   free_rows_.pop_back();
   HostRow& host = rows_[row];
   const int32_t generation = host.generation + 1;
+  std::vector<int32_t> blocks = std::move(host.blocks);  // keeps its capacity
+  blocks.clear();
   host = HostRow{.active = true,
                  .generation = generation,
                  .prefill_target = static_cast<int32_t>(spec.token_ids.size()),
                  .num_launched = spec.num_computed,
                  .max_total_len = max_total_length(spec),
+                 .blocks = std::move(blocks),
                  .stop_offset = stop_offset,
                  .stop_count = stop_count};
 
@@ -445,34 +439,35 @@ RowHandle ModelRunner::add_row(const RowSpec& spec) {
   staged_.new_row(command);
   stage_tokens(row, spec.token_ids);
   stage_stop_ids(stop_offset, spec.stop_ids);
-  append_blocks(row, spec.block_ids);
+  append_blocks({row, generation}, spec.block_ids);
   host.staged_for = next_step_;
   return {row, generation};
 }
 
-void ModelRunner::append_blocks(int32_t row, std::span<const int32_t> block_ids) {
+void ModelRunner::append_blocks(RowHandle row, std::span<const int32_t> block_ids) {
   HostRow& host = checked_row(row, "append_blocks");
-  check(host.num_blocks + block_ids.size() <= static_cast<size_t>(ctx_.rows.max_blocks),
-        "append_blocks", "row ", row, " holds ", host.num_blocks, " of ", ctx_.rows.max_blocks,
-        " blocks, ", block_ids.size(), " more do not fit");
-  check_blocks(block_ids, "append_blocks");
-  stage_blocks(row, host.num_blocks, block_ids);
-  host.num_blocks += static_cast<int32_t>(block_ids.size());
+  check(host.blocks.size() + block_ids.size() <= static_cast<size_t>(ctx_.rows.max_blocks),
+        "append_blocks", "row ", row.row, " holds ", host.blocks.size(), " of ",
+        ctx_.rows.max_blocks, " blocks, ", block_ids.size(), " more do not fit");
+  check_blocks(host.blocks, block_ids, "append_blocks");
+  stage_blocks(row.row, static_cast<int32_t>(host.blocks.size()), block_ids);
+  host.blocks.insert(host.blocks.end(), block_ids.begin(), block_ids.end());
   host.staged_for = next_step_;
 }
 
-void ModelRunner::free_row(int32_t row) {
+void ModelRunner::free_row(RowHandle row) {
   HostRow& host = checked_row(row, "free_row");
   // apply() frees before it writes: changes of this row that are still staged must go first.
   if (host.staged_for == next_step_) submit({}, {});
   make_room(sizeof(FreeRow));
-  staged_.free_row({row, host.generation});
+  staged_.free_row({row.row, host.generation});
   release_stop_ids(host.stop_offset, host.stop_count);
   host.active = false;
-  free_rows_.push_back(row);
+  free_rows_.push_back(row.row);
 }
 
-uint64_t ModelRunner::last_step(int32_t row) const {
+uint64_t ModelRunner::last_step(RowHandle handle) const {
+  const auto& [row, generation] = handle;
   check(row >= 0 && row < config_.max_num_seqs, "last_step", "row ", row, " is outside [0, ",
         config_.max_num_seqs, ")");
   return rows_[row].last_step;
@@ -528,10 +523,11 @@ int32_t ModelRunner::checked_tokens(const BatchItem& item, const HostRow& row) c
     check(row.num_launched < row.max_total_len - 1, where, "row ", item.row,
           " has reached its length of ", row.max_total_len, " tokens");
   }
-  check(row.num_launched + item.num_tokens <= row.num_blocks * config_.block_size, where, "row ",
-        item.row, " needs ",
+  const auto blocks = static_cast<int32_t>(row.blocks.size());
+  check(row.num_launched + item.num_tokens <= blocks * config_.block_size, where, "row ", item.row,
+        " needs ",
         (row.num_launched + item.num_tokens + config_.block_size - 1) / config_.block_size,
-        " blocks for this step, has ", row.num_blocks);
+        " blocks for this step, has ", blocks);
   return item.num_tokens;
 }
 
@@ -545,7 +541,7 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
   entries_.clear();
   ++batch_mark_;
   for (const BatchItem& item : batch) {
-    HostRow& row = checked_row(item.row, "execute");
+    HostRow& row = checked_row({item.row, item.generation}, "execute");
     check(row.batch_mark != batch_mark_, "execute", "row ", item.row, " is in the batch twice");
     row.batch_mark = batch_mark_;
     tokens += checked_tokens(item, row);
@@ -555,36 +551,37 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
   }
   check(tokens <= config_.max_num_batched_tokens, "execute", "the batch has ", tokens,
         " tokens, max_num_batched_tokens is ", config_.max_num_batched_tokens);
-  const uint64_t step = next_step_;
-  for (const BatchItem& item : batch) {
-    rows_[item.row].num_launched += item.num_tokens;
-    rows_[item.row].last_step = step;
-  }
   StepSizes sizes;
   if (!batch.empty()) {
     sizes.num_requests = std::max(static_cast<int32_t>(batch.size()), config_.pad_requests);
     sizes.num_tokens = std::max(static_cast<int32_t>(tokens), config_.pad_tokens);
     sizes.num_logits = std::max(samples, config_.pad_requests);
+  }
+  const uint64_t step = submit(entries_, sizes);
+  slot_of(step).delivered = false;
+  for (const BatchItem& item : batch) {
+    rows_[item.row].num_launched += item.num_tokens;
+    rows_[item.row].last_step = step;
+  }
+  if (!batch.empty()) {
     newest_sizes_ = sizes;
     newest_entries_ = static_cast<int32_t>(batch.size());
     newest_batch_step_ = step;
     ++stats_.batches;
   }
-  submit(entries_, sizes);
-  slot_of(step).delivered = false;
   stats_.host_ns += nanoseconds_since(start) - waited_ns_;
   return step;
 }
 
 uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, StepSizes sizes) {
-  const uint64_t step = next_step_++;
-  Slot& slot = slot_of(step);
+  Slot& slot = slot_of(next_step_);
   if (slot.step != 0) {
     const auto start = std::chrono::steady_clock::now();
     wait(slot);
     waited_ns_ += nanoseconds_since(start);
     if (!slot.delivered) keep_output(slot);
   }
+  const uint64_t step = next_step_++;
   staged_.write(slot.control, step, entries, sizes.num_requests, sizes.num_tokens,
                 sizes.num_logits);
   slot.step = step;
@@ -660,8 +657,13 @@ StepOutput ModelRunner::result(uint64_t step) {
   Slot& slot = slot_of(step);
   check(slot.step == step && !slot.delivered, "result", "step ", step,
         " was never launched or its result was taken");
-  wait(slot);
   slot.delivered = true;
+  try {
+    wait(slot);
+  } catch (const Error& error) {
+    // The device failed while the step ran. Its rows are lost; the caller frees them.
+    return StepOutput{step, error.what(), {}};
+  }
   return read_output(slot);
 }
 

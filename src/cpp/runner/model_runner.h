@@ -59,14 +59,18 @@ struct MemoryPlan {
   }
 };
 
+// Stands for whatever request holds the row now, where a caller does not name a generation.
+constexpr int32_t kAnyGeneration = -1;
+
 struct RowHandle {
   int32_t row = -1;
-  int32_t generation = 0;
+  int32_t generation = kAnyGeneration;
 };
 
 struct BatchItem {
   int32_t row;
   int32_t num_tokens;
+  int32_t generation = kAnyGeneration;
 };
 
 // What a retired step says: one entry an item of the batch, in the caller's order.
@@ -106,21 +110,24 @@ class ModelRunner {
 
   // Throws kInvalidArgument naming the field if add_row would refuse the spec, rows and stop ids in
   // use aside.
-  void check_spec(const RowSpec& spec) const;
+  void check_spec(const RowSpec& spec);
   // Whether there is a free row and room for the stop ids of a spec now.
   bool can_add(const RowSpec& spec) const;
   // Admits a request into a free row. Errors (kRequest, kInvalidArgument) leave everything as it
   // was.
   RowHandle add_row(const RowSpec& spec);
-  void append_blocks(int32_t row, std::span<const int32_t> block_ids);
+  // Calls that name a generation are refused once the row has been given to another request.
+  // Block ids that the row already holds are refused; rows may share blocks.
+  void append_blocks(RowHandle row, std::span<const int32_t> block_ids);
   // The row may be given to another request at once: steps in flight keep their generation. Its
   // blocks may be reused once every step up to last_step(row) has retired.
-  void free_row(int32_t row);
+  void free_row(RowHandle row);
   // Last step that was launched with the row in its batch; steps count from 1, 0 = none.
-  uint64_t last_step(int32_t row) const;
+  uint64_t last_step(RowHandle row) const;
 
-  // Launches a step; returns its number. Each row at most once. Decode rows take 1 token, prefill
-  // and extend rows up to what is left of their prefill target.
+  // Launches a step; returns its number. Each row at most once; the rows of a step that failed are
+  // in an unknown state and must be freed. Decode rows take 1 token, prefill and extend rows up to
+  // what is left of their prefill target.
   uint64_t execute(std::span<const BatchItem> batch);
   // Waits for the step and hands its output over, once. A failed step has no entries but an error.
   StepOutput result(uint64_t step);
@@ -131,8 +138,8 @@ class ModelRunner {
   // Forgets the output of a step nobody will ask for.
   void discard(uint64_t step);
 
-  // Logits of the newest step for one item of its batch, [vocab] float32; empty if the item drew
-  // no token. Waits for the step.
+  // Logits of the newest step for one item of its batch, [vocab] float32, as the sampler left them
+  // (masked stop tokens are -inf); empty if the item drew no token. Waits for the step.
   std::vector<float> logits(int32_t item);
   // infer_params of the newest step, copied to the host: name -> values. Waits for the step.
   std::vector<std::pair<std::string, std::vector<int32_t>>> infer_params();
@@ -156,7 +163,7 @@ class ModelRunner {
     int32_t prefill_target = 0;
     int32_t num_launched = 0;  // upper bound of num_computed after the steps launched so far
     int32_t max_total_len = 0;
-    int32_t num_blocks = 0;
+    std::vector<int32_t> blocks = {};
     int32_t stop_offset = 0, stop_count = 0;
     uint64_t last_step = 0;
     uint64_t staged_for = 0;  // step whose record carries the newest change of the row
@@ -173,14 +180,17 @@ class ModelRunner {
   };
 
   int32_t max_total_length(const RowSpec& spec) const;
+  static void check_limits(const Program& program, const RunnerConfig& config);
   static RunnerConfig checked_config(const Program& program, RunnerConfig config, Device& device);
   static void run_step(void* slot);
   void run_step(Slot& slot);
   void allocate_kv();
   void allocate_state();
   void allocate_rings();
-  HostRow& checked_row(int32_t row, const char* where);
-  void check_blocks(std::span<const int32_t> block_ids, const char* where) const;
+  HostRow& checked_row(RowHandle row, const char* where);
+  // The ids are in range, and neither repeated nor among `held`.
+  void check_blocks(std::span<const int32_t> held, std::span<const int32_t> block_ids,
+                    const char* where);
   int32_t checked_tokens(const BatchItem& item, const HostRow& row) const;
   uint64_t submit(std::span<const BatchEntry> entries, StepSizes sizes);
   // Sends what is staged as a record of its own if \`bytes\` more would not fit.
@@ -213,6 +223,8 @@ class ModelRunner {
   std::optional<InferParamView> view_;
   InferParamInputs view_inputs_{};
   std::vector<HostRow> rows_;
+  std::vector<uint32_t> block_marks_;  // by block: newest check_blocks() call that saw it
+  uint32_t block_mark_ = 0;
   std::vector<int32_t> free_rows_;
   std::vector<std::pair<int32_t, int32_t>> free_stop_ranges_;  // offset, count; sorted
   ControlWriter staged_;

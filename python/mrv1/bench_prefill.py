@@ -1,0 +1,136 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""The figure `prefill`: whole prompts, in chunks, until each has its first token."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from mrv1 import _core
+from mrv1.bench import Timing
+from mrv1.errors import InternalError
+from mrv1.llm import peak_memory_mb
+from mrv1.loader import LoadedModel, RunnerOptions
+
+
+def prefill_options(
+    device: str | None,
+    dtype: str,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    block_size: int = RunnerOptions.block_size,
+) -> RunnerOptions:
+    """Options of a runner with exactly the cache that the measurements need."""
+    length = max(contexts) + 1
+    return RunnerOptions(
+        device=device,
+        dtype=dtype,
+        max_num_seqs=max(batches),
+        max_model_len=length,
+        block_size=block_size,
+        num_kv_blocks=max(batches) * -(-length // block_size) + 1,
+    )
+
+
+def prefill_chunks(batch: int, context: int, max_tokens: int) -> list[list[tuple[int, int]]]:
+    """Steps that prefill prompts one after the other, as (prompt, tokens) pairs.
+
+    Args:
+        batch: Prompts.
+        context: Tokens of each.
+        max_tokens: Of a step. All steps but the last take as many.
+    """
+    steps: list[list[tuple[int, int]]] = [[]]
+    room = max_tokens
+    for prompt in range(batch):
+        left = context
+        while left:
+            if not room:
+                steps.append([])
+                room = max_tokens
+            count = min(left, room)
+            steps[-1].append((prompt, count))
+            left -= count
+            room -= count
+    return steps
+
+
+def measure_prefill(model: LoadedModel, batch: int, context: int, repeats: int) -> Timing:
+    """Measures the prefill of `batch` prompts of `context` random tokens: a step of the figure.
+
+    One chunk warms up. The time is the median of `repeats`, from the admission of the rows to the
+    first token of the last; the host's time is that of all launches together.
+
+    Args:
+        model: Made with `prefill_options`.
+        batch: Prompts.
+        context: Tokens of each.
+        repeats: How often all of them are prefilled.
+    """
+    runner = model.runner
+    blocks = -(-model.max_model_len // model.block_size)
+    rng = np.random.default_rng(0)
+    specs = []
+    for index in range(batch):
+        spec = _core.RowSpec()
+        spec.token_ids = rng.integers(0, model.config.vocab_size, context).tolist()
+        spec.prompt_len = context
+        spec.temperature = 0.0
+        spec.max_tokens = 1
+        spec.block_ids = list(range(1 + index * blocks, 1 + (index + 1) * blocks))
+        specs.append(spec)
+    chunks = prefill_chunks(batch, context, model.max_num_batched_tokens)
+    _run(runner, specs, chunks[:1])
+    milliseconds, host_us = [], []
+    for _ in range(repeats):
+        host_ns = runner.stats()["host_ns"]
+        seconds, tokens = _run(runner, specs, chunks)
+        if tokens != batch:
+            raise InternalError(f"{tokens} of {batch} prompts got a token")
+        milliseconds.append(1e3 * seconds)
+        host_us.append((runner.stats()["host_ns"] - host_ns) / 1e3)
+    return Timing(
+        batch,
+        context,
+        statistics.median(milliseconds),
+        statistics.median(host_us),
+        peak_memory_mb(),
+        tokens=batch * context,
+    )
+
+
+def _run(
+    runner: _core.ModelRunner,
+    specs: Sequence[_core.RowSpec],
+    chunks: Sequence[Sequence[tuple[int, int]]],
+) -> tuple[float, int]:
+    """Runs steps, launches ahead by one, as in the engine; returns seconds and tokens drawn."""
+    rows: list[int] = []
+    pending: deque[int] = deque()
+    tokens = 0
+
+    def take() -> int:
+        output = runner.result(pending.popleft())
+        if output.error:
+            raise InternalError(f"step {output.step} failed: {output.error}")
+        return sum(entry.token >= 0 for entry in output.entries)
+
+    start = time.perf_counter()
+    try:
+        for spec in specs:
+            row, _ = runner.add_row(spec)
+            rows.append(row)
+        for chunk in chunks:
+            pending.append(runner.execute([(rows[index], count) for index, count in chunk]))
+            if len(pending) == 2:
+                tokens += take()
+        while pending:
+            tokens += take()
+        return time.perf_counter() - start, tokens
+    finally:
+        for row in rows:
+            runner.free_row(row)
