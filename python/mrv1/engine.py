@@ -76,9 +76,7 @@ class Engine:
         progress: bool | None = None,
         **options: Unpack[RunnerKwargs],
     ) -> None:
-        self.model: LoadedModel = load_model(
-            os.fspath(model), RunnerOptions(**options), progress=progress
-        )
+        self.model: LoadedModel = load_model(model, RunnerOptions(**options), progress=progress)
         try:
             tokenizer = Tokenizer.from_dir(model, self.model.config.vocab_size)
         except Mrv1Error:
@@ -185,9 +183,9 @@ class Engine:
             )
         if len(token_ids) >= limit:
             raise RequestError(
+                f"has {len(token_ids)} tokens",
                 request_id=request_id,
                 field="prompt",
-                value=f"{len(token_ids)} tokens",
                 allowed=f"at most {limit - 1} tokens, one less than max_model_len = {limit}",
             )
         return token_ids

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Literal
 from mrv1 import _core
 from mrv1.errors import InternalError, InvalidArgumentError
 from mrv1.loader import LoadedModel, RunnerKwargs, RunnerOptions, load_model
-from mrv1.sampling_params import SamplingParams
+from mrv1.sampling_params import MAX_INT32, SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
 
-_MAX_INT32 = 2**31 - 1
 _ANY_GENERATION = -1
 # Smaller ones would be 0 in float32; they keep one token all the same.
 _MIN_TOP_P = 1e-37
@@ -156,14 +155,16 @@ def make_row_spec(
         raise InvalidArgumentError(
             f"token_ids and block_ids hold integers of 32 bits: {error}"
         ) from None
-    spec.prompt_len = len(spec.token_ids) if prompt_len is None else _index("prompt_len", prompt_len)
+    spec.prompt_len = (
+        len(spec.token_ids) if prompt_len is None else _index("prompt_len", prompt_len)
+    )
     spec.num_computed = _index("num_computed", num_computed)
     spec.temperature = params.temperature
     spec.top_p = max(params.top_p, _MIN_TOP_P)
     spec.min_p = params.min_p
     spec.top_k = params.top_k
     spec.seed = secrets.randbits(64) if params.seed is None else params.seed
-    spec.max_tokens = _MAX_INT32 if params.max_tokens is None else params.max_tokens
+    spec.max_tokens = MAX_INT32 if params.max_tokens is None else params.max_tokens
     spec.min_tokens = params.min_tokens
     eos = () if params.ignore_eos else tuple(eos_token_ids)
     spec.stop_ids = list(dict.fromkeys((*eos, *params.stop_token_ids)))
@@ -197,9 +198,7 @@ class ModelRunner:
         progress: bool | None = None,
         **options: Unpack[RunnerKwargs],
     ) -> None:
-        self.model: LoadedModel = load_model(
-            os.fspath(model), RunnerOptions(**options), progress=progress
-        )
+        self.model: LoadedModel = load_model(model, RunnerOptions(**options), progress=progress)
         self._native = self.model.runner
         self._unread: collections.deque[int] = collections.deque()
 
@@ -253,8 +252,8 @@ class ModelRunner:
         """Gives a row further KV blocks.
 
         Raises:
-            InvalidArgumentError: The row is not the handle's any more, or a block id is out of range
-                or in the row already.
+            InvalidArgumentError: The row is not the handle's any more, or a block id is out of
+                range or in the row already.
         """
         ids = [_index(f"block_ids[{place}]", block) for place, block in enumerate(block_ids)]
         self._native.append_blocks(_index("row", row), ids, _generation(row))

@@ -46,8 +46,7 @@ int32_t vocab_size(const Program& program) {
   return static_cast<int32_t>(program.values()[program.logits_value()].cols);
 }
 
-WorkspaceLimits workspace_limits(const Program& program, const RunnerConfig& config,
-                                 Device& device) {
+WorkspaceLimits workspace_limits(const Program& program, Device& device) {
   WorkspaceLimits limits{};
   limits.vocab_size = vocab_size(program);
   for (const HeadShape& heads : program.kv_layers()) {
@@ -79,7 +78,7 @@ MemoryPlan ModelRunner::plan_memory(const Program& program, const RunnerConfig& 
   }
   const PlanLimits limits{config.max_num_batched_tokens, config.max_num_seqs};
   plan.activations = plan_buffers(program, limits).arena_bytes +
-                     device.kernels().workspace_bytes(workspace_limits(program, config, device));
+                     device.kernels().workspace_bytes(workspace_limits(program, device));
   for (const RopeSpec& rope : program.ropes()) {
     plan.activations += int64_t{config.max_model_len} * rope.inv_freq.size() * 2 * sizeof(float);
   }
@@ -260,8 +259,8 @@ void ModelRunner::allocate_state() {
   ctx_.device = device_.get();
   ctx_.pool = device_->pool();
   ctx_.stream = device_->stream();
-  ctx_.workspace_bytes = static_cast<size_t>(
-      device_->kernels().workspace_bytes(workspace_limits(program_, config_, *device_)));
+  ctx_.workspace_bytes =
+      static_cast<size_t>(device_->kernels().workspace_bytes(workspace_limits(program_, *device_)));
   workspace_ = device_->allocate(ctx_.workspace_bytes, "workspace");
   ctx_.workspace = workspace_.data();
 
