@@ -33,17 +33,21 @@ sanitized() {
       python3 -m pytest -q -p no:cacheprovider --device cuda tests/test_ops_parity.py \
       tests/test_infer_params.py || return 1
   fi
-  timeout 240 compute-sanitizer --tool "$1" --error-exitcode 9 python3 - <<'PYTHON'
+  local tokens=8
+  [[ $1 == racecheck ]] && tokens=2
+  timeout 240 compute-sanitizer --tool "$1" --error-exitcode 9 python3 - "${tokens}" <<'PYTHON'
 import pathlib
+import sys
 
 import mrv1
 from mrv1 import LLM, SamplingParams
 
+count = int(sys.argv[1])
 params = [
-    SamplingParams(temperature=0.0, max_tokens=8),
-    SamplingParams(temperature=0.8, max_tokens=8, seed=1),
-    SamplingParams(temperature=0.8, top_k=5, max_tokens=8, seed=2, min_tokens=4),
-    SamplingParams(temperature=1.2, top_p=0.9, min_p=0.02, top_k=50, max_tokens=8, seed=3),
+    SamplingParams(temperature=0.0, max_tokens=count),
+    SamplingParams(temperature=0.8, max_tokens=count, seed=1),
+    SamplingParams(temperature=0.8, top_k=5, max_tokens=count, seed=2, min_tokens=1),
+    SamplingParams(temperature=1.2, top_p=0.9, min_p=0.02, top_k=50, max_tokens=count, seed=3),
 ]
 for dtype in ("float32", "bfloat16"):
     demo = pathlib.Path(mrv1.__file__).parent / "demo"

@@ -27,9 +27,9 @@ class CurrentDevice {
  public:
   explicit CurrentDevice(int ordinal) : ordinal_(ordinal) {
     cuda::check_cuda(cudaGetDevice(&previous_), kWhere, "cudaGetDevice");
-    if (previous_ != ordinal_) {
-      cuda::check_cuda(cudaSetDevice(ordinal_), kWhere, "cudaSetDevice");
-    }
+    // Also where the number is right already: a thread's first call has no context yet, and
+    // queries such as cudaPointerGetAttributes do not make one.
+    cuda::check_cuda(cudaSetDevice(ordinal_), kWhere, "cudaSetDevice");
   }
   ~CurrentDevice() {
     if (previous_ != ordinal_) cudaSetDevice(previous_);
