@@ -7,10 +7,10 @@ import dataclasses
 import os
 import threading
 from collections.abc import Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from mrv1 import _core
+from mrv1._closing import Closing
 from mrv1.errors import InvalidArgumentError, Mrv1Error, RequestError
 from mrv1.loader import LoadedModel, RunnerKwargs, RunnerOptions, load_model
 from mrv1.runner import make_row_spec
@@ -58,7 +58,7 @@ class _Request:
         self.detokenizer = detokenizer
 
 
-class Engine:
+class Engine(Closing):
     """Continuous batching over one model; see src/cpp/engine/README.md for the rules.
 
     Methods may be called from several threads; one step runs at a time.
@@ -271,14 +271,3 @@ class Engine:
             self._native.close()
             self.model.runner.close()
             self.model.device.close()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -14,9 +14,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
+from mrv1._closing import Closing
 from mrv1.config import model_root
 from mrv1.engine import Engine, FinishReason, RequestUpdate
 from mrv1.errors import ClosedError, ForkError, InternalError, RequestError
@@ -139,7 +139,7 @@ class _Job:
         )
 
 
-class LLM:
+class LLM(Closing):
     """A language model that is ready to generate.
 
     Methods may be called from several threads; their requests share the steps.
@@ -343,17 +343,6 @@ class LLM:
     def close(self) -> None:
         """Frees memory and threads. Using the LLM afterwards raises ClosedError."""
         self.engine.close()
-
-    def __enter__(self) -> LLM:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _as_list(prompts: Prompts) -> list[str | Sequence[int]]:

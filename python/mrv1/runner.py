@@ -9,10 +9,10 @@ import operator
 import os
 import secrets
 from collections.abc import Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from mrv1 import _core
+from mrv1._closing import Closing
 from mrv1.errors import InternalError, InvalidArgumentError
 from mrv1.loader import LoadedModel, RunnerKwargs, RunnerOptions, load_model
 from mrv1.sampling_params import MAX_INT32, SamplingParams
@@ -171,7 +171,7 @@ def make_row_spec(
     return spec
 
 
-class ModelRunner:
+class ModelRunner(Closing):
     """Runs batches of rows: state, step and sampler, with no scheduler on top.
 
     A row is a request from admission to its end. The caller chooses what a step computes, and owns
@@ -338,14 +338,3 @@ class ModelRunner:
         """Frees memory and threads. Using the runner afterwards raises ClosedError."""
         self._native.close()
         self.model.device.close()
-
-    def __enter__(self) -> ModelRunner:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
