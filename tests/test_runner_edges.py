@@ -45,6 +45,14 @@ def test_close_while_another_thread_waits(device: str, models_dir: Path, delay: 
         runner.execute([])
 
 
+def test_steps_that_were_never_launched_are_not_ready(device: str, models_dir: Path) -> None:
+    with ModelRunner(models_dir / "llama3-tied", device=device, num_kv_blocks=8) as runner:
+        step = runner.execute([]).step
+        for unknown in (0, step + 1, 999):
+            with pytest.raises(InvalidArgumentError, match="was never launched"):
+                runner.model.runner.ready(unknown)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -13,7 +13,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from mrv1._version import __version__
 from mrv1.errors import InvalidArgumentError, Mrv1Error
 
 if TYPE_CHECKING:
-    from mrv1.bench import Figure, Record
+    from mrv1.bench import Figure, Rates, Record, Timing
     from mrv1.llm import LLM, GenerationResult
     from mrv1.loader import LoadedModel, RunnerOptions
     from mrv1.sampling_params import SamplingParams
@@ -403,6 +403,28 @@ def _load(
     return load_model(directory, runner_options, progress=False if options.no_progress else None)
 
 
+def _measure(
+    options: argparse.Namespace,
+    model: LoadedModel,
+    measure: Callable[[LoadedModel, int, int, int], Timing],
+) -> tuple[list[Timing], Rates, str]:
+    """Measures every batch at every context, then the machine; closes the model."""
+    from mrv1 import bench
+
+    try:
+        timings = [
+            measure(model, batch, context, options.steps)
+            for context in options.context
+            for batch in options.batch
+        ]
+        # Last, since its buffer would count as memory of the model.
+        rates = bench.measure_rates(model.device, model.dtype, options.read_mb << 20)
+        return timings, rates, bench.describe_device(model.device)
+    finally:
+        model.runner.close()
+        model.device.close()
+
+
 def _decode_records(options: argparse.Namespace) -> list[Record]:
     from mrv1 import bench, bench_decode
 
@@ -411,19 +433,8 @@ def _decode_records(options: argparse.Namespace) -> list[Record]:
         options.device, options.dtype, options.batch, options.context, options.steps
     )
     model = _load(options, directory, config, runner_options)
-    try:
-        model.runner.fill_kv_random(0)
-        timings = [
-            bench_decode.measure_decode(model, batch, context, options.steps)
-            for context in options.context
-            for batch in options.batch
-        ]
-        # Last, since its buffer would count as memory of the model.
-        rates = bench.measure_rates(model.device, model.dtype, options.read_mb << 20)
-        device = bench.describe_device(model.device)
-    finally:
-        model.runner.close()
-        model.device.close()
+    model.runner.fill_kv_random(0)
+    timings, rates, device = _measure(options, model, bench_decode.measure_decode)
     records = []
     for timing in timings:
         # Rows grow while they are measured.
@@ -443,18 +454,7 @@ def _prefill_records(options: argparse.Namespace) -> list[Record]:
         options.device, options.dtype, options.batch, options.context
     )
     model = _load(options, directory, config, runner_options)
-    try:
-        timings = [
-            bench_prefill.measure_prefill(model, batch, context, options.steps)
-            for context in options.context
-            for batch in options.batch
-        ]
-        # Last, since its buffer would count as memory of the model.
-        rates = bench.measure_rates(model.device, model.dtype, options.read_mb << 20)
-        device = bench.describe_device(model.device)
-    finally:
-        model.runner.close()
-        model.device.close()
+    timings, rates, device = _measure(options, model, bench_prefill.measure_prefill)
     records = []
     for timing in timings:
         costs = bench.prefill_costs(model.config, model.dtype, timing.batch, timing.context)

@@ -672,6 +672,7 @@ void ModelRunner::discard(uint64_t step) {
 }
 
 bool ModelRunner::ready(uint64_t step) const {
+  check(step > 0 && step < next_step_, "ready", "step ", step, " was never launched");
   const Slot& slot = slots_[step % kSlots];
   return slot.step != step ||
          slot.output->sequence.load(std::memory_order_acquire) >= slot.step + 1;
