@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mrv1 import _core, bench, cli, shapes
-from mrv1.bench_decode import DecodeRun, decode_options
+from mrv1 import _core, bench, bench_cli, bench_op, cli, shapes
+from mrv1.bench_decode import DecodeRun, decode_options, idle_share, measure_decode
 from mrv1.bench_mix import MixRequest, measure_mix, mix_options, mix_requests
+from mrv1.bench_peers import add_peers, read_peers
 from mrv1.bench_prefill import measure_prefill, prefill_chunks, prefill_options
 from mrv1.config import ModelConfig
 from mrv1.engine import Engine
 from mrv1.env_report import commit
-from mrv1.errors import DeviceError, InvalidArgumentError, OutOfMemoryError
+from mrv1.errors import InvalidArgumentError, OutOfMemoryError
 from mrv1.loader import RunnerOptions, load_model
 from mrv1.random_model import RANGE, byte_tokenizer, random_runner, save_random_model
 from mrv1.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ SMALL: dict[str, object] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+PEER_STEPS = (("slow", 900.0), ("fast", 500.0))
 # Peak resident memory of the script's process, in bytes.
 PEAK = """
 def peak():
@@ -70,7 +72,12 @@ def check_record(record: dict[str, Any]) -> None:
         assert value is not None or key in nullable, key
         assert value is None or isinstance(value, str | int | float), f"{key} is not flat"
     assert record["step_ms"] > 0
-    assert record["figure"] in ("decode", "prefill", "mix", "op")
+    assert record["figure"] in ("decode", "prefill", "mix", "op", "profile")
+    if record.get("x_floor") is not None and record["floor_ms"] > 1e-3:  # not lost in rounding
+        ratio = record["step_ms"] / record["floor_ms"]
+        assert record["x_floor"] == pytest.approx(ratio, rel=1e-2, abs=1e-3)
+    assert ("peer_name" in record) == ("times_peer" in record)
+    assert -0.01 < record.get("idle_share", 0.0) < 1
     if record["figure"] != "mix":
         tokens = record["batch"] * (record["context"] if record["figure"] == "prefill" else 1)
         rate = 1e3 * tokens / record["step_ms"]
@@ -78,36 +85,68 @@ def check_record(record: dict[str, Any]) -> None:
     assert "/" not in record["shape"] or record["shape"].endswith("-layers")
 
 
+def check_table(text: str, records: list[dict[str, Any]]) -> None:
+    lines = text.splitlines()
+    assert lines[0].startswith("figure")
+    # A last line says if the rates do not count.
+    slow = any(record.get("counts") is False for record in records)
+    assert len(lines) == 1 + len(records) + slow
+
+
+@pytest.fixture(scope="session")
+def small_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model of the small shape."""
+    return save_random_model(tmp_path_factory.mktemp("models") / "small", SMALL)
+
+
 def test_the_documented_keys_are_the_code_s() -> None:
     assert documented_keys() == (set(bench.REQUIRED_KEYS), set(bench.OPTIONAL_KEYS))
 
 
 def test_decode_prints_a_table_and_writes_records(
-    models_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_dir: Path, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "out.json"
-    arguments = ["bench", "decode", "--model", str(models_dir / "qwen3-tied"), "--device", "cpu"]
+    arguments = ["bench", "decode", "--model", str(small_dir), "--device", device]
     arguments += ["--batch", "1,3", "--context", "40,100", "--steps", "6", "--read-mb", "4"]
     assert cli.main([*arguments, "--json", str(path)]) == 0
     records = json.loads(path.read_text())
     assert [(r["batch"], r["context"]) for r in records] == [(1, 40), (3, 40), (1, 100), (3, 100)]
     for record in records:
         check_record(record)
-        assert record["shape"] == "qwen3-tied"
+        assert record["shape"] == "small"
         assert record["kv_cache_dtype"] == "auto"
+        assert ("idle_share" in record) == (device == "cuda")
         assert 0 < record["host_us"] < 1e4
         assert record["floor_ms"] > 0
         assert record["read_share"] > 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(records)
-    assert lines[0].startswith("figure")
+    check_table(capsys.readouterr().out, records)
+
+
+def test_records_name_the_commit_and_the_peer(
+    small_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, peers = tmp_path / "out.json", tmp_path / "peers.json"
+    figure = {"figure": "decode", "shape": "small", "context": 40, "kv_cache_dtype": "auto"}
+    figures = [{**figure, "name": name, "batch": 2, "step_ms": ms} for name, ms in PEER_STEPS]
+    peers.write_text(json.dumps({"device": "cpu", "dtype": "bfloat16", "figures": figures}))
+    arguments = ["bench", "decode", "--model", str(small_dir), "--device", "cpu", "--steps", "2"]
+    arguments += ["--batch", "1,2", "--context", "40", "--read-mb", "4", "--commit", "abc"]
+    assert cli.main([*arguments, "--peers", str(peers), "--json", str(path)]) == 0
+    first, second = json.loads(path.read_text())
+    assert (first["commit"], second["commit"]) == ("abc", "abc")
+    assert "peer_name" not in first
+    assert (second["peer_name"], second["peer_step_ms"]) == ("fast", 500.0)
+    assert second["times_peer"] > 1
+    assert "peer ms" in capsys.readouterr().out
+    assert cli.main([*arguments, "--peers", str(tmp_path / "none.json")]) == cli.EXIT_ERROR
 
 
 def test_prefill_prints_a_table_and_writes_records(
-    models_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_dir: Path, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "out.json"
-    arguments = ["bench", "prefill", "--model", str(models_dir / "qwen3-tied"), "--device", "cpu"]
+    arguments = ["bench", "prefill", "--model", str(small_dir), "--device", device]
     arguments += ["--batch", "1,3", "--context", "40,200", "--read-mb", "4"]
     assert cli.main([*arguments, "--json", str(path)]) == 0
     records = json.loads(path.read_text())
@@ -118,7 +157,7 @@ def test_prefill_prints_a_table_and_writes_records(
         assert 0 < record["host_us"] < 1e5
         assert record["floor_ms"] > 0
         assert record["read_share"] > 0
-    assert len(capsys.readouterr().out.splitlines()) == 1 + len(records)
+    check_table(capsys.readouterr().out, records)
 
 
 def test_prefill_chunks_are_full_and_cover_the_prompts() -> None:
@@ -165,18 +204,18 @@ def test_mix_draws_the_published_workload() -> None:
 
 @pytest.mark.parametrize("from_directory", [True, False])
 def test_mix_writes_a_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_directory: bool
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_directory: bool
 ) -> None:
     monkeypatch.setitem(shapes._CONFIGS, "qwen3-0.6b", {**SMALL, "num_hidden_layers": 1})
     path = tmp_path / "out.json"
     arguments = ["bench", "mix", "--shape", "qwen3-0.6b", "--requests", "2", "--json", str(path)]
     if from_directory:
         arguments += ["--save", str(tmp_path / "saved")]
-    assert cli.main([*arguments, "--device", "cpu"]) == 0
+    assert cli.main([*arguments, "--device", device]) == 0
     (record,) = json.loads(path.read_text())
     check_record(record)
     assert (record["figure"], record["batch"], record["context"]) == ("mix", 2, 0)
-    assert record["floor_ms"] is None
+    assert 0 < record["floor_ms"] < 10 * record["step_ms"]
     assert 0 < record["host_us"] < 1e4
     # The second request ends first: from then on a step makes one token.
     per_step = record["tokens_per_s"] * record["step_ms"] / 1e3
@@ -199,19 +238,67 @@ def test_mix_runs_every_request_to_its_end(device: str) -> None:
     assert (model.max_num_seqs, model.max_model_len) == (2, 23)
 
 
-def test_op_measures_each_op(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    directory = save_random_model(tmp_path / "model", SMALL)
+def test_op_measures_each_op(
+    small_dir: Path, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "out.json"
-    arguments = ["bench", "op", "--model", str(directory), "--device", "cpu", "--batch", "1,2"]
-    arguments += ["--context", "33", "--steps", "2", "--read-mb", "1", "--json", str(path)]
-    assert cli.main(arguments) == 0
+    arguments = ["bench", "op", "--model", str(small_dir), "--device", device, "--batch", "1,2"]
+    arguments += ["--steps", "2", "--read-mb", "1", "--json", str(path)]
+    assert cli.main([*arguments, "--context", "33"]) == 0
     records = json.loads(path.read_text())
-    names = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "logits", "attention"]
-    assert [record["op"] for record in records] == 2 * names
+    assert [record["op"] for record in records] == [op for op in bench_op.OPS for _ in range(2)]
+    assert [record["batch"] for record in records] == [1, 2] * len(bench_op.OPS)
     for record in records:
         check_record(record)
         assert record["figure"] == "op"
+        assert record["context"] == (33 if record["op"] == "attention" else 0)
     assert "gate_up_proj" in capsys.readouterr().out
+    options = ["--ops", "attention,o_proj", "--lengths", "even,log-uniform", "--context", "17,40"]
+    assert cli.main([*arguments, *options]) == 0
+    records = json.loads(path.read_text())
+    for record in records:
+        check_record(record)
+    uneven = [round(np.mean(bench_op.request_lengths("log-uniform", batch, 0))) for batch in (1, 2)]
+    assert [(r["op"], r.get("lengths"), r["context"]) for r in records] == [
+        *[("o_proj", None, 0)] * 2,
+        *[("attention", None, context) for context in (17, 17, 40, 40)],
+        *[("attention", "log-uniform", context) for context in uneven],
+    ]
+    if device == "cpu":
+        assert cli.main([*arguments, "--backend", "flashinfer"]) == cli.EXIT_ERROR
+        assert "--backend" in capsys.readouterr().err
+    else:
+        options = ["--ops", "attention", "--context", "40", "--backend", "native,flashinfer"]
+        assert cli.main([*arguments, *options]) == 0
+        backends = [record["backend"] for record in json.loads(path.read_text())]
+        assert backends == ["native", "flashinfer"] * 2
+
+
+def test_lengths_of_requests() -> None:
+    assert bench_op.request_lengths("even", 3, 7) == [7, 7, 7]
+    assert bench_op.request_lengths("one-long", 3, 7) == [65536, 512, 512]
+    drawn = bench_op.request_lengths("log-uniform", 4000, 7)
+    assert drawn == bench_op.request_lengths("log-uniform", 4000, 7)
+    assert 1 <= min(drawn) < 8
+    assert 30000 < max(drawn) <= 32768
+    # As many in each octave.
+    assert np.histogram(np.log2(drawn), bins=15, range=(0, 15))[0].min() > 200
+
+
+def test_attention_is_measured_over_what_the_lengths_say(native_device: _core.Device) -> None:
+    config = ModelConfig.from_values(SMALL)
+    ((backend, cost, timing),) = bench_op.measure_attention(
+        native_device, config, "bfloat16", [1, 40, 16], 2, 1 << 16
+    )
+    assert (backend, timing.batch, timing.context) == ("native", 3, 19)
+    assert cost == bench.attention_cost(config, 2, 1, 57)
+    assert timing.step_ms > 0
+
+
+def test_the_command_s_names_are_the_code_s() -> None:
+    assert bench_cli.OPS == bench_op.OPS
+    assert bench_cli.LENGTHS == bench_op.LENGTHS
+    assert tuple(bench_op.BACKENDS) == bench_cli.BACKENDS
 
 
 def test_json_that_exists_is_kept_until_it_is_replaced(tmp_path: Path) -> None:
@@ -321,16 +408,14 @@ def test_prefill_costs_by_hand() -> None:
     )
 
 
-def test_read_probe_reads_every_byte(native_device: _core.Device) -> None:
-    if native_device.kind != "cpu":
-        with pytest.raises(DeviceError, match="cpu only"):
-            _core.ReadProbe(native_device, MIB)
-        return
-    probe = _core.ReadProbe(native_device, 3 * MIB + 8 * 5)
-    assert probe.bytes == 3 * MIB + 40
-    assert probe.run() > 0
-    words = np.arange(probe.bytes // 8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    assert probe.checksum == int(words.sum(dtype=np.uint64))
+@pytest.mark.parametrize("count", [3 * MIB // 8 + 5, 9 * MIB // 8 + 2049])
+def test_read_probe_reads_every_byte(native_device: _core.Device, count: int) -> None:
+    probe = _core.ReadProbe(native_device, 8 * count + 7)
+    assert probe.bytes == 8 * count
+    words = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    for _ in range(2):
+        assert probe.run() > 0
+        assert probe.checksum == int(words.sum(dtype=np.uint64))
     probe.close()
     with pytest.raises(InvalidArgumentError, match="bytes"):
         _core.ReadProbe(native_device, 100)
@@ -338,9 +423,139 @@ def test_read_probe_reads_every_byte(native_device: _core.Device) -> None:
         _core.ReadProbe(native_device, 1 << 50)
 
 
-def test_floors_on_cuda_are_refused() -> None:
-    with pytest.raises(DeviceError, match="cuda"):
-        bench.check_measurable("cuda")
+def test_rates_that_do_not_count_say_so() -> None:
+    h200 = "NVIDIA H200"
+    assert bench.read_counts(h200, 4570.0, 8 << 30) is True
+    assert bench.read_counts(h200, 4199.0, 8 << 30) is False
+    assert bench.read_counts(h200, 4570.0, 1 << 30) is False  # may have come from a cache
+    assert bench.read_counts("cpu: something", 35.0, 1 << 30) is None
+    timing = bench.Timing(1, 1024, 2.0, 1.0, 10.0, idle_share=0.004)
+    costs = [bench.OpCost("a", 4_000_000, 0)]
+    tables = []
+    for rate, counts in ((4000.0, False), (4500.0, True)):
+        rates = bench.Rates(rate, 790e3, counts)
+        record = bench.make_record("decode", "demo", h200, "bfloat16", timing, costs, rates)
+        check_record(record)
+        assert record["counts"] is counts
+        assert record["x_floor"] == pytest.approx(2.0 / (4.0 / rate))
+        tables.append(bench.format_table([record]))
+    assert tables[0].splitlines()[-1] == "Does not count: the plain read reached 4000.0 GB/s only."
+    assert "0.4 %" in tables[0]
+    assert "count" not in tables[1]
+    # Columns without a value are left out.
+    assert "peer" not in tables[1]
+
+
+def test_time_runs_is_the_time_of_runs(native_device: _core.Device) -> None:
+    program = _core.Program("bfloat16")
+    x = program.input("x", 32)
+    weight = program.weight("weight", False, 32, [("weight", 16)])
+    result = program.linear(x, weight)
+    program.output(result)
+    session = _core.ProgramSession(native_device, program, max_tokens=4)
+    session.fill_weight(weight, 0, 0.5)
+    session.set_value(x, np.ones((4, 32), np.float32))
+    seconds = session.time_runs(1, 4, repeats=3)
+    assert len(seconds) == 3
+    assert all(0 < value < 1 for value in seconds)
+    timed = session.value(result, 4)
+    assert np.abs(timed).max() > 0
+    session.run(1, 4)
+    np.testing.assert_array_equal(session.value(result, 4), timed)
+    with pytest.raises(InvalidArgumentError, match="limits"):
+        session.time_runs(1, 5)
+    session.close()
+
+
+def test_mix_costs_by_hand() -> None:
+    config = ModelConfig.from_values(SMALL)
+    # One prompt of 3 tokens with 2 to follow, one of 2 with 4: 4 + 5 tokens computed, 6 drawn.
+    costs = {cost.name: cost for cost in bench.mix_costs(config, "bfloat16", [(3, 2), (2, 4)])}
+    per_token = 2 * 2 * 64 * 2
+    # Read: 3 + 4, and 2 + 3 + 4 + 5; attended: 1 + ... + 4, and 1 + ... + 5.
+    assert costs["attention"] == bench.OpCost("attention", 21 * per_token, 25 * 4 * 4 * 64)
+    assert costs["embedding"] == bench.OpCost("embedding", 9 * 128 * 2, 0)
+    assert costs["logits"] == bench.OpCost("logits", 4 * 1000 * 128 * 2, 2 * 6 * 1000 * 128)
+    down = costs["model.layers.1.mlp.down_proj.weight"]
+    assert (down.read_bytes, down.operations) == (4 * 128 * 256 * 2, 2 * 9 * 128 * 256)
+
+
+def test_idle_share_by_hand() -> None:
+    assert idle_share([(0, 90), (100, 200), (200, 290)]) == pytest.approx(10 / 290)
+    assert idle_share([(5, 25)]) == 0.0
+
+
+def test_peers_are_set_beside_what_is_the_same(tmp_path: Path) -> None:
+    timing = bench.Timing(64, 1024, 4.0, 1.0, 10.0)
+    made = {
+        shape: bench.make_record("decode", shape, "NVIDIA H200", "bfloat16", timing)
+        for shape in ("qwen3-0.6b", "llama3-8b", "qwen3-8b")
+    }
+    mix = bench.make_record(
+        "mix", "llama3-8b", "NVIDIA H200", "bfloat16", bench.Timing(256, 0, 10.0, 1.0, 1.0, 193.0)
+    )
+    elsewhere = bench.make_record("decode", "llama3-8b", "cpu: a", "bfloat16", timing)
+    records = [*made.values(), mix, elsewhere]
+    peers = read_peers(ROOT / "benchmarks" / "peers" / "h200_vllm.json")
+    add_peers(records, peers)
+    for record in records:
+        check_record(record)
+    assert made["llama3-8b"]["peer_step_ms"] == 7.66
+    assert made["llama3-8b"]["times_peer"] == pytest.approx(7.66 / 4.0)
+    assert made["qwen3-0.6b"]["peer_step_ms"] == 3.74
+    assert (mix["peer_tokens_per_s"], mix["times_peer"]) == (9650.0, 2.0)
+    assert "peer_name" not in made["qwen3-8b"]
+    assert "peer_name" not in elsewhere
+    assert "7.660" in bench.format_table(records)
+    # The best of several versions.
+    one = bench.make_record(
+        "decode", "qwen3-0.6b", "NVIDIA H200", "bfloat16", bench.Timing(1, 1024, 1.0, 1.0, 1.0)
+    )
+    add_peers([one], peers)
+    assert one["peer_step_ms"] == 1.63
+    assert "best of" in one["peer_name"]
+    path = tmp_path / "peers.json"
+    for text in ("", "[]", '{"device": "a", "dtype": "b", "figures": [{"name": "c"}]}'):
+        path.write_text(text)
+        with pytest.raises(InvalidArgumentError, match="peers"):
+            read_peers(path)
+
+
+def test_committed_peers_have_figures_of_known_shapes() -> None:
+    paths = list((ROOT / "benchmarks" / "peers").glob("*.json"))
+    assert paths
+    for path in paths:
+        for peer in read_peers(path):
+            assert peer.figure in ("decode", "prefill", "mix")
+            assert peer.shape in shapes.NAMES
+            assert (peer.context == 0) == (peer.figure == "mix")
+        assert json.loads(path.read_text())["source"]
+
+
+def test_profile_takes_a_step_apart(
+    small_dir: Path, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["bench", "profile", "--model", str(small_dir), "--device", device]
+    arguments += ["--batch", "3", "--context", "40", "--steps", "5", "--read-mb", "1"]
+    status = cli.main([*arguments, "--json", str(path)])
+    printed = capsys.readouterr()
+    if device == "cpu":
+        assert status == cli.EXIT_ERROR
+        assert "--device cuda" in printed.err
+        return
+    assert status == 0
+    records = {record["op"]: record for record in json.loads(path.read_text())}
+    for record in records.values():
+        check_record(record)
+        assert record["batch"] == 3
+    # Each weight's product once a layer, whichever kernels it takes; one step of bookkeeping.
+    products = {name for op in records for name in op.split(" + ")}
+    assert products >= {"qkv_proj", "o_proj", "gate_up_proj", "down_proj", "logits", "attention"}
+    assert products >= {"apply", "infer_params", "embedding", "norm", "sample", "advance"}
+    assert "other" not in products
+    assert records["attention"]["kernels"] >= 2
+    assert "5 steps:" in printed.out
 
 
 def test_fill_kv_random_is_what_attention_reads(models_dir: Path, device: str) -> None:
@@ -369,7 +584,9 @@ def test_fill_kv_random_is_what_attention_reads(models_dir: Path, device: str) -
 
 
 def test_decode_run_counts_its_context(device: str) -> None:
-    options = decode_options(device, "bfloat16", [2], [1, 21], 3)
+    options = decode_options(device, "bfloat16", [2], [1, 21], 10)
+    assert options.max_model_len is not None
+    assert options.max_model_len >= (21 + 3 if device == "cpu" else 500)
     model = random_runner(ModelConfig.from_values(SMALL), options)
     for context, counted in ((21, 21), (1, 5)):
         run = DecodeRun(model, 2, context)
@@ -378,7 +595,13 @@ def test_decode_run_counts_its_context(device: str) -> None:
         assert len(milliseconds) == len(host_us) == 3
         seq_lens = model.runner.infer_params()["seq_lens"]
         assert list(seq_lens[:2]) == [counted + 2] * 2
+        assert 0 <= run.idle_share(3) < 1
         run.close()
+    assert model.runner.free_rows == 2
+    timing = measure_decode(model, 2, 21, 3)
+    assert (timing.batch, timing.context) == (2, 21)
+    assert timing.step_ms > 0
+    assert (timing.idle_share is None) == (device == "cpu")
     assert model.runner.free_rows == 2
     model.runner.close()
     model.device.close()

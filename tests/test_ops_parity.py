@@ -46,6 +46,7 @@ class Case:
     limits: dict[str, int] = dataclasses.field(default_factory=dict)
     requests: int = 1
     cache: list[Array] = dataclasses.field(default_factory=list)
+    options: dict[str, object] = dataclasses.field(default_factory=dict)
 
 
 def run(device: _core.Device, case: Case) -> Array:
@@ -57,6 +58,7 @@ def run(device: _core.Device, case: Case) -> Array:
     )
     for weight, values in case.weights.items():
         session.load_weight(weight, values.astype(np.float32))
+    session.set_options(**case.options)
     poison = np.full(case.expected.size, np.nan, np.float32)
     session.set_value(case.output, poison)
     for value, data in case.inputs.items():
@@ -257,6 +259,8 @@ def paged_attention(draw: st.DataObject, rng: np.random.Generator, dtype: str) -
     lengths = draw.draw(
         st.lists(st.tuples(st.integers(0, 90), st.integers(1, 12)), min_size=1, max_size=4)
     )
+    lengths.sort(key=lambda length: length[1] > 1)  # decode rows come first
+    decodes = sum(query == 1 for _, query in lengths)
     padding = draw.draw(st.integers(0, 3))
     window = draw.draw(st.sampled_from([0, 0, 1, 7, 64]))
     program = _core.Program(dtype)
@@ -312,6 +316,9 @@ def paged_attention(draw: st.DataObject, rng: np.random.Generator, dtype: str) -
         q, keys, values, np.array(positions), np.array(batch), window
     ).reshape(tokens, -1)
     ints = {
+        "counts": np.array(
+            [len(lengths), tokens - padding, 0, decodes, len(lengths) - decodes, 0]
+        ),
         "row": np.arange(len(lengths)),
         "query_start_loc": np.array(starts),
         "seq_lens": np.array([context + query for context, query in lengths]),
@@ -360,6 +367,31 @@ def test_op_matches_float64(
     row = TABLE[op]
     case = row.make(draw, np.random.default_rng(seed), dtype)
     check_close(run(native_device, case), case.expected, row.tolerance[dtype])
+
+
+# Kernels that attention may be given to; on the CPU there is one, whatever is asked for.
+ATTENTION_OPTIONS: dict[str, dict[str, object]] = {
+    "captured": {},
+    "eager": {"eager_attention": True},
+    "flashinfer": {
+        "eager_attention": True,
+        "attention_backend": _core.AttentionBackend.FLASHINFER,
+    },
+    "batch_invariant": {"batch_invariant": True},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", ATTENTION_OPTIONS)
+@settings(max_examples=25)
+@given(draw=st.data(), seed=st.integers(0, 2**32 - 1))
+def test_attention_kernels_match_float64(
+    native_device: _core.Device, kernels: str, dtype: str, draw: st.DataObject, seed: int
+) -> None:
+    case = paged_attention(draw, np.random.default_rng(seed), dtype)
+    case.options = ATTENTION_OPTIONS[kernels]
+    tolerance = TABLE["paged_attention"].tolerance[dtype]
+    check_close(run(native_device, case), case.expected, tolerance)
 
 
 # --- QKV preparation and fused forms ------------------------------------------------------------

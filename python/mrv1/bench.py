@@ -11,8 +11,7 @@ import datetime as dt
 import json
 import os
 import platform
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final, Literal, TypedDict
 
@@ -22,17 +21,20 @@ from mrv1 import _core
 from mrv1._version import __version__
 from mrv1.config import ModelConfig
 from mrv1.env_report import commit, cpu_model, package_version
-from mrv1.errors import DeviceError, InvalidArgumentError
+from mrv1.errors import InvalidArgumentError
 
-Figure = Literal["decode", "prefill", "mix", "op"]
+Figure = Literal["decode", "prefill", "mix", "op", "profile"]
 
 # Bytes that the plain read covers, unless less memory is free.
-READ_BYTES: Final = 1 << 30
+READ_BYTES: Final = {"cpu": 1 << 30, "cuda": 8 << 30}
 _READS: Final = 10
 # The matrix product that measures the arithmetic rate: tokens, and rows and columns of the weight.
-_PRODUCT_TOKENS: Final = 256
-_PRODUCT_SIZE: Final = 4096
+_PRODUCT: Final = {"cpu": (256, 4096), "cuda": (8192, 8192)}
 _PRODUCTS: Final = 5
+# A report in whose run the device read slower, or less than 8 GB, does not count: something else
+# used the machine, or it is throttled. By a part of the device's name, in 10^9 bytes a second.
+_LEAST_READ: Final = {"H200": 4200.0}
+_LEAST_READ_BYTES: Final = 8 * 10**9
 
 
 class _RequiredKeys(TypedDict):
@@ -59,8 +61,18 @@ class Record(_RequiredKeys, total=False):
     dtype: str
     peer: str
     op: str
+    lengths: str
+    backend: str
+    kernels: int
     read_share: float | None
     gflops: float | None
+    x_floor: float | None
+    idle_share: float | None
+    counts: bool
+    peer_name: str
+    peer_step_ms: float
+    peer_tokens_per_s: float
+    times_peer: float
 
 
 REQUIRED_KEYS: Final = frozenset(Record.__required_keys__)
@@ -78,6 +90,8 @@ class Timing:
         host_us: Host time of a step, or None where it was not measured.
         peak_memory_mb: Highest resident memory of the process so far, in 10^6 bytes.
         tokens: Of a step, for the rate; None is one a request.
+        idle_share: Share of the time in which the device ran no step, or None where it was not
+            measured.
     """
 
     batch: int
@@ -86,6 +100,7 @@ class Timing:
     host_us: float | None
     peak_memory_mb: float
     tokens: float | None = None
+    idle_share: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +110,12 @@ class Rates:
     Attributes:
         read_gb_s: Plain read of a buffer larger than the caches, in 10^9 bytes a second.
         gflops: A large matrix product through the linear kernel, in 10^9 operations a second.
+        counts: Whether the read shows the device at its usual speed; None where none is known.
     """
 
     read_gb_s: float
     gflops: float
+    counts: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,33 +133,36 @@ class OpCost:
     operations: int
 
 
-def check_measurable(device: str) -> None:
-    """Checks that floors can be measured on a device.
+def measure_rates(device: _core.Device, dtype: str, read_bytes: int | None = None) -> Rates:
+    """Measures read bandwidth (best of 10) and arithmetic rate (best of 5) of a device.
 
-    Raises:
-        DeviceError: They cannot, yet.
+    Args:
+        device: Idle.
+        dtype: Of the product.
+        read_bytes: What is read, at most half of the free memory; None takes `READ_BYTES`.
     """
-    if device != "cpu":
-        raise DeviceError(
-            f"[bench] read bandwidth is measured on the cpu only, not on {device}: "
-            "pass --device cpu"
-        )
-
-
-def measure_rates(device: _core.Device, dtype: str, read_bytes: int = READ_BYTES) -> Rates:
-    """Measures read bandwidth (best of 10) and arithmetic rate (best of 5) of a device."""
     free, _ = device.memory()
-    probe = _core.ReadProbe(device, min(read_bytes, free // 2))
+    wanted = READ_BYTES[device.kind] if read_bytes is None else read_bytes
+    probe = _core.ReadProbe(device, min(wanted, free // 2))
     probe_bytes = probe.bytes
     try:
         seconds = min(probe.run() for _ in range(_READS))
     finally:
         probe.close()
-    return Rates(probe_bytes / seconds / 1e9, _measure_gflops(device, dtype))
+    rate = probe_bytes / seconds / 1e9
+    return Rates(rate, _measure_gflops(device, dtype), read_counts(device.name, rate, probe_bytes))
+
+
+def read_counts(device_name: str, read_gb_s: float, read_bytes: int) -> bool | None:
+    """Whether a plain read shows a device at its usual speed; None for a device not known."""
+    for part, least in _LEAST_READ.items():
+        if part in device_name:
+            return read_gb_s >= least and read_bytes >= _LEAST_READ_BYTES
+    return None
 
 
 def _measure_gflops(device: _core.Device, dtype: str) -> float:
-    tokens, size = _PRODUCT_TOKENS, _PRODUCT_SIZE
+    tokens, size = _PRODUCT[device.kind]
     program = _core.Program(dtype)
     x = program.input("x", size)
     weight = program.weight("weight", False, size, [("weight", size)])
@@ -152,11 +172,7 @@ def _measure_gflops(device: _core.Device, dtype: str) -> float:
         rng = np.random.default_rng(0)
         session.load_weight(weight, rng.standard_normal((size, size), dtype=np.float32))
         session.set_value(x, rng.standard_normal((tokens, size), dtype=np.float32))
-        seconds = []
-        for _ in range(_PRODUCTS):
-            start = time.perf_counter()
-            session.run(1, tokens)
-            seconds.append(time.perf_counter() - start)
+        seconds = session.time_runs(1, tokens, repeats=_PRODUCTS)
     finally:
         session.close()
     return 2.0 * tokens * size * size / min(seconds) / 1e9
@@ -187,6 +203,40 @@ def prefill_costs(config: ModelConfig, dtype: str, batch: int, context: int) -> 
     every = attention_cost(config, _element_size(dtype), batch, context)
     causal = dataclasses.replace(every, operations=every.operations * (context + 1) // 2)
     return _step_costs(config, dtype, batch * context, batch, causal)
+
+
+def mix_costs(config: ModelConfig, dtype: str, requests: Iterable[tuple[int, int]]) -> list[OpCost]:
+    """What a workload must do at least, in whichever steps.
+
+    Weights are read once for each token of the longest output, since no step draws two tokens of a
+    request; a prompt's keys and values are read once, and for each further token those before it.
+
+    Args:
+        config: The model's.
+        dtype: The one it runs in, "float32" or "bfloat16".
+        requests: Tokens of the prompt and of the output of each.
+    """
+    pairs = list(requests)
+    steps = max(output for _, output in pairs)
+    draws = sum(output for _, output in pairs)
+    # The last token of an output is drawn, but never computed.
+    tokens = sum(prompt + output - 1 for prompt, output in pairs)
+    read = attended = 0
+    for prompt, output in pairs:
+        total = prompt + output - 1
+        read += prompt + (total * (total + 1) - prompt * (prompt + 1)) // 2
+        attended += total * (total + 1) // 2
+    size = _element_size(dtype)
+    attention = dataclasses.replace(
+        attention_cost(config, size, 1, read),
+        operations=attention_cost(config, size, 1, attended).operations,
+    )
+    return [
+        cost
+        if cost.name in ("embedding", "attention")
+        else dataclasses.replace(cost, read_bytes=cost.read_bytes * steps)
+        for cost in _step_costs(config, dtype, tokens, draws, attention)
+    ]
 
 
 def _element_size(dtype: str) -> int:
@@ -267,11 +317,17 @@ def make_record(
         "dtype": dtype,
     }
     if rates is not None:
-        read_bytes = sum(cost.read_bytes for cost in costs)
-        record["floor_ms"] = round(floor_ms(costs, rates), 6)
         record["read_gb_s"] = round(rates.read_gb_s, 2)
-        record["read_share"] = round(read_bytes / seconds / (rates.read_gb_s * 1e9), 4)
         record["gflops"] = round(rates.gflops, 1)
+        if costs:
+            floor, read_bytes = floor_ms(costs, rates), sum(cost.read_bytes for cost in costs)
+            record["floor_ms"] = round(floor, 6)
+            record["read_share"] = round(read_bytes / seconds / (rates.read_gb_s * 1e9), 4)
+            record["x_floor"] = round(timing.step_ms / floor, 3)
+        if rates.counts is not None:
+            record["counts"] = rates.counts
+    if timing.idle_share is not None:
+        record["idle_share"] = round(timing.idle_share, 5)
     return record
 
 
@@ -324,42 +380,57 @@ def write_json(path: str | os.PathLike[str], records: Sequence[Record]) -> None:
         ) from None
 
 
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.3g} %"
+
+
+# Columns that are left out of a table where no record has a value.
+_COLUMNS: Final[tuple[tuple[str, Callable[[Record], str]], ...]] = (
+    ("batch", lambda record: str(record["batch"])),
+    ("context", lambda record: str(record["context"])),
+    ("step ms", lambda record: _number(record["step_ms"], 3)),
+    ("floor ms", lambda record: _number(record["floor_ms"], 3)),
+    ("x floor", lambda record: _number(record.get("x_floor"), 2)),
+    ("tokens/s", lambda record: _number(record["tokens_per_s"], 1)),
+    ("host us", lambda record: _number(record["host_us"], 1)),
+    ("idle", lambda record: _percent(record.get("idle_share"))),
+    ("peer ms", lambda record: _number(record.get("peer_step_ms"), 3)),
+    ("peer tokens/s", lambda record: _number(record.get("peer_tokens_per_s"), 1)),
+    ("x peer", lambda record: _number(record.get("times_peer"), 2)),
+    ("read share", lambda record: _percent(record.get("read_share"))),
+    ("read GB/s", lambda record: _number(record["read_gb_s"], 1)),
+    ("GFLOP/s", lambda record: _number(record.get("gflops"), 0)),
+    ("peak MB", lambda record: _number(record["peak_memory_mb"], 0)),
+)
+
+
 def format_table(records: Sequence[Record]) -> str:
     """Records as a table for people."""
-    titles = ["figure", "what", "batch", "context", "step ms", "floor ms", "tokens/s"]
-    titles += ["read share", "read GB/s", "GFLOP/s", "host us", "peak MB"]
-    rows = [titles]
+    columns = [["figure"], ["what"]]
     for record in records:
-        share = record.get("read_share")
-        rows.append(
-            [
-                record["figure"],
-                " ".join(
-                    part
-                    for part in (record["shape"], record.get("op"), record.get("peer"))
-                    if part is not None
-                ),
-                str(record["batch"]),
-                str(record["context"]),
-                _number(record["step_ms"], 3),
-                _number(record["floor_ms"], 3),
-                _number(record["tokens_per_s"], 1),
-                "-" if share is None else f"{100 * share:.0f} %",
-                _number(record["read_gb_s"], 1),
-                _number(record.get("gflops"), 0),
-                _number(record["host_us"], 1),
-                _number(record["peak_memory_mb"], 0),
-            ]
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+        parts = (record["shape"], record.get("op"), record.get("lengths"), record.get("backend"))
+        columns[0].append(record["figure"])
+        columns[1].append(" ".join(part for part in (*parts, record.get("peer")) if part))
+    for title, text in _COLUMNS:
+        cells = [text(record) for record in records]
+        if any(cell != "-" for cell in cells):
+            columns.append([title, *cells])
+    lines = format_columns(columns, left=2)
+    slow = {record["read_gb_s"] for record in records if record.get("counts") is False}
+    lines += [
+        f"Does not count: the plain read reached {rate} GB/s only."
+        for rate in sorted(slow, key=str)
+    ]
     return "\n".join(lines)
+
+
+def format_columns(columns: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Columns as aligned lines, the first `left` of them to the left."""
+    padded = []
+    for place, cells in enumerate(columns):
+        width = max(map(len, cells))
+        padded.append([cell.ljust(width) if place < left else cell.rjust(width) for cell in cells])
+    return ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 import time
@@ -19,18 +20,33 @@ from mrv1.sampling_params import MAX_INT32
 
 # Steps before those that count.
 WARMUP = 4
+# On a GPU: runs whose median counts, and steps of the run that measures idle time.
+RUNS = 3
+IDLE_STEPS = 500
 
 
 def decode_options(
-    device: str | None,
+    device: str,
     dtype: str,
     batches: Sequence[int],
     contexts: Sequence[int],
     steps: int,
     block_size: int = RunnerOptions.block_size,
 ) -> RunnerOptions:
-    """Options of a runner with exactly the memory that the measurements need."""
+    """Options of a runner with exactly the memory and the graphs that the measurements need.
+
+    Args:
+        device: "cpu" or "cuda".
+        dtype: As in `RunnerOptions`.
+        batches: Sizes to measure.
+        contexts: Cached tokens to measure at.
+        steps: That count.
+        block_size: As in `RunnerOptions`.
+    """
     length = max(max(contexts), WARMUP + 1) + steps + 1
+    if device == "cuda":
+        idle = max(_idle_context(context, steps) for context in contexts) + IDLE_STEPS + 1
+        length = max(length, idle)
     blocks = -(-length // block_size)
     return RunnerOptions(
         device=device,
@@ -40,7 +56,23 @@ def decode_options(
         max_model_len=length,
         block_size=block_size,
         num_kv_blocks=max(batches) * blocks + 1,
+        capture_sizes=sorted(set(batches)) if device == "cuda" else None,
+        piecewise_sizes=[] if device == "cuda" else None,
     )
+
+
+def _idle_context(context: int, steps: int) -> int:
+    """Where the long run begins, so that its rows are as long on average as those timed."""
+    return max(WARMUP + 1, context + (steps - IDLE_STEPS) // 2)
+
+
+@dataclasses.dataclass
+class _Run:
+    """What consecutive steps took."""
+
+    ends: list[float] = dataclasses.field(default_factory=list)  # before the first, after each
+    host_ns: list[int] = dataclasses.field(default_factory=list)
+    device_ns: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # begin, end
 
 
 class DecodeRun:
@@ -71,42 +103,51 @@ class DecodeRun:
             spec.block_ids = list(range(1 + index * blocks, 1 + (index + 1) * blocks))
             row, _ = self._runner.add_row(spec)
             self._rows.append(row)
+        self._batch = [(row, 1) for row in self._rows]
         self._length = length
-        self._host_ns: list[int] = []
         self._run(WARMUP)
+
+    @property
+    def runner(self) -> _core.ModelRunner:
+        """The runner whose rows these are."""
+        return self._runner
 
     @property
     def length(self) -> int:
         """Tokens in each row's cache in the next step."""
         return self._length
 
-    def _launch(self) -> int:
-        step = self._runner.execute([(row, 1) for row in self._rows])
-        self._host_ns.append(self._runner.stats()["host_ns"])
+    def _launch(self, run: _Run) -> int:
+        step = self._runner.execute(self._batch)
+        run.host_ns.append(self._runner.stats()["host_ns"])
         return step
 
-    def _run(self, steps: int) -> list[float]:
-        """Runs steps; returns the seconds from the end of each to the end of the next."""
-        ends = [time.perf_counter()]
-        pending = self._launch()
+    def _run(self, steps: int) -> _Run:
+        run = _Run(host_ns=[self._runner.stats()["host_ns"]])
+        run.ends.append(time.perf_counter())
+        pending = self._launch(run)
         for index in range(steps):
-            following = self._launch() if index + 1 < steps else 0
+            following = self._launch(run) if index + 1 < steps else 0
             output = self._runner.result(pending)
-            ends.append(time.perf_counter())
+            run.ends.append(time.perf_counter())
+            run.device_ns.append((output.begin_ns, output.end_ns))
             if output.error:
                 raise InternalError(f"step {output.step} failed: {output.error}")
             if any(entry.finish_reason != _core.FinishReason.NONE for entry in output.entries):
                 raise InternalError(f"a row ended in step {output.step}")
             pending = following
         self._length += steps
-        return [end - start for start, end in itertools.pairwise(ends)]
+        return run
 
     def measure(self, steps: int) -> tuple[list[float], list[float]]:
         """Runs steps; returns the milliseconds of each, and the host's microseconds for each."""
-        self._host_ns = [self._runner.stats()["host_ns"]]
-        milliseconds = [1e3 * seconds for seconds in self._run(steps)]
-        spans = itertools.pairwise(self._host_ns)
-        return milliseconds, [(end - start) / 1e3 for start, end in spans]
+        run = self._run(steps)
+        milliseconds = [1e3 * (end - start) for start, end in itertools.pairwise(run.ends)]
+        return milliseconds, [(end - start) / 1e3 for start, end in itertools.pairwise(run.host_ns)]
+
+    def idle_share(self, steps: int) -> float:
+        """Runs steps; returns the share of the time in which the device ran none, by its clock."""
+        return idle_share(self._run(steps).device_ns)
 
     def close(self) -> None:
         """Frees the rows."""
@@ -114,8 +155,24 @@ class DecodeRun:
             self._runner.free_row(row)
 
 
+def idle_share(spans: Sequence[tuple[int, int]]) -> float:
+    """Share of the time between the first begin and the last end that no span covers.
+
+    Args:
+        spans: Begin and end of each step in turn.
+    """
+    busy = sum(end - begin for begin, end in spans)
+    return 1.0 - busy / (spans[-1][1] - spans[0][0])
+
+
 def measure_decode(model: LoadedModel, batch: int, context: int, steps: int) -> Timing:
-    """Measures one batch size at one context length: the median of `steps` steps."""
+    """Measures one batch size at one context length.
+
+    On the CPU the time of a step is the median of `steps` steps; on a GPU it is that of a run of
+    `steps` steps by the host's clock, divided by their number, the median of `RUNS` runs.
+    """
+    if model.device.kind == "cuda":
+        return _measure_runs(model, batch, context, steps)
     run = DecodeRun(model, batch, context)
     try:
         length = run.length
@@ -128,4 +185,32 @@ def measure_decode(model: LoadedModel, batch: int, context: int, steps: int) -> 
         statistics.median(milliseconds),
         statistics.median(host_us),
         peak_memory_mb(),
+    )
+
+
+def _measure_runs(model: LoadedModel, batch: int, context: int, steps: int) -> Timing:
+    means, host_us = [], []
+    length = 0
+    for _ in range(RUNS):
+        # The first step's latency is not a step's time: the clock starts when it has ended.
+        run = DecodeRun(model, batch, context - 1)
+        try:
+            length = run.length + 1
+            milliseconds, launches = run.measure(1 + steps)
+        finally:
+            run.close()
+        means.append(statistics.mean(milliseconds[1:]))
+        host_us += launches[1:]
+    run = DecodeRun(model, batch, _idle_context(context, steps))
+    try:
+        idle = run.idle_share(IDLE_STEPS)
+    finally:
+        run.close()
+    return Timing(
+        batch,
+        length,
+        statistics.median(means),
+        statistics.median(host_us),
+        peak_memory_mb(),
+        idle_share=idle,
     )

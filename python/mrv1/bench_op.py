@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Final, Literal
 
 import numpy as np
 
@@ -16,63 +16,136 @@ from mrv1.config import ModelConfig
 from mrv1.llm import peak_memory_mb
 from mrv1.loader import RunnerOptions
 
+Lengths = Literal["even", "log-uniform", "one-long"]
+LENGTHS: Final[tuple[Lengths, ...]] = ("even", "log-uniform", "one-long")
+
 _BLOCK_SIZE = RunnerOptions.block_size
-_WARMUP = 1
+_WEIGHT_RANGE: Final = 0.5
+# Different weights or caches at most: ops so small that more were needed are in caches anyway.
+_MAX_COPIES: Final = 256
+_LOG_UNIFORM_MOST: Final = 32768
+_ONE_LONG: Final = (65536, 512)
+
+LINEARS: Final = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "logits")
+ATTENTION: Final = "attention"
+OPS: Final = (*LINEARS, ATTENTION)
+BACKENDS: Final = {
+    "native": _core.AttentionBackend.NATIVE,
+    "flashinfer": _core.AttentionBackend.FLASHINFER,
+}
 
 
-def measure_ops(
+def request_lengths(kind: Lengths, batch: int, context: int) -> list[int]:
+    """Cached tokens of each request.
+
+    Args:
+        kind: "even": `context` each; "log-uniform": drawn from 1 to 32,768 with a fixed seed;
+            "one-long": 65,536 for the first, 512 for the others.
+        batch: Requests.
+        context: For "even".
+    """
+    if kind == "even":
+        return [context] * batch
+    if kind == "one-long":
+        return [_ONE_LONG[0]] + [_ONE_LONG[1]] * (batch - 1)
+    drawn = np.random.default_rng(0).uniform(0.0, np.log(_LOG_UNIFORM_MOST), batch)
+    return [int(length) for length in np.exp(drawn)]
+
+
+def measure_linears(
     device: _core.Device,
     config: ModelConfig,
     dtype: str,
-    batch: int,
-    context: int,
+    batches: Sequence[int],
     repeats: int,
     working_set: int,
+    ops: Sequence[str] = LINEARS,
 ) -> Iterator[tuple[OpCost, Timing]]:
-    """Times the ops of a decode step of one layer, and the logits, each on its own.
+    """Times the matrix products of one layer, and the logits, each on its own.
 
-    As in a model, an op's weights or cache are not in the processor's caches: a run computes the op
-    over as many different ones as `working_set` holds.
+    As in a model, an op's weights are not in the processor's caches: a run computes the op over as
+    many different ones as `working_set` holds, at most 256.
 
     Args:
         device: Where.
         config: Sizes.
         dtype: "float32" or "bfloat16".
-        batch: Requests, one token each.
-        context: Tokens that each attends to.
+        batches: Requests, one token each.
         repeats: Runs; their median is the time.
         working_set: Bytes that a run reads, at least.
+        ops: Which.
+
+    Yields:
+        For each op every batch size: what it must do, and its time.
     """
     hidden, dim, size = config.hidden_size, config.head_dim, 4 if dtype == "float32" else 2
     q_size, kv_size = config.num_attention_heads * dim, config.num_key_value_heads * dim
-    linears = (
+    for name, rows, cols, with_silu in (
         ("qkv_proj", q_size + 2 * kv_size, hidden, False),
         ("o_proj", hidden, q_size, False),
         ("gate_up_proj", 2 * config.intermediate_size, hidden, True),
         ("down_proj", hidden, config.intermediate_size, False),
         ("logits", config.vocab_size, hidden, False),
-    )
-
-    def timed(session: _core.ProgramSession, copies: int) -> Timing:
+    ):
+        if name not in ops:
+            continue
+        copies = _copies(working_set, rows * cols * size)
+        session = _linear_session(device, dtype, rows, cols, with_silu, max(batches), copies)
         try:
-            seconds = []
-            for _ in range(_WARMUP + repeats):
-                start = time.perf_counter()
-                session.run(batch, batch)
-                seconds.append((time.perf_counter() - start) / copies)
+            for batch in batches:
+                cost = linear_cost(name, rows, cols, size, batch)
+                yield cost, _timed(session, batch, 0, repeats, copies)
         finally:
             session.close()
-        median = statistics.median(seconds[_WARMUP:])
-        return Timing(batch, context, 1e3 * median, None, peak_memory_mb())
 
-    for name, rows, cols, with_silu in linears:
-        cost = linear_cost(name, rows, cols, size, batch)
-        copies = -(-working_set // cost.read_bytes)
-        session = _linear_session(device, dtype, rows, cols, with_silu, batch, copies)
-        yield cost, timed(session, copies)
-    cost = attention_cost(config, size, batch, context)
-    copies = -(-working_set // cost.read_bytes)
-    yield cost, timed(_attention_session(device, config, dtype, batch, context, copies), copies)
+
+def measure_attention(
+    device: _core.Device,
+    config: ModelConfig,
+    dtype: str,
+    lengths: Sequence[int],
+    repeats: int,
+    working_set: int,
+    backends: Sequence[str] = ("native",),
+) -> Iterator[tuple[str, OpCost, Timing]]:
+    """Times the attention of one layer, with its rotary embedding and cache write.
+
+    A run computes it over as many different caches as `working_set` holds, at most 256.
+
+    Args:
+        device: Where.
+        config: Sizes.
+        dtype: "float32" or "bfloat16".
+        lengths: Cached tokens of each request; each attends to as many.
+        repeats: Runs; their median is the time.
+        working_set: Bytes that a run reads, at least.
+        backends: Keys of `BACKENDS`.
+
+    Yields:
+        For each backend its name, what the op must do, and its time.
+    """
+    size = 4 if dtype == "float32" else 2
+    cost = attention_cost(config, size, 1, sum(lengths))
+    copies = _copies(working_set, cost.read_bytes)
+    session = _attention_session(device, config, dtype, lengths, copies)
+    try:
+        for backend in backends:
+            session.set_options(attention_backend=BACKENDS[backend])
+            context = round(sum(lengths) / len(lengths))
+            yield backend, cost, _timed(session, len(lengths), context, repeats, copies)
+    finally:
+        session.close()
+
+
+def _copies(working_set: int, read_bytes: int) -> int:
+    return min(_MAX_COPIES, -(-working_set // read_bytes))
+
+
+def _timed(
+    session: _core.ProgramSession, batch: int, context: int, repeats: int, copies: int
+) -> Timing:
+    seconds = statistics.median(session.time_runs(batch, batch, repeats=repeats))
+    return Timing(batch, context, 1e3 * seconds / copies, None, peak_memory_mb())
 
 
 def _linear_session(
@@ -81,7 +154,7 @@ def _linear_session(
     rows: int,
     cols: int,
     with_silu: bool,
-    batch: int,
+    max_batch: int,
     copies: int,
 ) -> _core.ProgramSession:
     program = _core.Program(dtype)
@@ -96,21 +169,24 @@ def _linear_session(
             result = program.silu_mul(result)
     program.output(result)
     program.fuse()
-    session = _core.ProgramSession(device, program, max_requests=batch, max_tokens=batch)
-    rng = np.random.default_rng(0)
-    values = rng.random((rows, cols), dtype=np.float32)
-    values -= 0.5
+    session = _core.ProgramSession(device, program, max_requests=max_batch, max_tokens=max_batch)
     for weight in weights:
-        session.load_weight(weight, values)
-    session.set_value(x, rng.standard_normal((batch, cols), dtype=np.float32))
+        session.fill_weight(weight, 0, _WEIGHT_RANGE)
+    values = np.random.default_rng(0).standard_normal((max_batch, cols), dtype=np.float32)
+    session.set_value(x, values)
     return session
 
 
 def _attention_session(
-    device: _core.Device, config: ModelConfig, dtype: str, batch: int, context: int, copies: int
+    device: _core.Device,
+    config: ModelConfig,
+    dtype: str,
+    lengths: Sequence[int],
+    copies: int,
 ) -> _core.ProgramSession:
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    per_row = -(-context // _BLOCK_SIZE)
+    batch, longest = len(lengths), max(lengths)
+    per_row = [-(-length // _BLOCK_SIZE) for length in lengths]
     program = _core.Program(dtype)
     qkv = program.input("qkv", (heads + 2 * kv_heads) * dim)
     rope = program.rope_table(rope_frequencies(config.rope, dim).tolist())
@@ -131,32 +207,35 @@ def _attention_session(
         program,
         max_requests=batch,
         max_tokens=batch,
-        num_blocks=batch * per_row + 1,
+        num_blocks=sum(per_row) + 1,
         block_size=_BLOCK_SIZE,
-        max_blocks=per_row,
-        max_position=context,
+        max_blocks=max(per_row),
+        max_position=longest,
     )
-    rng = np.random.default_rng(0)
-    cache_size = (batch * per_row + 1) * kv_heads * _BLOCK_SIZE * dim
-    cached = rng.standard_normal(cache_size, dtype=np.float32)
-    for copy in range(copies):
-        for is_value in (False, True):
-            session.set_cache(copy, is_value, cached)
-    session.set_value(
-        qkv, rng.standard_normal((batch, (heads + 2 * kv_heads) * dim), dtype=np.float32)
+    session.fill_cache(0)
+    values = np.random.default_rng(0).standard_normal(
+        (batch, (heads + 2 * kv_heads) * dim), dtype=np.float32
     )
+    session.set_value(qkv, values)
+    # Blocks of requests are mixed, as they are in a cache that has been used for a while.
+    blocks = 1 + np.random.default_rng(1).permutation(sum(per_row)).astype(np.int32)
+    table = np.zeros((batch, max(per_row)), np.int32)
+    start = 0
+    for index, count in enumerate(per_row):
+        table[index, :count] = blocks[start : start + count]
+        start += count
     rows = np.arange(batch, dtype=np.int32)
-    table = 1 + np.arange(batch * per_row, dtype=np.int32)
-    last = context - 1
-    slots = table.reshape(batch, per_row)[:, last // _BLOCK_SIZE] * _BLOCK_SIZE + last % _BLOCK_SIZE
-    for name, values in (
+    last = np.asarray(lengths, np.int32) - 1
+    slots = table[rows, last // _BLOCK_SIZE] * _BLOCK_SIZE + last % _BLOCK_SIZE
+    for name, ints in (
+        ("counts", np.asarray([batch, batch, 0, batch, 0, 0], np.int32)),
         ("row", rows),
         ("query_start_loc", np.arange(batch + 1, dtype=np.int32)),
-        ("seq_lens", np.full(batch, context, np.int32)),
+        ("seq_lens", last + 1),
         ("token_batch", rows),
-        ("positions", np.full(batch, last, np.int32)),
+        ("positions", last),
         ("slot_mapping", slots.astype(np.int32)),
-        ("block_table", table),
+        ("block_table", table.ravel()),
     ):
-        session.set_ints(name, values)
+        session.set_ints(name, ints)
     return session

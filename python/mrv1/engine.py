@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Literal
 from mrv1 import _core
 from mrv1._closing import Closing
 from mrv1.errors import InvalidArgumentError, Mrv1Error, RequestError
-from mrv1.loader import LoadedModel, RunnerKwargs, RunnerOptions, load_model
+from mrv1.loader import (
+    LoadedModel,
+    RunnerKwargs,
+    RunnerOptions,
+    load_model,
+    report_notices,
+)
 from mrv1.runner import make_row_spec
 from mrv1.sampling_params import SamplingParams
 from mrv1.tokenizer import IncrementalDetokenizer, StreamPiece, Tokenizer
@@ -216,6 +222,7 @@ class Engine(Closing):
             if not self._requests:
                 # A stop string may have ended the last request: bring its row and blocks home.
                 self._native.step()
+            report_notices(self.model.runner)
             return updates
 
     def _update(self, output: _core.RequestOutput) -> RequestUpdate | None:

@@ -60,7 +60,7 @@ def commit() -> str | None:
 def env_report() -> dict[str, str]:
     """Versions, machine, devices and MRV1_* variables, by name, in the order to print."""
     import mrv1._core as _core
-    from mrv1 import envs
+    from mrv1 import envs, tuning
 
     report = {
         "mrv1": __version__,
@@ -83,6 +83,7 @@ def env_report() -> dict[str, str]:
             "memory": f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB",
             "cuda built": "yes" if _core.cuda_built() else "no",
             "cuda": _core.cuda_describe(),
+            "cublaslt": tuning.describe_library(),
         }
     )
     for name in envs.REGISTRY:

@@ -132,6 +132,67 @@ FUSION: Final = EnvVar[bool](
     help="Whether the fusion pass runs over a program; without it each op runs on its own.",
     parse=_parse_bool,
 )
+GRAPH_MODE: Final = EnvVar[str](
+    name="MRV1_GRAPH_MODE",
+    default="auto",
+    default_text="`auto`",
+    allowed="auto, eager, piecewise or full",
+    help="Fastest way that steps may reach the device: kernel by kernel, graphs between the "
+    "attention ops, or one graph; `auto` is `full` on a GPU and `eager` on the CPU.",
+    parse=_one_of("auto", "eager", "piecewise", "full"),
+)
+ATTENTION_BACKEND: Final = EnvVar[str](
+    name="MRV1_ATTENTION_BACKEND",
+    default="native",
+    default_text="`native`",
+    allowed="native or flashinfer",
+    help="Kernels that compute the attention of decoding rows on a GPU.",
+    parse=_one_of("native", "flashinfer"),
+)
+BATCH_INVARIANT: Final = EnvVar[bool](
+    name="MRV1_BATCH_INVARIANT",
+    default=False,
+    default_text="`0`",
+    allowed=_BOOL_ALLOWED,
+    help="Whether a row's results on a GPU must be the same bit for bit whatever else is in the "
+    "batch; slower. On the CPU they always are.",
+    parse=_parse_bool,
+)
+SYNC: Final = EnvVar[bool](
+    name="MRV1_SYNC",
+    default=False,
+    default_text="`0`",
+    allowed=_BOOL_ALLOWED,
+    help="Whether to wait after every kernel launch, so that an error names its kernel; steps then "
+    "run eagerly.",
+    parse=_parse_bool,
+)
+CUBLASLT: Final = EnvVar[str | None](
+    name="MRV1_CUBLASLT",
+    default=None,
+    default_text="found",
+    allowed="a name or path of the library, or none",
+    help="cuBLASLt to use on a GPU, instead of the one that the loader or a wheel has; `none` runs "
+    "without it.",
+    parse=str,
+)
+TUNE: Final = EnvVar[bool](
+    name="MRV1_TUNE",
+    default=False,
+    default_text="`0`",
+    allowed=_BOOL_ALLOWED,
+    help="Whether a GPU measures how to compute each new shape of a linear fastest, and writes it "
+    "to a tuning table; see [tuning](tuning.md).",
+    parse=_parse_bool,
+)
+TUNE_DIR: Final = EnvVar[str](
+    name="MRV1_TUNE_DIR",
+    default="~/.cache/mrv1/tuning",
+    default_text="`~/.cache/mrv1/tuning`",
+    allowed="a directory",
+    help="Where tuning tables are written, and read before those of the package.",
+    parse=str,
+)
 
 # All variables by name, in the order of the documentation.
 REGISTRY: Final[Mapping[str, EnvVar[object]]] = MappingProxyType(
@@ -141,5 +202,12 @@ REGISTRY: Final[Mapping[str, EnvVar[object]]] = MappingProxyType(
         LOG_LEVEL.name: LOG_LEVEL,
         NO_PROGRESS.name: NO_PROGRESS,
         FUSION.name: FUSION,
+        GRAPH_MODE.name: GRAPH_MODE,
+        ATTENTION_BACKEND.name: ATTENTION_BACKEND,
+        BATCH_INVARIANT.name: BATCH_INVARIANT,
+        SYNC.name: SYNC,
+        CUBLASLT.name: CUBLASLT,
+        TUNE.name: TUNE,
+        TUNE_DIR.name: TUNE_DIR,
     }
 )

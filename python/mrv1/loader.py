@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from mrv1 import _core, envs
+from mrv1 import _core, envs, tuning
+from mrv1._streams import Stream
 from mrv1.builder import Builder
 from mrv1.config import ModelConfig, model_root
 from mrv1.errors import ConfigError, InvalidArgumentError, OutOfMemoryError, WeightError
 from mrv1.models import FAMILIES
-from mrv1.progress import is_shown, progress_bar
+from mrv1.progress import format_phases, is_shown, progress_bar
 from mrv1.safetensors_reader import TensorInfo, read_checkpoint
 from mrv1.sampling_params import MAX_INT32
 
@@ -25,6 +28,21 @@ _LOG = logging.getLogger("mrv1")
 _LOADABLE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Share of the free memory that the KV cache takes where nothing says how much it may.
 _KV_SHARE = 0.25
+# Share of a GPU's memory that may be in use once the KV cache is there.
+_GPU_SHARE = 0.9
+# Memory that a captured size may take, and what libraries load with their kernels.
+_GRAPH_BYTES = 4 << 20
+_LIBRARY_BYTES = 512 << 20
+_GRAPH_MODES = {
+    "auto": _core.StepMode.FULL,
+    "eager": _core.StepMode.EAGER,
+    "piecewise": _core.StepMode.PIECEWISE,
+    "full": _core.StepMode.FULL,
+}
+_BACKENDS = {
+    "native": _core.AttentionBackend.NATIVE,
+    "flashinfer": _core.AttentionBackend.FLASHINFER,
+}
 # Stop ids that all running requests together can have; address space, not memory, on the CPU.
 _MAX_STOP_IDS = 1 << 20
 
@@ -37,17 +55,32 @@ class RunnerOptions:
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         dtype: "auto" (float32 checkpoints run in float32, all others in bfloat16), "float32" or
             "bfloat16".
-        max_num_seqs: Requests that run at once; 64.
+        max_num_seqs: Requests that run at once; 64 on the CPU, 256 on a GPU.
         max_num_batched_tokens: Tokens of one step; 512 on the CPU, 8192 on a GPU, and at least
             max_num_seqs.
         max_model_len: Tokens of one request, prompt included; the model's own limit, less if the
             KV cache holds less.
         block_size: Tokens of one KV block.
         num_kv_blocks: KV blocks, the null block included; overrides kv_cache_memory.
-        kv_cache_memory: Bytes of the KV cache; a quarter of the free memory, and no more than
-            max_num_seqs requests of max_model_len can use.
+        kv_cache_memory: Bytes of the KV cache; overrides gpu_memory_utilization. On the CPU a
+            quarter of the free memory. Never more than max_num_seqs requests of max_model_len can
+            use.
+        gpu_memory_utilization: Share of the GPU's memory that may be in use, whoever uses it, once
+            the KV cache is allocated; 0.9.
+        stream: CUDA stream in which all steps run: an object with `__cuda_stream__`, or a handle,
+            whose stream must outlive the runner. No default stream; None makes one.
         num_threads: CPU threads; MRV1_NUM_THREADS, else the cores this process may use.
         fusion: Whether the fusion pass runs; MRV1_FUSION.
+        graph_mode: Fastest way that steps may reach the device: "eager" (kernel by kernel),
+            "piecewise" (graphs between the attention ops), "full" (one graph a step) or "auto"
+            ("full" on a GPU, "eager" on the CPU); MRV1_GRAPH_MODE.
+        capture_sizes: Sizes that whole steps are captured at: numbers of requests, or pairs
+            (requests, tokens of each). A step runs at the smallest that holds it.
+        piecewise_sizes: Numbers of tokens that steps are captured at in pieces.
+        attention_backend: Kernels of decode attention on a GPU, "native" or "flashinfer";
+            MRV1_ATTENTION_BACKEND.
+        batch_invariant: Whether a row's results on a GPU must not depend, bit for bit, on what else
+            is in the batch; MRV1_BATCH_INVARIANT.
         pad_requests: Steps are padded to at least this many requests; for testing.
         pad_tokens: Steps are padded to at least this many tokens; for testing.
         infer_param_view: Whether steps also compute the by-table-row view of the batch.
@@ -61,8 +94,15 @@ class RunnerOptions:
     block_size: int = 16
     num_kv_blocks: int | None = None
     kv_cache_memory: int | None = None
+    gpu_memory_utilization: float | None = None
+    stream: Stream = None
     num_threads: int | None = None
     fusion: bool | None = None
+    graph_mode: str | None = None
+    capture_sizes: Sequence[int | tuple[int, int]] | None = None
+    piecewise_sizes: Sequence[int] | None = None
+    attention_backend: str | None = None
+    batch_invariant: bool | None = None
     pad_requests: int = 0
     pad_tokens: int = 0
     infer_param_view: bool = False
@@ -79,8 +119,15 @@ class RunnerKwargs(TypedDict, total=False):
     block_size: int
     num_kv_blocks: int | None
     kv_cache_memory: int | None
+    gpu_memory_utilization: float | None
+    stream: Stream
     num_threads: int | None
     fusion: bool | None
+    graph_mode: str | None
+    capture_sizes: Sequence[int | tuple[int, int]] | None
+    piecewise_sizes: Sequence[int] | None
+    attention_backend: str | None
+    batch_invariant: bool | None
     pad_requests: int
     pad_tokens: int
     infer_param_view: bool
@@ -101,6 +148,7 @@ class LoadedModel:
         block_size: As `RunnerOptions`.
         num_kv_blocks: As `RunnerOptions`, resolved.
         startup: Seconds of each phase of the start, by name.
+        startup_bytes: Bytes that a phase allocated, read or captured, for those that have some.
     """
 
     config: ModelConfig
@@ -113,6 +161,7 @@ class LoadedModel:
     block_size: int
     num_kv_blocks: int
     startup: dict[str, float]
+    startup_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def resolve_device(name: str | None) -> str:
@@ -187,10 +236,12 @@ def load_model(
     start = time.perf_counter()
     _load_weights(model.runner, sources, progress)
     startup["load weights"] = time.perf_counter() - start
+    model.startup_bytes["load weights"] = sum(info.nbytes for _, _, info in sources)
+    capture_graphs(model)
     plan = model.runner.memory_plan
     _LOG.info(
         "%s on %s in %s: weights %.0f MB, activations %.0f MB, state %.0f MB, KV cache %.0f MB "
-        "in %d blocks of %d tokens; %s",
+        "in %d blocks of %d tokens\n%s",
         root,
         model.device.name,
         dtype,
@@ -200,9 +251,28 @@ def load_model(
         plan["per_block"] * model.num_kv_blocks / 1e6,
         model.num_kv_blocks,
         model.block_size,
-        ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in startup.items()),
+        format_phases(startup, model.startup_bytes),
     )
     return model
+
+
+def capture_graphs(model: LoadedModel) -> None:
+    """Records the step's graphs, once weights are loaded; adds the time to `startup`."""
+    start = time.perf_counter()
+    full, piecewise, size = model.runner.capture_graphs()
+    if full + piecewise > 0:
+        model.startup["capture graphs"] = time.perf_counter() - start
+        model.startup_bytes["capture graphs"] = size
+        _LOG.info(
+            "captured %d sizes as one graph and %d in pieces: %.1f MB", full, piecewise, size / 1e6
+        )
+
+
+def report_notices(runner: _core.ModelRunner) -> None:
+    """Logs why a step did not run in the mode that was asked for; each reason comes once."""
+    notice = runner.take_notice()
+    if notice:
+        _LOG.warning("%s", notice)
 
 
 def make_runner(
@@ -217,9 +287,12 @@ def make_runner(
     kind = resolve_device(options.device)
     threads = envs.NUM_THREADS.get() if options.num_threads is None else options.num_threads
     threads = _integer("num_threads", threads or 0, 0, envs.MAX_THREADS)
-    device = _core.Device(kind, num_threads=threads)
+    device = tuning.make_device(kind, num_threads=threads, stream=options.stream)
+    startup["open device"] = time.perf_counter() - start
+    start = time.perf_counter()
     native = _core.RunnerConfig()
-    native.max_num_seqs = _positive("max_num_seqs", options.max_num_seqs, 64)
+    default_seqs = 64 if kind == "cpu" else 256
+    native.max_num_seqs = _positive("max_num_seqs", options.max_num_seqs, default_seqs)
     default_tokens = max(512 if kind == "cpu" else 8192, native.max_num_seqs)
     native.max_num_batched_tokens = _positive(
         "max_num_batched_tokens", options.max_num_batched_tokens, default_tokens
@@ -243,6 +316,14 @@ def make_runner(
     native.pad_requests = _integer("pad_requests", options.pad_requests, 0, native.max_num_seqs)
     native.pad_tokens = _integer("pad_tokens", options.pad_tokens, 0, native.max_num_batched_tokens)
     native.infer_param_view = options.infer_param_view
+    _set_graphs(native, kind, options)
+    backend = _choice(
+        "attention_backend", options.attention_backend, envs.ATTENTION_BACKEND, _BACKENDS
+    )
+    native.attention_backend = _BACKENDS[backend]
+    native.batch_invariant = (
+        envs.BATCH_INVARIANT.get() if options.batch_invariant is None else options.batch_invariant
+    )
     native.num_blocks = _num_blocks(program, native, device, options)
     if options.max_model_len is None:
         native.max_model_len = min(
@@ -250,6 +331,9 @@ def make_runner(
         )
     runner = _core.ModelRunner(device, program, native)
     startup["allocate"] = time.perf_counter() - start
+    plan = runner.memory_plan
+    allocated = plan["weights"] + plan["activations"] + plan["state"]
+    allocated += plan["per_block"] * native.num_blocks
     return LoadedModel(
         config=config,
         device=device,
@@ -261,7 +345,54 @@ def make_runner(
         block_size=native.block_size,
         num_kv_blocks=native.num_blocks,
         startup=startup,
+        startup_bytes={"allocate": allocated},
     )
+
+
+def _choice(
+    field: str, value: str | None, variable: envs.EnvVar[str], choices: Mapping[str, object]
+) -> str:
+    chosen = variable.get() if value is None else value
+    if chosen not in choices:
+        raise InvalidArgumentError(field=field, value=value, allowed=" or ".join(choices))
+    return chosen
+
+
+def _set_graphs(native: _core.RunnerConfig, kind: str, options: RunnerOptions) -> None:
+    """Resolves how steps reach the device, and the sizes that are captured."""
+    chosen = _choice("graph_mode", options.graph_mode, envs.GRAPH_MODE, _GRAPH_MODES)
+    native.sync_launches = envs.SYNC.get()
+    if chosen == "auto":
+        chosen = "full" if kind == "cuda" else "eager"
+    # A graph cannot wait between its kernels.
+    mode = _core.StepMode.EAGER if native.sync_launches else _GRAPH_MODES[chosen]
+    native.graph_mode = mode
+    sizes = options.capture_sizes
+    if sizes is None:
+        captures = mode == _core.StepMode.FULL
+        native.capture_sizes = _core.default_capture_sizes(native.max_num_seqs) if captures else []
+    else:
+        native.capture_sizes = [_capture_size(place, size) for place, size in enumerate(sizes)]
+    tokens = options.piecewise_sizes
+    if tokens is None:
+        pieces = mode != _core.StepMode.EAGER
+        native.piecewise_sizes = (
+            _core.default_piecewise_sizes(native.max_num_batched_tokens) if pieces else []
+        )
+    else:
+        native.piecewise_sizes = [
+            _positive(f"piecewise_sizes[{place}]", size, 0) for place, size in enumerate(tokens)
+        ]
+
+
+def _capture_size(place: int, size: int | tuple[int, int]) -> tuple[int, int]:
+    requests, tokens = size if isinstance(size, tuple) and len(size) == 2 else (size, 1)
+    field = f"capture_sizes[{place}]"
+    if isinstance(requests, tuple):
+        raise InvalidArgumentError(
+            field=field, value=size, allowed="a number of requests or a pair (requests, tokens)"
+        )
+    return _positive(field, requests, 0), _positive(field, tokens, 0)
 
 
 def _integer(field: str, value: int, low: int, high: int) -> int:
@@ -292,7 +423,7 @@ def _num_blocks(
         return blocks
     plan = _core.ModelRunner.plan_memory(program, native, device)
     others = plan["weights"] + plan["activations"] + plan["state"]
-    free, _ = device.memory()
+    free, total = device.memory()
     needs = (
         f"weights {plan['weights'] / 1e6:.0f} MB, activations {plan['activations'] / 1e6:.0f} MB, "
         f"state {plan['state'] / 1e6:.0f} MB"
@@ -304,7 +435,19 @@ def _num_blocks(
             f"{native.max_num_seqs} and max_model_len = {native.max_model_len}"
         )
     budget = options.kv_cache_memory
-    if budget is None:
+    share = options.gpu_memory_utilization
+    if share is not None and (
+        isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1
+    ):
+        raise InvalidArgumentError(
+            field="gpu_memory_utilization", value=share, allowed="a number in (0, 1]"
+        )
+    if budget is None and device.kind == "cuda":
+        graphs = len(native.capture_sizes) + len(native.piecewise_sizes)
+        reserve = graphs * _GRAPH_BYTES + _LIBRARY_BYTES
+        allowed = (_GPU_SHARE if share is None else share) * total
+        budget = int(max(0, allowed - (total - free) - others - reserve))
+    elif budget is None:
         budget = int(max(0, free - others) * _KV_SHARE)
     elif isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
         raise InvalidArgumentError(
@@ -379,12 +522,11 @@ def _load_weights(
     total = sum(info.nbytes for _, _, info in sources)
     # By place in the files, so that each is read once from front to back.
     ordered = sorted(sources, key=lambda source: (str(source[2].path), source[2].offset))
-    path: Path | None = None
-    file: _core.MappedFile | None = None
     with progress_bar("Loading weights", total, unit="B", show=progress) as advance:
-        for weight, segment, info in ordered:
-            if file is None or info.path != path:
-                path, file = info.path, _core.MappedFile(str(info.path))
-            runner.load_tensor(weight, segment, file, info.offset, _LOADABLE[info.dtype])
-            advance(info.nbytes)
+        for path, group in itertools.groupby(ordered, key=lambda source: source[2].path):
+            tensors = [
+                (weight, segment, info.offset, _LOADABLE[info.dtype])
+                for weight, segment, info in group
+            ]
+            runner.load_tensors(_core.MappedFile(str(path)), tensors, advance)
     runner.check_weights()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from mrv1 import envs
 from mrv1.errors import InvalidArgumentError
@@ -24,6 +24,22 @@ def is_shown(show: bool | None) -> bool:
     if not isinstance(show, bool):
         raise InvalidArgumentError(field="progress", value=show, allowed="None, True or False")
     return show
+
+
+def format_phases(seconds: Mapping[str, float], sizes: Mapping[str, int]) -> str:
+    """A table of phases: what each took, and where bytes are known, how many and how fast."""
+    lines = [("phase", "seconds", "MB", "GB/s")]
+    for phase, duration in seconds.items():
+        size = sizes.get(phase)
+        rate = "" if size is None or duration <= 0 else f"{size / duration / 1e9:.1f}"
+        lines.append((phase, f"{duration:.2f}", "" if size is None else f"{size / 1e6:.1f}", rate))
+    total = sum(seconds.values())
+    lines.append(("all", f"{total:.2f}", "", ""))
+    width = max(len(line[0]) for line in lines)
+    return "\n".join(
+        f"{phase.ljust(width)}  {duration:>7}  {size:>9}  {rate:>6}".rstrip()
+        for phase, duration, size, rate in lines
+    )
 
 
 @contextlib.contextmanager

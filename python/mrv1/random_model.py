@@ -14,7 +14,14 @@ import numpy as np
 
 from mrv1.config import CONFIG_NAME, GENERATION_CONFIG_NAME, ModelConfig
 from mrv1.errors import InvalidArgumentError
-from mrv1.loader import LoadedModel, RunnerOptions, make_runner, resolve_dtype, wire_model
+from mrv1.loader import (
+    LoadedModel,
+    RunnerOptions,
+    capture_graphs,
+    make_runner,
+    resolve_dtype,
+    wire_model,
+)
 from mrv1.progress import progress_bar
 from mrv1.tokenizer import TOKENIZER_NAME
 
@@ -55,6 +62,7 @@ def random_runner(config: ModelConfig, options: RunnerOptions, seed: int = 0) ->
     model = make_runner(config, program, dtype, options, {})
     for weight in range(len(program.weights)):
         model.runner.fill_random(weight, seed, RANGE)
+    capture_graphs(model)
     return model
 
 

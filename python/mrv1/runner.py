@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Literal
 from mrv1 import _core
 from mrv1._closing import Closing
 from mrv1.errors import InternalError, InvalidArgumentError
-from mrv1.loader import LoadedModel, RunnerKwargs, RunnerOptions, load_model
+from mrv1.loader import (
+    LoadedModel,
+    RunnerKwargs,
+    RunnerOptions,
+    load_model,
+    report_notices,
+)
 from mrv1.sampling_params import MAX_INT32, SamplingParams
 
 if TYPE_CHECKING:
@@ -298,7 +304,9 @@ class ModelRunner(Closing):
                     _generation(row),
                 )
             )
-        return PendingStep(self._native, self._native.execute(items), self._unread)
+        step = self._native.execute(items)
+        report_notices(self._native)
+        return PendingStep(self._native, step, self._unread)
 
     def logits(self, item: int) -> np.ndarray:
         """Logits of the newest step for one item of its batch: [vocab] float32; waits for it.
@@ -310,6 +318,16 @@ class ModelRunner(Closing):
             InvalidArgumentError: There is no such item, or no step yet.
         """
         return self._native.logits(item)
+
+    def device_logits(self, item: int) -> _core.DeviceArray:
+        """As `logits`, in memory of the device, for libraries that take DLPack; waits for the step.
+
+        A copy, which later steps leave alone. Readers in other streams are made to wait for it.
+
+        Raises:
+            InvalidArgumentError: There is no such item, or no step yet.
+        """
+        return self._native.device_logits(item)
 
     def infer_params(self) -> dict[str, np.ndarray]:
         """The newest step's batch as the kernels saw it: int32 arrays by name; waits for it.
@@ -328,8 +346,10 @@ class ModelRunner(Closing):
         """Counts since the start.
 
         steps (records sent, those that only change rows included), batches (steps that ran the
-        program), host_ns (host time inside execute, waiting aside), control_bytes and output_bytes
-        (sent to and received from the device).
+        program), steps_eager, steps_piecewise and steps_full (batches by how they reached the
+        device), host_ns (host time inside execute, waiting aside), control_bytes and output_bytes
+        (sent to and received from the device); of the whole device kernel_launches and
+        graph_launches, waits (blocking calls), allocations and copies.
         """
         counts: dict[str, int] = self._native.stats()
         return counts

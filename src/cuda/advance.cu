@@ -1,53 +1,72 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
-// One block advances the rows, a thread for each, and writes the entries to the output slot in
-// mapped host memory. Entries are made visible to the host before the barrier; then one thread
-// stores the sequence number that the host waits for.
+// One block advances the rows, a thread for each. Entries go to the output slot in mapped host
+// memory by way of shared memory, so that a warp writes whole lines, which travel over the bus in
+// one piece. After a barrier one thread stores the sequence number that the host waits for, with a
+// release over everything that the block has written.
 #include <atomic>
 
-#include "check.h"
+#include "launch.h"
+#include "staged_record.h"
 #include "state/output_ring.h"
 
 namespace mrv1 {
 namespace {
 
 constexpr std::string_view kOp = "advance";
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 
 static_assert(sizeof(std::atomic<uint64_t>) == sizeof(uint64_t) &&
                   std::atomic<uint64_t>::is_always_lock_free,
               "the device stores the sequence as a plain 64-bit word");
+constexpr int32_t kEntryWords = sizeof(OutputEntry) / sizeof(int4);
+
+__device__ void store_release(std::atomic<uint64_t>* target, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(target), "l"(value) : "memory");
+}
 
 __global__ void __launch_bounds__(kThreads)
-    advance_kernel(const ControlHeader* record, RowState state, InferParams infer,
-                   OutputHeader* slot) {
-  const BatchEntry* entries = record_array<BatchEntry>(record, record->entries_offset);
+    advance_kernel(StepRings rings, RowState state, InferParams infer) {
+  __shared__ __align__(16) OutputEntry tile[kThreads];
+  cuda::launch_next();
+  cuda::wait_for_previous();
+  const auto* staged = reinterpret_cast<const cuda::StagedRecord*>(rings.staged);
+  const BatchEntry* entries = cuda::staged_entries(staged);
+  const int32_t num_entries = staged->header.num_entries;
+  const uint64_t step = staged->header.step;
+  const uint64_t begin_ns = staged->begin_ns;
+  OutputHeader* slot = rings.output_slot();
   OutputEntry* out = output_entries(slot);
-  for (int32_t i = threadIdx.x; i < record->num_entries; i += kThreads) {
-    const BatchEntry entry = entries[i];
-    out[i] = advance_row(state, entry, entry.num_tokens, infer.sampled[infer.entry_batch[i]]);
+  for (int32_t first = 0; first < num_entries; first += kThreads) {
+    const int32_t count = min(kThreads, num_entries - first);
+    const int32_t i = first + static_cast<int32_t>(threadIdx.x);
+    if (i < num_entries) {
+      const int4 words = reinterpret_cast<const int4*>(entries)[i];
+      const BatchEntry entry{words.x, words.y, words.z, words.w};
+      const int32_t batch = infer.entry_batch[i];
+      tile[threadIdx.x] = advance_row(state, entry, entry.num_tokens, infer.sampled[batch]);
+    }
+    __syncthreads();
+    for (int32_t word = threadIdx.x; word < count * kEntryWords; word += kThreads) {
+      reinterpret_cast<int4*>(out + first)[word] = reinterpret_cast<const int4*>(tile)[word];
+    }
+    __syncthreads();  // `tile` may be written again
   }
-  const uint64_t step = record->step;
-  if (threadIdx.x == 0) {
-    slot->step = step;
-    slot->num_entries = record->num_entries;
-  }
-  __threadfence_system();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence_system();
-    *reinterpret_cast<volatile uint64_t*>(&slot->sequence) = step + 1;
-  }
+  if (threadIdx.x != 0) return;
+  *rings.step = step + 1;
+  slot->step = step;
+  slot->num_entries = num_entries;
+  slot->begin_ns = begin_ns;
+  slot->end_ns = cuda::device_clock_ns();
+  store_release(&slot->sequence, step + 1);
 }
 
 }  // namespace
 
-void advance_cuda(const ControlHeader& record, const RowState& state, const InferParams& infer,
-                  OutputHeader* slot, const StepContext& ctx) {
-  advance_kernel<<<1, kThreads, 0, cuda::stream_of(ctx)>>>(
-      cuda::mapped_address(&record, kOp, "the control record"), state, infer,
-      cuda::mapped_address(slot, kOp, "the output slot"));
-  cuda::check_launch(kOp);
+void advance_cuda(const StepContext& ctx) {
+  check_internal(ctx.rings.staged != nullptr && ctx.rings.step != nullptr, kOp,
+                 "the step's rings are not set up");
+  cuda::launch(kOp, ctx, advance_kernel, 1, kThreads, 0, ctx.rings, ctx.rows, ctx.infer);
 }
 
 }  // namespace mrv1

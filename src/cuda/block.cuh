@@ -48,6 +48,17 @@ __device__ T block_min(T value) {
   return block_reduce<kThreads>(value, [](T a, T b) { return b < a ? b : a; });
 }
 
+// Sum over a block of any number of whole warps, with one barrier: once in a kernel only.
+template <typename T>
+__device__ T whole_block_sum(T value) {
+  __shared__ T partial[kWarpSize];
+  value = warp_sum(value);
+  if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  const unsigned lane = threadIdx.x % kWarpSize;
+  return warp_sum(lane < blockDim.x / kWarpSize ? partial[lane] : T{});
+}
+
 // Sum of `value` over the threads before this one; `total` gets the sum over all. Integers only.
 template <int kThreads, typename T>
 __device__ T block_exclusive_scan(T value, T* total) {

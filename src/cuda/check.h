@@ -34,14 +34,4 @@ inline cudaStream_t stream_of(const StepContext& ctx) {
   return static_cast<cudaStream_t>(ctx.stream);
 }
 
-// The address that kernels use for `host`, which may lie anywhere in memory from allocate_mapped.
-template <typename T>
-T* mapped_address(T* host, std::string_view op, std::string_view what) {
-  cudaPointerAttributes attributes{};
-  check_cuda(cudaPointerGetAttributes(&attributes, host), op, "cudaPointerGetAttributes");
-  check_internal(attributes.type == cudaMemoryTypeHost && attributes.devicePointer != nullptr, op,
-                 what, " does not lie in pinned, mapped host memory");
-  return static_cast<T*>(attributes.devicePointer);
-}
-
 }  // namespace mrv1::cuda

@@ -6,13 +6,17 @@
 // other users of CUDA in the process keep theirs.
 #include <chrono>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 
 #include "check.h"
+#include "copy_stream.h"
 #include "core/device.h"
 #include "core/error.h"
 #include "kernels.h"
+#include "linear_context.h"
 
 namespace mrv1 {
 namespace {
@@ -60,14 +64,39 @@ DeviceCount count_devices() noexcept {
 
 std::string version_text(int version) { return concat(version / 1000, ".", version % 1000 / 10); }
 
+// A graph that was captured from the device's stream, ready to launch.
+class CudaGraph final : public Graph {
+ public:
+  CudaGraph(cudaGraph_t graph, cudaStream_t stream) {
+    cuda::check_cuda(cudaGraphInstantiate(&exec_, graph, 0), kWhere, "cudaGraphInstantiate");
+    // The first launch would do this otherwise, in the middle of a step.
+    const cudaError_t status = cudaGraphUpload(exec_, stream);
+    if (status != cudaSuccess) cudaGraphExecDestroy(exec_);
+    cuda::check_cuda(status, kWhere, "cudaGraphUpload");
+  }
+  ~CudaGraph() override {
+    cudaGraphExecDestroy(exec_);
+    cudaGetLastError();
+  }
+  CudaGraph(const CudaGraph&) = delete;
+  CudaGraph& operator=(const CudaGraph&) = delete;
+
+  cudaGraphExec_t exec() const { return exec_; }
+
+ private:
+  cudaGraphExec_t exec_ = nullptr;
+};
+
 class CudaDevice final : public Device {
  public:
-  explicit CudaDevice(int ordinal) : ordinal_(ordinal) {
+  CudaDevice(int ordinal, cudaStream_t stream)
+      : ordinal_(ordinal), owns_stream_(stream == nullptr), stream_(stream) {
     CurrentDevice current(ordinal_);
     cudaDeviceProp properties{};
     cuda::check_cuda(cudaGetDeviceProperties(&properties, ordinal_), kWhere,
                      "cudaGetDeviceProperties");
     name_ = properties.name;
+    overlaps_launches_ = properties.major >= 9;
     cudaFuncAttributes attributes;
     const cudaError_t status = cudaFuncGetAttributes(&attributes, probe_kernel);
     if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
@@ -76,6 +105,10 @@ class CudaDevice final : public Device {
            ", compute capability ", properties.major, ".", properties.minor, ")");
     }
     cuda::check_cuda(status, kWhere, "cudaFuncGetAttributes");
+    if (!owns_stream_) {
+      cuda::check_external_stream(ordinal_, stream_);
+      return;
+    }
     cuda::check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), kWhere,
                      "cudaStreamCreateWithFlags");
   }
@@ -83,7 +116,8 @@ class CudaDevice final : public Device {
   // Errors are left alone here: at the end of a process the driver may be gone already.
   ~CudaDevice() override {
     cudaStreamSynchronize(stream_);
-    cudaStreamDestroy(stream_);
+    linear_.reset();
+    if (owns_stream_) cudaStreamDestroy(stream_);
     cudaGetLastError();
   }
 
@@ -91,6 +125,37 @@ class CudaDevice final : public Device {
   std::string name() const override { return name_; }
   const Kernels& kernels() const override { return cuda_kernels(); }
   void* stream() override { return stream_; }
+
+  cuda::LinearContext* linear_context() override {
+    const std::lock_guard lock(linear_mutex_);
+    if (linear_ == nullptr) make_linear(LinearOptions{});
+    return linear_.get();
+  }
+  void configure_linear(const LinearOptions& options) override {
+    const std::lock_guard lock(linear_mutex_);
+    synchronize();
+    make_linear(options);
+  }
+
+  int ordinal() const override { return ordinal_; }
+  std::unique_ptr<CopyStream> make_copy_stream() override {
+    return cuda::make_copy_stream(ordinal_);
+  }
+  std::unique_ptr<Fence> make_fence() override { return cuda::make_fence(ordinal_, stream_); }
+
+  void copy_within(void* device_dst, const void* device_src, size_t bytes) override {
+    ++counters().copies;
+    cuda::check_cuda(cudaMemcpyAsync(device_dst, device_src, bytes, cudaMemcpyDefault, stream_),
+                     kWhere, "cudaMemcpyAsync");
+  }
+
+  void order_streams(void* before, void* after) override {
+    const auto handle = [&](void* stream) {
+      return stream == nullptr ? stream_ : static_cast<cudaStream_t>(stream);
+    };
+    cuda::order_streams(ordinal_, handle(before), handle(after));
+  }
+  bool overlaps_launches() const override { return overlaps_launches_; }
 
   MemoryInfo memory() const override {
     CurrentDevice current(ordinal_);
@@ -102,6 +167,7 @@ class CudaDevice final : public Device {
   Buffer allocate(size_t bytes, std::string_view what) override {
     if (bytes == 0) return Buffer(this, nullptr, nullptr, 0);
     CurrentDevice current(ordinal_);
+    ++counters().allocations;
     void* data = nullptr;
     check_allocation(cudaMalloc(&data, bytes), "cudaMalloc", bytes, what, "device memory");
     Buffer buffer(this, data, nullptr, bytes);
@@ -113,6 +179,7 @@ class CudaDevice final : public Device {
   Buffer allocate_mapped(size_t bytes, std::string_view what) override {
     if (bytes == 0) return Buffer(this, nullptr, nullptr, 0);
     CurrentDevice current(ordinal_);
+    ++counters().allocations;
     void* host = nullptr;
     check_allocation(cudaHostAlloc(&host, bytes, cudaHostAllocMapped | cudaHostAllocPortable),
                      "cudaHostAlloc", bytes, what, "pinned host memory");
@@ -132,16 +199,55 @@ class CudaDevice final : public Device {
     copy(host_dst, device_src, bytes, cudaMemcpyDeviceToHost);
   }
 
+  void set_word(uint64_t* device_word, uint64_t value) override {
+    copy(device_word, &value, sizeof(value), cudaMemcpyHostToDevice);
+  }
+
   void submit(void (*fn)(void*), void* arg) override {
     CurrentDevice current(ordinal_);
     fn(arg);
   }
 
+  // Only this thread's calls are watched, so that other threads may allocate meanwhile.
+  std::unique_ptr<Graph> capture(std::function<void()> fn) override {
+    const DeviceCounters before = counters();
+    cuda::check_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), kWhere,
+                     "cudaStreamBeginCapture");
+    cudaGraph_t graph = nullptr;
+    try {
+      fn();
+    } catch (...) {
+      cudaStreamEndCapture(stream_, &graph);
+      if (graph != nullptr) cudaGraphDestroy(graph);
+      cudaGetLastError();
+      throw;
+    }
+    counters().kernel_launches = before.kernel_launches;  // recorded, not launched
+    cuda::check_cuda(cudaStreamEndCapture(stream_, &graph), kWhere, "cudaStreamEndCapture");
+    try {
+      auto captured = std::make_unique<CudaGraph>(graph, stream_);
+      cudaGraphDestroy(graph);
+      return captured;
+    } catch (...) {
+      cudaGraphDestroy(graph);
+      throw;
+    }
+  }
+
+  void launch(const Graph& graph) override {
+    ++counters().graph_launches;
+    cuda::check_cuda(cudaGraphLaunch(static_cast<const CudaGraph&>(graph).exec(), stream_), "graph",
+                     "cudaGraphLaunch");
+  }
+
   // Spins first, as a step is short, then sleeps between looks. A launch that failed never stores
   // the sequence, so the stream is asked now and then.
   void wait_sequence(const std::atomic<uint64_t>& sequence, uint64_t value) override {
+    auto next_query = std::chrono::steady_clock::now() + kQueryInterval;
     for (int64_t looks = 1; sequence.load(std::memory_order_acquire) < value; ++looks) {
-      if (looks % kLooksPerQuery == 0) {
+      if (looks % kLooksPerClock == 0 && std::chrono::steady_clock::now() >= next_query) {
+        next_query = std::chrono::steady_clock::now() + kQueryInterval;
+        CurrentDevice current(ordinal_);
         const cudaError_t status = cudaStreamQuery(stream_);
         if (status == cudaSuccess) {
           check_internal(sequence.load(std::memory_order_acquire) >= value, kWhere,
@@ -154,7 +260,7 @@ class CudaDevice final : public Device {
         cudaGetLastError();  // "not ready" is remembered, and the next launch must not report it
       }
       if (looks < kSpins) {
-        std::this_thread::yield();
+        cpu_pause();
       } else {
         std::this_thread::sleep_for(kSleep);
       }
@@ -171,11 +277,26 @@ class CudaDevice final : public Device {
   }
 
  private:
-  static constexpr int64_t kSpins = 20000;
-  static constexpr int64_t kLooksPerQuery = 64;
+  static constexpr int64_t kSpins = 1000000;  // some 40 ms, the longest decode steps included
+  static constexpr int64_t kLooksPerClock = 64;
+  static constexpr std::chrono::milliseconds kQueryInterval{5};
   static constexpr std::chrono::microseconds kSleep{20};
 
+  static void cpu_pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    std::this_thread::yield();
+#endif
+  }
+
+  void make_linear(const LinearOptions& options) {
+    CurrentDevice current(ordinal_);
+    linear_ = std::make_unique<cuda::LinearContext>(options, name_);
+  }
+
   void wait_for_stream() {
+    ++counters().waits;
     cuda::check_cuda(cudaStreamSynchronize(stream_), kWhere, "cudaStreamSynchronize");
   }
 
@@ -194,6 +315,7 @@ class CudaDevice final : public Device {
   void copy(void* target, const void* source, size_t bytes, cudaMemcpyKind kind) {
     if (bytes == 0) return;
     CurrentDevice current(ordinal_);
+    ++counters().copies;
     cuda::check_cuda(cudaMemcpyAsync(target, source, bytes, kind, stream_), kWhere,
                      "cudaMemcpyAsync");
     wait_for_stream();
@@ -213,6 +335,10 @@ class CudaDevice final : public Device {
 
   const int ordinal_;
   std::string name_;
+  std::mutex linear_mutex_;
+  std::unique_ptr<cuda::LinearContext> linear_;
+  bool overlaps_launches_ = false;
+  bool owns_stream_;
   cudaStream_t stream_ = nullptr;
 };
 
@@ -248,12 +374,12 @@ std::string describe() {
   return text;
 }
 
-std::unique_ptr<Device> make_device(int ordinal) {
+std::unique_ptr<Device> make_device(int ordinal, void* stream) {
   const DeviceCount found = count_devices();
   if (ordinal < 0 || ordinal >= found.count) {
     fail(ErrorKind::kDevice, kWhere, "there is no GPU ", ordinal, ": ", describe());
   }
-  return std::make_unique<CudaDevice>(ordinal);
+  return std::make_unique<CudaDevice>(ordinal, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace cuda

@@ -2,13 +2,15 @@
 //
 // The view is for engines that ask for it and is one short serial pass, which the backends share:
 // a single thread runs it.
-#include "check.h"
+#include "launch.h"
 #include "state/infer_param_view.h"
 
 namespace mrv1 {
 namespace {
 
 __global__ void infer_param_view_kernel(InferParamInputs in, InferParamView out) {
+  cuda::launch_next();
+  cuda::wait_for_previous();
   fill_infer_param_view(in, out);
 }
 
@@ -18,8 +20,7 @@ void infer_param_view_cuda(const InferParamInputs& in, const InferParamView& out
                            const StepContext& ctx) {
   check_internal(in.block_size > 0, "infer_param_view", "block_size is ", in.block_size,
                  "; it must be positive");
-  infer_param_view_kernel<<<1, 1, 0, cuda::stream_of(ctx)>>>(in, out);
-  cuda::check_launch("infer_param_view");
+  cuda::launch("infer_param_view", ctx, infer_param_view_kernel, 1, 1, 0, in, out);
 }
 
 }  // namespace mrv1

@@ -1,6 +1,11 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include "kernels.h"
 
+#include <algorithm>
+
+#include "linear_context.h"
+#include "sample.h"
+
 namespace mrv1 {
 
 const Kernels& cuda_kernels() {
@@ -12,14 +17,19 @@ const Kernels& cuda_kernels() {
       .silu_mul = silu_mul_cuda,
       .gather_rows = gather_rows_cuda,
       .qkv_prepare = qkv_prepare_cuda,
+      .plan_attention = plan_attention_cuda,
       .paged_attention = paged_attention_cuda,
       .apply = apply_cuda,
       .infer_params = infer_params_cuda,
       .infer_param_view = infer_param_view_cuda,
       .sample = sample_cuda,
       .advance = advance_cuda,
-      // Scratch of these kernels is shared memory only.
-      .workspace_bytes = [](const WorkspaceLimits&) -> int64_t { return 0; },
+      .fill_random = fill_random_cuda,
+      .workspace_bytes = [](const WorkspaceLimits& limits) -> int64_t {
+        return std::max(cuda::linear_workspace_bytes(limits.max_tokens, limits.silu_mul_rows),
+                        sample_workspace_cuda(limits));
+      },
+      .attention_plan_bytes = attention_plan_bytes_cuda,
       .linear_layout = WeightLayout::kRowMajor,
   };
   return kKernels;

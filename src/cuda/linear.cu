@@ -1,114 +1,142 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
-// The textbook tiled product: a block of 16 x 16 threads computes a 64 x 64 tile of the output,
-// each thread 4 x 4 elements of it, from 64 x 16 tiles of both operands staged in shared memory as
-// float. Each output is one chain of fused multiply-adds over the columns in ascending order,
-// whatever the number of rows, so a row's result does not depend on the batch. With silu_mul the
-// block runs two such products, gate and up, and combines them in float.
+// linear by whichever is fastest for the shape: kernels of our own for few rows (linear_skinny.h),
+// cuBLASLt for many, the tiled kernel where neither can. What cuBLASLt leaves undone, a bias on
+// bfloat16 outputs and silu_mul, a kernel here does to its result, piece by piece.
+#include <algorithm>
 #include <type_traits>
 
-#include "check.h"
-#include "ops/linear.h"
+#include "launch.h"
+#include "linear_context.h"
+#include "linear_tiled.h"
+#include "vector.cuh"
 
 namespace mrv1 {
+namespace cuda {
 namespace {
 
 constexpr std::string_view kOp = "linear";
-constexpr int kSide = 16;      // threads along each side of the block
-constexpr int kPerThread = 4;  // outputs of a thread along each side
-constexpr int kTile = kSide * kPerThread;
-constexpr int kDepth = 16;  // columns staged at a time
-constexpr int kThreads = kSide * kSide;
-constexpr int64_t kMaxGridY = 65535;
+constexpr int kThreads = 256;
+constexpr int kWide = 8;  // elements of a thread where rows divide into 16-byte vectors
 
-// Stages src[first_row + r, first_col + c] as tile[c][r]; zeros outside [rows, cols].
-template <typename T>
-__device__ void load_tile(float (&tile)[kDepth][kTile + 1], const T* src, int64_t rows,
-                          int64_t cols, int64_t first_row, int64_t first_col) {
-  for (int i = threadIdx.x; i < kTile * kDepth; i += kThreads) {
-    const int64_t row = first_row + i / kDepth;
-    const int64_t col = first_col + i % kDepth;
-    tile[i % kDepth][i / kDepth] =
-        row < rows && col < cols ? to_float(src[row * cols + col]) : 0.0f;
+template <typename T, int kCount>
+__device__ __forceinline__ void load(const T* from, float (&values)[kCount]) {
+  if constexpr (kCount == 1) {
+    values[0] = to_float(*from);
+  } else {
+    load_values(from, values);
   }
 }
 
-template <typename T, typename Out, bool kSiluMul>
-__global__ void __launch_bounds__(kThreads) linear_kernel(LinearParams params, int64_t rows) {
+// out = product (+ bias), or silu(gate) * up of its two halves. blockIdx.y is the row.
+template <typename In, typename Out, bool kSiluMul, int kCount>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const In* product, const float* bias, Out* out, int32_t out_cols) {
+  launch_next();
+  wait_for_previous();
+  const int32_t col = (blockIdx.x * kThreads + threadIdx.x) * kCount;
+  if (col >= out_cols) return;
   constexpr int kParts = kSiluMul ? 2 : 1;
-  __shared__ float x_tile[kDepth][kTile + 1];
-  __shared__ float weight_tile[kParts][kDepth][kTile + 1];
-
-  const T* x = static_cast<const T*>(params.x);
-  const T* weight = static_cast<const T*>(params.weight.data);
-  Out* out = static_cast<Out*>(params.out);
-  const int64_t cols = params.weight.cols;
-  const int64_t out_cols = params.weight.rows / kParts;
-  const int64_t first_row = int64_t{blockIdx.y} * kTile;
-  const int64_t first_out = int64_t{blockIdx.x} * kTile;
-  const int thread_row = threadIdx.x / kSide;
-  const int thread_col = threadIdx.x % kSide;
-
-  float sums[kParts][kPerThread][kPerThread] = {};
-  for (int64_t first_col = 0; first_col < cols; first_col += kDepth) {
-    load_tile(x_tile, x, rows, cols, first_row, first_col);
-    for (int part = 0; part < kParts; ++part) {
-      load_tile(weight_tile[part], weight + part * out_cols * cols, out_cols, cols, first_out,
-                first_col);
+  float values[kParts][kCount];
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    load(product + (int64_t{blockIdx.y} * kParts + part) * out_cols + col, values[part]);
+    if (bias != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[part][i] += bias[part * out_cols + col + i];
     }
-    __syncthreads();
-    for (int k = 0; k < kDepth; ++k) {
-      for (int part = 0; part < kParts; ++part) {
-        for (int i = 0; i < kPerThread; ++i) {
-          for (int j = 0; j < kPerThread; ++j) {
-            sums[part][i][j] = fmaf(x_tile[k][thread_row + i * kSide],
-                                    weight_tile[part][k][thread_col + j * kSide], sums[part][i][j]);
-          }
+  }
+  float result[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    result[i] = values[0][i];
+    if constexpr (kSiluMul) {
+      const float gate = to_float(from_float<Out>(values[0][i]));
+      const float up = to_float(from_float<Out>(values[kParts - 1][i]));
+      result[i] = gate / (1.0f + expf(-gate)) * up;
+    }
+  }
+  out += int64_t{blockIdx.y} * out_cols + col;
+  if constexpr (kCount == 1) {
+    *out = from_float<Out>(result[0]);
+  } else {
+    store_values(out, result);
+  }
+}
+
+template <typename In, typename Out, bool kSiluMul>
+void finish(const void* product, const float* bias, void* out, int64_t out_cols, int64_t rows,
+            const StepContext& ctx) {
+  const bool wide = out_cols % kWide == 0 && is_vector_aligned(out) && is_vector_aligned(product);
+  const int64_t threads = wide ? out_cols / kWide : out_cols;
+  const dim3 grid(static_cast<unsigned>((threads + kThreads - 1) / kThreads),
+                  static_cast<unsigned>(rows));
+  launch(kOp, ctx,
+         wide ? finish_kernel<In, Out, kSiluMul, kWide> : finish_kernel<In, Out, kSiluMul, 1>, grid,
+         kThreads, 0, static_cast<const In*>(product), bias, static_cast<Out*>(out),
+         static_cast<int32_t>(out_cols));
+}
+
+void finish_piece(const LinearParams& params, const CublasLtSteps& steps, const void* product,
+                  int64_t first_row, int64_t rows, const StepContext& ctx) {
+  const int64_t out_cols = params.silu_mul ? params.weight.rows / 2 : params.weight.rows;
+  void* out = static_cast<char*>(params.out) +
+              first_row * out_cols * static_cast<int64_t>(dtype_size(params.out_dtype));
+  dispatch_activation(steps.product_dtype, kOp, [&](auto in_tag) {
+    dispatch_activation(params.out_dtype, kOp, [&](auto out_tag) {
+      using In = typename decltype(in_tag)::type;
+      using Out = typename decltype(out_tag)::type;
+      // A product is never rounded further than the output.
+      if constexpr (std::is_same_v<In, float> || std::is_same_v<In, Out>) {
+        if (params.silu_mul) {
+          finish<In, Out, true>(product, steps.later_bias, out, out_cols, rows, ctx);
+        } else {
+          finish<In, Out, false>(product, steps.later_bias, out, out_cols, rows, ctx);
         }
       }
-    }
-    __syncthreads();
-  }
-
-  for (int i = 0; i < kPerThread; ++i) {
-    const int64_t row = first_row + thread_row + i * kSide;
-    for (int j = 0; j < kPerThread; ++j) {
-      const int64_t col = first_out + thread_col + j * kSide;
-      if (row >= rows || col >= out_cols) continue;
-      float value = sums[0][i][j];
-      if (params.bias != nullptr) value += params.bias[col];
-      if constexpr (kSiluMul) {
-        float up = sums[1][i][j];
-        if (params.bias != nullptr) up += params.bias[out_cols + col];
-        value = to_float(from_float<T>(value));
-        up = to_float(from_float<T>(up));
-        value = value / (1.0f + expf(-value)) * up;
-      }
-      out[row * out_cols + col] = from_float<Out>(value);
-    }
-  }
+    });
+  });
 }
 
-template <typename T, typename Out>
-void launch(const LinearParams& params, int64_t rows, cudaStream_t stream) {
-  const int64_t out_cols = params.silu_mul ? params.weight.rows / 2 : params.weight.rows;
-  const dim3 grid(static_cast<unsigned>((out_cols + kTile - 1) / kTile),
-                  static_cast<unsigned>((rows + kTile - 1) / kTile));
-  if constexpr (std::is_same_v<T, Out>) {
-    if (params.silu_mul) {
-      linear_kernel<T, Out, true><<<grid, kThreads, 0, stream>>>(params, rows);
-      return;
-    }
+void run_cublaslt(const LinearParams& params, int64_t rows, const LinearPlan& plan,
+                  const LinearContext& context, const StepContext& ctx) {
+  const CublasLtSteps steps = cublaslt_steps(params, rows, ctx);
+  if (!steps.to_workspace) {
+    context.multiply(params, plan, steps, 0, rows, params.out, ctx);
+    return;
   }
-  linear_kernel<T, Out, false><<<grid, kThreads, 0, stream>>>(params, rows);
+  check_internal(steps.piece_rows > 0, kOp, "workspace has ", ctx.workspace_bytes,
+                 " bytes, which hold no row of ", params.weight.rows);
+  void* product = static_cast<char*>(ctx.workspace) + kCublasLtWorkspace;
+  for (int64_t row = 0; row < rows; row += steps.piece_rows) {
+    const int64_t count = std::min(steps.piece_rows, rows - row);
+    context.multiply(params, plan, steps, row, count, product, ctx);
+    finish_piece(params, steps, product, row, count, ctx);
+  }
 }
 
 }  // namespace
 
+void run_linear(const LinearParams& params, int64_t rows, const LinearPlan& plan,
+                const LinearContext& context, const StepContext& ctx) {
+  switch (plan.kind) {
+    case LinearKind::kTiled:
+      return linear_tiled(params, rows, ctx);
+    case LinearKind::kSkinny:
+      return linear_skinny(params, plan.skinny, rows, ctx);
+    case LinearKind::kCublasLt:
+      return run_cublaslt(params, rows, plan, context, ctx);
+  }
+}
+
+}  // namespace cuda
+
 void linear_cuda(const LinearParams& params, const StepContext& ctx) {
+  constexpr std::string_view kOp = cuda::kOp;
   const WeightView& weight = params.weight;
-  check(weight.rows > 0 && weight.cols > 0, kOp, "weight is [", weight.rows, ", ", weight.cols,
-        "]; both sizes must be positive");
+  check(weight.rows > 0 && weight.cols > 0 && weight.rows <= INT32_MAX && weight.cols <= INT32_MAX,
+        kOp, "weight is [", weight.rows, ", ", weight.cols, "]; sizes must be in [1, ", INT32_MAX,
+        "]");
   check(weight.layout == WeightLayout::kRowMajor, kOp, "weight must be row-major on CUDA");
   check(weight.dtype == params.dtype, kOp, "weight is ", dtype_name(weight.dtype), " and x is ",
         dtype_name(params.dtype), "; they must be equal");
@@ -119,18 +147,10 @@ void linear_cuda(const LinearParams& params, const StepContext& ctx) {
   check(!params.silu_mul || weight.rows % (2 * kPanelRows) == 0, kOp, "silu_mul with ", weight.rows,
         " weight rows; half of them must be a multiple of ", kPanelRows);
   const int64_t rows = params.logits_rows ? ctx.sizes.num_logits : ctx.sizes.num_tokens;
-  check(rows <= kMaxGridY * kTile, kOp, rows, " rows; at most ", kMaxGridY * kTile,
-        " are possible");
   if (rows == 0) return;
-  dispatch_activation(params.dtype, kOp, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if (params.out_dtype == params.dtype) {
-      launch<T, T>(params, rows, cuda::stream_of(ctx));
-    } else {
-      launch<T, float>(params, rows, cuda::stream_of(ctx));
-    }
-  });
-  cuda::check_launch(kOp);
+  cuda::LinearContext* context = ctx.device != nullptr ? ctx.device->linear_context() : nullptr;
+  check_internal(context != nullptr, kOp, "the step's device has no linear context");
+  cuda::run_linear(params, rows, context->plan(params, rows, ctx), *context, ctx);
 }
 
 }  // namespace mrv1

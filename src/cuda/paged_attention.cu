@@ -1,12 +1,19 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
-// One block per token and query head walks the visible positions in chunks of 64, in ascending
-// order: the warps take positions in turn and compute scores, then every thread folds the chunk
-// into the output columns that it owns (online softmax: a running maximum, a running sum, and the
-// output rescaled when the maximum grows). Nothing is split over blocks, so the order of the sums
-// depends on the token's position and the window only.
+// Attention of a step: checks, which backend takes which rows, and a plain kernel for float32,
+// which is the precision of tests, and for GPUs with too little shared memory for the native one.
+//
+// In the plain kernel, one block per token and query head walks the visible positions in chunks of
+// 64, in ascending order: the warps take positions in turn and compute scores, then every thread
+// folds the chunk into the output columns that it owns (online softmax: a running maximum, a
+// running sum, and the output rescaled when the maximum grows). Nothing is split over blocks, so
+// the order of the sums depends on the token's position and the window only.
+#include <bit>
+
+#include "attention_backends.h"
 #include "block.cuh"
-#include "check.h"
+#include "launch.h"
+#include "native_attention.h"
 #include "ops/paged_attention.h"
 
 namespace mrv1 {
@@ -16,13 +23,17 @@ constexpr std::string_view kOp = "paged_attention";
 constexpr int kThreads = 128;
 constexpr int kChunk = 64;  // positions of one softmax update
 constexpr int32_t kMaxHeadDim = 256;
+constexpr float kLog2e = 1.4426950408889634f;
 
 template <typename T>
-__global__ void paged_attention_kernel(PagedAttentionParams params, KvCacheLayer cache,
-                                       RowState state, InferParams infer) {
+__global__ void __launch_bounds__(kThreads)
+    plain_attention_kernel(PagedAttentionParams params, KvCacheLayer cache, RowState state,
+                           InferParams infer) {
   extern __shared__ float shared[];
   __shared__ float weights[kChunk];  // scores, then their exponentials
   __shared__ int64_t offsets[kChunk];
+  cuda::launch_next();
+  cuda::wait_for_previous();
   const HeadShape& shape = params.shape;
   const int32_t head_dim = shape.head_dim;
   float* query = shared;              // [head_dim]
@@ -98,6 +109,81 @@ __global__ void paged_attention_kernel(PagedAttentionParams params, KvCacheLayer
   }
 }
 
+// Zero rows for padding and masked tokens, for backends that leave them alone.
+__global__ void __launch_bounds__(kThreads)
+    dead_rows_kernel(uint4* out, const int32_t* token_batch, int32_t row_chunks) {
+  cuda::launch_next();
+  cuda::wait_for_previous();
+  const int64_t token = blockIdx.x;
+  if (token_batch[token] >= 0) return;
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < row_chunks; i += kThreads) {
+    out[token * row_chunks + i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+void plain_attention(const PagedAttentionParams& params, const StepContext& ctx) {
+  const dim3 grid(ctx.sizes.num_tokens, params.shape.num_heads);
+  const size_t shared_bytes = 2 * sizeof(float) * params.shape.head_dim;
+  dispatch_activation(params.dtype, kOp, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    cuda::launch(kOp, ctx, plain_attention_kernel<T>, grid, dim3(kThreads), shared_bytes, params,
+                 *params.cache, ctx.rows, ctx.infer);
+  });
+}
+
+void native_attention(const PagedAttentionParams& params, const StepContext& ctx) {
+  const HeadShape& shape = params.shape;
+  const KvCacheLayer& cache = *params.cache;
+  const AttentionPlan& plan = *params.plan;
+  constexpr int64_t kChunk = 8;  // elements
+  check(cache.block_stride % kChunk == 0 && cache.token_stride % kChunk == 0 &&
+            cache.head_stride % kChunk == 0,
+        kOp, "the cache's strides are ", cache.block_stride, ", ", cache.token_stride, " and ",
+        cache.head_stride, "; they must be multiples of ", kChunk);
+  check(cache.elements() / kChunk < UINT32_MAX, kOp, "a layer's keys are ", cache.elements(),
+        " elements, more than can be addressed");
+  const cuda::AttentionLaunch launch = cuda::attention_launch(shape.head_dim);
+  const cuda::AttentionPlanLayout layout = cuda::attention_plan_layout(plan, launch);
+  char* data = static_cast<char*>(plan.data);
+  cuda::NativeAttentionArgs args{};
+  args.qkv = static_cast<const uint16_t*>(params.qkv);
+  args.out = static_cast<uint16_t*>(params.out);
+  args.key = static_cast<const uint16_t*>(cache.key);
+  args.value = static_cast<const uint16_t*>(cache.value);
+  args.block_table =
+      ctx.rows.block_table + int64_t{params.kv_group} * ctx.rows.num_rows * ctx.rows.max_blocks;
+  args.token_batch = ctx.infer.token_batch;
+  args.workers = reinterpret_cast<const cuda::AttentionWorker*>(data + layout.workers);
+  args.items = reinterpret_cast<const cuda::AttentionItem*>(data + layout.items);
+  args.counters = reinterpret_cast<int32_t*>(data + layout.counters);
+  args.partials = reinterpret_cast<float*>(data + layout.partials);
+  args.worker_floats = layout.worker_floats;
+  args.start_floats = layout.start_floats;
+  args.block_stride = static_cast<uint32_t>(cache.block_stride / kChunk);
+  args.token_stride = static_cast<uint32_t>(cache.token_stride / kChunk);
+  args.head_stride = static_cast<uint32_t>(cache.head_stride / kChunk);
+  args.block_size = cache.block_size;
+  const auto block_size = static_cast<uint32_t>(cache.block_size);
+  args.block_shift = std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1;
+  args.max_blocks = ctx.rows.max_blocks;
+  args.num_heads = shape.num_heads;
+  args.num_kv_heads = shape.num_kv_heads;
+  args.group = shape.num_heads / shape.num_kv_heads;
+  args.head_dim = shape.head_dim;
+  args.num_tokens = ctx.sizes.num_tokens;
+  args.window = params.window;
+  args.stages = launch.stages;
+  args.splits = ctx.batch_invariant;
+  args.scale_log2e = params.scale * kLog2e;
+  if (launch.dim <= 80) {
+    cuda::native_attention_64(args, launch, ctx);
+  } else if (launch.dim <= 128) {
+    cuda::native_attention_128(args, launch, ctx);
+  } else {
+    cuda::native_attention_256(args, launch, ctx);
+  }
+}
+
 }  // namespace
 
 void paged_attention_cuda(const PagedAttentionParams& params, const StepContext& ctx) {
@@ -121,14 +207,22 @@ void paged_attention_cuda(const PagedAttentionParams& params, const StepContext&
         params.kv_group, "; it must be in [0, ", ctx.rows.num_groups, ")");
   check(params.window >= 0, kOp, "window is ", params.window, "; it must not be negative");
   if (ctx.sizes.num_tokens == 0) return;
-  const dim3 grid(ctx.sizes.num_tokens, shape.num_heads);
-  const size_t shared_bytes = 2 * sizeof(float) * shape.head_dim;
-  dispatch_activation(params.dtype, kOp, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    paged_attention_kernel<T><<<grid, kThreads, shared_bytes, cuda::stream_of(ctx)>>>(
-        params, cache, ctx.rows, ctx.infer);
-  });
-  cuda::check_launch(kOp);
+  if (params.dtype != DType::kBF16 || cuda::attention_launch(shape.head_dim).stages < 2) {
+    return plain_attention(params, ctx);
+  }
+  check(params.plan != nullptr && params.plan->data != nullptr &&
+            params.plan->serves(shape, params.window, params.kv_group),
+        kOp, "there is no plan of this geometry");
+  const AttentionRoute route = attention_route(*params.plan, ctx);
+  if (route.native && ctx.sizes.num_requests > 0) {
+    native_attention(params, ctx);
+  } else {
+    const int32_t row_chunks = shape.q_cols() / 8;
+    cuda::launch(kOp, ctx, dead_rows_kernel, dim3(ctx.sizes.num_tokens), dim3(kThreads), 0,
+                 static_cast<uint4*>(params.out), ctx.infer.token_batch, row_chunks);
+  }
+  if (route.flashinfer_decode) flashinfer_decode(params, ctx);
+  if (route.flashinfer_prefill) flashinfer_prefill(params, ctx);
 }
 
 }  // namespace mrv1

@@ -1,18 +1,24 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
-// One block per token and head. The head is read into shared memory as float before anything is
-// written, which makes in-place use safe and lets RoPE see both halves. Each part rounds its result
-// to the activation dtype, so one launch with all parts equals three launches with one part each,
-// bit for bit. Value heads go through unchanged.
+// A head is spread over head_dim / 8 lanes of a warp, eight neighbouring elements each: it is read
+// once, stays in registers, and RoPE gets the other half of a pair from the lane half a head away.
+// Each part rounds its result to the activation dtype, so one launch with all parts equals three
+// launches with one part each, bit for bit. Value heads go through unchanged, and a head is read
+// before it is written, so in-place use is safe. Heads whose lanes are no power of two take the
+// second kernel, a block per head.
+#include <algorithm>
+
 #include "block.cuh"
-#include "check.h"
+#include "launch.h"
 #include "ops/qkv_prepare.h"
+#include "vector.cuh"
 
 namespace mrv1 {
 namespace {
 
 constexpr std::string_view kOp = "qkv_prepare";
 constexpr int kThreads = 128;
+constexpr int kLaneSize = 8;
 constexpr int32_t kMaxHeadDim = 256;
 
 template <typename T>
@@ -23,19 +29,117 @@ __device__ float rounded(float value) {
 // Part of a packed row that a head belongs to.
 enum class HeadKind { kQuery, kKey, kValue };
 
+__device__ HeadKind head_kind(const HeadShape& shape, int32_t head) {
+  return head < shape.num_heads                        ? HeadKind::kQuery
+         : head < shape.num_heads + shape.num_kv_heads ? HeadKind::kKey
+                                                       : HeadKind::kValue;
+}
+
+// Where the head of a key or a value goes.
 template <typename T>
-__global__ void qkv_prepare_kernel(QkvPrepareParams params, KvCacheLayer cache,
-                                   const int32_t* positions, const int32_t* slots) {
-  extern __shared__ float values[];  // [head_dim]
+__device__ T* cache_head(const KvCacheLayer& cache, const HeadShape& shape, HeadKind kind,
+                         int32_t head, int32_t slot) {
+  const bool is_key = kind == HeadKind::kKey;
+  const int32_t kv_head = head - shape.num_heads - (is_key ? 0 : shape.num_kv_heads);
+  return static_cast<T*>(is_key ? cache.key : cache.value) +
+         slot / cache.block_size * cache.block_stride +
+         slot % cache.block_size * cache.token_stride + kv_head * cache.head_stride;
+}
+
+// kLanes = head_dim / 8, a power of two from 2 to 32. Heads start at first_head.
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kThreads)
+    qkv_prepare_kernel(QkvPrepareParams params, KvCacheLayer cache, const int32_t* positions,
+                       const int32_t* slots, int32_t first_head) {
+  constexpr int kHeadDim = kLanes * kLaneSize;
+  constexpr int kHeads = kThreads / kLanes;  // of a block
+  const HeadShape& shape = params.shape;
+  const int32_t num_heads = shape.num_heads + 2 * shape.num_kv_heads;
+  const int lane = threadIdx.x % kLanes;
+  const int64_t token = blockIdx.x;
+  // Lanes without a head stay for the shuffles.
+  const int32_t head = first_head + blockIdx.y * kHeads + threadIdx.x / kLanes;
+  const bool active = head < num_heads;
+  const HeadKind kind = head_kind(shape, head);
+  const bool turns = active && kind != HeadKind::kValue;
+  const int64_t start = (token * num_heads + head) * kHeadDim + lane * kLaneSize;
+
+  cuda::launch_next();
+  float norm[kLaneSize];
+  if (params.q_norm != nullptr && turns) {
+    cuda::load_values((kind == HeadKind::kQuery ? params.q_norm : params.k_norm) + lane * kLaneSize,
+                      norm);
+  }
+  cuda::wait_for_previous();
+
+  float values[kLaneSize] = {};
+  if (active) cuda::load_values(static_cast<const T*>(params.qkv) + start, values);
+  const int32_t slot = params.cache != nullptr ? slots[token] : -1;
+  constexpr int kHalfLanes = kLanes / 2;
+  float cosines[kLaneSize];
+  float sines[kLaneSize];
+  if (params.rope != nullptr && turns) {
+    const float* angles =
+        params.rope + int64_t{positions[token]} * kHeadDim + lane % kHalfLanes * kLaneSize;
+    cuda::load_values(angles, cosines);
+    cuda::load_values(angles + kHeadDim / 2, sines);
+  }
+
+  if (params.q_norm != nullptr) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kLaneSize; ++i) squares = fmaf(values[i], values[i], squares);
+#pragma unroll
+    for (int offset = kHalfLanes; offset > 0; offset /= 2) {
+      squares += __shfl_xor_sync(cuda::kFullWarp, squares, offset);
+    }
+    if (turns) {
+      const float scale = 1.0f / sqrtf(squares / static_cast<float>(kHeadDim) + params.eps);
+#pragma unroll
+      for (int i = 0; i < kLaneSize; ++i) values[i] = values[i] * scale * norm[i];
+      cuda::round_values<T>(values);
+    }
+  }
+
+  if (params.rope != nullptr) {
+    const bool is_first = lane < kHalfLanes;
+#pragma unroll
+    for (int i = 0; i < kLaneSize; ++i) {
+      const float other = __shfl_xor_sync(cuda::kFullWarp, values[i], kHalfLanes);
+      if (!turns) continue;
+      const float first = is_first ? values[i] : other;
+      const float second = is_first ? other : values[i];
+      values[i] = is_first ? first * cosines[i] - second * sines[i]
+                           : second * cosines[i] + first * sines[i];
+    }
+    if (turns) cuda::round_values<T>(values);
+  }
+
+  if (!active) return;
+  const bool stays = kind == HeadKind::kValue && params.out == params.qkv;
+  if (params.out != nullptr && !stays) {
+    cuda::store_values(static_cast<T*>(params.out) + start, values);
+  }
+  if (slot >= 0 && kind != HeadKind::kQuery) {
+    cuda::store_values(cache_head<T>(cache, shape, kind, head, slot) + lane * kLaneSize, values);
+  }
+}
+
+// Any head_dim: a block per token and head, which lies in shared memory as float.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    qkv_prepare_any_kernel(QkvPrepareParams params, KvCacheLayer cache, const int32_t* positions,
+                           const int32_t* slots, int32_t first_head) {
+  __shared__ float values[kMaxHeadDim];
+  cuda::launch_next();
+  cuda::wait_for_previous();
   const HeadShape& shape = params.shape;
   const int32_t head_dim = shape.head_dim;
   const int64_t token = blockIdx.x;
-  const int32_t head = blockIdx.y;
-  const HeadKind kind = head < shape.num_heads                        ? HeadKind::kQuery
-                        : head < shape.num_heads + shape.num_kv_heads ? HeadKind::kKey
-                                                                      : HeadKind::kValue;
-  const int64_t row_cols = int64_t{shape.num_heads + 2 * shape.num_kv_heads} * head_dim;
-  const int64_t start = token * row_cols + int64_t{head} * head_dim;
+  const int32_t head = first_head + blockIdx.y;
+  const HeadKind kind = head_kind(shape, head);
+  const int64_t num_heads = shape.num_heads + 2 * shape.num_kv_heads;
+  const int64_t start = (token * num_heads + head) * head_dim;
 
   const T* source = static_cast<const T*>(params.qkv) + start;
   for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) values[i] = to_float(source[i]);
@@ -48,7 +152,7 @@ __global__ void qkv_prepare_kernel(QkvPrepareParams params, KvCacheLayer cache,
     for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) {
       squares = fmaf(values[i], values[i], squares);
     }
-    const float mean = cuda::block_sum<kThreads>(squares) / static_cast<float>(head_dim);
+    const float mean = cuda::whole_block_sum(squares) / static_cast<float>(head_dim);
     const float scale = 1.0f / sqrtf(mean + params.eps);
     for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) {
       values[i] = rounded<T>(values[i] * scale * norm[i]);
@@ -77,12 +181,48 @@ __global__ void qkv_prepare_kernel(QkvPrepareParams params, KvCacheLayer cache,
   if (params.cache == nullptr || kind == HeadKind::kQuery) return;
   const int32_t slot = slots[token];
   if (slot < 0) return;
-  const int32_t kv_head =
-      head - shape.num_heads - (kind == HeadKind::kValue ? shape.num_kv_heads : 0);
-  T* target = static_cast<T*>(kind == HeadKind::kKey ? cache.key : cache.value) +
-              slot / cache.block_size * cache.block_stride +
-              slot % cache.block_size * cache.token_stride + kv_head * cache.head_stride;
+  T* target = cache_head<T>(cache, shape, kind, head, slot);
   for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) target[i] = from_float<T>(values[i]);
+}
+
+// Whether every address that the first kernel touches is that of a vector.
+bool all_aligned(const QkvPrepareParams& params, const KvCacheLayer& cache) {
+  const void* addresses[] = {params.qkv,  params.out, params.q_norm, params.k_norm,
+                             params.rope, cache.key,  cache.value};
+  const int64_t strides[] = {cache.block_stride, cache.token_stride, cache.head_stride};
+  return std::all_of(std::begin(addresses), std::end(addresses),
+                     [](const void* address) { return cuda::is_vector_aligned(address); }) &&
+         std::all_of(std::begin(strides), std::end(strides),
+                     [](int64_t stride) { return stride % kLaneSize == 0; });
+}
+
+template <typename T>
+void launch_qkv_prepare(const QkvPrepareParams& params, const KvCacheLayer& cache,
+                        const int32_t* slots, const StepContext& ctx) {
+  const HeadShape& shape = params.shape;
+  const int32_t lanes = shape.head_dim / kLaneSize;
+  // Nobody asks for the query heads if only the cache is written.
+  const int32_t first_head = params.out == nullptr ? shape.num_heads : 0;
+  const int32_t heads = shape.num_heads + 2 * shape.num_kv_heads - first_head;
+  const auto run = [&](auto* kernel, int32_t block_heads) {
+    const dim3 grid(ctx.sizes.num_tokens, (heads + block_heads - 1) / block_heads);
+    cuda::launch(kOp, ctx, kernel, grid, kThreads, 0, params, cache, ctx.infer.positions, slots,
+                 first_head);
+  };
+  const bool aligned = all_aligned(params, cache);
+  if (aligned && lanes == 2) {
+    run(qkv_prepare_kernel<T, 2>, kThreads / 2);
+  } else if (aligned && lanes == 4) {
+    run(qkv_prepare_kernel<T, 4>, kThreads / 4);
+  } else if (aligned && lanes == 8) {
+    run(qkv_prepare_kernel<T, 8>, kThreads / 8);
+  } else if (aligned && lanes == 16) {
+    run(qkv_prepare_kernel<T, 16>, kThreads / 16);
+  } else if (aligned && lanes == 32) {
+    run(qkv_prepare_kernel<T, 32>, kThreads / 32);
+  } else {
+    run(qkv_prepare_any_kernel<T>, 1);
+  }
 }
 
 }  // namespace
@@ -110,14 +250,9 @@ void qkv_prepare_cuda(const QkvPrepareParams& params, const StepContext& ctx) {
     slots = ctx.infer.slot_mapping + int64_t{params.kv_group} * ctx.infer.max_tokens;
   }
   if (ctx.sizes.num_tokens == 0) return;
-  const dim3 grid(ctx.sizes.num_tokens, shape.num_heads + 2 * shape.num_kv_heads);
-  const size_t shared_bytes = sizeof(float) * shape.head_dim;
   dispatch_activation(params.dtype, kOp, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    qkv_prepare_kernel<T><<<grid, kThreads, shared_bytes, cuda::stream_of(ctx)>>>(
-        params, cache, ctx.infer.positions, slots);
+    launch_qkv_prepare<typename decltype(tag)::type>(params, cache, slots, ctx);
   });
-  cuda::check_launch(kOp);
 }
 
 }  // namespace mrv1

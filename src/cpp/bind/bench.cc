@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "bind/bind.h"
+#include "core/probes.h"
 
 namespace mrv1 {
 namespace {
@@ -51,10 +52,6 @@ class ReadProbe {
  public:
   ReadProbe(std::shared_ptr<Device> device, int64_t bytes) : device_(std::move(device)) {
     check(bytes >= int64_t{1} << 20, "read_probe", "bytes must be at least 2**20, not ", bytes);
-    if (device_->pool() == nullptr) {
-      fail(ErrorKind::kDevice, "read_probe", "reads are measured on the cpu only, not on ",
-           device_->name());
-    }
     const MemoryInfo memory = device_->memory();
     if (static_cast<size_t>(bytes) > memory.free_bytes) {
       fail(ErrorKind::kOutOfMemory, "read_probe", "a buffer of ", bytes, " bytes is needed, ",
@@ -62,9 +59,13 @@ class ReadProbe {
     }
     num_words_ = bytes / static_cast<int64_t>(sizeof(uint64_t));
     buffer_ = device_->allocate(static_cast<size_t>(bytes), "read probe");
+    if (device_->type() == DeviceType::kCuda) {
+      total_ = device_->allocate(sizeof(uint64_t), "read probe");
+      run_on_stream(*device_, [this] { cuda::fill_words(*device_, words(), num_words_); });
+      return;
+    }
     // Pages that were never written would all be the one zero page, which stays in cache.
-    auto* words = static_cast<uint64_t*>(buffer_.data());
-    each_piece([words](int64_t begin, int64_t end, int) {
+    each_piece([words = words()](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i)
         words[i] = static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15;
     });
@@ -73,8 +74,28 @@ class ReadProbe {
   int64_t bytes() const { return num_words_ * static_cast<int64_t>(sizeof(uint64_t)); }
 
   // Seconds that one read of the whole buffer takes.
-  double run() {
-    const auto* words = static_cast<const uint64_t*>(buffer_.data());
+  double run() { return device_->type() == DeviceType::kCuda ? run_cuda() : run_cpu(); }
+
+  uint64_t checksum() const { return checksum_; }
+
+ private:
+  uint64_t* words() const { return static_cast<uint64_t*>(buffer_.data()); }
+
+  double run_cuda() {
+    double seconds = 0.0;
+    checksum_ = 0;
+    auto* total = static_cast<uint64_t*>(total_.data());
+    device_->copy_in(total, &checksum_, sizeof(checksum_));
+    run_on_stream(*device_, [&] {
+      seconds = cuda::time_launches(
+          *device_, [&] { cuda::read_words(*device_, words(), num_words_, total); });
+    });
+    device_->copy_out(&checksum_, total, sizeof(checksum_));
+    return seconds;
+  }
+
+  double run_cpu() {
+    const uint64_t* words = this->words();
     std::atomic<uint64_t> total{0};
     const SumWords sum_words = widest_sum();
     const auto start = std::chrono::steady_clock::now();
@@ -86,9 +107,6 @@ class ReadProbe {
     return elapsed.count();
   }
 
-  uint64_t checksum() const { return checksum_; }
-
- private:
   // Runs fn over the words in the device's stream, which is where the pool may be used.
   template <typename Fn>
   void each_piece(const Fn& fn) {
@@ -96,7 +114,7 @@ class ReadProbe {
   }
 
   std::shared_ptr<Device> device_;  // outlives the buffer
-  Buffer buffer_;
+  Buffer buffer_, total_;
   int64_t num_words_ = 0;
   uint64_t checksum_ = 0;
 };
@@ -110,12 +128,11 @@ struct ReadProbeHandle : Handle<ReadProbe> {
 void bind_bench(nb::module_& m) {
   nb::class_<ReadProbeHandle>(
       m, "ReadProbe",
-      "A buffer that all threads of a device read from end to end: measures read bandwidth.\n\n"
+      "A buffer that a device reads from end to end with all it has: measures read bandwidth.\n\n"
       "Args:\n"
-      "    device: A CPU device.\n"
+      "    device: Where it lies.\n"
       "    bytes: Size of the buffer, at least 2**20.\n\n"
       "Raises:\n"
-      "    DeviceError: the device is not a CPU.\n"
       "    OutOfMemoryError: less memory is free.")
       .def(
           "__init__",

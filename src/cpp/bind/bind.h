@@ -35,6 +35,8 @@ nb::ndarray<nb::numpy, T> to_numpy(const std::vector<T>& values, std::vector<siz
 DType dtype_from_name(const std::string& name);
 
 void bind_device(nb::module_& m);
+void bind_device_array(nb::module_& m);
+void bind_memory(nb::module_& m);
 void bind_program(nb::module_& m);
 void bind_session(nb::module_& m);
 void bind_sampling(nb::module_& m);

@@ -44,6 +44,8 @@ NB_MODULE(_core, m) {
   nanobind::set_leak_warnings(false);
   nanobind::register_exception_translator(mrv1::translate);
   mrv1::bind_device(m);
+  mrv1::bind_device_array(m);
+  mrv1::bind_memory(m);
   mrv1::bind_program(m);
   mrv1::bind_session(m);
   mrv1::bind_sampling(m);

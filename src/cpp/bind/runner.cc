@@ -4,9 +4,11 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include "bind/bind.h"
+#include "bind/runner_arrays.h"
 #include "bind/runner_handle.h"
 #include "io/mapped_file.h"
 #include "state/infer_param_view.h"
@@ -124,6 +126,22 @@ void bind_runner(nb::module_& m) {
       .def(nb::init<const std::string&>(), nb::arg("path"))
       .def_prop_ro("size", &MappedFile::size);
 
+  nb::enum_<StepMode>(m, "StepMode", "How a step reaches the device.")
+      .value("EAGER", StepMode::kEager)
+      .value("PIECEWISE", StepMode::kPiecewise)
+      .value("FULL", StepMode::kFull);
+  m.def(
+      "default_capture_sizes",
+      [](int32_t max_requests) {
+        std::vector<std::pair<int32_t, int32_t>> sizes;
+        for (const CaptureSize& size : GraphLadder::default_full(max_requests)) {
+          sizes.emplace_back(size.requests, size.tokens_per_request);
+        }
+        return sizes;
+      },
+      nb::arg("max_requests"), "Sizes that leave little of a step unused.");
+  m.def("default_piecewise_sizes", &GraphLadder::default_piecewise, nb::arg("max_tokens"));
+
   nb::class_<RunnerConfig>(m, "RunnerConfig")
       .def(nb::init<>())
       .def_rw("max_num_seqs", &RunnerConfig::max_num_seqs)
@@ -134,7 +152,28 @@ void bind_runner(nb::module_& m) {
       .def_rw("max_stop_ids", &RunnerConfig::max_stop_ids)
       .def_rw("pad_requests", &RunnerConfig::pad_requests)
       .def_rw("pad_tokens", &RunnerConfig::pad_tokens)
-      .def_rw("infer_param_view", &RunnerConfig::infer_param_view);
+      .def_rw("infer_param_view", &RunnerConfig::infer_param_view)
+      .def_rw("graph_mode", &RunnerConfig::graph_mode)
+      .def_prop_rw(
+          "capture_sizes",
+          [](const RunnerConfig& self) {
+            std::vector<std::pair<int32_t, int32_t>> sizes;
+            for (const CaptureSize& size : self.capture_sizes) {
+              sizes.emplace_back(size.requests, size.tokens_per_request);
+            }
+            return sizes;
+          },
+          [](RunnerConfig& self, const std::vector<std::pair<int32_t, int32_t>>& sizes) {
+            self.capture_sizes.clear();
+            for (const auto& [requests, tokens] : sizes) {
+              self.capture_sizes.push_back({requests, tokens});
+            }
+          },
+          "Pairs (requests, tokens per request) that whole steps are captured at.")
+      .def_rw("piecewise_sizes", &RunnerConfig::piecewise_sizes)
+      .def_rw("attention_backend", &RunnerConfig::attention_backend)
+      .def_rw("batch_invariant", &RunnerConfig::batch_invariant)
+      .def_rw("sync_launches", &RunnerConfig::sync_launches);
 
   nb::class_<RowSpec>(m, "RowSpec")
       .def(nb::init<>())
@@ -185,6 +224,9 @@ void bind_runner(nb::module_& m) {
   nb::class_<StepOutput>(m, "StepOutput", "A retired step: entries in the batch's order.")
       .def_ro("step", &StepOutput::step)
       .def_ro("error", &StepOutput::error)
+      .def_ro("mode", &StepOutput::mode)
+      .def_ro("begin_ns", &StepOutput::begin_ns, "Device clock when the step began.")
+      .def_ro("end_ns", &StepOutput::end_ns, "Device clock when it ended.")
       .def_ro("entries", &StepOutput::entries);
 
   nb::class_<RunnerHandle>(m, "ModelRunner", "See mrv1.runner.ModelRunner.")
@@ -208,15 +250,9 @@ void bind_runner(nb::module_& m) {
       .def_prop_ro(
           "memory_plan", [](const RunnerHandle& self) { return plan_dict(self->memory_plan()); },
           nb::sig("def memory_plan(self) -> dict[str, int]"))
-      .def(
-          "load_tensor",
-          [](const RunnerHandle& self, int32_t weight, int32_t segment, const MappedFile& file,
-             size_t offset, const std::string& dtype) {
-            self->weights().load_segment(weight, segment, file, offset, dtype_from_name(dtype));
-          },
-          nb::arg("weight"), nb::arg("segment"), nb::arg("file"), nb::arg("offset"),
-          nb::arg("dtype"), nb::call_guard<nb::gil_scoped_release>(),
-          "Copies a tensor of a mapped file into a segment of a weight.")
+      .def("load_tensors", &load_tensors, nb::arg("file"), nb::arg("tensors"), nb::arg("progress"),
+           "Loads tensors of a file: (weight, segment, offset, dtype) each. `progress` is called with\n"
+           "the bytes that were done since its last call; what it raises ends the loading.")
       .def(
           "fill_random",
           [](const RunnerHandle& self, int32_t weight, uint64_t seed, float range) {
@@ -290,6 +326,8 @@ void bind_runner(nb::module_& m) {
             return to_numpy(values, {values.size()});
           },
           nb::arg("item"))
+      .def("device_logits", &device_logits, nb::arg("item"),
+           "As logits, in memory of the device: a copy that later steps leave alone.")
       .def(
           "infer_params", [](const RunnerHandle& self) { return ints_dict(self->infer_params()); },
           nb::sig("def infer_params(self) -> dict[str, NDArray[numpy.int32]]"))
@@ -306,9 +344,30 @@ void bind_runner(nb::module_& m) {
             dict["host_ns"] = stats.host_ns;
             dict["control_bytes"] = stats.control_bytes;
             dict["output_bytes"] = stats.output_bytes;
+            for (int mode = 0; mode < kNumStepModes; ++mode) {
+              const std::string name = step_mode_name(static_cast<StepMode>(mode));
+              dict[("steps_" + name).c_str()] = stats.steps_by_mode[mode];
+            }
+            dict["kernel_launches"] = stats.device.kernel_launches;
+            dict["graph_launches"] = stats.device.graph_launches;
+            dict["waits"] = stats.device.waits;
+            dict["allocations"] = stats.device.allocations;
+            dict["copies"] = stats.device.copies;
             return dict;
           },
           nb::sig("def stats(self) -> dict[str, int]"))
+      .def(
+          "capture_graphs",
+          [](const RunnerHandle& self) {
+            const CaptureReport report = self->capture_graphs();
+            return nb::make_tuple(report.full_graphs, report.piecewise_graphs, report.bytes);
+          },
+          nb::sig("def capture_graphs(self) -> tuple[int, int, int]"),
+          "Records the graphs of all sizes; returns how many sizes were recorded as whole steps and\n"
+          "in pieces, and the bytes of device memory they took.")
+      .def(
+          "take_notice", [](const RunnerHandle& self) { return self->take_notice(); },
+          "Why steps do not run in the mode that was asked for: each reason once, else empty.")
       .def(
           "fail_next_step",
           [](const RunnerHandle& self, const std::string& message) {

@@ -92,6 +92,7 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
     const Buffer device_sampled = copy_to_device(device, sampled.data(), num_requests);
     WorkspaceLimits limits = {};
     limits.vocab_size = static_cast<int64_t>(vocab_size);
+    limits.max_logits = static_cast<int64_t>(num_logits);
     limits.num_threads = device.pool() != nullptr ? device.pool()->num_threads() : 1;
     const int64_t workspace_bytes = std::max<int64_t>(device.kernels().workspace_bytes(limits), 1);
     const Buffer workspace = device.allocate(static_cast<size_t>(workspace_bytes), "workspace");

@@ -2,9 +2,11 @@
 #include "program/session.h"
 
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include "bind/bind.h"
+#include "bind/device_array.h"
 
 namespace mrv1 {
 namespace {
@@ -18,9 +20,75 @@ std::vector<T> to_vector(const Array& array) {
   return std::vector<T>(array.data(), array.data() + array.size());
 }
 
+const WeightSpec& weight_spec(ProgramSession& session, int32_t weight, size_t count) {
+  const auto& specs = session.program().weights();
+  check(weight >= 0 && weight < static_cast<int32_t>(specs.size()), "session", "no weight ",
+        weight);
+  const WeightSpec& spec = specs[weight];
+  check(static_cast<int64_t>(count) == spec.rows * spec.cols, "session", "'", spec.name, "' needs ",
+        spec.rows * spec.cols, " values, got ", count);
+  return spec;
+}
+
+void load_weight(ProgramSession& session, int32_t weight, const void* values, size_t count,
+                 DType dtype) {
+  const WeightSpec& spec = weight_spec(session, weight, count);
+  for (size_t i = 0; i < spec.segments.size(); ++i) {
+    const int64_t first = spec.segments[i].row_start * spec.cols;
+    session.weights().load_segment(
+        weight, static_cast<int32_t>(i),
+        static_cast<const char*>(values) + first * static_cast<int64_t>(dtype_size(dtype)), dtype);
+  }
+}
+
+// The dtype of a float array of another library.
+DType float_dtype(const nb::ndarray<nb::ro>& array, const char* where) {
+  for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
+    if (array.dtype() == element_type(dtype).dlpack()) return dtype;
+  }
+  fail(ErrorKind::kInvalidArgument, where, "the array must be float32, bfloat16 or float16");
+}
+
+// Weights are converted and packed on the host, once.
+void load_device_weight(const SessionHandle& self, int32_t weight, nb::object values) {
+  const std::shared_ptr<ProgramSession> session = self.share();
+  Device& device = *session->device();
+  const nb::ndarray<nb::ro> array = import_array(values, device, "load_weight");
+  const DType dtype = float_dtype(array, "load_weight");
+  weight_spec(*session, weight, array.size());
+  std::vector<char> copy(array.nbytes());
+  device.copy_out(copy.data(), array.data(), copy.size());
+  load_weight(*session, weight, copy.data(), array.size(), dtype);
+}
+
+// Stays on the device, and so in the value's own dtype.
+void set_device_value(const SessionHandle& self, int32_t value, nb::object data) {
+  const std::shared_ptr<ProgramSession> session = self.share();
+  Device& device = *session->device();
+  const ProgramSession::DeviceValue target = session->device_value(value);
+  const nb::ndarray<nb::ro> array = import_array(data, device, "set_value");
+  check(array.dtype() == element_type(target.dtype).dlpack(), "set_value", "an array in memory of ",
+        device.name(), " must have the dtype of the value, ", dtype_name(target.dtype));
+  check(static_cast<int64_t>(array.size()) <= target.max_rows * target.cols, "set_value",
+        array.size(), " values do not fit the ", target.max_rows * target.cols, " of the buffer");
+  run_on_stream(device, [&] { device.copy_within(target.data, array.data(), array.nbytes()); });
+}
+
+std::unique_ptr<DeviceArray> device_value(const SessionHandle& self, int32_t value, int64_t rows) {
+  const std::shared_ptr<ProgramSession> session = self.share();
+  const ProgramSession::DeviceValue source = session->device_value(value);
+  check(rows >= 0 && rows <= source.max_rows, "session", rows, " rows are outside [0, ",
+        source.max_rows, "]");
+  return copy_to_array(session->device(), source.data,
+                       {static_cast<size_t>(rows), static_cast<size_t>(source.cols)}, source.dtype);
+}
+
 }  // namespace
 
 void bind_session(nb::module_& m) {
+  nb::enum_<AttentionBackend>(m, "AttentionBackend", "Kernels of decode attention.")
+      .value("NATIVE", AttentionBackend::kNative)
+      .value("FLASHINFER", AttentionBackend::kFlashInfer);
   nb::class_<SessionHandle>(m, "ProgramSession",
                             "Runs a program over inputs, infer_params and a KV cache set by hand: "
                             "for testing single ops\n"
@@ -41,25 +109,19 @@ void bind_session(nb::module_& m) {
       .def(
           "load_weight",
           [](const SessionHandle& self, int32_t weight, FloatArray values) {
-            const auto& specs = self->program().weights();
-            check(weight >= 0 && weight < static_cast<int32_t>(specs.size()), "session",
-                  "no weight ", weight);
-            const WeightSpec& spec = specs[weight];
-            check(static_cast<int64_t>(values.size()) == spec.rows * spec.cols, "session", "'",
-                  spec.name, "' needs ", spec.rows * spec.cols, " values, got ", values.size());
-            for (size_t i = 0; i < spec.segments.size(); ++i) {
-              self->weights().load_segment(weight, static_cast<int32_t>(i),
-                                           values.data() + spec.segments[i].row_start * spec.cols,
-                                           DType::kF32);
-            }
+            load_weight(*self.share(), weight, values.data(), values.size(), DType::kF32);
           },
           nb::arg("weight"), nb::arg("values"))
+      .def("load_weight", &load_device_weight, nb::arg("weight"), nb::arg("values"),
+           "From a float array in memory that the device addresses (DLPack).")
       .def(
           "set_value",
           [](const SessionHandle& self, int32_t value, FloatArray data) {
             self->set_value(value, to_vector<float>(data));
           },
           nb::arg("value"), nb::arg("data"))
+      .def("set_value", &set_device_value, nb::arg("value"), nb::arg("data"),
+           "From an array of the value's dtype in memory that the device addresses (DLPack).")
       .def(
           "value",
           [](const SessionHandle& self, int32_t value, int64_t rows) {
@@ -68,6 +130,9 @@ void bind_session(nb::module_& m) {
             return to_numpy(data, {static_cast<size_t>(rows), cols});
           },
           nb::arg("value"), nb::arg("rows"))
+      .def("device_value", &device_value, nb::arg("value"), nb::arg("rows"),
+           "As value, in memory of the device and in the value's dtype: a copy that later runs\n"
+           "leave alone.")
       .def(
           "set_ints",
           [](const SessionHandle& self, const std::string& name, IntArray data) {
@@ -93,6 +158,36 @@ void bind_session(nb::module_& m) {
              int32_t num_logits) { self->run(num_requests, num_tokens, num_logits); },
           nb::arg("num_requests"), nb::arg("num_tokens"), nb::arg("num_logits") = 0,
           nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "set_options",
+          [](const SessionHandle& self, bool batch_invariant, bool eager_attention,
+             AttentionBackend attention_backend) {
+            self->set_options(batch_invariant, eager_attention, attention_backend);
+          },
+          nb::kw_only(), nb::arg("batch_invariant") = false, nb::arg("eager_attention") = false,
+          nb::arg("attention_backend") = AttentionBackend::kNative,
+          "Which kernels later runs may use: see StepContext in src/cpp/state/step_context.h.")
+      .def(
+          "time_runs",
+          [](const SessionHandle& self, int32_t num_requests, int32_t num_tokens,
+             int32_t num_logits, int32_t repeats) {
+            return self->time_runs(num_requests, num_tokens, num_logits, repeats);
+          },
+          nb::arg("num_requests"), nb::arg("num_tokens"), nb::arg("num_logits") = 0,
+          nb::arg("repeats") = 1, nb::call_guard<nb::gil_scoped_release>(),
+          "Seconds of each of `repeats` runs, after one that warms up; on a GPU by its own clock,\n"
+          "each run launched as one graph.")
+      .def(
+          "fill_weight",
+          [](const SessionHandle& self, int32_t weight, uint64_t seed, float range) {
+            self->weights().fill_random(weight, seed, range);
+          },
+          nb::arg("weight"), nb::arg("seed"), nb::arg("range"),
+          nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "fill_cache", [](const SessionHandle& self, uint64_t seed) { self->fill_cache(seed); },
+          nb::arg("seed"), nb::call_guard<nb::gil_scoped_release>(),
+          "Fills the KV caches with random values.")
       .def("close", &SessionHandle::close);
 }
 

@@ -6,6 +6,7 @@
 #include <array>
 #include <condition_variable>
 #include <cstring>
+#include <functional>
 #include <mutex>
 #include <string>
 #include <system_error>
@@ -32,6 +33,12 @@ int usable_cores() {
   }
   return std::max(1u, std::thread::hardware_concurrency());
 }
+
+// The CPU has no graphs: it keeps the function and calls it again.
+struct RecordedWork final : Graph {
+  explicit RecordedWork(std::function<void()> work) : run(std::move(work)) {}
+  std::function<void()> run;
+};
 
 // The CPU as a device with one in-order stream: a thread that runs submitted tasks in turn, with a
 // pool of workers for the loops inside them. Memory is mapped on demand, so pages that are never
@@ -80,6 +87,8 @@ class CpuDevice final : public Device {
     std::memcpy(host_dst, device_src, bytes);
   }
 
+  void set_word(uint64_t* device_word, uint64_t value) override { *device_word = value; }
+
   void submit(void (*fn)(void*), void* arg) override {
     std::unique_lock lock(mutex_);
     drained_.wait(lock, [this] { return tail_ - head_ < kQueueLength; });
@@ -95,6 +104,15 @@ class CpuDevice final : public Device {
         lock, [&] { return sequence.load(std::memory_order_acquire) >= value || head_ == tail_; });
     check_internal(sequence.load(std::memory_order_acquire) >= value, "cpu",
                    "the stream is idle but sequence ", value, " was never written");
+  }
+
+  std::unique_ptr<Graph> capture(std::function<void()> fn) override {
+    return std::make_unique<RecordedWork>(std::move(fn));
+  }
+
+  void launch(const Graph& graph) override {
+    ++counters().graph_launches;
+    static_cast<const RecordedWork&>(graph).run();
   }
 
   void synchronize() override {

@@ -5,16 +5,22 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
 
+#include "core/side_stream.h"
 #include "core/thread_pool.h"
 
 namespace mrv1 {
 
-struct Kernels;  // ops/kernels.h
+struct Kernels;        // ops/kernels.h
+struct LinearOptions;  // ops/linear_options.h
 class Device;
+namespace cuda {
+class LinearContext;  // src/cuda/linear_context.h
+}
 
 enum class DeviceType { kCpu, kCuda };
 
@@ -47,6 +53,20 @@ struct MemoryInfo {
   size_t total_bytes = 0;  // of the device
 };
 
+// What was asked of the driver since the device was made.
+struct DeviceCounters {
+  uint64_t kernel_launches = 0, graph_launches = 0;  // work inside graphs is not counted again
+  uint64_t waits = 0;                                // blocking calls, those of copies included
+  uint64_t allocations = 0;
+  uint64_t copies = 0;
+};
+
+// Work that was recorded once and can be run again with one launch.
+class Graph {
+ public:
+  virtual ~Graph() = default;
+};
+
 // One compute device with one in-order stream. A runner owns its device object; nothing is global.
 class Device {
  public:
@@ -66,6 +86,9 @@ class Device {
   virtual void copy_in(void* device_dst, const void* host_src, size_t bytes) = 0;
   virtual void copy_out(void* host_dst, const void* device_src, size_t bytes) = 0;
 
+  // Stores a word in device memory, from inside a submitted task, in stream order.
+  virtual void set_word(uint64_t* device_word, uint64_t value) = 0;
+
   // Runs fn(arg) in stream order: on the CPU's stream thread, or at once where fn's launches are
   // asynchronous themselves. `fn` must not throw. Does not allocate.
   virtual void submit(void (*fn)(void* arg), void* arg) = 0;
@@ -73,17 +96,45 @@ class Device {
   virtual void wait_sequence(const std::atomic<uint64_t>& sequence, uint64_t value) = 0;
   // Waits for all work submitted before the call, by whichever thread.
   virtual void synchronize() = 0;
+  // Records what fn() launches without running it. To be called from inside a submitted task; what
+  // fn throws passes through. A device without graphs keeps fn and calls it again.
+  virtual std::unique_ptr<Graph> capture(std::function<void()> fn) = 0;
+  // Runs a graph of this device in stream order, from inside a submitted task.
+  virtual void launch(const Graph& graph) = 0;
   // From inside a task that failed: waits for what it and earlier tasks started asynchronously.
   virtual void settle() noexcept {}
 
   // CPU only, else null. Used from inside submitted tasks only.
   virtual ThreadPool* pool() { return nullptr; }
+  DeviceCounters& counters() { return counters_; }
+
+  // Whether a kernel may start before the one launched before it has ended.
+  virtual bool overlaps_launches() const { return false; }
   // The native stream handle (cudaStream_t) or null on the CPU.
   virtual void* stream() { return nullptr; }
+
+  // What the linears of a GPU share, null on the CPU. The first call opens cuBLASLt, with default
+  // options unless configure_linear was called: kDevice if it is not there.
+  virtual cuda::LinearContext* linear_context() { return nullptr; }
+  virtual void configure_linear(const LinearOptions&) {}
+
+  // Number among the devices of its type.
+  virtual int ordinal() const { return 0; }
+  // For loading weights; null on the CPU, where a copy is a write like any other.
+  virtual std::unique_ptr<CopyStream> make_copy_stream() { return nullptr; }
+  virtual std::unique_ptr<Fence> make_fence();
+  // Copies between places that kernels can address, in stream order and without waiting; from
+  // inside a submitted task.
+  virtual void copy_within(void* device_dst, const void* device_src, size_t bytes);
+  // Work queued in stream `after` from now on waits for what is in `before` now; null is the
+  // device's own stream.
+  virtual void order_streams(void* before, void* after);
 
  private:
   friend class Buffer;
   virtual void release(void* data, void* host, size_t bytes) noexcept = 0;
+
+  DeviceCounters counters_;
 };
 
 // Runs fn() on the device's stream, waits, and throws what it threw: for work outside of steps.
@@ -117,7 +168,9 @@ bool is_built();
 bool is_available();
 // One line on what was found, for error messages and the environment report.
 std::string describe();
-std::unique_ptr<Device> make_device(int ordinal);
+// Steps run in `stream`, a cudaStream_t that must outlive the device, or in one of the device's own
+// if it is null.
+std::unique_ptr<Device> make_device(int ordinal, void* stream = nullptr);
 }  // namespace cuda
 
 }  // namespace mrv1

@@ -54,19 +54,19 @@ MRV1_HD uint32_t float_to_bits(float value) {
 MRV1_HD float to_float(float value) { return value; }
 MRV1_HD float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
 
-// IEEE half to float, exact, subnormals included.
+// IEEE half to float, exact, subnormals included. Without branches, so that loops become vectors.
 MRV1_HD float to_float(Float16 value) {
-  const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
-  const uint32_t exponent = (value.bits >> 10) & 0x1fu;
-  const uint32_t mantissa = value.bits & 0x3ffu;
-  if (exponent == 0) {
-    const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
-    return bits_to_float(sign | float_to_bits(magnitude));
-  }
-  if (exponent == 31) {
-    return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
-  }
-  return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  const uint32_t sign = (uint32_t{value.bits} & 0x8000u) << 16;
+  const uint32_t rest = (uint32_t{value.bits} & 0x7fffu) << 13;
+  const uint32_t exponent = rest & (0x1fu << 23);
+  const uint32_t normal = rest + (112u << 23);
+  // 2^-14 more than its value, which a normal number can hold.
+  const float raised = bits_to_float(rest + (113u << 23));
+  const uint32_t subnormal = float_to_bits(raised - bits_to_float(113u << 23));
+  const uint32_t is_subnormal = 0u - uint32_t{exponent == 0};
+  // Infinity and NaN have the highest exponent in both.
+  const uint32_t special = uint32_t{exponent == 0x1fu << 23} * (112u << 23);
+  return bits_to_float(sign | (subnormal & is_subnormal) | ((normal + special) & ~is_subnormal));
 }
 
 template <typename T>

@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <string>
 
 #include "core/error.h"
 #include "ops/kernels.h"
+#include "state/step_context.h"
 
 namespace mrv1 {
 namespace {
@@ -14,24 +16,9 @@ namespace {
 // Source rows are taken in pieces of about this size, so that the file's pages stay few.
 constexpr int64_t kPieceBytes = int64_t{32} << 20;
 
-float load_element(const void* source, DType dtype, int64_t index) {
-  switch (dtype) {
-    case DType::kF32:
-      return static_cast<const float*>(source)[index];
-    case DType::kBF16:
-      return to_float(static_cast<const BFloat16*>(source)[index]);
-    default:
-      return to_float(static_cast<const Float16*>(source)[index]);
-  }
-}
-
-// splitmix64: a counter hash, enough for weights whose values do not matter.
-uint64_t mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
+constexpr size_t kAlignment = 256;
+// Values that are drawn at a time where they are packed afterwards.
+constexpr int64_t kRandomPiece = int64_t{1} << 22;
 
 }  // namespace
 
@@ -54,12 +41,36 @@ WeightStore::WeightStore(const Program& program, Device& device)
     : program_(&program),
       device_(&device),
       views_(stored_weights(program, device.kernels().linear_layout)) {
+  allocate(program);
   for (size_t i = 0; i < views_.size(); ++i) {
-    const WeightSpec& spec = program.weights()[i];
-    buffers_.push_back(
-        device.allocate(static_cast<size_t>(weight_bytes(views_[i])), "weight " + spec.name));
-    views_[i].data = buffers_[i].data();
-    loaded_.emplace_back(spec.segments.size(), false);
+    views_[i].data = data_[i];
+    loaded_.emplace_back(program.weights()[i].segments.size(), false);
+  }
+}
+
+void WeightStore::allocate(const Program& program) {
+  if (device_->type() == DeviceType::kCpu) {
+    for (size_t i = 0; i < views_.size(); ++i) {
+      buffers_.push_back(device_->allocate(static_cast<size_t>(weight_bytes(views_[i])),
+                                           concat("weight ", program.weights()[i].name)));
+      data_.push_back(static_cast<char*>(buffers_.back().data()));
+    }
+    return;
+  }
+  // An allocation of a GPU is rounded up to megabytes and takes its time.
+  if (views_.empty()) return;
+  std::vector<size_t> offsets;
+  size_t total = 0, largest = 0;
+  for (size_t i = 0; i < views_.size(); ++i) {
+    offsets.push_back(total);
+    total +=
+        (static_cast<size_t>(weight_bytes(views_[i])) + kAlignment - 1) / kAlignment * kAlignment;
+    if (weight_bytes(views_[i]) > weight_bytes(views_[largest])) largest = i;
+  }
+  buffers_.push_back(device_->allocate(total, concat("weight ", program.weights()[largest].name,
+                                                     " with ", views_.size() - 1, " others")));
+  for (size_t offset : offsets) {
+    data_.push_back(static_cast<char*>(buffers_.back().data()) + offset);
   }
 }
 
@@ -75,60 +86,91 @@ void WeightStore::check_segment(int32_t weight, int32_t segment, DType source) c
   }
 }
 
+char* WeightStore::row_address(int32_t weight, int64_t row) const {
+  const WeightView& view = views_[weight];
+  return data_[weight] + row * view.cols * static_cast<int64_t>(dtype_size(view.dtype));
+}
+
 void WeightStore::store_rows(int32_t weight, int64_t row_start, int64_t rows, const void* source,
                              DType dtype) {
   const WeightView& view = views_[weight];
   if (view.layout == WeightLayout::kPanel16) {
     // The pool is the stream's, on which other runners of the device may be at work.
     run_on_stream(*device_, [&] {
-      pack_panels(view, buffers_[weight].data(), source, dtype, row_start, rows, *device_->pool());
+      pack_panels(view, data_[weight], source, dtype, row_start, rows, *device_->pool());
     });
     return;
   }
   const int64_t count = rows * view.cols;
-  char* target = static_cast<char*>(buffers_[weight].data()) +
-                 row_start * view.cols * static_cast<int64_t>(dtype_size(view.dtype));
+  const size_t bytes = static_cast<size_t>(count) * dtype_size(view.dtype);
   if (dtype == view.dtype) {
-    device_->copy_in(target, source, static_cast<size_t>(count) * dtype_size(dtype));
+    device_->copy_in(row_address(weight, row_start), source, bytes);
     return;
   }
-  const auto converted = std::make_unique<char[]>(count * dtype_size(view.dtype));
-  if (view.dtype == DType::kF32) {
-    auto* out = reinterpret_cast<float*>(converted.get());
-    for (int64_t i = 0; i < count; ++i) out[i] = load_element(source, dtype, i);
-  } else {
-    auto* out = reinterpret_cast<BFloat16*>(converted.get());
-    for (int64_t i = 0; i < count; ++i) {
-      out[i] = from_float<BFloat16>(load_element(source, dtype, i));
-    }
-  }
-  device_->copy_in(target, converted.get(), static_cast<size_t>(count) * dtype_size(view.dtype));
+  const auto converted = std::make_unique<char[]>(bytes);
+  convert_elements(source, dtype, converted.get(), view.dtype, count);
+  device_->copy_in(row_address(weight, row_start), converted.get(), bytes);
 }
 
-void WeightStore::load_segment(int32_t weight, int32_t segment, const MappedFile& file,
-                               size_t offset, DType source) {
-  check_segment(weight, segment, source);
-  const WeightView& view = views_[weight];
-  const WeightSegment& rows = program_->weights()[weight].segments[segment];
-  const int64_t row_bytes = view.cols * static_cast<int64_t>(dtype_size(source));
+void WeightStore::load_mapped(const MappedFile& file, const TensorSource& tensor) {
+  const WeightView& view = views_[tensor.weight];
+  const WeightSegment& rows = program_->weights()[tensor.weight].segments[tensor.segment];
+  const size_t size = dtype_size(tensor.dtype);
+  const int64_t row_bytes = view.cols * static_cast<int64_t>(size);
   // Whole panels a piece, so that pieces never share one.
   const int64_t piece =
       std::max<int64_t>(kPanelRows, kPieceBytes / row_bytes / kPanelRows * kPanelRows);
   std::vector<char> aligned;
   for (int64_t row = 0; row < rows.rows; row += piece) {
     const int64_t count = std::min(piece, rows.rows - row);
-    const size_t start = offset + static_cast<size_t>(row * row_bytes);
+    const size_t start = tensor.offset + static_cast<size_t>(row * row_bytes);
     const size_t bytes = static_cast<size_t>(count * row_bytes);
     const void* mapped = file.read(start, bytes);
-    if (start % dtype_size(source) != 0) {  // the format does not promise alignment
+    if (start % size != 0) {  // the format does not promise alignment
       aligned.resize(bytes);
       std::memcpy(aligned.data(), mapped, bytes);
       mapped = aligned.data();
     }
-    store_rows(weight, rows.row_start + row, count, mapped, source);
+    store_rows(tensor.weight, rows.row_start + row, count, mapped, tensor.dtype);
     file.drop(start, bytes);
   }
-  loaded_[weight][segment] = true;
+}
+
+void WeightStore::load_staged(const MappedFile& file, std::span<const TensorSource> tensors,
+                              const std::function<void(size_t)>& progress) {
+  std::vector<StagedTensor> staged;
+  for (const TensorSource& tensor : tensors) {
+    const WeightView& view = views_[tensor.weight];
+    const WeightSegment& rows = program_->weights()[tensor.weight].segments[tensor.segment];
+    check_internal(view.layout == WeightLayout::kRowMajor, "weights",
+                   "only weights that are stored by rows can be staged");
+    staged.push_back({&file, tensor.offset, tensor.dtype,
+                      row_address(tensor.weight, rows.row_start), view.dtype,
+                      rows.rows * view.cols});
+  }
+  if (staged_ == nullptr) {
+    int64_t largest = 0;
+    for (const WeightView& view : views_) largest = std::max(largest, weight_bytes(view));
+    staged_ = std::make_unique<StagedCopy>(*device_, static_cast<size_t>(largest));
+  }
+  staged_->copy(staged, progress);
+}
+
+void WeightStore::load(const MappedFile& file, std::span<const TensorSource> tensors,
+                       const std::function<void(size_t)>& progress) {
+  for (const TensorSource& tensor : tensors) {
+    check_segment(tensor.weight, tensor.segment, tensor.dtype);
+  }
+  const bool staged = device_->type() != DeviceType::kCpu;
+  if (staged) load_staged(file, tensors, progress);
+  for (const TensorSource& tensor : tensors) {
+    if (!staged) {
+      load_mapped(file, tensor);
+      const int64_t rows = program_->weights()[tensor.weight].segments[tensor.segment].rows;
+      progress(static_cast<size_t>(rows * views_[tensor.weight].cols) * dtype_size(tensor.dtype));
+    }
+    loaded_[tensor.weight][tensor.segment] = true;
+  }
 }
 
 void WeightStore::load_segment(int32_t weight, int32_t segment, const void* data, DType source) {
@@ -143,33 +185,42 @@ void WeightStore::fill_random(int32_t weight, uint64_t seed, float range) {
         weight);
   const WeightView& view = views_[weight];
   const bool vector = program_->weights()[weight].kind == WeightKind::kVector;
-  const int64_t piece =
-      std::max<int64_t>(kPanelRows, (int64_t{1} << 22) / view.cols / kPanelRows * kPanelRows);
-  std::vector<BFloat16> rows(static_cast<size_t>(std::min(piece, view.rows) * view.cols));
-  for (int64_t row = 0; row < view.rows; row += piece) {
-    const int64_t count = std::min(piece, view.rows - row) * view.cols;
-    const auto fill = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const uint64_t word = mix(seed ^ (static_cast<uint64_t>(weight) << 40) ^
-                                  static_cast<uint64_t>(row * view.cols + i));
-        const float unit = static_cast<float>(static_cast<int64_t>(word) >> 40) * 0x1p-23f;
-        rows[i] = from_float<BFloat16>(vector ? 1.0f + 0.1f * unit : range * unit);
-      }
-    };
-    if (device_->pool() != nullptr) {
-      run_on_stream(*device_, [&] {
-        device_->pool()->parallel_for(count, 1 << 16,
-                                      [&](int64_t begin, int64_t end, int) { fill(begin, end); });
-      });
-    } else {
-      fill(0, count);
+  FillRandomParams params{};
+  params.key = seed ^ (static_cast<uint64_t>(weight) << 40);
+  params.center = vector ? 1.0f : 0.0f;
+  params.width = vector ? 0.1f : range;
+  const auto fill = [&] {
+    run_on_stream(*device_, [&] {
+      StepContext ctx;
+      ctx.device = device_;
+      ctx.pool = device_->pool();
+      ctx.stream = device_->stream();
+      device_->kernels().fill_random(params, ctx);
+    });
+  };
+  if (view.layout == WeightLayout::kRowMajor) {
+    params.data = data_[weight];
+    params.dtype = view.dtype;
+    params.count = view.rows * view.cols;
+    fill();
+  } else {
+    const int64_t piece =
+        std::max<int64_t>(kPanelRows, kRandomPiece / view.cols / kPanelRows * kPanelRows);
+    std::vector<BFloat16> rows(static_cast<size_t>(std::min(piece, view.rows) * view.cols));
+    for (int64_t row = 0; row < view.rows; row += piece) {
+      params.data = rows.data();
+      params.dtype = DType::kBF16;
+      params.first = static_cast<uint64_t>(row * view.cols);
+      params.count = std::min(piece, view.rows - row) * view.cols;
+      fill();
+      store_rows(weight, row, params.count / view.cols, rows.data(), DType::kBF16);
     }
-    store_rows(weight, row, count / view.cols, rows.data(), DType::kBF16);
   }
   loaded_[weight].assign(loaded_[weight].size(), true);
 }
 
-void WeightStore::check_complete() const {
+void WeightStore::check_complete() {
+  staged_.reset();
   for (size_t i = 0; i < loaded_.size(); ++i) {
     for (size_t k = 0; k < loaded_[i].size(); ++k) {
       if (!loaded_[i][k]) {

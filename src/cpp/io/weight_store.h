@@ -2,11 +2,15 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
 #include <string_view>
 #include <vector>
 
 #include "core/device.h"
 #include "io/mapped_file.h"
+#include "io/staged_copy.h"
 #include "ops/weight_view.h"
 #include "program/program.h"
 
@@ -16,37 +20,55 @@ namespace mrv1 {
 // that a linear op reads are in the backend's linear layout, others by rows, vectors in float32.
 std::vector<WeightView> stored_weights(const Program& program, WeightLayout linear_layout);
 
+// Where the values of a segment lie in a file: row-major [segment rows, cols] of a source dtype
+// (float32, bfloat16 or float16) from a byte offset on.
+struct TensorSource {
+  int32_t weight, segment;
+  size_t offset;
+  DType dtype;
+};
+
 // The one copy of every weight of a program, in the dtype and layout its kernels read. An embedding
-// that is tied to a linear op gathers from the same copy.
+// that is tied to a linear op gathers from the same copy. On the CPU each weight has memory of its
+// own, which costs nothing until it is written; on a GPU all share one allocation.
 class WeightStore {
  public:
   WeightStore(const Program& program, Device& device);
 
-  // Copies one tensor of a mapped file into rows of a weight, converting to the weight's dtype, and
-  // drops the file's pages as it goes. The tensor is row-major [segment rows, cols] of source dtype
-  // (float32, bfloat16 or float16) at a byte offset.
-  void load_segment(int32_t weight, int32_t segment, const MappedFile& file, size_t offset,
-                    DType source);
-  // The same from memory.
+  // Loads tensors of one file, best in the order of their offsets, converting them to the weights'
+  // dtypes. `progress` is called in the calling thread with the bytes of the file that are done
+  // since the last call; what it throws passes through, and some of the tensors are loaded then.
+  void load(const MappedFile& file, std::span<const TensorSource> tensors,
+            const std::function<void(size_t)>& progress);
+  // The same for one segment from memory.
   void load_segment(int32_t weight, int32_t segment, const void* data, DType source);
   // Values uniform in (-range, range) of a matrix, 1 + small of a vector: timing without a
   // checkpoint. Depends on seed and weight index only.
   void fill_random(int32_t weight, uint64_t seed, float range);
 
-  // kWeights naming the first segment that was never loaded.
-  void check_complete() const;
+  // kWeights naming the first segment that was never loaded. Ends the loading: memory that was used
+  // for it is given back.
+  void check_complete();
 
   const std::vector<WeightView>& views() const { return views_; }
 
  private:
+  void allocate(const Program& program);
   void check_segment(int32_t weight, int32_t segment, DType source) const;
+  // Memory of a row of a weight that is stored by rows.
+  char* row_address(int32_t weight, int64_t row) const;
+  void load_mapped(const MappedFile& file, const TensorSource& tensor);
+  void load_staged(const MappedFile& file, std::span<const TensorSource> tensors,
+                   const std::function<void(size_t)>& progress);
   void store_rows(int32_t weight, int64_t row_start, int64_t rows, const void* source, DType dtype);
 
   const Program* program_;
   Device* device_;
   std::vector<Buffer> buffers_;
+  std::vector<char*> data_;  // by weight
   std::vector<WeightView> views_;
   std::vector<std::vector<bool>> loaded_;
+  std::unique_ptr<StagedCopy> staged_;
 };
 
 }  // namespace mrv1

@@ -1,6 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include "core/device.h"
 #include "core/error.h"
+#include "ops/linear_options.h"
 
 namespace mrv1::cuda {
 
@@ -11,6 +12,10 @@ bool is_available() { return false; }
 // The build says why: cmake/Mrv1Cuda.cmake.
 std::string describe() { return "built without CUDA: " MRV1_NO_CUDA_REASON; }
 
-std::unique_ptr<Device> make_device(int) { fail(ErrorKind::kDevice, "cuda", describe()); }
+std::unique_ptr<Device> make_device(int, void*) { fail(ErrorKind::kDevice, "cuda", describe()); }
+
+std::string describe_cublaslt(const std::vector<std::string>&) {
+  fail(ErrorKind::kDevice, "cuBLASLt", describe());
+}
 
 }  // namespace mrv1::cuda

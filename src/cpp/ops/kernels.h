@@ -3,6 +3,7 @@
 
 #include "ops/elementwise.h"
 #include "ops/embedding.h"
+#include "ops/fill_random.h"
 #include "ops/linear.h"
 #include "ops/paged_attention.h"
 #include "ops/qkv_prepare.h"
@@ -17,6 +18,8 @@ namespace mrv1 {
 // Sizes from which a backend says how much scratch its kernels need at most.
 struct WorkspaceLimits {
   int64_t vocab_size, head_dim;
+  int64_t max_tokens, max_logits;
+  int64_t silu_mul_rows;  // weight rows of the largest linear with silu_mul, 0 if there is none
   int num_threads;
 };
 
@@ -30,18 +33,23 @@ struct Kernels {
   void (*silu_mul)(const SiluMulParams&, const StepContext&);
   void (*gather_rows)(const GatherRowsParams&, const StepContext&);
   void (*qkv_prepare)(const QkvPrepareParams&, const StepContext&);
+  void (*plan_attention)(const AttentionPlan&, const StepContext&);
   void (*paged_attention)(const PagedAttentionParams&, const StepContext&);
 
-  void (*apply)(const ControlHeader&, const RowState&, const StepContext&);
-  void (*infer_params)(const ControlHeader&, const RowState&, const InferParams&,
-                       const StepContext&);
+  // The phases of a step find rings, rows and infer_params in the context.
+  void (*apply)(const StepContext&);
+  void (*infer_params)(const StepContext&);
   void (*infer_param_view)(const InferParamInputs&, const InferParamView&, const StepContext&);
   void (*sample)(const SampleParams&, const StepContext&);
-  void (*advance)(const ControlHeader&, const RowState&, const InferParams&, OutputHeader*,
-                  const StepContext&);
+  void (*advance)(const StepContext&);
+
+  // Outside of steps: weights and KV cache of a benchmark.
+  void (*fill_random)(const FillRandomParams&, const StepContext&);
 
   // Bytes of StepContext::workspace that the largest of the kernels needs.
   int64_t (*workspace_bytes)(const WorkspaceLimits&);
+  // Bytes of AttentionPlan::data.
+  int64_t (*attention_plan_bytes)(const AttentionPlan&, Device&);
   // Layout that `linear` reads, for the loader.
   WeightLayout linear_layout;
 };

@@ -23,13 +23,16 @@ const Kernels& cpu_kernels() {
       .silu_mul = silu_mul_cpu,
       .gather_rows = gather_rows_cpu,
       .qkv_prepare = qkv_prepare_cpu,
+      .plan_attention = [](const AttentionPlan&, const StepContext&) {},
       .paged_attention = paged_attention_cpu,
       .apply = apply_cpu,
       .infer_params = infer_params_cpu,
       .infer_param_view = infer_param_view_cpu,
       .sample = sample_cpu,
       .advance = advance_cpu,
+      .fill_random = fill_random_cpu,
       .workspace_bytes = workspace_bytes_cpu,
+      .attention_plan_bytes = [](const AttentionPlan&, Device&) -> int64_t { return 0; },
       .linear_layout = WeightLayout::kPanel16,
   };
   return kernels;

@@ -12,6 +12,23 @@ namespace mrv1 {
 // no limit. Softmax is online in float32 over positions in ascending order in fixed chunks, so that
 // a token's result does not depend on the batch or on how the prompt was cut into chunks.
 // Padding and masked tokens (token_batch -1) give zero rows.
+//
+// How the work is split over a GPU is decided by plan_attention, once for all layers that share a
+// geometry: on the device, from seq_lens, into fixed buffers, so that it is part of a captured step.
+struct AttentionPlan {
+  HeadShape shape;
+  DType dtype = DType::kF32;
+  int32_t window = 0;
+  int32_t kv_group = 0;
+  int32_t max_requests = 0, max_tokens = 0;
+  void* data = nullptr;  // device memory, attention_plan_bytes() long, zeros at first
+
+  bool serves(const HeadShape& heads, int32_t of_window, int32_t of_group) const {
+    return shape.num_heads == heads.num_heads && shape.num_kv_heads == heads.num_kv_heads &&
+           shape.head_dim == heads.head_dim && window == of_window && kv_group == of_group;
+  }
+};
+
 struct PagedAttentionParams {
   const void* qkv;  // [tokens, shape.qkv_cols()] of dtype; only q is read
   void* out;        // [tokens, shape.q_cols()] of dtype
@@ -21,9 +38,14 @@ struct PagedAttentionParams {
   int32_t window;
   const KvCacheLayer* cache;  // cache dtype equals dtype
   int32_t kv_group;           // whose block table
+  const AttentionPlan* plan;  // that serves this geometry; computed earlier in the same step
 };
 
 void paged_attention_cpu(const PagedAttentionParams& params, const StepContext& ctx);
 void paged_attention_cuda(const PagedAttentionParams& params, const StepContext& ctx);
+
+// Bytes of AttentionPlan::data: the work list and the partial results of split rows.
+int64_t attention_plan_bytes_cuda(const AttentionPlan& plan, Device& device);
+void plan_attention_cuda(const AttentionPlan& plan, const StepContext& ctx);
 
 }  // namespace mrv1

@@ -1,6 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include "program/executable.h"
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 
@@ -25,7 +26,55 @@ std::vector<float> rope_values(const RopeSpec& spec, int64_t positions) {
   return table;
 }
 
+// One plan for each geometry of attention in the program, without memory.
+std::vector<AttentionPlan> attention_plans(const Program& program, const PlanLimits& limits) {
+  std::vector<AttentionPlan> plans;
+  for (const Op& op : program.ops()) {
+    if (op.kind != OpKind::kPagedAttention) continue;
+    const auto serves = [&](const AttentionPlan& plan) {
+      return plan.serves(op.heads, op.window, 0);
+    };
+    if (std::any_of(plans.begin(), plans.end(), serves)) continue;
+    plans.push_back({.shape = op.heads,
+                     .dtype = program.dtype(),
+                     .window = op.window,
+                     .kv_group = 0,
+                     .max_requests = static_cast<int32_t>(limits.max_requests),
+                     .max_tokens = static_cast<int32_t>(limits.max_tokens)});
+  }
+  return plans;
+}
+
 }  // namespace
+
+int64_t Executable::bytes(const Program& program, const PlanLimits& limits, Device& device,
+                          int64_t max_position) {
+  int64_t bytes = plan_buffers(program, limits).arena_bytes;
+  for (const RopeSpec& rope : program.ropes()) {
+    bytes += max_position * static_cast<int64_t>(rope.inv_freq.size() * 2 * sizeof(float));
+  }
+  for (const AttentionPlan& plan : attention_plans(program, limits)) {
+    bytes += device.kernels().attention_plan_bytes(plan, device);
+  }
+  return bytes;
+}
+
+WorkspaceLimits Executable::workspace_limits(const Program& program, const PlanLimits& limits,
+                                             Device& device) {
+  WorkspaceLimits sizes{};
+  if (program.logits_value() >= 0) sizes.vocab_size = program.values()[program.logits_value()].cols;
+  for (const HeadShape& heads : program.kv_layers()) {
+    sizes.head_dim = std::max<int64_t>(sizes.head_dim, heads.head_dim);
+  }
+  for (const Op& op : program.ops()) {
+    if (op.kind != OpKind::kLinearSiluMul) continue;
+    sizes.silu_mul_rows = std::max(sizes.silu_mul_rows, program.weights()[op.weights[0]].rows);
+  }
+  sizes.max_tokens = limits.max_tokens;
+  sizes.max_logits = limits.max_logits;
+  sizes.num_threads = device.pool() != nullptr ? device.pool()->num_threads() : 1;
+  return sizes;
+}
 
 Executable::Executable(const Program& program, const PlanLimits& limits, Device& device,
                        std::span<const WeightView> weights, std::span<const KvCacheLayer> kv,
@@ -38,6 +87,12 @@ Executable::Executable(const Program& program, const PlanLimits& limits, Device&
     const std::vector<float> table = rope_values(spec, max_position);
     ropes_.push_back(device.allocate(table.size() * sizeof(float), "rope table"));
     device.copy_in(ropes_.back().data(), table.data(), table.size() * sizeof(float));
+  }
+  attention_plans_ = attention_plans(program, limits);
+  for (AttentionPlan& plan : attention_plans_) {
+    const int64_t bytes = device.kernels().attention_plan_bytes(plan, device);
+    attention_buffers_.push_back(device.allocate(static_cast<size_t>(bytes), "attention plan"));
+    plan.data = attention_buffers_.back().data();
   }
   calls_.reserve(program.ops().size());
   for (const Op& op : program.ops()) calls_.push_back(bind(program, op, weights, kv));
@@ -104,10 +159,26 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
       return params;
     }
     case OpKind::kPagedAttention:
-      return PagedAttentionParams{in(0),    out(0),    op.heads,         dtype,
-                                  op.scale, op.window, &kv[op.kv_layer], 0};
+      return PagedAttentionParams{in(0),     out(0),           op.heads, dtype,      op.scale,
+                                  op.window, &kv[op.kv_layer], 0,        plan_of(op)};
   }
   fail(ErrorKind::kInternal, "executable", "no kernel for ", op_name(op.kind));
+}
+
+const AttentionPlan* Executable::plan_of(const Op& op) const {
+  for (const AttentionPlan& plan : attention_plans_) {
+    if (plan.serves(op.heads, op.window, 0)) return &plan;
+  }
+  fail(ErrorKind::kInternal, "executable", "no attention plan for an op");
+}
+
+void Executable::run(const StepContext& ctx) const {
+  plan_attention(ctx);
+  run(ctx, 0, calls_.size());
+}
+
+void Executable::plan_attention(const StepContext& ctx) const {
+  for (const AttentionPlan& plan : attention_plans_) device_->kernels().plan_attention(plan, ctx);
 }
 
 void Executable::run(const StepContext& ctx, size_t first, size_t last) const {

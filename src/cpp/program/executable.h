@@ -24,9 +24,20 @@ class Executable {
              std::span<const WeightView> weights, std::span<const KvCacheLayer> kv,
              int64_t max_position);
 
-  // Runs ops [first, last).
+  // Bytes an executable allocates: arena, rope tables, attention plans.
+  static int64_t bytes(const Program& program, const PlanLimits& limits, Device& device,
+                       int64_t max_position);
+
+  // Sizes by which a backend says how much scratch the program's kernels need.
+  static WorkspaceLimits workspace_limits(const Program& program, const PlanLimits& limits,
+                                          Device& device);
+
+  // A whole run: the attention plans, then every op.
+  void run(const StepContext& ctx) const;
+  // The same in parts: plans, then ops [first, last).
+  void plan_attention(const StepContext& ctx) const;
   void run(const StepContext& ctx, size_t first, size_t last) const;
-  void run(const StepContext& ctx) const { run(ctx, 0, calls_.size()); }
+  size_t num_ops() const { return calls_.size(); }
 
   // Device address of a value. Its bytes are reused after its last reader, unless it is an input or
   // an output. kInvalidArgument if no op writes it.
@@ -37,11 +48,14 @@ class Executable {
                             GatherRowsParams, QkvPrepareParams, PagedAttentionParams>;
   Call bind(const Program& program, const Op& op, std::span<const WeightView> weights,
             std::span<const KvCacheLayer> kv) const;
+  const AttentionPlan* plan_of(const Op& op) const;
 
   Device* device_;
   Plan plan_;
   Buffer arena_;
   std::vector<Buffer> ropes_;
+  std::vector<AttentionPlan> attention_plans_;  // one for each geometry of attention
+  std::vector<Buffer> attention_buffers_;
   int64_t max_position_;
   std::vector<Call> calls_;
 };

@@ -13,6 +13,7 @@ namespace mrv1 {
 struct PlanLimits {
   int64_t max_tokens = 0;
   int64_t max_logits = 0;
+  int64_t max_requests = 0;
 };
 
 // Where each value lies in the activation arena. Values whose lives overlap do not share bytes; an

@@ -2,9 +2,11 @@
 #include "program/session.h"
 
 #include <algorithm>
+#include <chrono>
 #include <limits>
 
 #include "core/error.h"
+#include "core/probes.h"
 
 namespace mrv1 {
 namespace {
@@ -65,9 +67,8 @@ ProgramSession::ProgramSession(std::shared_ptr<Device> device, Program program,
   ctx_.pool = device_->pool();
   ctx_.stream = device_->stream();
 
-  WorkspaceLimits workspace{};
+  const PlanLimits plan{limits.max_tokens, limits.max_logits, limits.max_requests};
   for (const HeadShape& heads : program_.kv_layers()) {
-    workspace.head_dim = std::max<int64_t>(workspace.head_dim, heads.head_dim);
     KvCacheLayer layer =
         kv_cache_layer(program_.dtype(), limits.num_blocks, limits.block_size, heads);
     for (void** side : {&layer.key, &layer.value}) {
@@ -76,13 +77,12 @@ ProgramSession::ProgramSession(std::shared_ptr<Device> device, Program program,
     }
     kv_.push_back(layer);
   }
-  workspace.num_threads = ctx_.pool != nullptr ? ctx_.pool->num_threads() : 1;
-  ctx_.workspace_bytes = static_cast<size_t>(device_->kernels().workspace_bytes(workspace));
+  ctx_.workspace_bytes = static_cast<size_t>(
+      device_->kernels().workspace_bytes(Executable::workspace_limits(program_, plan, *device_)));
   buffers_.push_back(device_->allocate(ctx_.workspace_bytes, "session workspace"));
   ctx_.workspace = buffers_.back().data();
-  executable_ =
-      std::make_unique<Executable>(program_, PlanLimits{limits.max_tokens, limits.max_logits},
-                                   *device_, weights_.views(), kv_, limits.max_position);
+  executable_ = std::make_unique<Executable>(program_, plan, *device_, weights_.views(), kv_,
+                                             limits.max_position);
 }
 
 void ProgramSession::write_floats(void* target, int64_t count, const std::vector<float>& data,
@@ -124,6 +124,11 @@ int64_t ProgramSession::max_rows(const Value& value) const {
   return value.space == RowSpace::kTokens ? limits_.max_tokens : limits_.max_logits;
 }
 
+ProgramSession::DeviceValue ProgramSession::device_value(int32_t id) {
+  const Value& value = lasting_value(id);
+  return {executable_->value(id), value.dtype, max_rows(value), value.cols};
+}
+
 void ProgramSession::set_value(int32_t id, const std::vector<float>& data) {
   const Value& value = lasting_value(id);
   write_floats(executable_->value(id), max_rows(value) * value.cols, data, value.dtype);
@@ -146,6 +151,7 @@ void ProgramSession::set_ints(const std::string& name, const std::vector<int32_t
     int64_t count;
   };
   const Target targets[] = {
+      {"counts", reinterpret_cast<int32_t*>(infer.counts), sizeof(InferCounts) / 4},
       {"row", infer.row, requests},
       {"query_start_loc", infer.query_start_loc, requests + 1},
       {"seq_lens", infer.seq_lens, requests},
@@ -179,12 +185,60 @@ std::vector<float> ProgramSession::cache(int32_t layer, bool values) {
   return read_floats(values ? cache.value : cache.key, cache.elements(), cache.dtype);
 }
 
-void ProgramSession::run(int32_t num_requests, int32_t num_tokens, int32_t num_logits) {
+void ProgramSession::set_options(bool batch_invariant, bool eager_attention,
+                                 AttentionBackend backend) {
+  ctx_.batch_invariant = batch_invariant;
+  ctx_.eager_attention = eager_attention;
+  ctx_.attention_backend = backend;
+}
+
+void ProgramSession::fill_cache(uint64_t seed) {
+  run_on_stream(*device_, [&] {
+    uint64_t first = 0;
+    for (const KvCacheLayer& layer : kv_) {
+      for (void* side : {layer.key, layer.value}) {
+        device_->kernels().fill_random(
+            {side, layer.dtype, layer.elements(), seed, first, 0.0f, 1.0f}, ctx_);
+        first += static_cast<uint64_t>(layer.elements());
+      }
+    }
+  });
+}
+
+void ProgramSession::set_sizes(int32_t num_requests, int32_t num_tokens, int32_t num_logits) {
   check(num_requests >= 0 && num_requests <= limits_.max_requests && num_tokens >= 0 &&
             num_tokens <= limits_.max_tokens && num_logits >= 0 && num_logits <= limits_.max_logits,
         "session", "the run exceeds the session's limits");
   ctx_.sizes = {num_requests, num_tokens, num_logits};
+}
+
+void ProgramSession::run(int32_t num_requests, int32_t num_tokens, int32_t num_logits) {
+  set_sizes(num_requests, num_tokens, num_logits);
   run_on_stream(*device_, [this] { executable_->run(ctx_); });
+}
+
+std::vector<double> ProgramSession::time_runs(int32_t num_requests, int32_t num_tokens,
+                                              int32_t num_logits, int32_t repeats) {
+  run(num_requests, num_tokens, num_logits);
+  const bool on_cpu = device_->type() == DeviceType::kCpu;
+  std::unique_ptr<Graph> graph;
+  if (!on_cpu) {
+    run_on_stream(*device_, [&] { graph = device_->capture([this] { executable_->run(ctx_); }); });
+  }
+  std::vector<double> seconds;
+  for (int32_t i = 0; i < repeats; ++i) {
+    run_on_stream(*device_, [&] {
+      if (!on_cpu) {
+        seconds.push_back(cuda::time_launches(*device_, [&] { device_->launch(*graph); }));
+        return;
+      }
+      const auto start = std::chrono::steady_clock::now();
+      executable_->run(ctx_);
+      const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+      seconds.push_back(elapsed.count());
+    });
+  }
+  return seconds;
 }
 
 }  // namespace mrv1

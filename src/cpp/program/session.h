@@ -28,18 +28,36 @@ class ProgramSession {
 
   WeightStore& weights() { return weights_; }
   const Program& program() const { return program_; }
+  const std::shared_ptr<Device>& device() const { return device_; }
   // Inputs and outputs of the program only: the bytes of other values are reused during a run.
   void set_value(int32_t value, const std::vector<float>& data);
   std::vector<float> value(int32_t value, int64_t rows);
-  // name: row, query_start_loc, seq_lens, token_batch, token_ids, positions, slot_mapping,
-  // logits_indices, logits_batch, or block_table ([max_requests, max_blocks]).
+  // Where the rows of an input or output lie on the device.
+  struct DeviceValue {
+    void* data;
+    DType dtype;
+    int64_t max_rows, cols;
+  };
+  DeviceValue device_value(int32_t value);
+  // name: counts (the six of InferCounts), row, query_start_loc, seq_lens, token_batch, token_ids,
+  // positions, slot_mapping, logits_indices, logits_batch, or block_table ([max_requests,
+  // max_blocks]).
   void set_ints(const std::string& name, const std::vector<int32_t>& data);
   // Keys (or values) of a layer, [num_blocks, kv_heads, block_size, head_dim].
   void set_cache(int32_t layer, bool values, const std::vector<float>& data);
   std::vector<float> cache(int32_t layer, bool values);
+  // Values uniform in [-1, 1) in the caches of all layers: for timing.
+  void fill_cache(uint64_t seed);
   void run(int32_t num_requests, int32_t num_tokens, int32_t num_logits);
+  // Seconds of each of `repeats` runs, after one that warms up. On a GPU a run is launched as one
+  // graph, and the time is that of the GPU's clock.
+  std::vector<double> time_runs(int32_t num_requests, int32_t num_tokens, int32_t num_logits,
+                                int32_t repeats);
+  // As the fields of StepContext, for the runs that follow.
+  void set_options(bool batch_invariant, bool eager_attention, AttentionBackend backend);
 
  private:
+  void set_sizes(int32_t num_requests, int32_t num_tokens, int32_t num_logits);
   const Value& lasting_value(int32_t id) const;
   int64_t max_rows(const Value& value) const;
   void write_floats(void* target, int64_t count, const std::vector<float>& data, DType dtype);

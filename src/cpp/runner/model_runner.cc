@@ -46,16 +46,6 @@ int32_t vocab_size(const Program& program) {
   return static_cast<int32_t>(program.values()[program.logits_value()].cols);
 }
 
-WorkspaceLimits workspace_limits(const Program& program, Device& device) {
-  WorkspaceLimits limits{};
-  limits.vocab_size = vocab_size(program);
-  for (const HeadShape& heads : program.kv_layers()) {
-    limits.head_dim = std::max<int64_t>(limits.head_dim, heads.head_dim);
-  }
-  limits.num_threads = device.pool() != nullptr ? device.pool()->num_threads() : 1;
-  return limits;
-}
-
 // Sizes of the int32 arrays of InferParams, in the order allocate_state() makes them.
 int64_t infer_ints(const RunnerConfig& config) {
   const int64_t requests = config.max_num_seqs, tokens = config.max_num_batched_tokens;
@@ -67,7 +57,17 @@ int64_t infer_ints(const RunnerConfig& config) {
   return ints;
 }
 
+// Bytes of StepRings::staged: the header of a record and the entries of the largest batch.
+int64_t staged_bytes(const RunnerConfig& config) {
+  return round_up(sizeof(ControlHeader), kSlotAlignment) +
+         round_up(int64_t{config.max_num_seqs} * sizeof(BatchEntry), kSlotAlignment);
+}
+
 }  // namespace
+
+PlanLimits ModelRunner::plan_limits(const RunnerConfig& config) {
+  return {config.max_num_batched_tokens, config.max_num_seqs, config.max_num_seqs};
+}
 
 MemoryPlan ModelRunner::plan_memory(const Program& program, const RunnerConfig& config,
                                     Device& device) {
@@ -76,17 +76,16 @@ MemoryPlan ModelRunner::plan_memory(const Program& program, const RunnerConfig& 
   for (const WeightView& weight : stored_weights(program, device.kernels().linear_layout)) {
     plan.weights += weight_bytes(weight);
   }
-  const PlanLimits limits{config.max_num_batched_tokens, config.max_num_seqs};
-  plan.activations = plan_buffers(program, limits).arena_bytes +
-                     device.kernels().workspace_bytes(workspace_limits(program, device));
-  for (const RopeSpec& rope : program.ropes()) {
-    plan.activations += int64_t{config.max_model_len} * rope.inv_freq.size() * 2 * sizeof(float);
-  }
+  const PlanLimits limits = plan_limits(config);
+  plan.activations = Executable::bytes(program, limits, device, config.max_model_len) +
+                     device.kernels().workspace_bytes(
+                         Executable::workspace_limits(program, limits, device));
   const int64_t rows = config.max_num_seqs;
   plan.state =
       rows * (sizeof(Row) + sizeof(SamplingRow)) +
       rows * (int64_t{config.max_model_len} + max_blocks_per_row(config)) * 4 +
-      int64_t{config.max_stop_ids} * 4 + infer_ints(config) * 4 +
+      int64_t{config.max_stop_ids} * 4 + infer_ints(config) * 4 + staged_bytes(config) +
+      sizeof(uint64_t) +
       kSlots * static_cast<int64_t>(control_slot_bytes(config) + output_slot_bytes(config));
   for (const HeadShape& heads : program.kv_layers()) {
     plan.per_block += 2 * kv_cache_layer(program.dtype(), 1, config.block_size, heads).bytes();
@@ -109,6 +108,21 @@ void ModelRunner::check_limits(const Program& program, const RunnerConfig& confi
   check(config.pad_requests <= config.max_num_seqs &&
             config.pad_tokens <= config.max_num_batched_tokens,
         "runner", "padding exceeds the limits");
+  for (const CaptureSize& size : config.capture_sizes) {
+    check(size.requests >= 1 && size.requests <= config.max_num_seqs, "runner",
+          "capture_sizes asks for ", size.requests, " requests; allowed are 1 to max_num_seqs = ",
+          config.max_num_seqs);
+    check(size.tokens_per_request >= 1 &&
+              int64_t{size.requests} * size.tokens_per_request <= config.max_num_batched_tokens,
+          "runner", "capture_sizes asks for ", size.requests, " requests of ",
+          size.tokens_per_request, " tokens; together 1 to max_num_batched_tokens = ",
+          config.max_num_batched_tokens, " tokens are allowed");
+  }
+  for (const int32_t tokens : config.piecewise_sizes) {
+    check(tokens >= 1 && tokens <= config.max_num_batched_tokens, "runner",
+          "piecewise_sizes asks for ", tokens,
+          " tokens; allowed are 1 to max_num_batched_tokens = ", config.max_num_batched_tokens);
+  }
   check(program.logits_value() >= 0, "runner", "the program has no logits");
   check(!program.kv_layers().empty(), "runner", "the program has no attention");
   // The sampler's sums of fixed-point weights hold this many (sampling/math.h).
@@ -146,10 +160,12 @@ ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
       memory_plan_(plan_memory(program_, config_, *device_)) {
   allocate_kv();
   executable_ = std::make_unique<Executable>(
-      program_, PlanLimits{config_.max_num_batched_tokens, config_.max_num_seqs}, *device_,
-      weights_.views(), kv_, config_.max_model_len);
+      program_, plan_limits(config_), *device_, weights_.views(), kv_, config_.max_model_len);
+  ladder_ = GraphLadder(config_.graph_mode, config_.capture_sizes, config_.piecewise_sizes);
   allocate_state();
   allocate_rings();
+  step_ = std::make_unique<Step>(program_, *executable_, *device_, ctx_);
+  if (view_) step_->set_view(view_inputs_, *view_);
 }
 
 ModelRunner::~ModelRunner() {
@@ -259,8 +275,11 @@ void ModelRunner::allocate_state() {
   ctx_.device = device_.get();
   ctx_.pool = device_->pool();
   ctx_.stream = device_->stream();
-  ctx_.workspace_bytes =
-      static_cast<size_t>(device_->kernels().workspace_bytes(workspace_limits(program_, *device_)));
+  ctx_.attention_backend = config_.attention_backend;
+  ctx_.batch_invariant = config_.batch_invariant;
+  ctx_.sync_launches = config_.sync_launches;
+  ctx_.workspace_bytes = static_cast<size_t>(device_->kernels().workspace_bytes(
+      Executable::workspace_limits(program_, plan_limits(config_), *device_)));
   workspace_ = device_->allocate(ctx_.workspace_bytes, "workspace");
   ctx_.workspace = workspace_.data();
 
@@ -278,6 +297,17 @@ void ModelRunner::allocate_rings() {
   output_slot_bytes_ = output_slot_bytes(config_);
   control_buffer_ = device_->allocate_mapped(control_slot_bytes_ * kSlots, "control ring");
   output_buffer_ = device_->allocate_mapped(output_slot_bytes_ * kSlots, "output ring");
+  StepRings& rings = ctx_.rings;
+  rings.control = static_cast<char*>(control_buffer_.data());
+  rings.output = static_cast<char*>(output_buffer_.data());
+  rings.control_bytes = static_cast<int64_t>(control_slot_bytes_);
+  rings.output_bytes = static_cast<int64_t>(output_slot_bytes_);
+  rings.num_slots = kSlots;
+  rings.step = state_array<uint64_t>(1, "step counter");
+  device_->copy_in(rings.step, &next_step_, sizeof(next_step_));
+  if (device_->type() == DeviceType::kCuda) {
+    rings.staged = state_array<char>(staged_bytes(config_), "staged record");
+  }
   slots_.resize(kSlots);
   for (int i = 0; i < kSlots; ++i) {
     slots_[i].runner = this;
@@ -550,29 +580,38 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
   }
   check(tokens <= config_.max_num_batched_tokens, "execute", "the batch has ", tokens,
         " tokens, max_num_batched_tokens is ", config_.max_num_batched_tokens);
-  StepSizes sizes;
+  StepShape shape;
   if (!batch.empty()) {
-    sizes.num_requests = std::max(static_cast<int32_t>(batch.size()), config_.pad_requests);
-    sizes.num_tokens = std::max(static_cast<int32_t>(tokens), config_.pad_tokens);
-    sizes.num_logits = std::max(samples, config_.pad_requests);
+    const StepSizes exact{static_cast<int32_t>(batch.size()), static_cast<int32_t>(tokens),
+                          samples};
+    shape = ladder_.choose(entries_, exact);
+    // Until there are graphs, the same kernels are launched one by one.
+    if (!captured_) shape.mode = StepMode::kEager;
+    if (shape.mode == StepMode::kEager) {
+      StepSizes& sizes = shape.sizes;
+      sizes.num_requests = std::max(sizes.num_requests, config_.pad_requests);
+      sizes.num_tokens = std::max(sizes.num_tokens, config_.pad_tokens);
+      sizes.num_logits = std::max(sizes.num_logits, config_.pad_requests);
+    }
   }
-  const uint64_t step = submit(entries_, sizes);
+  const uint64_t step = submit(entries_, shape);
   slot_of(step).delivered = false;
   for (const BatchItem& item : batch) {
     rows_[item.row].num_launched += item.num_tokens;
     rows_[item.row].last_step = step;
   }
   if (!batch.empty()) {
-    newest_sizes_ = sizes;
+    newest_sizes_ = shape.sizes;
     newest_entries_ = static_cast<int32_t>(batch.size());
     newest_batch_step_ = step;
     ++stats_.batches;
+    ++stats_.steps_by_mode[static_cast<int>(shape.mode)];
   }
   stats_.host_ns += nanoseconds_since(start) - waited_ns_;
   return step;
 }
 
-uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, StepSizes sizes) {
+uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShape& shape) {
   Slot& slot = slot_of(next_step_);
   if (slot.step != 0) {
     const auto start = std::chrono::steady_clock::now();
@@ -581,9 +620,10 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, StepSizes size
     if (!slot.delivered) keep_output(slot);
   }
   const uint64_t step = next_step_++;
-  staged_.write(slot.control, step, entries, sizes.num_requests, sizes.num_tokens,
-                sizes.num_logits);
+  staged_.write(slot.control, step, entries, shape.sizes.num_requests, shape.sizes.num_tokens,
+                shape.sizes.num_logits);
   slot.step = step;
+  slot.shape = shape;
   slot.delivered = true;  // execute() asks for delivery; changes alone have nothing to say
   slot.error.clear();
   slot.injected.clear();
@@ -597,34 +637,72 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, StepSizes size
 
 void ModelRunner::run_step(void* arg) {
   Slot& slot = *static_cast<Slot*>(arg);
+  ModelRunner& runner = *slot.runner;
   try {
-    slot.runner->run_step(slot);
+    if (slot.injected.empty()) {
+      runner.step_->run(slot.shape);
+    } else {
+      runner.step_->run_and_fail(slot.shape, slot.injected);
+    }
   } catch (const std::exception& error) {
-    // Earlier steps, and what was launched of this one, still use the rings.
-    slot.runner->device_->settle();
-    slot.error = error.what();
-    slot.output->step = slot.step;
-    slot.output->num_entries = 0;
-    slot.output->sequence.store(slot.step + 1, std::memory_order_release);
+    runner.fail_step(slot, error.what());
   }
 }
 
-void ModelRunner::run_step(Slot& slot) {
-  const Kernels& kernels = device_->kernels();
-  const ControlHeader& record = *slot.control;
-  StepContext ctx = ctx_;
-  ctx.sizes = {record.padded_requests, record.padded_tokens, record.padded_logits};
-  kernels.apply(record, ctx.rows, ctx);
-  if (record.num_entries > 0) {
-    kernels.infer_params(record, ctx.rows, ctx.infer, ctx);
-    if (view_) kernels.infer_param_view(view_inputs_, *view_, ctx);
-    executable_->run(ctx);
-    if (!slot.injected.empty()) fail(ErrorKind::kInternal, "step", slot.injected);
-    kernels.sample(
-        {static_cast<float*>(executable_->value(program_.logits_value())), ctx.rows.vocab_size},
-        ctx);
+// Ends a step that could not be launched as a whole, so that the next one finds the rings in order.
+void ModelRunner::fail_step(Slot& slot, const char* what) noexcept {
+  // Earlier steps, and what was launched of this one, still use the rings.
+  device_->settle();
+  slot.error = what;
+  try {
+    device_->set_word(ctx_.rings.step, slot.step + 1);
+  } catch (const std::exception&) {
+    // The device is lost: every later step says so itself.
   }
-  kernels.advance(record, ctx.rows, ctx.infer, slot.output, ctx);
+  slot.output->step = slot.step;
+  slot.output->num_entries = 0;
+  slot.output->sequence.store(slot.step + 1, std::memory_order_release);
+}
+
+// --- graphs ------------------------------------------------------------------------------------
+
+void ModelRunner::warm_up(const StepShape& shape) {
+  const uint64_t step = submit({}, shape);
+  wait(slot_of(step));
+  if (!slot_of(step).error.empty()) fail(ErrorKind::kDevice, "capture", slot_of(step).error);
+}
+
+CaptureReport ModelRunner::capture_graphs() {
+  CaptureReport report;
+  if (config_.graph_mode == StepMode::kEager) return report;
+  const size_t free_before = device_->memory().free_bytes;
+  captured_ = false;
+  step_->drop_graphs();
+  const std::vector<CaptureSize>& full = ladder_.full();
+  if (config_.graph_mode == StepMode::kFull) {
+    for (size_t i = full.size(); i-- > 0;) {
+      const StepSizes sizes{full[i].requests, full[i].tokens(), full[i].requests};
+      warm_up({StepMode::kEager, -1, true, sizes});
+      run_on_stream(*device_, [&] { step_->capture_full(i, full[i]); });
+      ++report.full_graphs;
+    }
+  }
+  const std::vector<int32_t>& tokens = ladder_.piecewise();
+  for (size_t i = tokens.size(); i-- > 0;) {
+    warm_up({StepMode::kEager, -1, false, {1, tokens[i], 1}});
+    run_on_stream(*device_, [&] { step_->capture_pieces(i, tokens[i]); });
+    ++report.piecewise_graphs;
+  }
+  captured_ = true;
+  report.bytes = static_cast<int64_t>(free_before) -
+                 static_cast<int64_t>(device_->memory().free_bytes);
+  return report;
+}
+
+RunnerStats ModelRunner::stats() const {
+  RunnerStats stats = stats_;
+  stats.device = device_->counters();
+  return stats;
 }
 
 // --- results -----------------------------------------------------------------------------------
@@ -637,6 +715,9 @@ StepOutput ModelRunner::read_output(const Slot& slot) {
   StepOutput output;
   output.step = slot.step;
   output.error = slot.error;
+  output.mode = slot.shape.mode;
+  output.begin_ns = slot.output->begin_ns;
+  output.end_ns = slot.output->end_ns;
   const OutputEntry* entries = output_entries(slot.output);
   output.entries.assign(entries, entries + slot.output->num_entries);
   return output;
@@ -661,7 +742,10 @@ StepOutput ModelRunner::result(uint64_t step) {
     wait(slot);
   } catch (const Error& error) {
     // The device failed while the step ran. Its rows are lost; the caller frees them.
-    return StepOutput{step, error.what(), {}};
+    StepOutput lost;
+    lost.step = step;
+    lost.error = error.what();
+    return lost;
   }
   return read_output(slot);
 }
@@ -699,18 +783,23 @@ std::vector<int32_t> ModelRunner::read_ints(const int32_t* data, int64_t count) 
   return values;
 }
 
-std::vector<float> ModelRunner::logits(int32_t item) {
+const float* ModelRunner::device_logits(int32_t item) {
   wait_newest();
   check(item >= 0 && item < newest_entries_, "logits", "item ", item, " is outside [0, ",
         newest_entries_, ")");
   const int32_t batch = read_ints(ctx_.infer.entry_batch, newest_entries_)[item];
   const std::vector<int32_t> rows = read_ints(ctx_.infer.logits_batch, newest_sizes_.num_logits);
   const auto it = std::find(rows.begin(), rows.end(), batch);
-  if (it == rows.end()) return {};
-  std::vector<float> values(ctx_.rows.vocab_size);
+  if (it == rows.end()) return nullptr;
   const auto* base = static_cast<const float*>(executable_->value(program_.logits_value()));
-  device_->copy_out(values.data(), base + (it - rows.begin()) * int64_t{ctx_.rows.vocab_size},
-                    values.size() * sizeof(float));
+  return base + (it - rows.begin()) * int64_t{ctx_.rows.vocab_size};
+}
+
+std::vector<float> ModelRunner::logits(int32_t item) {
+  const float* row = device_logits(item);
+  if (row == nullptr) return {};
+  std::vector<float> values(ctx_.rows.vocab_size);
+  device_->copy_out(values.data(), row, values.size() * sizeof(float));
   return values;
 }
 

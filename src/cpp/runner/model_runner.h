@@ -14,6 +14,8 @@
 #include "program/executable.h"
 #include "program/program.h"
 #include "runner/control_writer.h"
+#include "runner/graph_ladder.h"
+#include "runner/step.h"
 #include "state/infer_param_view.h"
 #include "state/output_ring.h"
 #include "state/step_context.h"
@@ -32,6 +34,13 @@ struct RunnerConfig {
   int32_t pad_requests = 0, pad_tokens = 0;
   // Also compute the table-row-order view of state/infer_param_view.h every step.
   bool infer_param_view = false;
+  // The fastest way that steps may reach the device, and the sizes that capture_graphs() records.
+  StepMode graph_mode = StepMode::kEager;
+  std::vector<CaptureSize> capture_sizes;
+  std::vector<int32_t> piecewise_sizes;  // tokens
+  AttentionBackend attention_backend = AttentionBackend::kNative;
+  bool batch_invariant = false;  // see StepContext
+  bool sync_launches = false;    // see StepContext
 };
 
 // A request as the runner sees it.
@@ -77,6 +86,9 @@ struct BatchItem {
 struct StepOutput {
   uint64_t step = 0;
   std::string error;  // not empty if the step failed: what went wrong
+  StepMode mode = StepMode::kEager;
+  // Device clock when the step began and ended, in nanoseconds; steps of one device compare.
+  uint64_t begin_ns = 0, end_ns = 0;
   std::vector<OutputEntry> entries;
 };
 
@@ -86,6 +98,14 @@ struct RunnerStats {
   uint64_t host_ns = 0;        // host time inside execute(), waiting for a free slot excluded
   uint64_t control_bytes = 0;  // sent to the device
   uint64_t output_bytes = 0;   // received
+  uint64_t steps_by_mode[kNumStepModes] = {};  // batches, by StepMode
+  DeviceCounters device;
+};
+
+// What capture_graphs() made.
+struct CaptureReport {
+  int32_t full_graphs = 0, piecewise_graphs = 0;
+  int64_t bytes = 0;  // of device memory, as far as the device tells
 };
 
 // Owns rows, block tables, buffers and the step; knows nothing of requests waiting or of text. The
@@ -107,6 +127,7 @@ class ModelRunner {
   const Program& program() const { return program_; }
   const RunnerConfig& config() const { return config_; }
   Device& device() { return *device_; }
+  const std::shared_ptr<Device>& shared_device() const { return device_; }
 
   // Throws kInvalidArgument naming the field if add_row would refuse the spec, rows and stop ids in
   // use aside.
@@ -125,6 +146,13 @@ class ModelRunner {
   // Last step that was launched with the row in its batch; steps count from 1, 0 = none.
   uint64_t last_step(RowHandle row) const;
 
+  // Records the graphs of all sizes, largest first. Until then, and with StepMode::kEager, steps run
+  // eagerly. Runs every size once first, with an empty batch: call it when weights are loaded and no
+  // step is in flight.
+  CaptureReport capture_graphs();
+  // Why steps do not run in the mode that was asked for, each reason once; empty if there is none.
+  std::string take_notice() { return ladder_.take_miss(); }
+
   // Launches a step; returns its number. Each row at most once; the rows of a step that failed are
   // in an unknown state and must be freed. Decode rows take 1 token, prefill and extend rows up to
   // what is left of their prefill target.
@@ -141,13 +169,15 @@ class ModelRunner {
   // Logits of the newest step for one item of its batch, [vocab] float32, as the sampler left them
   // (masked stop tokens are -inf); empty if the item drew no token. Waits for the step.
   std::vector<float> logits(int32_t item);
+  // Where they lie on the device until the next execute(); null if there are none.
+  const float* device_logits(int32_t item);
   // infer_params of the newest step, copied to the host: name -> values. Waits for the step.
   std::vector<std::pair<std::string, std::vector<int32_t>>> infer_params();
   // Row state as the device holds it; waits.
   Row row_state(int32_t row);
 
   int32_t free_rows() const { return static_cast<int32_t>(free_rows_.size()); }
-  RunnerStats stats() const { return stats_; }
+  RunnerStats stats() const;
   const MemoryPlan& memory_plan() const { return memory_plan_; }
 
   // Fills the KV cache with values uniform in [-1, 1): timing without a prefill.
@@ -175,15 +205,18 @@ class ModelRunner {
     OutputHeader* output = nullptr;
     uint64_t step = 0;      // newest step in this slot, 0 = never used
     bool delivered = true;  // its output was handed over or kept
-    std::string error;      // set by the stream when the step failed
-    std::string injected;   // test failure
+    StepShape shape;
+    std::string error;     // set by the stream when the step failed
+    std::string injected;  // test failure
   };
 
   int32_t max_total_length(const RowSpec& spec) const;
   static void check_limits(const Program& program, const RunnerConfig& config);
   static RunnerConfig checked_config(const Program& program, RunnerConfig config, Device& device);
   static void run_step(void* slot);
-  void run_step(Slot& slot);
+  void fail_step(Slot& slot, const char* what) noexcept;
+  void warm_up(const StepShape& shape);
+  static PlanLimits plan_limits(const RunnerConfig& config);
   void allocate_kv();
   void allocate_state();
   void allocate_rings();
@@ -192,7 +225,7 @@ class ModelRunner {
   void check_blocks(std::span<const int32_t> held, std::span<const int32_t> block_ids,
                     const char* where);
   int32_t checked_tokens(const BatchItem& item, const HostRow& row) const;
-  uint64_t submit(std::span<const BatchEntry> entries, StepSizes sizes);
+  uint64_t submit(std::span<const BatchEntry> entries, const StepShape& shape);
   // Sends what is staged as a record of its own if \`bytes\` more would not fit.
   void make_room(size_t bytes);
   void stage_tokens(int32_t row, std::span<const int32_t> tokens);
@@ -220,6 +253,9 @@ class ModelRunner {
   Buffer control_buffer_, output_buffer_;
   Buffer workspace_;
   StepContext ctx_;
+  std::unique_ptr<Step> step_;
+  GraphLadder ladder_;
+  bool captured_ = false;
   std::optional<InferParamView> view_;
   InferParamInputs view_inputs_{};
   std::vector<HostRow> rows_;

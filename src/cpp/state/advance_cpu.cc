@@ -1,19 +1,23 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "core/clock.h"
 #include "state/output_ring.h"
 #include "state/step_context.h"
 
 namespace mrv1 {
 
-void advance_cpu(const ControlHeader& record, const RowState& state, const InferParams& infer,
-                 OutputHeader* slot, const StepContext&) {
+void advance_cpu(const StepContext& ctx) {
+  const ControlHeader& record = *ctx.rings.record();
+  OutputHeader* slot = ctx.rings.output_slot();
   const auto* entries = record_array<BatchEntry>(&record, record.entries_offset);
   OutputEntry* out = output_entries(slot);
   for (int32_t i = 0; i < record.num_entries; ++i) {
-    const int32_t batch = infer.entry_batch[i];
-    out[i] = advance_row(state, entries[i], entries[i].num_tokens, infer.sampled[batch]);
+    const int32_t batch = ctx.infer.entry_batch[i];
+    out[i] = advance_row(ctx.rows, entries[i], entries[i].num_tokens, ctx.infer.sampled[batch]);
   }
   slot->step = record.step;
   slot->num_entries = record.num_entries;
+  slot->end_ns = clock_ns();
+  *ctx.rings.step = record.step + 1;
   slot->sequence.store(record.step + 1, std::memory_order_release);
 }
 

@@ -1,12 +1,17 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include <cstring>
 
+#include "core/clock.h"
 #include "state/infer_params.h"
+#include "state/output_ring.h"
 #include "state/step_context.h"
 
 namespace mrv1 {
 
-void apply_cpu(const ControlHeader& record, const RowState& state, const StepContext&) {
+void apply_cpu(const StepContext& ctx) {
+  const ControlHeader& record = *ctx.rings.record();
+  const RowState& state = ctx.rows;
+  ctx.rings.output_slot()->begin_ns = clock_ns();
   const auto* payload = record_array<int32_t>(&record, record.payload_offset);
 
   const auto* freed = record_array<FreeRow>(&record, record.freed_offset);

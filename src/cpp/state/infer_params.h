@@ -61,14 +61,13 @@ MRV1_HD int32_t token_slot(const RowState& state, int32_t group, int32_t row, in
   return block == 0 ? -1 : block * state.block_size + position % state.block_size;
 }
 
-// Carries out the record's commands: frees, new rows, token, block and stop-id writes.
-void apply_cpu(const ControlHeader& record, const RowState& state, const StepContext& ctx);
-void apply_cuda(const ControlHeader& record, const RowState& state, const StepContext& ctx);
+// Carries out the commands of the step's record: frees, new rows, token, block and stop-id writes.
+void apply_cpu(const StepContext& ctx);
+void apply_cuda(const StepContext& ctx);
 
-// Fills `out` from the record's batch and the row state.
-void infer_params_cpu(const ControlHeader& record, const RowState& state, const InferParams& out,
-                      const StepContext& ctx);
-void infer_params_cuda(const ControlHeader& record, const RowState& state, const InferParams& out,
-                       const StepContext& ctx);
+// Fills ctx.infer from the record's batch and the row state. Sizes are those of the context: they
+// equal the record's padded sizes.
+void infer_params_cpu(const StepContext& ctx);
+void infer_params_cuda(const StepContext& ctx);
 
 }  // namespace mrv1

@@ -6,8 +6,10 @@
 
 namespace mrv1 {
 
-void infer_params_cpu(const ControlHeader& record, const RowState& state, const InferParams& out,
-                      const StepContext&) {
+void infer_params_cpu(const StepContext& ctx) {
+  const ControlHeader& record = *ctx.rings.record();
+  const RowState& state = ctx.rows;
+  const InferParams& out = ctx.infer;
   const auto* entries = record_array<BatchEntry>(&record, record.entries_offset);
   int32_t class_count[3] = {0, 0, 0};
   for (int32_t i = 0; i < record.num_entries; ++i) {
@@ -62,12 +64,12 @@ void infer_params_cpu(const ControlHeader& record, const RowState& state, const 
   }
   *out.counts = {record.num_entries, token, logits, class_count[0], class_count[1], class_count[2]};
 
-  for (int32_t batch = record.num_entries; batch < record.padded_requests; ++batch) {
+  for (int32_t batch = record.num_entries; batch < ctx.sizes.num_requests; ++batch) {
     out.row[batch] = -1;
     out.seq_lens[batch] = 0;
     out.query_start_loc[batch + 1] = token;
   }
-  for (int32_t i = token; i < record.padded_tokens; ++i) {
+  for (int32_t i = token; i < ctx.sizes.num_tokens; ++i) {
     out.token_batch[i] = -1;
     out.token_ids[i] = 0;
     out.positions[i] = 0;
@@ -75,7 +77,7 @@ void infer_params_cpu(const ControlHeader& record, const RowState& state, const 
       out.slot_mapping[int64_t{group} * out.max_tokens + i] = -1;
     }
   }
-  for (int32_t i = logits; i < record.padded_logits; ++i) {
+  for (int32_t i = logits; i < ctx.sizes.num_logits; ++i) {
     out.logits_indices[i] = 0;
     out.logits_batch[i] = -1;
   }

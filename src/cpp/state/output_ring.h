@@ -28,6 +28,7 @@ struct OutputHeader {
   uint64_t step;
   int32_t num_entries;
   int32_t reserved;
+  uint64_t begin_ns, end_ns;  // device clock when apply() began and when advance() ended
 };
 constexpr uint32_t kOutputHeaderBytes = 64;
 static_assert(sizeof(OutputHeader) <= kOutputHeaderBytes);
@@ -40,53 +41,51 @@ MRV1_HD OutputEntry* output_entries(OutputHeader* slot) {
 // the stop decision is made. An unfinished prefill chunk yields no token.
 MRV1_HD OutputEntry advance_row(const RowState& state, const BatchEntry& entry, int32_t query_len,
                                 int32_t sampled) {
-  Row& row = state.rows[entry.row];
+  // A copy: the stores to the history below then make no compiler read the row again.
+  Row row = state.rows[entry.row];
+  const int32_t stop_offset = state.sampling[entry.row].stop_offset;
+  const int32_t stop_count = state.sampling[entry.row].stop_count;
   if (is_masked(entry, row)) {
     return OutputEntry{entry.row, entry.generation, kNoToken, FinishReason::kNone, 0, 0, 1, 0};
   }
+  OutputEntry out{entry.row, entry.generation, kNoToken, FinishReason::kNone, 0, 0, 0, 0};
   row.num_computed += query_len;
   if (row.num_computed < row.total_len) {
     row.phase = RowPhase::kExtend;
-    return OutputEntry{entry.row,        entry.generation, kNoToken, FinishReason::kNone,
-                       row.num_computed, row.total_len,    0,        0};
-  }
-  row.phase = RowPhase::kDecode;
-  if (sampled == kErrorToken) {
-    row.finish_reason = FinishReason::kError;
-    row.phase = RowPhase::kFinished;
-  } else if (sampled >= 0) {
-    state.tokens[int64_t{entry.row} * state.max_model_len + row.total_len] = sampled;
-    row.total_len += 1;
-    row.last_token = sampled;
-    const SamplingRow& sampling = state.sampling[entry.row];
-    if (row.total_len > row.min_total_len) {
-      for (int32_t i = 0; i < sampling.stop_count; ++i) {
-        if (state.stop_ids[sampling.stop_offset + i] == sampled) {
-          row.finish_reason = FinishReason::kStop;
+  } else {
+    row.phase = RowPhase::kDecode;
+    if (sampled == kErrorToken) {
+      row.finish_reason = FinishReason::kError;
+    } else if (sampled >= 0) {
+      state.tokens[int64_t{entry.row} * state.max_model_len + row.total_len] = sampled;
+      row.total_len += 1;
+      row.last_token = sampled;
+      if (row.total_len > row.min_total_len) {
+        for (int32_t i = 0; i < stop_count; ++i) {
+          if (state.stop_ids[stop_offset + i] == sampled) {
+            row.finish_reason = FinishReason::kStop;
+          }
         }
       }
-    }
-    if (row.finish_reason == FinishReason::kNone && row.total_len >= row.max_total_len) {
-      row.finish_reason = FinishReason::kLength;
+      if (row.finish_reason == FinishReason::kNone && row.total_len >= row.max_total_len) {
+        row.finish_reason = FinishReason::kLength;
+      }
+      out.token = sampled;
     }
     if (row.finish_reason != FinishReason::kNone) {
       row.phase = RowPhase::kFinished;
     }
+    out.finish_reason = row.finish_reason;
   }
-  return OutputEntry{entry.row,
-                     entry.generation,
-                     sampled >= 0 ? sampled : kNoToken,
-                     row.finish_reason,
-                     row.num_computed,
-                     row.total_len,
-                     0,
-                     0};
+  out.num_computed = row.num_computed;
+  out.total_len = row.total_len;
+  state.rows[entry.row] = row;
+  return out;
 }
 
-// Advances every row of the batch and writes the output slot, its sequence number last.
-void advance_cpu(const ControlHeader& record, const RowState& state, const InferParams& infer,
-                 OutputHeader* slot, const StepContext& ctx);
-void advance_cuda(const ControlHeader& record, const RowState& state, const InferParams& infer,
-                  OutputHeader* slot, const StepContext& ctx);
+// Advances every row of the batch, writes the output slot, its sequence number last, and counts the
+// step up.
+void advance_cpu(const StepContext& ctx);
+void advance_cuda(const StepContext& ctx);
 
 }  // namespace mrv1

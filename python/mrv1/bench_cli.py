@@ -1,0 +1,498 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""The command `mrv1 bench`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mrv1.errors import DeviceError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from mrv1.bench import Figure, Rates, Record, Timing
+    from mrv1.loader import LoadedModel, RunnerOptions
+
+
+def _positive_list(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise ValueError(text)
+    return values
+
+
+def _positive(text: str) -> int:
+    (value,) = _positive_list(text)
+    return value
+
+
+_positive_list.__name__ = "list of positive integers"
+_positive.__name__ = "positive integer"
+
+
+def _names(*allowed: str) -> Callable[[str], list[str]]:
+    """A parser of lists of some of the names."""
+
+    def parse(text: str) -> list[str]:
+        values = text.split(",")
+        for value in values:
+            if value not in allowed:
+                raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(allowed)}")
+        return values
+
+    return parse
+
+
+# As bench_op has them, which is not imported before it is needed.
+OPS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "logits", "attention")
+LENGTHS = ("even", "log-uniform", "one-long")
+BACKENDS = ("native", "flashinfer")
+
+# Of the figures that run a whole model.
+_SHAPE_DEFAULTS: Mapping[str, object] = {"layers": None, "save": None}
+_GPU_BATCHES = (1, 8, 32, 64, 128, 256)
+# The options that each figure has, with their defaults on the CPU.
+_DEFAULTS: dict[Figure, dict[str, object]] = {
+    "decode": {
+        "batch": [1, 8],
+        "context": [1024],
+        "steps": 32,
+        "read_mb": None,
+        **_SHAPE_DEFAULTS,
+    },
+    "prefill": {
+        "batch": [1, 8],
+        "context": [1024],
+        "steps": 3,
+        "read_mb": None,
+        **_SHAPE_DEFAULTS,
+    },
+    "mix": {"requests": 256, "read_mb": None, **_SHAPE_DEFAULTS},
+    "op": {
+        "batch": [1, 8],
+        "context": [1024],
+        "steps": 32,
+        "read_mb": None,
+        "ops": None,
+        "lengths": ["even"],
+        "backend": ["native"],
+    },
+    "profile": {
+        "batch": [1],
+        "context": [1024],
+        "steps": 20,
+        "read_mb": None,
+        **_SHAPE_DEFAULTS,
+    },
+}
+# What differs on a GPU.
+_GPU_DEFAULTS: dict[Figure, dict[str, object]] = {
+    "decode": {"batch": list(_GPU_BATCHES), "steps": 128},
+    "prefill": {"batch": [256]},
+    "mix": {},
+    "op": {"batch": list(_GPU_BATCHES)},
+    "profile": {"batch": [64]},
+}
+_OPTIONS = (
+    "batch",
+    "context",
+    "steps",
+    "read_mb",
+    "requests",
+    "layers",
+    "save",
+    "ops",
+    "lengths",
+    "backend",
+)
+# Bytes that a run of a single op reads at least: on a GPU several times what its caches hold.
+_GPU_WORKING_SET = 512 << 20
+
+
+def add_bench(
+    parser: argparse.ArgumentParser, add_device_options: Callable[[argparse.ArgumentParser], None]
+) -> None:
+    """Adds the command's arguments."""
+    from mrv1.shapes import NAMES
+
+    parser.description = (
+        "Measures a figure, prints a table and writes records; see docs/benchmarks.md."
+    )
+    parser.add_argument(
+        "figure",
+        choices=tuple(_DEFAULTS),
+        help="decode: steps of one token a request; prefill: whole prompts; mix: requests of many "
+        "lengths from first to last token; op: single ops of a decode step; profile: where the "
+        "time of a decode step on a GPU goes",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="DIR", help="a model directory")
+    what.add_argument("--shape", choices=NAMES, help="sizes of a public model, random weights")
+    parser.add_argument(
+        "--batch",
+        type=_positive_list,
+        metavar="N[,N]",
+        help="decode, prefill, op, profile: requests (default: 1,8; profile: 1; on a GPU "
+        f"{','.join(map(str, _GPU_BATCHES))}; prefill: 256; profile: 64)",
+    )
+    parser.add_argument(
+        "--context",
+        type=_positive_list,
+        metavar="N[,N]",
+        help="decode, op, profile: cached tokens; prefill: tokens of a prompt (default: 1024)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=_positive,
+        metavar="N",
+        help="decode, prefill, op, profile: steps that count (default: 32; decode on a GPU: 128; "
+        "prefill: 3; profile: 20)",
+    )
+    parser.add_argument(
+        "--requests",
+        type=_positive,
+        metavar="N",
+        help="mix: only the first N of its 256 requests (default: 256)",
+    )
+    parser.add_argument(
+        "--ops",
+        type=_names(*OPS),
+        metavar="OP[,OP]",
+        help=f"op: which (default: {','.join(OPS)})",
+    )
+    parser.add_argument(
+        "--lengths",
+        type=_names(*LENGTHS),
+        metavar="KIND[,KIND]",
+        help="op: cached tokens of the requests for attention: even (--context each), log-uniform "
+        "(1 to 32768), one-long (65536, the others 512) (default: even)",
+    )
+    parser.add_argument(
+        "--backend",
+        type=_names(*BACKENDS),
+        metavar="NAME[,NAME]",
+        help="op: kernels of attention, native or flashinfer (default: native)",
+    )
+    parser.add_argument(
+        "--layers",
+        type=_positive,
+        metavar="N",
+        help="decode, prefill, mix, profile: cut the shape to N layers; its name says so",
+    )
+    parser.add_argument(
+        "--save",
+        metavar="DIR",
+        help="decode, prefill, mix, profile: write the shape as a model directory, and measure "
+        "that",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the records")
+    parser.add_argument(
+        "--peers", metavar="FILE", help="set figures of other engines beside: benchmarks/peers"
+    )
+    parser.add_argument(
+        "--commit",
+        metavar="ID",
+        help="commit that the records name, for a package outside of its checkout",
+    )
+    parser.add_argument(
+        "--read-mb",
+        type=_positive,
+        metavar="N",
+        help="buffer of the bandwidth measurement in MiB (default: 1024; on a GPU 8192)",
+    )
+    add_device_options(parser)
+    parser.set_defaults(run=_run_bench)
+
+
+def _run_bench(options: argparse.Namespace) -> int:
+    from mrv1 import bench, bench_peers
+    from mrv1.loader import resolve_device
+
+    options.device = resolve_device(options.device)
+    _set_defaults(options)
+    peers = [] if options.peers is None else bench_peers.read_peers(options.peers)
+    if options.json is not None:
+        bench.check_writable(options.json)
+    records = {
+        "decode": _decode_records,
+        "prefill": _prefill_records,
+        "mix": _mix_records,
+        "op": _op_records,
+        "profile": _profile_records,
+    }[options.figure](options)
+    if options.commit is not None:
+        for record in records:
+            record["commit"] = options.commit
+    bench_peers.add_peers(records, peers)
+    if options.figure != "profile":  # that has printed tables of its own
+        print(bench.format_table(records))
+    if options.json is not None:
+        bench.write_json(options.json, records)
+    return 0
+
+
+def _set_defaults(options: argparse.Namespace) -> None:
+    """Fills in what was not given, and refuses what the figure would ignore."""
+    defaults = dict(_DEFAULTS[options.figure])
+    if options.device == "cuda":
+        defaults.update(_GPU_DEFAULTS[options.figure])
+    for name in _OPTIONS:
+        value = getattr(options, name)
+        if value is None:
+            setattr(options, name, defaults.get(name))
+        elif name not in defaults:
+            raise InvalidArgumentError(
+                field=f"--{name.replace('_', '-')}",
+                value=value,
+                allowed=f"left out for the figure {options.figure}",
+            )
+
+
+def _source(options: argparse.Namespace) -> tuple[str, str | None, dict[str, object]]:
+    """What --model, --shape, --layers and --save ask for: a name, and a directory or a config."""
+    from mrv1 import shapes
+    from mrv1.random_model import save_random_model
+
+    if options.model is not None or options.shape == shapes.DEMO:
+        for name in ("layers", "save"):
+            if getattr(options, name) is not None:
+                raise InvalidArgumentError(
+                    field=f"--{name}",
+                    value=getattr(options, name),
+                    allowed="left out for a model that has weights of its own",
+                )
+        if options.model is None:
+            return shapes.DEMO, str(shapes.demo_model()), {}
+        # Records are published; where a directory lies is nobody's business.
+        return Path(options.model).resolve().name, options.model, {}
+    name, config = shapes.shape_config(options.shape, options.layers)
+    if options.save is None:
+        return name, None, config
+    shown = False if options.no_progress else None
+    return name, str(save_random_model(options.save, config, progress=shown)), config
+
+
+def _load(
+    options: argparse.Namespace,
+    directory: str | None,
+    config: dict[str, object],
+    runner_options: RunnerOptions,
+) -> LoadedModel:
+    from mrv1.config import ModelConfig
+    from mrv1.loader import load_model
+    from mrv1.random_model import random_runner
+
+    if directory is None:
+        return random_runner(ModelConfig.from_values(config), runner_options)
+    return load_model(directory, runner_options, progress=False if options.no_progress else None)
+
+
+def _read_bytes(options: argparse.Namespace) -> int | None:
+    return None if options.read_mb is None else options.read_mb << 20
+
+
+def _measure(
+    options: argparse.Namespace,
+    model: LoadedModel,
+    measure: Callable[[LoadedModel, int, int, int], Timing],
+) -> tuple[list[Timing], Rates, str]:
+    """Measures every batch at every context, then the machine; closes the model."""
+    from mrv1 import bench
+
+    try:
+        timings = [
+            measure(model, batch, context, options.steps)
+            for context in options.context
+            for batch in options.batch
+        ]
+        # Last, since its buffer would count as memory of the model.
+        rates = bench.measure_rates(model.device, model.dtype, _read_bytes(options))
+        return timings, rates, bench.describe_device(model.device)
+    finally:
+        model.runner.close()
+        model.device.close()
+
+
+def _decode_records(options: argparse.Namespace) -> list[Record]:
+    from mrv1 import bench, bench_decode
+
+    shape, directory, config = _source(options)
+    runner_options = bench_decode.decode_options(
+        options.device, options.dtype, options.batch, options.context, options.steps
+    )
+    model = _load(options, directory, config, runner_options)
+    model.runner.fill_kv_random(0)
+    timings, rates, device = _measure(options, model, bench_decode.measure_decode)
+    records = []
+    for timing in timings:
+        # Rows grow while they are measured.
+        mean = timing.context + (options.steps - 1) / 2
+        costs = bench.decode_costs(model.config, model.dtype, timing.batch, mean)
+        records.append(
+            bench.make_record("decode", shape, device, model.dtype, timing, costs, rates)
+        )
+    return records
+
+
+def _prefill_records(options: argparse.Namespace) -> list[Record]:
+    from mrv1 import bench, bench_prefill
+
+    shape, directory, config = _source(options)
+    runner_options = bench_prefill.prefill_options(
+        options.device, options.dtype, options.batch, options.context
+    )
+    model = _load(options, directory, config, runner_options)
+    timings, rates, device = _measure(options, model, bench_prefill.measure_prefill)
+    records = []
+    for timing in timings:
+        costs = bench.prefill_costs(model.config, model.dtype, timing.batch, timing.context)
+        records.append(
+            bench.make_record("prefill", shape, device, model.dtype, timing, costs, rates)
+        )
+    return records
+
+
+def _mix_records(options: argparse.Namespace) -> list[Record]:
+    from mrv1 import bench, bench_mix
+    from mrv1.config import ModelConfig
+    from mrv1.engine import Engine
+    from mrv1.random_model import byte_tokenizer
+    from mrv1.tokenizer import Tokenizer
+
+    shape, directory, values = _source(options)
+    config = (
+        ModelConfig.from_values(values) if directory is None else ModelConfig.from_dir(directory)
+    )
+    if directory is None:
+        tokenizer = Tokenizer(byte_tokenizer())
+    else:
+        tokenizer = Tokenizer.from_dir(directory, config.vocab_size)
+    requests = bench_mix.mix_requests(config.vocab_size, options.requests)
+    runner_options = bench_mix.mix_options(options.device, options.dtype, requests)
+    model = _load(options, directory, values, runner_options)
+    with Engine.from_model(model, tokenizer) as engine:
+        timing = bench_mix.measure_mix(engine, requests)
+        device = bench.describe_device(model.device)
+        rates = bench.measure_rates(model.device, model.dtype, _read_bytes(options))
+    lengths = [(len(request.prompt_token_ids), request.max_tokens) for request in requests]
+    tokens = sum(output for _, output in lengths)
+    steps = round(tokens / (timing.tokens or 1))
+    costs = [
+        dataclasses.replace(
+            cost, read_bytes=cost.read_bytes // steps, operations=cost.operations // steps
+        )
+        for cost in bench.mix_costs(model.config, model.dtype, lengths)
+    ]
+    return [bench.make_record("mix", shape, device, model.dtype, timing, costs, rates)]
+
+
+def _op_records(options: argparse.Namespace) -> list[Record]:
+    from mrv1 import bench, bench_op, envs, tuning
+    from mrv1.config import ModelConfig
+    from mrv1.loader import resolve_dtype
+
+    shape, directory, values = _source(options)
+    config = (
+        ModelConfig.from_values(values) if directory is None else ModelConfig.from_dir(directory)
+    )
+    limit = config.max_position_embeddings
+    for context in options.context:
+        if context > limit:
+            raise InvalidArgumentError(
+                field="--context",
+                value=context,
+                allowed=f"at most the model's max_position_embeddings = {limit}",
+            )
+    if options.device == "cpu" and options.backend != ["native"]:
+        raise InvalidArgumentError(
+            field="--backend", value=",".join(options.backend), allowed="native on the cpu"
+        )
+    dtype = resolve_dtype(options.dtype, config)
+    threads = envs.NUM_THREADS.get() or 0
+    device = tuning.make_device(options.device, num_threads=threads)
+    ops = bench_op.OPS if options.ops is None else tuple(options.ops)
+    try:
+        rates = bench.measure_rates(device, dtype, _read_bytes(options))
+        described = bench.describe_device(device)
+        working_set = _read_bytes(options) or bench.READ_BYTES[options.device]
+        if options.device == "cuda":
+            working_set = _GPU_WORKING_SET
+
+        def record(cost: bench.OpCost, timing: Timing) -> Record:
+            made = bench.make_record("op", shape, described, dtype, timing, [cost], rates)
+            made["op"] = cost.name
+            return made
+
+        records = [
+            record(cost, timing)
+            for cost, timing in bench_op.measure_linears(
+                device, config, dtype, options.batch, options.steps, working_set, ops
+            )
+        ]
+        if bench_op.ATTENTION not in ops:
+            return records
+        for kind in options.lengths:
+            for context in options.context if kind == "even" else options.context[:1]:
+                for batch in options.batch:
+                    lengths = bench_op.request_lengths(kind, batch, context)
+                    for backend, cost, timing in bench_op.measure_attention(
+                        device, config, dtype, lengths, options.steps, working_set, options.backend
+                    ):
+                        made = record(cost, timing)
+                        if kind != "even":
+                            made["lengths"] = kind
+                        if options.device == "cuda":
+                            made["backend"] = backend
+                        records.append(made)
+        return records
+    finally:
+        device.close()
+
+
+def _profile_records(options: argparse.Namespace) -> list[Record]:
+    from mrv1 import _cupti, bench, bench_decode, bench_profile
+
+    if options.device != "cuda":
+        raise DeviceError("[bench] a profile is of kernels on a GPU: pass --device cuda")
+    _cupti.open_cupti()  # before minutes go into what cannot be traced
+    shape, directory, config = _source(options)
+    runner_options = bench_decode.decode_options(
+        options.device, options.dtype, options.batch, options.context, 2 * options.steps
+    )
+    model = _load(options, directory, config, runner_options)
+    model.runner.fill_kv_random(0)
+    try:
+        cases = [
+            (batch, context, bench_profile.measure_profile(model, batch, context, options.steps))
+            for context in options.context
+            for batch in options.batch
+        ]
+        rates = bench.measure_rates(model.device, model.dtype, _read_bytes(options))
+        device = bench.describe_device(model.device)
+    finally:
+        model.runner.close()
+        model.device.close()
+    records: list[Record] = []
+    for batch, context, profile in cases:
+        # Those traced come after as many that were not.
+        mean = context + options.steps + (options.steps - 1) / 2
+        costs = bench.decode_costs(model.config, model.dtype, batch, mean)
+        print(f"{shape}, batch {batch}, context {round(mean)}, {device}:")
+        print(bench_profile.format_profile(profile, costs, rates))
+        by_label = bench_profile.costs_by_label(costs)
+        for op in profile.ops:
+            record = bench.make_record(
+                "profile",
+                shape,
+                device,
+                model.dtype,
+                bench_profile.op_timing(op, batch, round(mean)),
+                bench_profile.label_costs(op.label, by_label),
+                rates,
+            )
+            record["op"] = op.label
+            record["kernels"] = round(op.kernels)
+            records.append(record)
+    return records

@@ -1,0 +1,28 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bind/bind.h"
+#include "bind/device_array.h"
+#include "bind/runner_handle.h"
+#include "io/mapped_file.h"
+
+namespace mrv1 {
+
+// (weight, segment, offset, dtype name)
+using TensorTuple = std::tuple<int32_t, int32_t, size_t, std::string>;
+using ProgressFunction = nb::typed<nb::callable, nb::object(size_t)>;
+
+// ModelRunner.load_tensors
+void load_tensors(const RunnerHandle& self, const MappedFile& file,
+                  const std::vector<TensorTuple>& tensors, ProgressFunction progress);
+
+// ModelRunner.device_logits
+std::unique_ptr<DeviceArray> device_logits(const RunnerHandle& self, int32_t item);
+
+}  // namespace mrv1

@@ -1,0 +1,39 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/portable.h"
+
+namespace mrv1 {
+
+struct StepContext;
+
+// data[i] = center + width * u(key, first + i), rounded to bfloat16 whatever the dtype: values for
+// timing and for tests, the same on every backend. Product and sum are rounded one after the other.
+struct FillRandomParams {
+  void* data;
+  DType dtype;  // float32 or bfloat16
+  int64_t count;
+  uint64_t key;
+  uint64_t first;
+  float center, width;
+};
+
+// Uniform in [-1, 1) from a counter (splitmix64), in steps of 2^-23.
+MRV1_HD float random_unit(uint64_t key, uint64_t counter) {
+  uint64_t x = (key ^ counter) + 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  x ^= x >> 31;
+  return static_cast<float>(static_cast<int32_t>(static_cast<int64_t>(x) >> 40)) * 0x1p-23f;
+}
+
+// Throws kInvalidArgument for what is not allowed.
+void check_params(const FillRandomParams& params);
+
+void fill_random_cpu(const FillRandomParams& params, const StepContext& ctx);
+void fill_random_cuda(const FillRandomParams& params, const StepContext& ctx);
+
+}  // namespace mrv1

@@ -1,0 +1,35 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "ops/fill_random.h"
+
+#include "core/error.h"
+#include "state/step_context.h"
+
+namespace mrv1 {
+
+void check_params(const FillRandomParams& params) {
+  check(params.count >= 0, "fill_random", "count is ", params.count, ", must not be negative");
+  check(params.data != nullptr || params.count == 0, "fill_random", "data is null");
+  check(params.dtype == DType::kF32 || params.dtype == DType::kBF16, "fill_random",
+        "data is float32 or bfloat16, not ", dtype_name(params.dtype));
+}
+
+void fill_random_cpu(const FillRandomParams& params, const StepContext& ctx) {
+  check_params(params);
+  dispatch_activation(params.dtype, "fill_random", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    T* data = static_cast<T*>(params.data);
+    ctx.pool->parallel_for(params.count, 1 << 16, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        const float unit = random_unit(params.key, params.first + static_cast<uint64_t>(i));
+        const BFloat16 rounded = from_float<BFloat16>(params.center + params.width * unit);
+        if constexpr (sizeof(T) == sizeof(BFloat16)) {
+          data[i] = rounded;
+        } else {
+          data[i] = to_float(rounded);
+        }
+      }
+    });
+  });
+}
+
+}  // namespace mrv1

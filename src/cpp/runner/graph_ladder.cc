@@ -1,0 +1,102 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "runner/graph_ladder.h"
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+
+#include "core/error.h"
+
+namespace mrv1 {
+
+const char* step_mode_name(StepMode mode) {
+  switch (mode) {
+    case StepMode::kEager:
+      return "eager";
+    case StepMode::kPiecewise:
+      return "piecewise";
+    case StepMode::kFull:
+      break;
+  }
+  return "full";
+}
+
+GraphLadder::GraphLadder(StepMode mode, std::vector<CaptureSize> full,
+                         std::vector<int32_t> piecewise)
+    : mode_(mode), full_(std::move(full)), piecewise_(std::move(piecewise)) {
+  std::sort(full_.begin(), full_.end(), [](const CaptureSize& a, const CaptureSize& b) {
+    return std::make_tuple(a.tokens(), a.requests) < std::make_tuple(b.tokens(), b.requests);
+  });
+  full_.erase(std::unique(full_.begin(), full_.end()), full_.end());
+  std::sort(piecewise_.begin(), piecewise_.end());
+  piecewise_.erase(std::unique(piecewise_.begin(), piecewise_.end()), piecewise_.end());
+}
+
+std::vector<CaptureSize> GraphLadder::default_full(int32_t max_requests) {
+  std::vector<CaptureSize> sizes;
+  const auto step_after = [](int32_t requests) {
+    return requests < 8 ? 1 : requests < 64 ? 8 : requests < 128 ? 16 : requests < 512 ? 32 : 128;
+  };
+  for (int32_t requests = 1; requests < max_requests; requests += step_after(requests)) {
+    sizes.push_back({requests, 1});
+  }
+  sizes.push_back({max_requests, 1});
+  return sizes;
+}
+
+std::vector<int32_t> GraphLadder::default_piecewise(int32_t max_tokens) {
+  // Beyond these a step takes the device longer than the host needs to launch it.
+  std::vector<int32_t> sizes;
+  for (const int32_t tokens : {64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024}) {
+    if (tokens <= max_tokens) sizes.push_back(tokens);
+  }
+  return sizes;
+}
+
+StepShape GraphLadder::choose(std::span<const BatchEntry> entries, StepSizes exact) {
+  // Eager steps take the sizes of whole steps too, to run what the graphs would.
+  const size_t num_full = mode_ == StepMode::kPiecewise ? 0 : full_.size();
+  for (size_t i = 0; i < num_full; ++i) {
+    const CaptureSize& size = full_[i];
+    if (size.requests < exact.num_requests || size.tokens() < exact.num_tokens) continue;
+    int64_t places = 0;
+    for (const BatchEntry& entry : entries) {
+      places += (entry.num_tokens + size.tokens_per_request - 1) / size.tokens_per_request;
+    }
+    if (places > size.requests) continue;
+    const StepMode mode = mode_ == StepMode::kFull ? StepMode::kFull : StepMode::kEager;
+    return {mode, static_cast<int32_t>(i), true, {size.requests, size.tokens(), size.requests}};
+  }
+  const auto bucket = std::lower_bound(piecewise_.begin(), piecewise_.end(), exact.num_tokens);
+  if (bucket != piecewise_.end()) {
+    const StepMode mode = mode_ == StepMode::kEager ? StepMode::kEager : StepMode::kPiecewise;
+    note_miss(mode, entries, exact);
+    return {mode,
+            static_cast<int32_t>(bucket - piecewise_.begin()),
+            false,
+            {exact.num_requests, *bucket, exact.num_logits}};
+  }
+  note_miss(StepMode::kEager, entries, exact);
+  return {StepMode::kEager, -1, false, exact};
+}
+
+void GraphLadder::note_miss(StepMode taken, std::span<const BatchEntry> entries,
+                            const StepSizes& exact) {
+  const bool decode_only = exact.num_tokens == exact.num_requests;
+  // A prompt in pieces is what the piecewise sizes are for.
+  if (mode_ == StepMode::kEager || (taken == StepMode::kPiecewise && !decode_only)) return;
+  bool& reported = reported_[decode_only][static_cast<int>(taken)];
+  if (std::exchange(reported, true)) return;
+  miss_ = concat("a batch of ", entries.size(), " requests with ", exact.num_tokens,
+                 " tokens runs ", step_mode_name(taken), ": the largest captured sizes are ",
+                 full_.empty() ? 0 : full_.back().requests, " requests",
+                 full_.empty() || full_.back().tokens_per_request == 1
+                     ? std::string()
+                     : concat(" of ", full_.back().tokens_per_request, " tokens"),
+                 " as one graph and ", piecewise_.empty() ? 0 : piecewise_.back(),
+                 " tokens in pieces (said once)");
+}
+
+std::string GraphLadder::take_miss() { return std::exchange(miss_, {}); }
+
+}  // namespace mrv1

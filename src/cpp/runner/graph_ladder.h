@@ -1,0 +1,73 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "state/control_record.h"
+#include "state/step_context.h"
+
+namespace mrv1 {
+
+// How a step reaches the device, from the slowest for the host to the fastest.
+enum class StepMode {
+  kEager,      // every kernel is launched by itself
+  kPiecewise,  // attention is launched by itself, what lies between as graphs
+  kFull,       // the whole step is one graph
+};
+constexpr int kNumStepModes = 3;
+const char* step_mode_name(StepMode mode);
+
+// A size that whole steps are captured at: `requests` places of `tokens_per_request` tokens each. A
+// request with more tokens takes as many places as it needs.
+struct CaptureSize {
+  int32_t requests = 0, tokens_per_request = 1;
+
+  int32_t tokens() const { return requests * tokens_per_request; }
+  bool operator==(const CaptureSize&) const = default;
+};
+
+// How one step runs, and at which sizes.
+struct StepShape {
+  StepMode mode = StepMode::kEager;
+  int32_t graph = -1;  // index of the size, in the order of the ladder
+  bool whole = false;  // the size is one of whole steps, so these kernels run in every mode
+  StepSizes sizes;
+};
+
+// The sizes that are captured, and which of them a batch runs at: the smallest that holds it.
+class GraphLadder {
+ public:
+  // Sizes are sorted by tokens, then requests, and repeated ones dropped. `mode` is the fastest
+  // that steps may use; with kEager they are padded to the captured sizes all the same, so that
+  // they run the very kernels that the graphs would.
+  GraphLadder() = default;
+  GraphLadder(StepMode mode, std::vector<CaptureSize> full, std::vector<int32_t> piecewise);
+
+  // Sizes that leave little of a step unused: every number of requests at the small end, where
+  // padding costs most, then in growing steps up to the limits.
+  static std::vector<CaptureSize> default_full(int32_t max_requests);
+  static std::vector<int32_t> default_piecewise(int32_t max_tokens);
+
+  StepShape choose(std::span<const BatchEntry> entries, StepSizes exact);
+  // Why the newest choice could not use the mode that was asked for; once for every kind of miss,
+  // else empty.
+  std::string take_miss();
+
+  StepMode mode() const { return mode_; }
+  const std::vector<CaptureSize>& full() const { return full_; }
+  const std::vector<int32_t>& piecewise() const { return piecewise_; }
+
+ private:
+  void note_miss(StepMode taken, std::span<const BatchEntry> entries, const StepSizes& exact);
+
+  StepMode mode_ = StepMode::kEager;
+  std::vector<CaptureSize> full_;
+  std::vector<int32_t> piecewise_;
+  bool reported_[2][kNumStepModes] = {};  // by decode-only or not, and mode taken
+  std::string miss_;
+};
+
+}  // namespace mrv1

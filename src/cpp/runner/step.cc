@@ -1,0 +1,107 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "runner/step.h"
+
+#include "core/error.h"
+
+namespace mrv1 {
+
+void Step::find_pieces() {
+  const std::vector<Op>& ops = program_.ops();
+  const auto works_on_logits = [&](const Op& op) {
+    return !op.outputs.empty() &&
+           program_.values()[op.outputs.back()].space == RowSpace::kLogits;
+  };
+  // 0: token rows, 1: attention, 2: logits rows. A piece holds ops of one kind.
+  const auto kind_of = [&](const Op& op) {
+    return op.kind == OpKind::kPagedAttention ? 1 : works_on_logits(op) ? 2 : 0;
+  };
+  for (size_t first = 0; first < ops.size();) {
+    size_t last = first + 1;
+    while (last < ops.size() && kind_of(ops[last]) == kind_of(ops[first])) ++last;
+    pieces_.push_back({first, last, kind_of(ops[first]) == 0});
+    first = last;
+  }
+}
+
+StepContext Step::context_for(const StepSizes& sizes, bool eager_attention) const {
+  StepContext ctx = ctx_;
+  ctx.sizes = sizes;
+  ctx.eager_attention = eager_attention;
+  return ctx;
+}
+
+void Step::run_front(const StepContext& ctx) const {
+  const Kernels& kernels = device_.kernels();
+  kernels.apply(ctx);
+  if (ctx.sizes.num_requests == 0) return;
+  kernels.infer_params(ctx);
+  if (view_) kernels.infer_param_view(view_inputs_, *view_, ctx);
+  executable_.plan_attention(ctx);
+}
+
+void Step::run_back(const StepContext& ctx) const {
+  const Kernels& kernels = device_.kernels();
+  if (ctx.sizes.num_requests > 0) {
+    auto* logits = static_cast<float*>(executable_.value(program_.logits_value()));
+    kernels.sample({logits, ctx.rows.vocab_size}, ctx);
+  }
+  kernels.advance(ctx);
+}
+
+void Step::capture_full(size_t index, const CaptureSize& size) {
+  if (full_.size() <= index) full_.resize(index + 1);
+  const StepSizes sizes{size.requests, size.tokens(), size.requests};
+  full_[index] = device_.capture([this, sizes] {
+    const StepContext ctx = context_for(sizes, /*eager_attention=*/false);
+    run_front(ctx);
+    executable_.run(ctx, 0, executable_.num_ops());
+    run_back(ctx);
+  });
+}
+
+void Step::capture_pieces(size_t index, int32_t tokens) {
+  if (piecewise_.size() <= index) piecewise_.resize(index + 1);
+  std::vector<std::unique_ptr<Graph>>& graphs = piecewise_[index];
+  graphs.clear();
+  for (const Piece& piece : pieces_) {
+    if (!piece.captured) continue;
+    graphs.push_back(device_.capture([this, piece, tokens] {
+      // Only the number of tokens matters to these ops; the others are those of a smallest batch.
+      executable_.run(context_for({1, tokens, 1}, true), piece.first, piece.last);
+    }));
+  }
+}
+
+void Step::drop_graphs() {
+  full_.clear();
+  piecewise_.clear();
+}
+
+void Step::run(const StepShape& shape) const {
+  const StepContext ctx = context_for(shape.sizes, !shape.whole);
+  if (shape.mode == StepMode::kFull) {
+    device_.launch(*full_.at(static_cast<size_t>(shape.graph)));
+    return;
+  }
+  run_front(ctx);
+  if (shape.sizes.num_requests > 0) {
+    size_t next = 0;
+    for (const Piece& piece : pieces_) {
+      if (shape.mode == StepMode::kPiecewise && piece.captured) {
+        device_.launch(*piecewise_.at(static_cast<size_t>(shape.graph)).at(next++));
+      } else {
+        executable_.run(ctx, piece.first, piece.last);
+      }
+    }
+  }
+  run_back(ctx);
+}
+
+void Step::run_and_fail(const StepShape& shape, std::string_view message) const {
+  const StepContext ctx = context_for(shape.sizes, !shape.whole);
+  run_front(ctx);
+  executable_.run(ctx, 0, executable_.num_ops());
+  fail(ErrorKind::kInternal, "step", message);
+}
+
+}  // namespace mrv1

@@ -1,0 +1,72 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "program/executable.h"
+#include "program/program.h"
+#include "runner/graph_ladder.h"
+#include "state/infer_param_view.h"
+#include "state/step_context.h"
+
+namespace mrv1 {
+
+// The device side of a step: its phases and the program, launched by themselves, in pieces or as
+// one graph. Everything here runs inside tasks of the device's stream.
+class Step {
+ public:
+  // The program, executable and device outlive it. `ctx` holds every address; its sizes are set
+  // for each run.
+  Step(const Program& program, const Executable& executable, Device& device, const StepContext& ctx)
+      : program_(program), executable_(executable), device_(device), ctx_(ctx) {
+    find_pieces();
+  }
+
+  // Also compute the view of state/infer_param_view.h.
+  void set_view(const InferParamInputs& inputs, const InferParamView& view) {
+    view_inputs_ = inputs;
+    view_ = view;
+  }
+
+  const StepContext& context() const { return ctx_; }
+  StepContext& context() { return ctx_; }
+
+  // Records the graphs of size `index` of the ladder. An eager run at that size must have come
+  // before: libraries choose their kernels, and the driver loads code, on first use.
+  void capture_full(size_t index, const CaptureSize& size);
+  void capture_pieces(size_t index, int32_t tokens);
+  void drop_graphs();
+
+  // Launches the whole step. Sizes of 0 requests: a record that only applies changes.
+  void run(const StepShape& shape) const;
+  // The same with every kernel launched by itself, and a failure after the program: for testing.
+  void run_and_fail(const StepShape& shape, std::string_view message) const;
+
+ private:
+  // Ops between two cuts at attention.
+  struct Piece {
+    size_t first = 0, last = 0;
+    bool captured = false;  // works on tokens alone, so that the number of tokens is its only size
+  };
+
+  void find_pieces();
+  StepContext context_for(const StepSizes& sizes, bool eager_attention) const;
+  void run_front(const StepContext& ctx) const;
+  void run_back(const StepContext& ctx) const;
+
+  const Program& program_;
+  const Executable& executable_;
+  Device& device_;
+  StepContext ctx_;
+  std::optional<InferParamView> view_;
+  InferParamInputs view_inputs_{};
+  std::vector<Piece> pieces_;
+  std::vector<std::unique_ptr<Graph>> full_;
+  std::vector<std::vector<std::unique_ptr<Graph>>> piecewise_;  // by size, by captured piece
+};
+
+}  // namespace mrv1

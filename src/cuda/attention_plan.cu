@@ -1,0 +1,307 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// One block lists the items of the batch and their cells by prefix sums, then finds each worker's
+// first item by binary search.
+#include "attention_plan.cuh"
+
+#include <algorithm>
+#include <vector>
+
+#include "attention_backends.h"
+#include "block.cuh"
+#include "launch.h"
+#include "native_attention.h"
+
+namespace mrv1 {
+namespace {
+
+constexpr std::string_view kOp = "plan_attention";
+constexpr int kThreads = 1024;
+constexpr int64_t kAlign = 256;
+constexpr int kPlanSharedBytes = 40 << 10;  // needs no leave
+
+struct PlanArgs {
+  cuda::AttentionWorker* workers;
+  cuda::AttentionItem* items;
+  int32_t* scratch;  // null: shared memory is large enough
+  int32_t num_workers, num_requests;
+  int32_t group, num_kv_heads, window;
+  AttentionRows rows;
+  bool splits;         // batch invariant
+  int64_t split_rows;  // tile rows of splits that a worker's partial results can hold
+};
+
+// The last of `count` ascending starts that is at most `value`; starts[0] <= value.
+__device__ int32_t last_start(const int32_t* starts, int32_t count, int32_t value) {
+  int32_t low = 0;
+  while (count > 1) {
+    const int32_t half = count / 2;
+    if (starts[low + half] <= value) low += half;
+    count -= half;
+  }
+  return low;
+}
+
+__global__ void __launch_bounds__(kThreads) plan_kernel(PlanArgs args, InferParams infer) {
+  extern __shared__ int32_t shared[];
+  const int thread = static_cast<int>(threadIdx.x);
+  cuda::launch_next();
+  cuda::wait_for_previous();
+  int32_t* first_item = args.scratch != nullptr ? args.scratch : shared;  // [requests + 1]
+  int32_t* cells = first_item + args.num_requests + 1;                    // [items]
+
+  int32_t begin = 0;
+  int32_t end = args.num_requests;
+  if (args.rows == AttentionRows::kDecode) end = min(end, infer.counts->num_decodes);
+  if (args.rows == AttentionRows::kPrefill) begin = min(end, infer.counts->num_decodes);
+  const auto tile_rows = [&](int32_t rows) {
+    return args.splits || rows <= cuda::kNarrowRows ? cuda::kNarrowRows : cuda::kWideRows;
+  };
+
+  // Batch position -> its first item.
+  const int32_t run = (args.num_requests + kThreads - 1) / kThreads;
+  const int32_t run_begin = min(thread * run, args.num_requests);
+  const int32_t run_end = min(run_begin + run, args.num_requests);
+  const auto tiles = [&](int32_t batch) {
+    if (batch < begin || batch >= end || infer.row[batch] < 0 || infer.seq_lens[batch] <= 0)
+      return 0;
+    const int32_t rows =
+        (infer.query_start_loc[batch + 1] - infer.query_start_loc[batch]) * args.group;
+    const int32_t tile = tile_rows(rows);
+    return (rows + tile - 1) / tile;
+  };
+  int32_t count = 0;
+  for (int32_t batch = run_begin; batch < run_end; ++batch) {
+    first_item[batch] = tiles(batch);
+    count += first_item[batch];
+  }
+  int32_t num_items;
+  int32_t next = cuda::block_exclusive_scan<kThreads>(count, &num_items);
+  for (int32_t batch = run_begin; batch < run_end; ++batch) {
+    const int32_t own = first_item[batch];
+    first_item[batch] = next;
+    next += own;
+  }
+  __syncthreads();
+
+  // Items and their cells.
+  int32_t total = 0;
+  int32_t most_rows = 0;
+  int32_t most_cells = 0;
+  for (int32_t base = 0; base < num_items; base += kThreads) {
+    const int32_t index = base + thread;
+    cuda::AttentionItem item{};
+    int32_t own = 0;
+    if (index < num_items) {
+      // Positions without items share their start with the next: the last of them has the item.
+      const int32_t batch = last_start(first_item, args.num_requests, index);
+      const int32_t token = infer.query_start_loc[batch];
+      const int32_t queries = infer.query_start_loc[batch + 1] - token;
+      const int32_t rows = queries * args.group;
+      const int32_t tile = tile_rows(rows);
+      item.row = infer.row[batch];
+      item.token = token;
+      item.first = (index - first_item[batch]) * tile;
+      item.rows = min(tile, rows - item.first);
+      item.context = infer.seq_lens[batch] - queries;
+      const int32_t low = item.context + item.first / args.group;
+      item.begin = args.window > 0 ? max(0, low - args.window + 1) : 0;
+      item.end = item.context + (item.first + item.rows - 1) / args.group + 1;
+      own = cuda::ItemUnits(item).cells * args.num_kv_heads;
+      most_rows = max(most_rows, item.rows);
+      most_cells = max(most_cells, own / args.num_kv_heads);
+    }
+    int32_t sum;
+    item.cell = total + cuda::block_exclusive_scan<kThreads>(own, &sum);
+    if (index < num_items) {
+      args.items[index] = item;
+      cells[index] = item.cell;
+    }
+    total += sum;
+  }
+
+  // Workers.
+  most_cells = cuda::block_max<kThreads>(most_cells);
+  int32_t share = max((total + args.num_workers - 1) / args.num_workers,
+                      (most_cells + cuda::kMostPieces - 1) / cuda::kMostPieces);
+  share = max(share, 1);
+  int32_t granule_log2 = 0;
+  if (args.splits) {
+    share = max(share, 1 << cuda::kSplitUnitsLog2);
+    granule_log2 = cuda::kSplitUnitsLog2;
+    most_rows = cuda::block_max<kThreads>(most_rows);
+    const int64_t splits = (share >> cuda::kSplitUnitsLog2) + 2;
+    if (splits * most_rows > args.split_rows) granule_log2 = cuda::kWholeLog2;
+  }
+  __syncthreads();  // items and cells are written
+  for (int32_t index = thread; index < args.num_workers; index += kThreads) {
+    cuda::AttentionWorker worker{};
+    worker.index = num_items;
+    const int64_t cell = int64_t{index} * share;
+    if (cell < total) {
+      worker.index = last_start(cells, num_items, static_cast<int32_t>(cell));
+      worker.item = args.items[worker.index];
+    }
+    worker.num_items = num_items;
+    worker.share = share;
+    worker.granule_log2 = granule_log2;
+    args.workers[index] = worker;
+  }
+}
+
+// What a launch depends on; a property of the machine.
+struct GpuLimits {
+  int processors = 0, shared_per_processor = 0, shared_per_block = 0, reserved_per_block = 0;
+};
+
+const GpuLimits& current_gpu() {
+  static const std::vector<GpuLimits> gpus = [] {
+    int count = 0;
+    cuda::check_cuda(cudaGetDeviceCount(&count), kOp, "cudaGetDeviceCount");
+    std::vector<GpuLimits> found(count);
+    for (int i = 0; i < count; ++i) {
+      const auto get = [i](cudaDeviceAttr attribute) {
+        int value = 0;
+        cuda::check_cuda(cudaDeviceGetAttribute(&value, attribute, i), kOp,
+                         "cudaDeviceGetAttribute");
+        return value;
+      };
+      found[i] = {get(cudaDevAttrMultiProcessorCount),
+                  get(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                  get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                  get(cudaDevAttrReservedSharedMemoryPerBlock)};
+    }
+    return found;
+  }();
+  int ordinal = 0;
+  cuda::check_cuda(cudaGetDevice(&ordinal), kOp, "cudaGetDevice");
+  return gpus.at(ordinal);
+}
+
+// The most items that a batch can have: each request's last tile may be part of one.
+int64_t item_capacity(const AttentionPlan& plan, int64_t requests, int64_t tokens, bool splits) {
+  const int64_t group = plan.shape.num_heads / plan.shape.num_kv_heads;
+  return requests + tokens * group / (splits ? cuda::kNarrowRows : cuda::kWideRows);
+}
+
+// Others run on the plain kernel.
+bool is_planned(const AttentionPlan& plan) {
+  return plan.dtype == DType::kBF16 && cuda::attention_launch(plan.shape.head_dim).stages > 1;
+}
+
+int64_t native_plan_bytes(const AttentionPlan& plan) {
+  if (!is_planned(plan)) return 0;
+  return cuda::attention_plan_layout(plan, cuda::attention_launch(plan.shape.head_dim)).bytes;
+}
+
+}  // namespace
+
+namespace cuda {
+
+AttentionLaunch attention_launch(int32_t head_dim) {
+  const GpuLimits& gpu = current_gpu();
+  AttentionLaunch launch;
+  for (const int dim : {64, 80, 96, 128, 256}) {
+    if (launch.dim == 0 && head_dim <= dim) launch.dim = dim;
+  }
+  const AttentionMemory memory = attention_memory(launch.dim);
+  // Two blocks on a processor hide each other's segment ends, if both have enough in flight.
+  int blocks = 2;
+  const auto stages = [&] {
+    const int room =
+        std::min(gpu.shared_per_block, gpu.shared_per_processor / blocks - gpu.reserved_per_block);
+    return std::min((room - memory.fixed_bytes) / memory.stage_bytes, kMaxStages);
+  };
+  if (stages() < 3) blocks = 1;
+  launch.stages = std::max(stages(), 0);
+  launch.workers = blocks * gpu.processors;
+  launch.shared_bytes =
+      memory.fixed_bytes + static_cast<size_t>(launch.stages) * memory.stage_bytes;
+  return launch;
+}
+
+AttentionPlanLayout attention_plan_layout(const AttentionPlan& plan,
+                                          const AttentionLaunch& launch) {
+  const int64_t items = item_capacity(plan, plan.max_requests, plan.max_tokens, true);
+  AttentionPlanLayout layout{};
+  int64_t next = 0;
+  const auto take = [&next](int64_t bytes) {
+    const int64_t offset = next;
+    next += (bytes + kAlign - 1) / kAlign * kAlign;
+    return offset;
+  };
+  layout.workers = take(launch.workers * static_cast<int64_t>(sizeof(AttentionWorker)));
+  layout.counters = take(launch.workers * static_cast<int64_t>(sizeof(int32_t)));
+  layout.items = take(items * static_cast<int64_t>(sizeof(AttentionItem)));
+  layout.scratch = take((plan.max_requests + 1 + items) * static_cast<int64_t>(sizeof(int32_t)));
+  layout.start_floats = int64_t{kWideRows} * (launch.dim + 2);
+  layout.worker_floats = 2 * layout.start_floats;
+  layout.partials =
+      take(launch.workers * layout.worker_floats * static_cast<int64_t>(sizeof(float)));
+  layout.bytes = next;
+  return layout;
+}
+
+}  // namespace cuda
+
+AttentionRoute attention_route(const AttentionPlan& plan, const StepContext& ctx) {
+  AttentionRoute route;
+  if (!is_planned(plan) || ctx.batch_invariant) return route;
+  route.flashinfer_prefill = ctx.eager_attention && flashinfer_prefill_supports(plan, ctx);
+  route.flashinfer_decode = ctx.attention_backend == AttentionBackend::kFlashInfer &&
+                            flashinfer_decode_supports(plan, ctx);
+  route.native = !(route.flashinfer_prefill && route.flashinfer_decode);
+  if (route.flashinfer_prefill) route.native_rows = AttentionRows::kDecode;
+  if (route.flashinfer_decode) route.native_rows = AttentionRows::kPrefill;
+  return route;
+}
+
+int64_t attention_plan_bytes_cuda(const AttentionPlan& plan, Device& device) {
+  int64_t bytes = 0;
+  run_on_stream(device, [&] { bytes = native_plan_bytes(plan); });
+  return bytes + flashinfer_plan_bytes(plan, device);
+}
+
+void* flashinfer_plan_data(const AttentionPlan& plan) {
+  return static_cast<char*>(plan.data) + native_plan_bytes(plan);
+}
+
+void plan_attention_cuda(const AttentionPlan& plan, const StepContext& ctx) {
+  if (!is_planned(plan) || ctx.sizes.num_requests == 0) return;
+  check(plan.data != nullptr, kOp, "the plan has no memory");
+  check(ctx.sizes.num_requests <= plan.max_requests && ctx.sizes.num_tokens <= plan.max_tokens, kOp,
+        "the step has ", ctx.sizes.num_requests, " requests and ", ctx.sizes.num_tokens,
+        " tokens, the plan room for ", plan.max_requests, " and ", plan.max_tokens);
+  const AttentionRoute route = attention_route(plan, ctx);
+  if (route.flashinfer_decode || route.flashinfer_prefill) flashinfer_plan(plan, ctx);
+  if (!route.native) return;
+  const cuda::AttentionLaunch launch = cuda::attention_launch(plan.shape.head_dim);
+  const cuda::AttentionPlanLayout layout = cuda::attention_plan_layout(plan, launch);
+  char* data = static_cast<char*>(plan.data);
+  const int64_t items =
+      item_capacity(plan, ctx.sizes.num_requests, ctx.sizes.num_tokens, ctx.batch_invariant);
+  const int64_t units = int64_t{ctx.rows.max_model_len} / cuda::kUnit + 2 + cuda::kSegmentCost;
+  check(items * plan.shape.num_kv_heads * units < INT32_MAX, kOp, "a step of ",
+        ctx.sizes.num_requests, " requests and ", ctx.sizes.num_tokens, " tokens of up to ",
+        ctx.rows.max_model_len, " positions and ", plan.shape.num_kv_heads,
+        " key/value heads is too large to divide");
+  PlanArgs args{};
+  args.workers = reinterpret_cast<cuda::AttentionWorker*>(data + layout.workers);
+  args.items = reinterpret_cast<cuda::AttentionItem*>(data + layout.items);
+  args.num_workers = launch.workers;
+  args.num_requests = ctx.sizes.num_requests;
+  args.group = plan.shape.num_heads / plan.shape.num_kv_heads;
+  args.num_kv_heads = plan.shape.num_kv_heads;
+  args.window = plan.window;
+  args.rows = route.native_rows;
+  args.splits = ctx.batch_invariant;
+  args.split_rows = layout.start_floats / (launch.dim + 2);
+  size_t shared_bytes = static_cast<size_t>(ctx.sizes.num_requests + 1 + items) * sizeof(int32_t);
+  if (shared_bytes > static_cast<size_t>(kPlanSharedBytes)) {
+    args.scratch = reinterpret_cast<int32_t*>(data + layout.scratch);
+    shared_bytes = 0;
+  }
+  cuda::launch(kOp, ctx, plan_kernel, dim3(1), dim3(kThreads), shared_bytes, args, ctx.infer);
+}
+
+}  // namespace mrv1

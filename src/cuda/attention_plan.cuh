@@ -1,0 +1,104 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// The work list of the native attention kernel, and how it lies in AttentionPlan::data.
+//
+// An item is a tile of query rows of one request: query tokens times the heads that share a
+// key/value head, flat, at most 64 of them. Each item is computed once for every key/value head,
+// over its visible positions in units of 64. All this work lies on one line of cells: item by item,
+// in it head by head, in that kSegmentCost cells for what a segment costs by itself and then a cell
+// a unit. Worker w, a thread block of a fixed grid, has the cells [w * share, (w + 1) * share): all
+// get the same, whatever the lengths are. What a worker has of one item and head is a segment; a
+// segment that is not the whole writes a partial result, and the last worker to arrive merges.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "ops/paged_attention.h"
+
+namespace mrv1::cuda {
+
+constexpr int kAttentionWarps = 4;
+constexpr int kAttentionThreads = 32 * kAttentionWarps;
+constexpr int kUnit = 64;        // positions of a unit, a quarter of them for each warp
+constexpr int kNarrowRows = 16;  // up to here the warps divide the positions of a tile
+constexpr int kWideRows = 64;    // above, they divide its rows
+constexpr int kSegmentCost = 1;  // cells
+constexpr int kMostPieces = 64;  // of an item and head, as one worker merges them
+constexpr int kSplitUnitsLog2 =
+    3;                          // batch invariant: units that are summed as one, from position 0
+constexpr int kWholeLog2 = 28;  // no item is split
+
+struct alignas(16) AttentionItem {
+  int32_t row;      // of the block table
+  int32_t token;    // the request's first query token
+  int32_t first;    // the tile's first row among the request's (token, head of group) pairs
+  int32_t rows;     // of the tile
+  int32_t context;  // position of the request's first query token
+  int32_t begin;    // first position that a row of the tile sees
+  int32_t end;      // past the last
+  int32_t cell;     // where the item starts
+};
+
+// Where a worker starts, with the item copied so that one load is enough.
+struct alignas(16) AttentionWorker {
+  AttentionItem item;
+  int32_t index;  // of the item; num_items if the worker has nothing to do
+  int32_t num_items;
+  int32_t share;         // cells of a worker
+  int32_t granule_log2;  // items are split at multiples of this many units, from position 0
+};
+
+// A worker's part of an item and head.
+struct alignas(16) Segment {
+  AttentionItem item;
+  int32_t head;
+  int32_t cell;            // where the item's head starts
+  int32_t unit, unit_end;  // of the item
+};
+
+// How the kernel runs on a device for a head_dim: the same for the plan and every launch.
+struct AttentionLaunch {
+  int dim = 0;      // head_dim rounded up to what there is a kernel for
+  int stages = 0;   // units in flight; below 2 the GPU has too little shared memory
+  int workers = 0;  // thread blocks
+  size_t shared_bytes = 0;
+};
+AttentionLaunch attention_launch(int32_t head_dim);  // on the current device
+
+// Offsets into AttentionPlan::data.
+struct AttentionPlanLayout {
+  int64_t workers, counters, items, scratch, partials, bytes;
+  int64_t worker_floats;  // partial results of a worker
+  int64_t start_floats;   // where in them that of the segment starts that others continue
+};
+AttentionPlanLayout attention_plan_layout(const AttentionPlan& plan, const AttentionLaunch& launch);
+
+// The units of an item, counted from the one that holds its first visible position.
+struct ItemUnits {
+  int32_t base;  // the first unit, counted from position 0
+  int32_t count;
+  int32_t cells;  // of one head
+
+  __device__ explicit ItemUnits(const AttentionItem& item)
+      : base(item.begin / kUnit),
+        count((item.end + kUnit - 1) / kUnit - base),
+        cells(count + kSegmentCost) {}
+
+  // The first unit whose granule starts at least `cells` after the first unit's cell.
+  __device__ int32_t first_unit(int32_t cells_after, int32_t granule_log2) const {
+    if (cells_after <= 0) return 0;
+    const int32_t mask = (1 << granule_log2) - 1;
+    const int32_t skew = base & mask;
+    return min(count, ((cells_after + skew + mask) & ~mask) - skew);
+  }
+  // The unit at which the granule of `unit` starts.
+  __device__ int32_t granule_start(int32_t unit, int32_t granule_log2) const {
+    const int32_t mask = (1 << granule_log2) - 1;
+    const int32_t skew = base & mask;
+    return max(0, ((unit + skew) & ~mask) - skew);
+  }
+};
+
+}  // namespace mrv1::cuda

@@ -1,0 +1,184 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "copy_stream.h"
+
+#include <array>
+
+#include "check.h"
+
+namespace mrv1::cuda {
+namespace {
+
+constexpr std::string_view kWhere = "copy stream";
+
+// Makes `ordinal` current for a scope, and gives the thread its context.
+class Current {
+ public:
+  explicit Current(int ordinal) : ordinal_(ordinal) {
+    check_cuda(cudaGetDevice(&previous_), kWhere, "cudaGetDevice");
+    check_cuda(cudaSetDevice(ordinal_), kWhere, "cudaSetDevice");
+  }
+  ~Current() {
+    if (previous_ != ordinal_) cudaSetDevice(previous_);
+  }
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+
+ private:
+  int ordinal_;
+  int previous_ = 0;
+};
+
+class Event {
+ public:
+  // With `blocking`, a thread that waits sleeps instead of spinning.
+  explicit Event(bool blocking) {
+    const unsigned flags = cudaEventDisableTiming | (blocking ? cudaEventBlockingSync : 0u);
+    check_cuda(cudaEventCreateWithFlags(&event_, flags), kWhere, "cudaEventCreateWithFlags");
+  }
+  ~Event() {
+    cudaEventDestroy(event_);
+    cudaGetLastError();
+  }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+
+  void record(cudaStream_t stream) {
+    check_cuda(cudaEventRecord(event_, stream), kWhere, "cudaEventRecord");
+  }
+  void wait() { check_cuda(cudaEventSynchronize(event_), kWhere, "cudaEventSynchronize"); }
+  bool passed() {
+    const cudaError_t status = cudaEventQuery(event_);
+    if (status == cudaErrorNotReady) {
+      cudaGetLastError();  // it is remembered, and the next launch must not report it
+      return false;
+    }
+    check_cuda(status, kWhere, "cudaEventQuery");
+    return true;
+  }
+  cudaEvent_t get() const { return event_; }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+class Stream {
+ public:
+  Stream() {
+    check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), kWhere,
+               "cudaStreamCreateWithFlags");
+  }
+  ~Stream() {
+    cudaStreamSynchronize(stream_);
+    cudaStreamDestroy(stream_);
+    cudaGetLastError();
+  }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+class CudaCopyStream final : public CopyStream {
+ public:
+  explicit CudaCopyStream(int ordinal) : ordinal_(ordinal) {
+    const Current current(ordinal);
+    queue_ = std::make_unique<Queue>();
+  }
+
+  void copy_in(void* device_dst, const void* pinned_src, size_t bytes) override {
+    if (bytes == 0) return;
+    const Current current(ordinal_);
+    check_cuda(cudaMemcpyAsync(device_dst, pinned_src, bytes, cudaMemcpyHostToDevice,
+                               queue_->stream.get()),
+               kWhere, "cudaMemcpyAsync");
+  }
+
+  // An event that is taken again stands for a later point, which implies the earlier one.
+  uint64_t record() override {
+    const Current current(ordinal_);
+    event(++ticket_).record(queue_->stream.get());
+    return ticket_;
+  }
+
+  void wait(uint64_t ticket) override {
+    check_internal(ticket <= ticket_, kWhere, "there is no ticket ", ticket);
+    if (ticket == 0) return;
+    const Current current(ordinal_);
+    event(ticket).wait();
+  }
+
+ private:
+  static constexpr uint64_t kEvents = 4;
+  struct Queue {
+    // The stream ends first, and with it the work that the events stand for.
+    std::array<Event, kEvents> events{Event(true), Event(true), Event(true), Event(true)};
+    Stream stream;
+  };
+
+  Event& event(uint64_t ticket) { return queue_->events[ticket % kEvents]; }
+
+  const int ordinal_;
+  std::unique_ptr<Queue> queue_;
+  uint64_t ticket_ = 0;
+};
+
+class EventFence final : public Fence {
+ public:
+  EventFence(int ordinal, cudaStream_t own) : own_(own), ordinal_(ordinal) {
+    const Current current(ordinal);
+    event_ = std::make_unique<Event>(false);
+  }
+
+  void record(void* stream) override {
+    const Current current(ordinal_);
+    event_->record(stream == nullptr ? own_ : static_cast<cudaStream_t>(stream));
+  }
+  bool passed() override {
+    const Current current(ordinal_);
+    return event_->passed();
+  }
+  void wait() override {
+    const Current current(ordinal_);
+    event_->wait();
+  }
+
+ private:
+  cudaStream_t own_;
+  int ordinal_;
+  std::unique_ptr<Event> event_;
+};
+
+}  // namespace
+
+std::unique_ptr<CopyStream> make_copy_stream(int ordinal) {
+  return std::make_unique<CudaCopyStream>(ordinal);
+}
+
+std::unique_ptr<Fence> make_fence(int ordinal, cudaStream_t own) {
+  return std::make_unique<EventFence>(ordinal, own);
+}
+
+void order_streams(int ordinal, cudaStream_t before, cudaStream_t after) {
+  if (before == after) return;
+  const Current current(ordinal);
+  Event event(false);  // what is queued on it stays valid when it is destroyed
+  event.record(before);
+  check_cuda(cudaStreamWaitEvent(after, event.get(), 0), kWhere, "cudaStreamWaitEvent");
+}
+
+void check_external_stream(int ordinal, cudaStream_t stream) {
+  check(stream != nullptr && stream != cudaStreamLegacy && stream != cudaStreamPerThread, "device",
+        "stream = ", reinterpret_cast<uintptr_t>(stream),
+        " is a default stream; steps need one that was made, as graphs cannot be captured from it");
+  int found = -1;
+  const cudaError_t status = cudaStreamGetDevice(stream, &found);
+  if (status != cudaSuccess) cudaGetLastError();
+  check(status == cudaSuccess, "device", "stream = ", reinterpret_cast<uintptr_t>(stream),
+        " is no stream: ", cudaGetErrorString(status));
+  check(found == ordinal, "device", "stream = ", reinterpret_cast<uintptr_t>(stream),
+        " belongs to GPU ", found, ", not ", ordinal);
+}
+
+}  // namespace mrv1::cuda

@@ -1,0 +1,91 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// Between flashinfer_attention.cu, which plans and dispatches, and the files that instantiate
+// FlashInfer's kernels, one head_dim each. FlashInfer's own headers are seen by the latter only.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <string_view>
+
+#include "check.h"
+#include "launch.h"
+#include "ops/paged_attention.h"
+#include "state/step_context.h"
+
+namespace mrv1::cuda {
+
+// Query tokens of one row that a block of the Hopper kernel attends for, one head at a time.
+struct alignas(16) FlashTile {
+  int32_t tile;         // which of the row's tiles
+  int32_t batch;        // batch position
+  int32_t query_begin;  // the row's first token in the step
+  int32_t query_len;    // the row's tokens in the step
+  int32_t page_begin;   // the row's first entry in its group's block table
+  int32_t kv_len;
+  int32_t unused[2];
+};
+
+// Work of the FA2 kernels, one entry per thread block of a key/value head.
+struct FlashBlocks {
+  int32_t* batch;
+  int32_t* tile;   // of the row's query rows: tokens times heads per key/value head
+  int32_t* chunk;  // of the row's keys
+  bool* valid;     // false for the surplus of a grid that the host sized
+  int32_t* chunk_size;
+};
+
+// Addresses inside of a plan's data, all device memory.
+struct FlashPlan {
+  int32_t* num_tiles;   // entries of `tiles` in use
+  int32_t* page_begin;  // [max_requests + 1] per batch position; last: end of the block table
+  FlashTile* tiles;     // prefill on Hopper, the longest first
+  FlashBlocks prefill;  // prefill elsewhere
+  FlashBlocks decode;
+  int32_t* split_begin;  // [max_requests] a decode row's first partial result
+  int32_t* num_splits;   // [max_requests]
+  float* partial_out;    // [splits, heads, head_dim]
+  float* partial_lse;    // [splits, heads] log2 of the sum of exponentials
+};
+
+// Query tokens (Hopper) or query rows (FA2) of a tile, by head_dim.
+constexpr int32_t sm90_tile(int32_t head_dim) { return head_dim == 64 ? 192 : 128; }
+constexpr int32_t kDecodeTile = 16;
+
+// What a kernel needs besides its work list.
+struct FlashArgs {
+  const PagedAttentionParams& params;
+  const StepContext& ctx;
+  const FlashPlan& plan;
+  int32_t grid;  // blocks of an FA2 launch per key/value head; of a Hopper launch in all
+};
+
+// FA2: `tile` is 64 or 128 (128 not for head_dim 256). The decode kernel writes partial results.
+template <int kHeadDim>
+void launch_flash_prefill(const FlashArgs& args, int32_t tile);
+template <int kHeadDim>
+void launch_flash_decode(const FlashArgs& args);
+
+// FA3, sm_90a only.
+template <int kHeadDim>
+void launch_flash_prefill_sm90(const FlashArgs& args);
+
+// Launches a kernel that is not written for overlapped launches: it starts when all work before it
+// has ended. What follows may overlap with it as with any other.
+template <typename... Params, typename... Args>
+void launch_alone(std::string_view op, const StepContext& ctx, void (*kernel)(Params...), dim3 grid,
+                  dim3 block, size_t shared_bytes, const Args&... args) {
+  static_assert(sizeof...(Params) == sizeof...(Args));
+  const OpRange range(op);
+  allow_shared_memory(op, kernel, shared_bytes);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream_of(ctx);
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args...);
+  check_kernel(op, ctx, status, grid, block, shared_bytes);
+}
+
+}  // namespace mrv1::cuda

@@ -1,0 +1,257 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "linear_context.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <limits>
+
+#include "launch.h"
+
+namespace mrv1::cuda {
+namespace {
+
+constexpr std::string_view kOp = "linear";
+constexpr std::string_view kProductOp = "linear (cuBLASLt)";
+// What cuBLASLt's fast algorithms ask of pointers; more makes no difference to them.
+constexpr int64_t kAlignment = 16;
+// Where nothing was measured, the skinny kernels take bfloat16 linears of up to so many rows ...
+constexpr int64_t kSkinnyRows = 64;
+// ... and cuBLASLt float32 linears of at least so many multiply-adds. The tiled kernel does smaller
+// ones as fast, in an order of sums that does not depend on the number of rows.
+constexpr int64_t kLargeProduct = int64_t{1} << 22;
+
+constexpr uint8_t kSiluMul = 1, kBias = 2, kInvariant = 4;
+
+// The number of rows that a plan is made for: rounded up to a power of two up to 16, then to a
+// quarter of the next lower one. Decides how many plans there can be.
+int64_t row_bucket(int64_t rows) {
+  if (rows <= 16) return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(rows)));
+  const int64_t step = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(rows - 1))) / 4;
+  return (rows + step - 1) / step * step;
+}
+
+int64_t alignment_of(const LinearParams& params) {
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(params.x) |
+                         reinterpret_cast<uintptr_t>(params.weight.data) |
+                         reinterpret_cast<uintptr_t>(params.out) | kAlignment;
+  return static_cast<int64_t>(bits & -bits);
+}
+
+bool is_capturing(const StepContext& ctx) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(stream_of(ctx), &status), kOp, "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+CublasLtProduct product(const CublasLt& library, const LinearParams& params,
+                        const CublasLtSteps& steps, int64_t rows) {
+  return CublasLtProduct(library, params.weight.rows, params.weight.cols, rows, params.dtype,
+                         steps.product_dtype, steps.epilogue_bias);
+}
+
+size_t product_workspace(const StepContext& ctx) {
+  return std::min(ctx.workspace_bytes, static_cast<size_t>(kCublasLtWorkspace));
+}
+
+}  // namespace
+
+CublasLtSteps cublaslt_steps(const LinearParams& params, int64_t rows, const StepContext& ctx) {
+  CublasLtSteps steps{};
+  const bool bias_later = params.bias != nullptr && params.out_dtype != DType::kF32;
+  // A bias is added before the sum is rounded.
+  steps.product_dtype = bias_later ? DType::kF32 : params.out_dtype;
+  steps.to_workspace = params.silu_mul || bias_later;
+  (steps.to_workspace ? steps.later_bias : steps.epilogue_bias) = params.bias;
+  steps.piece_rows = rows;
+  if (steps.to_workspace) {
+    const int64_t room =
+        std::max<int64_t>(static_cast<int64_t>(ctx.workspace_bytes) - kCublasLtWorkspace, 0);
+    const int64_t row_bytes =
+        params.weight.rows * static_cast<int64_t>(dtype_size(steps.product_dtype));
+    const int64_t fit = room / row_bytes;
+    if (rows > fit) {
+      // Pieces of equal size, in whole tiles: a small last one would cost as much as a large one.
+      constexpr int64_t kTileRows = 128;
+      const int64_t pieces = fit > 0 ? (rows + fit - 1) / fit : 0;
+      const int64_t even = pieces > 0 ? (rows + pieces - 1) / pieces : 0;
+      steps.piece_rows = std::min((even + kTileRows - 1) / kTileRows * kTileRows, fit);
+    }
+  }
+  return steps;
+}
+
+LinearContext::LinearContext(const LinearOptions& options, std::string_view card)
+    : tune_(options.tune), entries_(256) {
+  if (options.use_library) {
+    library_ = &open_cublaslt(options.libraries);
+  }
+  check(!tune_ || !options.table_dirs.empty(), kOp, "tuning needs a directory for its tables");
+  const std::string file =
+      LinearTable::file_name(card, library_ != nullptr ? library_->version : "");
+  for (const std::string& directory : options.table_dirs) {
+    const std::string path = directory + "/" + file;
+    if (tuned_path_.empty()) {
+      tuned_path_ = path;
+      tuned_.read(path);
+    }
+    table_.read(path);
+  }
+  // Last, so that nothing that throws comes after it.
+  if (library_ != nullptr) library_->check_status(library_->create(&handle_), "cublasLtCreate");
+}
+
+LinearContext::~LinearContext() {
+  if (handle_ != nullptr) library_->destroy(handle_);
+}
+
+LinearPlan LinearContext::plan(const LinearParams& params, int64_t rows, const StepContext& ctx) {
+  const WeightView& weight = params.weight;
+  // What goes through the workspace in pieces is planned for a piece.
+  const int64_t piece =
+      params.silu_mul || params.bias != nullptr ? cublaslt_steps(params, rows, ctx).piece_rows : 0;
+  const int64_t planned = piece > 0 ? piece : rows;
+  const int64_t alignment = alignment_of(params);
+  Key key;
+  key.n = static_cast<int32_t>(weight.rows);
+  key.k = static_cast<int32_t>(weight.cols);
+  key.rows = static_cast<int32_t>(row_bucket(planned));
+  key.dtype = params.dtype;
+  key.out_dtype = params.out_dtype;
+  key.flags =
+      static_cast<uint8_t>((params.silu_mul ? kSiluMul : 0) | (params.bias != nullptr ? kBias : 0) |
+                           (ctx.batch_invariant ? kInvariant : 0));
+  key.alignment = static_cast<uint8_t>(alignment);
+  const std::lock_guard lock(mutex_);
+  if (const Entry& found = slot(entries_, key); found.key.rows != 0) return found.plan;
+  const LinearShape shape = {weight.rows,           weight.cols,      key.rows,
+                             params.dtype,          params.out_dtype, params.silu_mul,
+                             params.bias != nullptr};
+  const LinearPlan plan = choose(params, shape, planned, alignment, ctx);
+  insert(key, plan);
+  return plan;
+}
+
+LinearPlan LinearContext::choose(const LinearParams& params, const LinearShape& shape, int64_t rows,
+                                 int64_t alignment, const StepContext& ctx) {
+  LinearPlan plan;
+  const bool skinny = skinny_supports(params, rows);
+  if (ctx.batch_invariant) {
+    if (skinny) {
+      plan.kind = LinearKind::kSkinny;
+      plan.skinny = skinny_invariant(shape.n, shape.k, shape.silu_mul);
+    }
+    return plan;
+  }
+  if (alignment >= kAlignment) {
+    const bool measure = tune_ && tuned_.find_exact(shape) == nullptr && !is_capturing(ctx);
+    if (measure && tune(params, shape, rows, ctx, &plan)) return plan;
+    const LinearConfig* measured = table_.find(shape);
+    if (measured != nullptr && make_plan(params, *measured, rows, ctx, &plan)) return plan;
+  }
+  if (skinny && rows <= kSkinnyRows) {
+    plan.kind = LinearKind::kSkinny;
+    plan.skinny = skinny_default(rows, shape.n, shape.k, shape.silu_mul);
+    return plan;
+  }
+  const bool small = params.dtype == DType::kF32 &&
+                     rows * shape.n < kLargeProduct / std::min(shape.k, kLargeProduct);
+  if (!small && heuristic_plan(params, rows, alignment, ctx, &plan)) return plan;
+  if (skinny) {
+    plan.kind = LinearKind::kSkinny;
+    plan.skinny = skinny_default(rows, shape.n, shape.k, shape.silu_mul);
+  }
+  return plan;
+}
+
+bool LinearContext::make_plan(const LinearParams& params, const LinearConfig& config, int64_t rows,
+                              const StepContext& ctx, LinearPlan* plan) const {
+  const WeightView& weight = params.weight;
+  LinearPlan made;
+  made.kind = config.kind;
+  if (config.kind == LinearKind::kSkinny) {
+    if (!skinny_supports(params, rows)) return false;
+    const auto configs = skinny_configs(rows, weight.rows, weight.cols, params.silu_mul);
+    // A file may be older than the kernels.
+    const bool known = std::find(configs.begin(), configs.end(), config.skinny) != configs.end();
+    made.skinny =
+        known ? config.skinny : skinny_default(rows, weight.rows, weight.cols, params.silu_mul);
+  } else if (config.kind == LinearKind::kCublasLt) {
+    if (library_ == nullptr) return false;
+    const CublasLtSteps steps = cublaslt_steps(params, rows, ctx);
+    if (steps.piece_rows == 0) return false;
+    const CublasLtProduct described = product(*library_, params, steps, rows);
+    if (!described.algorithm(handle_, config.cublaslt, &made.algo) ||
+        !described.supports(handle_, made.algo, product_workspace(ctx))) {
+      return false;
+    }
+  }
+  *plan = made;
+  return true;
+}
+
+bool LinearContext::heuristic_plan(const LinearParams& params, int64_t rows, int64_t alignment,
+                                   const StepContext& ctx, LinearPlan* plan) const {
+  if (library_ == nullptr) return false;
+  const CublasLtSteps steps = cublaslt_steps(params, rows, ctx);
+  if (steps.piece_rows == 0) return false;
+  cublasLtMatmulHeuristicResult_t result;
+  if (product(*library_, params, steps, rows)
+          .heuristics(handle_, product_workspace(ctx), alignment, 1, &result) == 0) {
+    return false;
+  }
+  plan->kind = LinearKind::kCublasLt;
+  plan->algo = result.algo;
+  return true;
+}
+
+void LinearContext::multiply(const LinearParams& params, const LinearPlan& plan,
+                             const CublasLtSteps& steps, int64_t first_row, int64_t rows, void* out,
+                             const StepContext& ctx) const {
+  const OpRange range(kProductOp);
+  const CublasLtProduct described = product(*library_, params, steps, rows);
+  const char* x = static_cast<const char*>(params.x) +
+                  first_row * params.weight.cols * static_cast<int64_t>(dtype_size(params.dtype));
+  const size_t workspace_bytes = product_workspace(ctx);
+  const auto run = [&](const cublasLtMatmulAlgo_t& algo) {
+    return described.run(handle_, algo, params.weight.data, x, out, ctx.workspace, workspace_bytes,
+                         stream_of(ctx));
+  };
+  cublasStatus_t status = run(plan.algo);
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) {
+    // The algorithm suits the plan's number of rows but not this one.
+    cublasLtMatmulHeuristicResult_t result;
+    if (described.heuristics(handle_, workspace_bytes, alignment_of(params), 1, &result) > 0) {
+      status = run(result.algo);
+    }
+  }
+  library_->check_status(status, "cublasLtMatmul");
+  if (ctx.device != nullptr) ++ctx.device->counters().kernel_launches;
+  if (ctx.sync_launches) check_kernel(kProductOp, ctx, cudaSuccess, dim3(), dim3(), 0);
+}
+
+LinearContext::Entry& LinearContext::slot(std::vector<Entry>& entries, const Key& key) const {
+  uint64_t words[2];
+  std::memcpy(words, &key, sizeof(key));
+  uint64_t hash = words[0] * 0x9e3779b97f4a7c15ull ^ words[1];
+  hash = (hash ^ hash >> 32) * 0xd6e8feb86659fd93ull;
+  hash ^= hash >> 32;
+  for (size_t at = hash;; ++at) {
+    Entry& entry = entries[at & (entries.size() - 1)];
+    if (entry.key.rows == 0 || std::memcmp(&entry.key, &key, sizeof(key)) == 0) return entry;
+  }
+}
+
+void LinearContext::insert(const Key& key, const LinearPlan& plan) {
+  if (2 * (num_entries_ + 1) > entries_.size()) {
+    std::vector<Entry> larger(entries_.size() * 2);
+    for (const Entry& entry : entries_) {
+      if (entry.key.rows != 0) slot(larger, entry.key) = entry;
+    }
+    entries_ = std::move(larger);
+  }
+  slot(entries_, key) = {key, plan};
+  ++num_entries_;
+}
+
+}  // namespace mrv1::cuda

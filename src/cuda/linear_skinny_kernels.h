@@ -1,0 +1,78 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// Between linear_skinny.cc and the kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "launch.h"
+#include "linear_skinny.h"
+
+namespace mrv1::cuda {
+
+constexpr std::string_view kSkinnyOp = "linear";
+
+// What the kernels get of a linear.
+struct SkinnyArgs {
+  const BFloat16* x;       // [tokens, k]
+  const BFloat16* weight;  // [n, k]
+  const float* bias;       // [n] or null
+  void* out;               // [tokens, out_cols], bfloat16 or float32
+  int tokens, n, k;
+  int out_cols;  // n, or n / 2 with silu
+  bool silu;
+  bool out_f32;
+};
+
+struct DeviceLimits {
+  int sms = 0;
+  int major = 0;
+};
+DeviceLimits device_limits();
+
+void skinny_mma(const SkinnyArgs& args, const SkinnyConfig& config, const DeviceLimits& limits,
+                const StepContext& ctx);
+void skinny_wgmma(const SkinnyArgs& args, const SkinnyConfig& config, const DeviceLimits& limits,
+                  const StepContext& ctx);
+
+// Stores one output of a token. Device code.
+#if defined(__CUDACC__)
+__device__ __forceinline__ void skinny_store(const SkinnyArgs& args, int token, int col,
+                                             float value) {
+  const int64_t at = int64_t{token} * args.out_cols + col;
+  if (args.out_f32) {
+    static_cast<float*>(args.out)[at] = value;
+  } else {
+    static_cast<BFloat16*>(args.out)[at] = from_float<BFloat16>(value);
+  }
+}
+
+// Stores four neighbours; `whole` says that they may be stored at once.
+__device__ __forceinline__ void skinny_store4(const SkinnyArgs& args, int token, int col,
+                                              const float (&values)[4], bool whole) {
+  if (!whole) {
+    for (int i = 0; i < 4 && col + i < args.out_cols; ++i) {
+      skinny_store(args, token, col + i, values[i]);
+    }
+    return;
+  }
+  const int64_t at = int64_t{token} * args.out_cols + col;
+  if (args.out_f32) {
+    *reinterpret_cast<float4*>(static_cast<float*>(args.out) + at) =
+        make_float4(values[0], values[1], values[2], values[3]);
+  } else {
+    const auto bits = [&](int i) { return uint32_t{from_float<BFloat16>(values[i]).bits}; };
+    *reinterpret_cast<uint2*>(static_cast<BFloat16*>(args.out) + at) =
+        make_uint2(bits(0) | bits(1) << 16, bits(2) | bits(3) << 16);
+  }
+}
+
+// silu(gate) * up, both rounded to bfloat16 first.
+__device__ __forceinline__ float skinny_silu_mul(float gate, float up) {
+  gate = to_float(from_float<BFloat16>(gate));
+  up = to_float(from_float<BFloat16>(up));
+  return gate / (1.0f + expf(-gate)) * up;
+}
+#endif
+
+}  // namespace mrv1::cuda

@@ -1,0 +1,10 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// The __global__ kernel of FA3 for head_dim 64.
+#include "flashinfer_sm90.cuh"
+
+namespace mrv1::cuda {
+
+template void launch_flash_prefill_sm90<64>(const FlashArgs& args);
+
+}  // namespace mrv1::cuda

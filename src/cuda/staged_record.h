@@ -1,0 +1,30 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "state/control_record.h"
+
+namespace mrv1::cuda {
+
+// What apply() leaves in StepRings::staged for the phases after it: the record's header, whose
+// entries_offset is kStagedEntries, the time the step began, and the batch entries.
+struct StagedRecord {
+  ControlHeader header;
+  uint64_t begin_ns;
+};
+constexpr uint32_t kStagedEntries = 128;
+static_assert(sizeof(StagedRecord) <= kStagedEntries && kStagedEntries % 16 == 0);
+static_assert(sizeof(BatchEntry) == 16, "an entry moves with one load and one store");
+
+__device__ __forceinline__ const BatchEntry* staged_entries(const StagedRecord* staged) {
+  return record_array<BatchEntry>(&staged->header, kStagedEntries);
+}
+
+__device__ __forceinline__ uint64_t device_clock_ns() {
+  uint64_t ns;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+  return ns;
+}
+
+}  // namespace mrv1::cuda

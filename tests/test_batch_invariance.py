@@ -1,0 +1,145 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""Batch-invariant runners: what else is in a batch changes no bit of a row's logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mrv1.runner import ModelRunner, RowHandle
+from serving_tools import (
+    MODELS,
+    BlockPool,
+    greedy,
+    make_prompt,
+    num_blocks,
+    open_runner,
+    run_to_end,
+    seeded,
+    tokens_of,
+)
+
+OUTPUTS = 24
+MODEL_NAMES = sorted(path.name for path in MODELS.iterdir() if path.is_dir())
+LENGTHS = (3, 61, 17, 130, 40)
+
+
+def vocab_of(model: Path) -> int:
+    vocab: int = json.loads((model / "config.json").read_text())["vocab_size"]
+    return vocab
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def runner(device: str, request: pytest.FixtureRequest) -> Iterator[ModelRunner]:
+    opened = open_invariant(device, MODELS / "llama2", dtype=request.param)
+    yield opened
+    opened.close()
+
+
+def open_invariant(device: str, model: Path, **options: Any) -> ModelRunner:
+    defaults: dict[str, Any] = {"max_num_seqs": 6, "num_kv_blocks": 400, "dtype": "bfloat16"}
+    return open_runner(device, model, batch_invariant=True, **{**defaults, **options})
+
+
+def add(runner: ModelRunner, pool: BlockPool, prompt: Sequence[int]) -> RowHandle:
+    blocks = pool.take(num_blocks(len(prompt) + OUTPUTS))
+    return runner.add_row(prompt, greedy(OUTPUTS), block_ids=blocks)
+
+
+def logits_alone(runner: ModelRunner, prompt: Sequence[int], steps: int) -> list[np.ndarray]:
+    """Logits after the whole prompt in one step, then of decode steps, with nothing beside it."""
+    row = add(runner, BlockPool(runner), prompt)
+    logits = []
+    runner.execute([(row, len(prompt))]).result()
+    logits.append(runner.logits(0))
+    for _ in range(steps):
+        runner.execute([(row, 1)]).result()
+        logits.append(runner.logits(0))
+    runner.free_row(row)
+    return logits
+
+
+def test_logits_in_a_batch_are_those_of_the_row_alone(runner: ModelRunner) -> None:
+    prompts = [make_prompt(length, length) for length in LENGTHS]
+    alone = [logits_alone(runner, prompt, 6) for prompt in prompts]
+    pool = BlockPool(runner)
+    rows = [add(runner, pool, prompt) for prompt in prompts]
+    batch = [(row, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+    for step in range(7):
+        runner.execute(batch).result()
+        for item in range(len(rows)):
+            np.testing.assert_array_equal(runner.logits(item), alone[item][step])
+        batch = [(row, 1) for row in rows]
+    for row in rows:
+        runner.free_row(row)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
+def test_chunks_of_a_prompt_change_nothing(runner: ModelRunner, chunk: int) -> None:
+    prompt = make_prompt(130, 9)
+    whole = logits_alone(runner, prompt, 2)
+    pool = BlockPool(runner)
+    other = add(runner, pool, make_prompt(9, 1))
+    runner.execute([(other, 9)]).result()
+    row = add(runner, pool, prompt)
+    left = len(prompt)
+    decodes = 0
+    while left > 0:
+        count = min(chunk, left)
+        left -= count
+        batch = [(row, count)]
+        if decodes < OUTPUTS - 2:
+            batch.append((other, 1))
+            decodes += 1
+        runner.execute(batch).result()
+    np.testing.assert_array_equal(runner.logits(0), whole[0])
+    for step in (1, 2):
+        runner.execute([(row, 1)]).result()
+        np.testing.assert_array_equal(runner.logits(0), whole[step])
+    runner.free_row(row)
+    runner.free_row(other)
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_tokens_do_not_depend_on_batch_or_run_ahead(device: str, name: str) -> None:
+    model = MODELS / name
+    runner = open_invariant(device, model)
+    try:
+        vocab = vocab_of(model)
+        requests = [
+            (make_prompt(length, length, vocab), greedy(OUTPUTS) if length % 2 else seeded(length, OUTPUTS))
+            for length in (4, 33, 90)
+        ]
+        alone = [tokens_of(run_to_end(runner, prompt, params)) for prompt, params in requests]
+        for ahead in (1, 3):
+            pool = BlockPool(runner)
+            rows = [
+                runner.add_row(prompt, params, block_ids=pool.take(num_blocks(len(prompt) + OUTPUTS)))
+                for prompt, params in requests
+            ]
+            tokens: list[list[int]] = [[] for _ in rows]
+            pending = []
+
+            def take_in() -> None:
+                for output in pending.pop(0).result():
+                    if output.token_id is not None:
+                        tokens[rows.index(output.row)].append(output.token_id)
+
+            batch = [(row, len(prompt)) for row, (prompt, _) in zip(rows, requests, strict=True)]
+            for _ in range(OUTPUTS):
+                pending.append(runner.execute(batch))
+                if len(pending) >= ahead:
+                    take_in()
+                batch = [(row, 1) for row in rows]
+            while pending:
+                take_in()
+            assert tokens == alone
+            for row in rows:
+                runner.free_row(row)
+    finally:
+        runner.close()

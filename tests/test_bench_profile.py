@@ -1,0 +1,142 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""Profiles: which op a kernel belongs to, and what its time is."""
+
+from __future__ import annotations
+
+import pytest
+
+from mrv1 import bench, shapes
+from mrv1._cupti import Kernel
+from mrv1.bench_profile import (
+    assign,
+    costs_by_label,
+    format_profile,
+    kernel_kind,
+    label_costs,
+    step_ops,
+    take_apart,
+    weight_label,
+)
+from mrv1.config import ModelConfig
+from mrv1.errors import InternalError
+from mrv1.loader import wire_model
+
+CONFIG = ModelConfig.from_values(shapes.shape_config("qwen3-0.6b", 2)[1])
+
+FRONT = ["apply_kernel", "infer_params_kernel", "infer_tokens_kernel", "plan_kernel"]
+LAYER = [
+    "rms_norm_kernel",
+    "mma_kernel",
+    "qkv_prepare_kernel",
+    "native_attention_kernel",
+    "merge_kernel",
+    "nvjet_tst_64x8",
+    "rms_norm_kernel",
+    "linear_skinny_kernel",
+    "mma_kernel",
+]
+BACK = ["rms_norm_kernel", "gather_rows_kernel", "wgmma_kernel", "scan_kernel", "finish_kernel"]
+BACK += ["advance_kernel"]
+NAMES = [*FRONT, "embedding_kernel", *LAYER, *LAYER, *BACK]
+LAYER_LABELS = [
+    "norm",
+    "qkv_proj",
+    "qkv_prepare",
+    "attention",
+    "attention",
+    "o_proj",
+    "norm",
+    "gate_up_proj",
+    "down_proj",
+]
+LABELS = [
+    *["apply", "infer_params", "infer_params", "plan_attention", "embedding"],
+    *LAYER_LABELS * 2,
+    *["norm", "gather_rows", "logits", "sample", "sample", "advance"],
+]
+
+
+def test_weights_have_the_names_of_tables() -> None:
+    stacked = "model.layers.0.self_attn."
+    names = [f"{stacked}{part}_proj.weight" for part in "qkv"]
+    assert weight_label("+".join(names)) == "qkv_proj"
+    assert weight_label("a.mlp.gate_proj.weight+a.mlp.up_proj.weight") == "gate_up_proj"
+    assert weight_label("a.mlp.down_proj.weight") == "down_proj"
+    assert weight_label("logits") == "logits"
+
+
+@pytest.mark.parametrize("shape", ["qwen3-0.6b", "llama3-8b"])
+def test_every_op_of_a_program_has_a_place(shape: str) -> None:
+    config = ModelConfig.from_values(shapes.shape_config(shape, 2)[1])
+    for fusion in (True, False):
+        ops = step_ops(wire_model(config, "bfloat16", fusion=fusion))
+        labels = [op.label for op in ops if op.kind == "linear"]
+        layer = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+        assert labels == [*layer, *layer, "logits"]
+        assert ops[0].label == "apply"
+        assert ops[-1].label == "advance"
+    costs = costs_by_label(bench.decode_costs(config, "bfloat16", 4, 100))
+    assert {"logits", "attention", "norm", *labels} <= costs.keys()
+    assert len(costs["norm"]) == 5
+
+
+def test_kernels_are_assigned_by_their_place() -> None:
+    ops = step_ops(wire_model(CONFIG, "bfloat16"))
+    assert assign(ops, NAMES) == LABELS
+    assert kernel_kind("merge_kernel") is None
+
+
+def test_a_product_of_several_kernels_is_one_op() -> None:
+    ops = step_ops(wire_model(CONFIG, "bfloat16"))
+    place = NAMES.index("linear_skinny_kernel")
+    # One with a kernel of no kind behind it, then a run that cannot be divided.
+    names = [*NAMES[: place + 1], "splitk_end", *NAMES[place + 1 :]]
+    labels = assign(ops, names)
+    assert labels[place : place + 3] == ["gate_up_proj", "gate_up_proj", "down_proj"]
+    names[place + 1] = "gemm_end"
+    labels = assign(ops, names)
+    assert labels[place : place + 3] == ["gate_up_proj + down_proj"] * 3
+    assert len(label_costs(labels[place], {"down_proj": [bench.OpCost("a", 1, 1)]})) == 1
+
+
+def test_an_op_without_a_kernel_is_passed_over() -> None:
+    ops = step_ops(wire_model(CONFIG, "bfloat16"))
+    for gone in ("qkv_prepare_kernel", "gather_rows_kernel", "plan_kernel"):
+        kept = [index for index, name in enumerate(NAMES) if name != gone]
+        assert assign(ops, [NAMES[index] for index in kept]) == [LABELS[index] for index in kept]
+    # What is in no program belongs to what it follows.
+    assert assign(ops, ["memset", *NAMES, "silu_mul_kernel"]) == ["other", *LABELS, "advance"]
+
+
+def kernel(name: str, start: int, end: int, launch: int, node: int, graph: int = 1) -> Kernel:
+    return Kernel(name, start, end, launch, graph, node, (1, 1, 1), (32, 1, 1))
+
+
+def test_times_add_up_to_the_step() -> None:
+    ops = step_ops(wire_model(CONFIG, "bfloat16"))
+    kernels = [kernel("outside", 0, 5, 1, 0, graph=0)]
+    for launch, begin in ((7, 1_000), (8, 101_000)):
+        for node, name in enumerate(NAMES):
+            # Each begins a microsecond before the one before it has ended, save one: a gap.
+            start = begin + 2_000 * node + (500 if name == "scan_kernel" else -1_000)
+            kernels.append(kernel(name, start, begin + 2_000 * (node + 1), launch, node))
+    profile = take_apart(ops, kernels[::-1], 0.06)
+    count = len(NAMES)
+    assert profile.steps == 2
+    assert profile.span_us == pytest.approx(2 * count + 1)
+    assert profile.gaps_us == pytest.approx(0.5)
+    assert profile.between_us == pytest.approx(100 - 2 * count - 1)
+    assert sum(op.own_us for op in profile.ops) == pytest.approx(profile.span_us)
+    times = {op.label: op for op in profile.ops}
+    assert (times["attention"].kernels, times["attention"].busy_us) == (4, pytest.approx(12))
+    assert times["attention"].own_us == pytest.approx(8)
+    assert times["attention"].names == {"native_attention_kernel": 4, "merge_kernel": 4}
+    assert times["apply"].own_us == pytest.approx(3)
+    costs = bench.decode_costs(CONFIG, "bfloat16", 8, 1088)
+    text = format_profile(profile, costs, bench.Rates(4570.0, 790e3))
+    lines = text.splitlines()
+    assert len(lines) == 1 + len(profile.ops) + 1
+    assert "native_attention_kernel, merge_kernel" in text
+    assert lines[-1].startswith("2 steps: 59.0 us")
+    with pytest.raises(InternalError, match="graph"):
+        take_apart(ops, kernels[:1], 0.06)
