@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from mrv1 import _core
+from mrv1 import _core, tuning
 
 DATA = Path(__file__).parent / "data"
 
@@ -39,7 +39,7 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def native_device(device: str) -> Iterator[_core.Device]:
     """A native device shared by tests of single ops."""
-    native = _core.Device(device, num_threads=2)
+    native = tuning.make_device(device, num_threads=2)
     yield native
     native.close()
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 """The contract of the step, line by line: `test_line_<n>_...` is line n of docs/architecture.md.
 
-Of graph replay, line 10 holds what exists: steps are padded to a size, which keeps the rules of
-line 3 and changes no token.
+What line 10 says of graphs is tested in test_graphs.py; here, that padding keeps the rules of line 3
+and changes no token.
 """
 
 from __future__ import annotations
@@ -416,7 +416,7 @@ def test_line_5_resume_gives_the_same_tokens(
 
 def test_line_5_known_prefix_is_not_computed_again(opened: Open, reference: SlowReference) -> None:
     """num_computed at admission: blocks that another row filled are read, not written."""
-    runner = opened()
+    runner = opened(graph_mode="eager")  # sizes are looked at: no padding
     prompt = make_prompt(14, 5)
     first = runner.add_row(prompt, greedy(4), block_ids=[1, 2, 3, 4, 5])
     runner.execute([(first, 14)]).result()
@@ -872,7 +872,7 @@ def test_line_9_nan_logits_end_the_request_and_no_other(
 def test_line_10_padded_sizes_change_no_token(
     opened: Open, reference: SlowReference, requests: int, tokens: int
 ) -> None:
-    runner = opened(pad_requests=requests, pad_tokens=tokens)
+    runner = opened(pad_requests=requests, pad_tokens=tokens, graph_mode="eager")
     pool = BlockPool(runner)
     chosen = [(make_prompt(13, 1), greedy(10)), (make_prompt(30, 2), seeded(8, 10))]
     rows = [
@@ -939,7 +939,9 @@ def read_back(runner: ModelRunner, prompt: list[int], blocks: list[int], start: 
 
 def test_long_prompt_is_split_over_records(opened: Open, long_model: Path) -> None:
     """A record takes 256 KiB of changes, 65,536 ids; prompts of three times that arrive whole."""
-    runner = opened(model=long_model, block_size=16, num_kv_blocks=12_600, max_num_seqs=2)
+    runner = opened(
+        model=long_model, block_size=16, num_kv_blocks=12_600, max_num_seqs=2, graph_mode="eager"
+    )
     prompt = make_prompt(199_000, 1)
     blocks = list(range(1, 12_600))
     random.Random(1).shuffle(blocks)

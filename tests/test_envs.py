@@ -20,6 +20,13 @@ DEFAULTS = {
     "MRV1_LOG_LEVEL": None,
     "MRV1_NO_PROGRESS": False,
     "MRV1_FUSION": True,
+    "MRV1_GRAPH_MODE": "auto",
+    "MRV1_ATTENTION_BACKEND": "native",
+    "MRV1_BATCH_INVARIANT": False,
+    "MRV1_SYNC": False,
+    "MRV1_CUBLASLT": None,
+    "MRV1_TUNE": False,
+    "MRV1_TUNE_DIR": "~/.cache/mrv1/tuning",
 }
 
 
@@ -52,6 +59,10 @@ def test_unset_or_empty_gives_the_default(
         ("MRV1_NO_PROGRESS", "Yes", True),
         ("MRV1_FUSION", "0", False),
         ("MRV1_FUSION", "off", False),
+        ("MRV1_GRAPH_MODE", "Piecewise", "piecewise"),
+        ("MRV1_ATTENTION_BACKEND", "FlashInfer", "flashinfer"),
+        ("MRV1_BATCH_INVARIANT", "1", True),
+        ("MRV1_SYNC", "on", True),
     ],
 )
 def test_values(name: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:

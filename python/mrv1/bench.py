@@ -69,6 +69,7 @@ class Record(_RequiredKeys, total=False):
     x_floor: float | None
     idle_share: float | None
     counts: bool
+    fault: str
     peer_name: str
     peer_step_ms: float
     peer_tokens_per_s: float
@@ -326,6 +327,8 @@ def make_record(
             record["x_floor"] = round(timing.step_ms / floor, 3)
         if rates.counts is not None:
             record["counts"] = rates.counts
+            if not rates.counts:
+                record["fault"] = f"the plain read reached {record['read_gb_s']} GB/s only"
     if timing.idle_share is not None:
         record["idle_share"] = round(timing.idle_share, 5)
     return record
@@ -416,11 +419,8 @@ def format_table(records: Sequence[Record]) -> str:
         if any(cell != "-" for cell in cells):
             columns.append([title, *cells])
     lines = format_columns(columns, left=2)
-    slow = {record["read_gb_s"] for record in records if record.get("counts") is False}
-    lines += [
-        f"Does not count: the plain read reached {rate} GB/s only."
-        for rate in sorted(slow, key=str)
-    ]
+    faults = dict.fromkeys(record["fault"] for record in records if "fault" in record)
+    lines += [f"Does not count: {fault}." for fault in faults]
     return "\n".join(lines)
 
 

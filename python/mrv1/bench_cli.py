@@ -437,7 +437,7 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
             for context in options.context if kind == "even" else options.context[:1]:
                 for batch in options.batch:
                     lengths = bench_op.request_lengths(kind, batch, context)
-                    for backend, cost, timing in bench_op.measure_attention(
+                    for backend, cost, timing, fault in bench_op.measure_attention(
                         device, config, dtype, lengths, options.steps, working_set, options.backend
                     ):
                         made = record(cost, timing)
@@ -445,6 +445,8 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
                             made["lengths"] = kind
                         if options.device == "cuda":
                             made["backend"] = backend
+                        if fault is not None:
+                            made["counts"], made["fault"] = False, fault
                         records.append(made)
         return records
     finally:

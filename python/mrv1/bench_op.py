@@ -26,6 +26,9 @@ _MAX_COPIES: Final = 256
 _LOG_UNIFORM_MOST: Final = 32768
 _ONE_LONG: Final = (65536, 512)
 
+# Of the largest value, that the results of two backends in bfloat16 may differ by.
+_TOLERANCE: Final = 0.05
+
 LINEARS: Final = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "logits")
 ATTENTION: Final = "attention"
 OPS: Final = (*LINEARS, ATTENTION)
@@ -107,7 +110,7 @@ def measure_attention(
     repeats: int,
     working_set: int,
     backends: Sequence[str] = ("native",),
-) -> Iterator[tuple[str, OpCost, Timing]]:
+) -> Iterator[tuple[str, OpCost, Timing, str | None]]:
     """Times the attention of one layer, with its rotary embedding and cache write.
 
     A run computes it over as many different caches as `working_set` holds, at most 256.
@@ -122,17 +125,26 @@ def measure_attention(
         backends: Keys of `BACKENDS`.
 
     Yields:
-        For each backend its name, what the op must do, and its time.
+        For each backend its name, what the op must do, its time, and what is wrong with its result
+        if it is not that of the first.
     """
     size = 4 if dtype == "float32" else 2
     cost = attention_cost(config, size, 1, sum(lengths))
     copies = _copies(working_set, cost.read_bytes)
-    session = _attention_session(device, config, dtype, lengths, copies)
+    session, output = _attention_session(device, config, dtype, lengths, copies)
+    first: np.ndarray | None = None
     try:
         for backend in backends:
             session.set_options(attention_backend=BACKENDS[backend])
             context = round(sum(lengths) / len(lengths))
-            yield backend, cost, _timed(session, len(lengths), context, repeats, copies)
+            timing = _timed(session, len(lengths), context, repeats, copies)
+            result = session.value(output, len(lengths))
+            first = result if first is None else first
+            off = float(np.abs(result - first).max())
+            fault = None
+            if not off <= _TOLERANCE * float(np.abs(first).max()):
+                fault = f"attention by {backend} is off by {off:.3g} from that by {backends[0]}"
+            yield backend, cost, timing, fault
     finally:
         session.close()
 
@@ -183,7 +195,7 @@ def _attention_session(
     dtype: str,
     lengths: Sequence[int],
     copies: int,
-) -> _core.ProgramSession:
+) -> tuple[_core.ProgramSession, int]:
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     batch, longest = len(lengths), max(lengths)
     per_row = [-(-length // _BLOCK_SIZE) for length in lengths]
@@ -238,4 +250,4 @@ def _attention_session(
         ("block_table", table.ravel()),
     ):
         session.set_ints(name, ints)
-    return session
+    return session, result

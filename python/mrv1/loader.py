@@ -9,7 +9,6 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TypedDict
 
 from mrv1 import _core, envs, tuning

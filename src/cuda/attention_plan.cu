@@ -27,7 +27,9 @@ struct PlanArgs {
   int32_t num_workers, num_requests;
   int32_t group, num_kv_heads, window;
   AttentionRows rows;
-  bool splits;         // batch invariant
+  cuda::AttentionTiles tiles;
+  const int32_t* block_table;  // of the group; null if the plan looks up no blocks
+  int32_t max_blocks, block_size;
   int64_t split_rows;  // tile rows of splits that a worker's partial results can hold
 };
 
@@ -40,6 +42,43 @@ __device__ int32_t last_start(const int32_t* starts, int32_t count, int32_t valu
     count -= half;
   }
   return low;
+}
+
+// Fills in the first segment of the worker that starts in worker.index at cell `start`, and the
+// blocks of its first unit.
+__device__ void find_segment(const PlanArgs& args, cuda::AttentionWorker& worker, int32_t start) {
+  cuda::Segment& segment = worker.first;
+  segment.item = args.items[worker.index];
+  const int32_t item_cells = cuda::ItemUnits(segment.item).cells;
+  segment.head = (start - segment.item.cell) / item_cells;
+  segment.cell = segment.item.cell + segment.head * item_cells;
+  for (;;) {
+    const cuda::ItemUnits units(segment.item);
+    const int32_t first = segment.cell + cuda::kSegmentCost;
+    segment.unit = units.first_unit(start - first, worker.granule_log2);
+    segment.unit_end = units.first_unit(worker.end - first, worker.granule_log2);
+    if (segment.unit < segment.unit_end) break;
+    segment.cell += units.cells;
+    if (++segment.head == args.num_kv_heads) {
+      segment.head = 0;
+      ++worker.index;
+    }
+    if (worker.index == worker.num_items || segment.cell >= worker.end) {
+      worker.index = worker.num_items;
+      return;
+    }
+    segment.item = args.items[worker.index];
+  }
+  if (args.block_table == nullptr) return;
+  const int32_t unit = cuda::ItemUnits(segment.item).base + segment.unit;
+  for (int warp = 0; warp < cuda::kAttentionWarps; ++warp) {
+    const int32_t position = unit * cuda::kUnit + warp * cuda::kWarpPositions;
+    worker.blocks[warp] = 0;
+    if (position < segment.item.end && position + cuda::kWarpPositions > segment.item.begin) {
+      worker.blocks[warp] = args.block_table[int64_t{segment.item.row} * args.max_blocks +
+                                             position / args.block_size];
+    }
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArgs args, InferParams infer) {
@@ -55,7 +94,9 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArgs args, InferPara
   if (args.rows == AttentionRows::kDecode) end = min(end, infer.counts->num_decodes);
   if (args.rows == AttentionRows::kPrefill) begin = min(end, infer.counts->num_decodes);
   const auto tile_rows = [&](int32_t rows) {
-    return args.splits || rows <= cuda::kNarrowRows ? cuda::kNarrowRows : cuda::kWideRows;
+    return args.tiles != cuda::AttentionTiles::kWide || rows <= cuda::kNarrowRows
+               ? cuda::kNarrowRows
+               : cuda::kWideRows;
   };
 
   // Batch position -> its first item.
@@ -122,29 +163,30 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArgs args, InferPara
 
   // Workers.
   most_cells = cuda::block_max<kThreads>(most_cells);
-  int32_t share = max((total + args.num_workers - 1) / args.num_workers,
-                      (most_cells + cuda::kMostPieces - 1) / cuda::kMostPieces);
-  share = max(share, 1);
+  int32_t least = max(1, (most_cells + cuda::kMostPieces - 1) / cuda::kMostPieces);
   int32_t granule_log2 = 0;
-  if (args.splits) {
-    share = max(share, 1 << cuda::kSplitUnitsLog2);
+  if (args.tiles == cuda::AttentionTiles::kSplits) {
+    least = max(least, 1 << cuda::kSplitUnitsLog2);
     granule_log2 = cuda::kSplitUnitsLog2;
     most_rows = cuda::block_max<kThreads>(most_rows);
-    const int64_t splits = (share >> cuda::kSplitUnitsLog2) + 2;
+  }
+  cuda::AttentionWorker worker{};
+  worker.num_items = num_items;
+  worker.num_cells = total;
+  worker.num_workers = max(1, min(args.num_workers, total / least));
+  if (args.tiles == cuda::AttentionTiles::kSplits) {
+    const int64_t splits = (total / worker.num_workers >> cuda::kSplitUnitsLog2) + 3;
     if (splits * most_rows > args.split_rows) granule_log2 = cuda::kWholeLog2;
   }
+  worker.granule_log2 = granule_log2;
   __syncthreads();  // items and cells are written
   for (int32_t index = thread; index < args.num_workers; index += kThreads) {
-    cuda::AttentionWorker worker{};
     worker.index = num_items;
-    const int64_t cell = int64_t{index} * share;
-    if (cell < total) {
-      worker.index = last_start(cells, num_items, static_cast<int32_t>(cell));
-      worker.item = args.items[worker.index];
+    if (index < worker.num_workers && total > 0) {
+      worker.end = worker.start(index + 1);
+      worker.index = last_start(cells, num_items, worker.start(index));
+      find_segment(args, worker, worker.start(index));
     }
-    worker.num_items = num_items;
-    worker.share = share;
-    worker.granule_log2 = granule_log2;
     args.workers[index] = worker;
   }
 }
@@ -179,9 +221,12 @@ const GpuLimits& current_gpu() {
 }
 
 // The most items that a batch can have: each request's last tile may be part of one.
-int64_t item_capacity(const AttentionPlan& plan, int64_t requests, int64_t tokens, bool splits) {
+int64_t item_capacity(const AttentionPlan& plan, int64_t requests, int64_t tokens,
+                      cuda::AttentionTiles tiles) {
   const int64_t group = plan.shape.num_heads / plan.shape.num_kv_heads;
-  return requests + tokens * group / (splits ? cuda::kNarrowRows : cuda::kWideRows);
+  return requests +
+         tokens * group /
+             (tiles == cuda::AttentionTiles::kWide ? cuda::kWideRows : cuda::kNarrowRows);
 }
 
 // Others run on the plain kernel.
@@ -220,9 +265,21 @@ AttentionLaunch attention_launch(int32_t head_dim) {
   return launch;
 }
 
+// Rows of more than 16 query rows are known to be there only if there are more tokens than
+// requests, or more heads than that share a key/value head. The narrow kernel computes others as
+// well, tile by tile, and is the faster one where it reads keys and values once.
+AttentionTiles attention_tiles(const AttentionPlan& plan, const StepContext& ctx) {
+  if (ctx.batch_invariant) return AttentionTiles::kSplits;
+  const bool prompts = ctx.sizes.num_tokens > ctx.sizes.num_requests &&
+                       attention_route(plan, ctx).native_rows != AttentionRows::kDecode;
+  const bool many_heads = plan.shape.num_heads / plan.shape.num_kv_heads > kNarrowRows;
+  return prompts || many_heads ? AttentionTiles::kWide : AttentionTiles::kNarrow;
+}
+
 AttentionPlanLayout attention_plan_layout(const AttentionPlan& plan,
                                           const AttentionLaunch& launch) {
-  const int64_t items = item_capacity(plan, plan.max_requests, plan.max_tokens, true);
+  const int64_t items =
+      item_capacity(plan, plan.max_requests, plan.max_tokens, AttentionTiles::kSplits);
   AttentionPlanLayout layout{};
   int64_t next = 0;
   const auto take = [&next](int64_t bytes) {
@@ -231,10 +288,9 @@ AttentionPlanLayout attention_plan_layout(const AttentionPlan& plan,
     return offset;
   };
   layout.workers = take(launch.workers * static_cast<int64_t>(sizeof(AttentionWorker)));
-  layout.counters = take(launch.workers * static_cast<int64_t>(sizeof(int32_t)));
   layout.items = take(items * static_cast<int64_t>(sizeof(AttentionItem)));
   layout.scratch = take((plan.max_requests + 1 + items) * static_cast<int64_t>(sizeof(int32_t)));
-  layout.start_floats = int64_t{kWideRows} * (launch.dim + 2);
+  layout.start_floats = int64_t{kWideRows} * partial_row_floats(launch.dim);
   layout.worker_floats = 2 * layout.start_floats;
   layout.partials =
       take(launch.workers * layout.worker_floats * static_cast<int64_t>(sizeof(float)));
@@ -278,14 +334,15 @@ void plan_attention_cuda(const AttentionPlan& plan, const StepContext& ctx) {
   const cuda::AttentionLaunch launch = cuda::attention_launch(plan.shape.head_dim);
   const cuda::AttentionPlanLayout layout = cuda::attention_plan_layout(plan, launch);
   char* data = static_cast<char*>(plan.data);
+  PlanArgs args{};
+  args.tiles = cuda::attention_tiles(plan, ctx);
   const int64_t items =
-      item_capacity(plan, ctx.sizes.num_requests, ctx.sizes.num_tokens, ctx.batch_invariant);
+      item_capacity(plan, ctx.sizes.num_requests, ctx.sizes.num_tokens, args.tiles);
   const int64_t units = int64_t{ctx.rows.max_model_len} / cuda::kUnit + 2 + cuda::kSegmentCost;
   check(items * plan.shape.num_kv_heads * units < INT32_MAX, kOp, "a step of ",
         ctx.sizes.num_requests, " requests and ", ctx.sizes.num_tokens, " tokens of up to ",
         ctx.rows.max_model_len, " positions and ", plan.shape.num_kv_heads,
         " key/value heads is too large to divide");
-  PlanArgs args{};
   args.workers = reinterpret_cast<cuda::AttentionWorker*>(data + layout.workers);
   args.items = reinterpret_cast<cuda::AttentionItem*>(data + layout.items);
   args.num_workers = launch.workers;
@@ -294,8 +351,13 @@ void plan_attention_cuda(const AttentionPlan& plan, const StepContext& ctx) {
   args.num_kv_heads = plan.shape.num_kv_heads;
   args.window = plan.window;
   args.rows = route.native_rows;
-  args.splits = ctx.batch_invariant;
-  args.split_rows = layout.start_floats / (launch.dim + 2);
+  if (cuda::plans_blocks(ctx.rows.block_size)) {
+    args.block_table =
+        ctx.rows.block_table + int64_t{plan.kv_group} * ctx.rows.num_rows * ctx.rows.max_blocks;
+  }
+  args.max_blocks = ctx.rows.max_blocks;
+  args.block_size = ctx.rows.block_size;
+  args.split_rows = layout.start_floats / cuda::partial_row_floats(launch.dim);
   size_t shared_bytes = static_cast<size_t>(ctx.sizes.num_requests + 1 + items) * sizeof(int32_t);
   if (shared_bytes > static_cast<size_t>(kPlanSharedBytes)) {
     args.scratch = reinterpret_cast<int32_t*>(data + layout.scratch);

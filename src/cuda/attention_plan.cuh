@@ -3,12 +3,12 @@
 // The work list of the native attention kernel, and how it lies in AttentionPlan::data.
 //
 // An item is a tile of query rows of one request: query tokens times the heads that share a
-// key/value head, flat, at most 64 of them. Each item is computed once for every key/value head,
-// over its visible positions in units of 64. All this work lies on one line of cells: item by item,
-// in it head by head, in that kSegmentCost cells for what a segment costs by itself and then a cell
-// a unit. Worker w, a thread block of a fixed grid, has the cells [w * share, (w + 1) * share): all
-// get the same, whatever the lengths are. What a worker has of one item and head is a segment; a
-// segment that is not the whole writes a partial result, and the last worker to arrive merges.
+// key/value head, flat. Each item is computed once for every key/value head, over its visible
+// positions in units of 64. All this work lies on one line of cells: item by item, in it head by
+// head, in that kSegmentCost cells for what a segment costs by itself and then a cell a unit. The
+// line is cut evenly between workers, the thread blocks of a fixed grid: all get the same, whatever
+// the lengths are. What a worker has of one item and head is a segment; a segment that is not the
+// whole stores a partial result, and the worker that has the last of them merges.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,9 +21,10 @@ namespace mrv1::cuda {
 
 constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = 32 * kAttentionWarps;
-constexpr int kUnit = 64;        // positions of a unit, a quarter of them for each warp
-constexpr int kNarrowRows = 16;  // up to here the warps divide the positions of a tile
-constexpr int kWideRows = 64;    // above, they divide its rows
+constexpr int kWarpPositions = 16;
+constexpr int kUnit = kWarpPositions * kAttentionWarps;  // positions of a unit
+constexpr int kNarrowRows = 16;
+constexpr int kWideRows = 64;
 constexpr int kSegmentCost = 1;  // cells
 constexpr int kMostPieces = 64;  // of an item and head, as one worker merges them
 constexpr int kSplitUnitsLog2 =
@@ -41,15 +42,6 @@ struct alignas(16) AttentionItem {
   int32_t cell;     // where the item starts
 };
 
-// Where a worker starts, with the item copied so that one load is enough.
-struct alignas(16) AttentionWorker {
-  AttentionItem item;
-  int32_t index;  // of the item; num_items if the worker has nothing to do
-  int32_t num_items;
-  int32_t share;         // cells of a worker
-  int32_t granule_log2;  // items are split at multiples of this many units, from position 0
-};
-
 // A worker's part of an item and head.
 struct alignas(16) Segment {
   AttentionItem item;
@@ -57,6 +49,45 @@ struct alignas(16) Segment {
   int32_t cell;            // where the item's head starts
   int32_t unit, unit_end;  // of the item
 };
+
+// Where a worker starts, whole, so that one load is enough to start.
+struct alignas(16) AttentionWorker {
+  Segment first;
+  int32_t blocks[kAttentionWarps];  // of each warp's positions of the first unit, see below
+  int32_t index;                    // of the first item; num_items if there is nothing to do
+  int32_t num_items;
+  int32_t end;  // the cell before which the worker stops
+  int32_t reserved;
+  // The whole line.
+  int32_t num_cells, num_workers;
+  int32_t granule_log2;  // items are cut at multiples of this many units, from position 0
+  int32_t reserved2;
+
+  // The first cell of a worker, and the worker that has a cell.
+  __device__ int32_t start(int32_t worker) const {
+    return static_cast<int32_t>((int64_t{worker} * num_cells + num_workers - 1) / num_workers);
+  }
+  __device__ int32_t owner(int32_t cell) const {
+    const int64_t place = int64_t{cell} * num_workers;
+    int32_t worker =
+        static_cast<int32_t>(static_cast<float>(place) / static_cast<float>(num_cells));
+    while (int64_t{worker} * num_cells > place) --worker;
+    while (int64_t{worker + 1} * num_cells <= place) ++worker;
+    return worker;
+  }
+};
+
+// Whether a warp's 16 positions of a unit lie in one block of the cache, so that the plan can look
+// it up.
+constexpr bool plans_blocks(int32_t block_size) { return block_size % kWarpPositions == 0; }
+
+// What tiles there are.
+enum class AttentionTiles {
+  kNarrow,  // up to 16 rows; the warps divide the positions
+  kSplits,  // the same, batch invariant: positions are summed in fixed splits
+  kWide,    // up to 16 rows, or more and up to 64, where the warps divide the rows
+};
+AttentionTiles attention_tiles(const AttentionPlan& plan, const StepContext& ctx);
 
 // How the kernel runs on a device for a head_dim: the same for the plan and every launch.
 struct AttentionLaunch {
@@ -67,9 +98,12 @@ struct AttentionLaunch {
 };
 AttentionLaunch attention_launch(int32_t head_dim);  // on the current device
 
+// Floats of a row of partial results: its columns, maximum and sum, and for alignment.
+constexpr int partial_row_floats(int dim) { return dim + 4; }
+
 // Offsets into AttentionPlan::data.
 struct AttentionPlanLayout {
-  int64_t workers, counters, items, scratch, partials, bytes;
+  int64_t workers, items, scratch, partials, bytes;
   int64_t worker_floats;  // partial results of a worker
   int64_t start_floats;   // where in them that of the segment starts that others continue
 };

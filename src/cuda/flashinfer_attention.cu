@@ -8,9 +8,9 @@
 // cost, or chunks of the keys of decode rows. Grids come from what the host knows (padded sizes);
 // the surplus finds no work.
 //
-// On Hopper both prefill kernels are launched, and the plan gives each row to one of them: FA3
-// takes 4 us to start and end a tile where FA2 takes less than 1, and FA2 then needs 1.6 times as
-// long for the same keys.
+// On Hopper a step may launch both prefill kernels, and the plan gives each row to one of them. FA3
+// has the higher rate, FA2 loses less time at the ends of tiles and has none half empty: rows of
+// few tokens or few keys are faster there, if they are many.
 #include <cuda_bf16.h>
 
 #include <algorithm>
@@ -31,13 +31,20 @@ constexpr int kPlanThreads = 1024;
 constexpr int kPlanWarps = kPlanThreads / cuda::kWarpSize;
 constexpr int32_t kCostBuckets = 1024;
 constexpr int32_t kMinPrefillTile = 64;
-// Keys that a row's tokens see on average from which FA3 is the faster one (measured on H200).
-constexpr int32_t kMinKeysSm90 = 384;
+// The time of a tile of 128 query tokens, as keys: these constants and the keys it sees, where FA2
+// takes so many percent of FA3's time for a key. Measured on an H200.
+constexpr int32_t kSm90TileKeys = 333;
+constexpr int32_t kFa2TileKeys = 33;
+constexpr int32_t fa2_percent(int32_t head_dim) { return head_dim == 256 ? 220 : 160; }
+// FA3 takes all rows of a step whose tiles fill the GPU at most so often: then the length of the
+// longest tile counts, not the sum. It also does if rows have this many tokens on average.
+constexpr int32_t kShortStepRounds = 3;
+constexpr int32_t kLongRow = 900;
 // Decode: a chunk of keys is a multiple of this, the keys that one iteration of a block takes.
 constexpr int32_t kChunkUnit = 128;
 // Blocks per multiprocessor that splitting rows may add. More even out rows of different lengths,
 // and cost partial results.
-constexpr int32_t kSplitBlocksPerSm = 6;
+constexpr int32_t kSplitBlocksPerSm = 3;
 
 struct Gpu {
   int32_t compute_capability = 0;
@@ -86,10 +93,16 @@ Tiling sm90_tiling(const HeadShape& shape, const StepSizes& sizes, const Gpu& gp
   return tiling;
 }
 
-Tiling fa2_tiling(const HeadShape& shape, const StepSizes& sizes) {
+// Not used where FA3 is sure to take all rows; in most steps only the device knows.
+Tiling fa2_tiling(const HeadShape& shape, const StepSizes& sizes, const Tiling& sm90,
+                  const Gpu& gpu) {
+  Tiling tiling;
+  const bool is_short =
+      int64_t{sm90.bound} * shape.num_heads <= int64_t{kShortStepRounds} * gpu.multiprocessors;
+  const bool is_long = sizes.num_tokens >= int64_t{kLongRow} * sizes.num_requests;
+  if (sm90.tile > 0 && (is_short || is_long)) return tiling;
   const int64_t rows = int64_t{sizes.num_tokens} * group_size(shape);
   const bool long_rows = rows > int64_t{64} * sizes.num_requests;
-  Tiling tiling;
   tiling.tile = long_rows && shape.head_dim < 256 ? 128 : kMinPrefillTile;
   tiling.bound = static_cast<int32_t>(rows / tiling.tile) + sizes.num_requests;
   return tiling;
@@ -161,6 +174,8 @@ struct PlanArgs {
   int32_t window;
   int32_t group_size;
   Tiling sm90, fa2;
+  int32_t short_step;  // FA3 tiles up to which it takes all rows
+  int32_t fa2_percent;
   int32_t decode_bound;
   int32_t decode_tiles;
   bool prefill, decode;  // what FlashInfer takes
@@ -173,17 +188,39 @@ __device__ int32_t cost_bucket(int32_t keys) {
   return kCostBuckets - 1 - max(0, min(kCostBuckets - 1, bits - one));
 }
 
-// Whether FA3 takes the row.
-__device__ bool is_for_sm90(const PlanArgs& args, int32_t query_len, int32_t kv_len) {
-  if (args.sm90.tile == 0) return false;
-  const int32_t keys = kv_len - query_len / 2;
-  return (args.window > 0 ? min(keys, args.window) : keys) >= kMinKeysSm90;
+__device__ int32_t query_length(const InferParams& infer, int32_t batch) {
+  return infer.query_start_loc[batch + 1] - infer.query_start_loc[batch];
+}
+
+// Whether one kernel takes all prefill rows.
+enum class Taker { kSm90, kFa2, kByRow };
+
+__device__ Taker taker_of_step(const PlanArgs& args, const InferParams& infer) {
+  if (args.sm90.tile == 0) return Taker::kFa2;
+  if (args.fa2.tile == 0) return Taker::kSm90;
+  int32_t tiles = 0;
+  for (int32_t batch = infer.counts->num_decodes + threadIdx.x; batch < infer.counts->num_requests;
+       batch += kPlanThreads) {
+    tiles += (query_length(infer, batch) + args.sm90.tile - 1) / args.sm90.tile;
+  }
+  tiles = cuda::block_sum<kPlanThreads>(tiles);
+  return tiles <= args.short_step ? Taker::kSm90 : Taker::kByRow;
+}
+
+__device__ bool is_for_sm90(const PlanArgs& args, Taker taker, int32_t query_len, int32_t kv_len) {
+  if (taker != Taker::kByRow) return taker == Taker::kSm90;
+  int64_t keys = kv_len - query_len / 2;
+  if (args.window > 0) keys = min(keys, int64_t{args.window});
+  const int64_t padded = (query_len + args.sm90.tile - 1) / args.sm90.tile * args.sm90.tile;
+  return padded * (kSm90TileKeys + keys) * 100 <
+         query_len * (kFa2TileKeys + keys) * args.fa2_percent;
 }
 
 // Calls visit(batch, tile, bucket) for every tile of a kernel's prefill rows, a warp each row.
 // Masked rows have no keys.
 template <bool kSm90, typename Visit>
-__device__ void for_each_tile(const PlanArgs& args, const InferParams& infer, Visit&& visit) {
+__device__ void for_each_tile(const PlanArgs& args, const InferParams& infer, Taker taker,
+                              Visit&& visit) {
   const int lane = threadIdx.x % cuda::kWarpSize, warp = threadIdx.x / cuda::kWarpSize;
   const int32_t pack = kSm90 ? 1 : args.group_size;
   const int32_t size = kSm90 ? args.sm90.tile : args.fa2.tile;
@@ -191,8 +228,8 @@ __device__ void for_each_tile(const PlanArgs& args, const InferParams& infer, Vi
   for (int32_t batch = infer.counts->num_decodes + warp; batch < num_requests;
        batch += kPlanWarps) {
     const int32_t kv_len = infer.seq_lens[batch];
-    const int32_t query_len = infer.query_start_loc[batch + 1] - infer.query_start_loc[batch];
-    if (kv_len == 0 || is_for_sm90(args, query_len, kv_len) != kSm90) continue;
+    const int32_t query_len = query_length(infer, batch);
+    if (kv_len == 0 || is_for_sm90(args, taker, query_len, kv_len) != kSm90) continue;
     const int32_t tiles = (query_len * pack + size - 1) / size;
     for (int32_t tile = lane; tile < tiles; tile += cuda::kWarpSize) {
       const int32_t begin = tile * size / pack;
@@ -209,9 +246,10 @@ __device__ void plan_prefill(const PlanArgs& args, const RowState& state,
                              const InferParams& infer) {
   __shared__ int32_t buckets[kCostBuckets];  // counts, then where the next tile goes
   static_assert(kCostBuckets == kPlanThreads);
+  const Taker taker = taker_of_step(args, infer);
   buckets[threadIdx.x] = 0;
   __syncthreads();
-  for_each_tile<kSm90>(args, infer,
+  for_each_tile<kSm90>(args, infer, taker,
                        [&](int32_t, int32_t, int32_t bucket) { atomicAdd(&buckets[bucket], 1); });
   __syncthreads();
   int32_t total = 0;
@@ -219,14 +257,13 @@ __device__ void plan_prefill(const PlanArgs& args, const RowState& state,
   buckets[threadIdx.x] = begin;
   __syncthreads();
   // Tiles of one cost land in any order; a tile's result does not depend on its place.
-  for_each_tile<kSm90>(args, infer, [&](int32_t batch, int32_t tile, int32_t bucket) {
+  for_each_tile<kSm90>(args, infer, taker, [&](int32_t batch, int32_t tile, int32_t bucket) {
     const int32_t place = atomicAdd(&buckets[bucket], 1);
     if constexpr (kSm90) {
-      const int32_t query_begin = infer.query_start_loc[batch];
       args.flash.tiles[place] = {tile,
                                  batch,
-                                 query_begin,
-                                 infer.query_start_loc[batch + 1] - query_begin,
+                                 infer.query_start_loc[batch],
+                                 query_length(infer, batch),
                                  infer.row[batch] * state.max_blocks,
                                  infer.seq_lens[batch],
                                  {0, 0}};
@@ -338,7 +375,7 @@ __global__ void __launch_bounds__(kPlanThreads)
                                          : state.num_rows * state.max_blocks;
     }
   } else if (blockIdx.x == 1) {
-    if (args.prefill) plan_prefill<false>(args, state, infer);
+    if (args.prefill && args.fa2.tile > 0) plan_prefill<false>(args, state, infer);
   } else {
     plan_decode(args, state, infer);
   }
@@ -458,7 +495,9 @@ void flashinfer_plan(const AttentionPlan& plan, const StepContext& ctx) {
   args.window = plan.window;
   args.group_size = group_size(plan.shape);
   args.sm90 = sm90_tiling(plan.shape, ctx.sizes, gpu);
-  args.fa2 = fa2_tiling(plan.shape, ctx.sizes);
+  args.fa2 = fa2_tiling(plan.shape, ctx.sizes, args.sm90, gpu);
+  args.fa2_percent = fa2_percent(plan.shape.head_dim);
+  args.short_step = kShortStepRounds * gpu.multiprocessors / plan.shape.num_heads;
   args.decode_bound = decode_bound(plan.shape, ctx.sizes.num_requests, gpu);
   args.decode_tiles = decode_tiles_per_row(plan.shape);
   args.prefill = route.flashinfer_prefill;
@@ -472,8 +511,8 @@ void flashinfer_prefill(const PagedAttentionParams& params, const StepContext& c
   check_cache(params);
   const Gpu gpu = current_gpu();
   const cuda::FlashPlan flash = flash_plan(*params.plan, gpu);
-  [[maybe_unused]] const Tiling sm90 = sm90_tiling(params.shape, ctx.sizes, gpu);
-  const Tiling fa2 = fa2_tiling(params.shape, ctx.sizes);
+  const Tiling sm90 = sm90_tiling(params.shape, ctx.sizes, gpu);
+  const Tiling fa2 = fa2_tiling(params.shape, ctx.sizes, sm90, gpu);
   dispatch_head_dim(params.shape.head_dim, [&](auto head_dim) {
 #ifdef MRV1_FLASHINFER_SM90
     if (sm90.tile > 0) {
@@ -482,7 +521,9 @@ void flashinfer_prefill(const PagedAttentionParams& params, const StepContext& c
       cuda::launch_flash_prefill_sm90<head_dim()>({params, ctx, flash, grid});
     }
 #endif
-    cuda::launch_flash_prefill<head_dim()>({params, ctx, flash, fa2.bound}, fa2.tile);
+    if (fa2.tile > 0) {
+      cuda::launch_flash_prefill<head_dim()>({params, ctx, flash, fa2.bound}, fa2.tile);
+    }
   });
 }
 

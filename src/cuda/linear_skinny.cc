@@ -7,6 +7,8 @@
 namespace mrv1::cuda {
 namespace {
 
+constexpr int64_t kShortRow = 3072;  // columns
+
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -15,13 +17,94 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+SkinnyConfig mma_of(int warps, int tile_rows) {
+  return {.engine = SkinnyEngine::kMma,
+          .warps = static_cast<uint8_t>(warps),
+          .stages = 6,
+          .tile_rows = static_cast<uint16_t>(tile_rows)};
+}
+
+// Measured on an H200. Short rows finish soonest with few, tall tiles, which read x less often;
+// for long ones even shares of the multiprocessors count.
+SkinnyConfig mma_config(int64_t rows, int64_t n, int64_t k, int sms) {
+  const int64_t share = n / sms;  // weight rows of a multiprocessor
+  if (share <= 16) return mma_of(16, 16);
+  if (k <= kShortRow) {
+    if (rows > 16) return mma_of(8, 32);
+    for (const int tile_rows : {32, 48, 64}) {
+      if (tile_rows >= share * 2 || tile_rows == 64) return mma_of(8, tile_rows);
+    }
+  }
+  int best = 0;
+  double best_fill = 0;
+  for (const int tile_rows : {32, 16, 48}) {
+    if (tile_rows == 16 && rows > 16) continue;
+    const int64_t tiles = ceil_div(n, tile_rows);
+    const double fill = static_cast<double>(tiles) / (ceil_div(tiles, sms) * sms);
+    if (fill > best_fill * 1.05) {
+      best = tile_rows;
+      best_fill = fill;
+    }
+  }
+  return mma_of(rows <= 16 && best < 48 ? 16 : 8, best);
+}
+
+SkinnyConfig wgmma_of(int64_t rows, int tile_rows, int split, int room) {
+  const int tokens = rows <= 16 ? 16 : rows <= 32 ? 32 : rows <= 64 ? 64 : 128;
+  return {
+      .engine = SkinnyEngine::kWgmma,
+      .warps = 1,
+      .split = static_cast<uint8_t>(split),
+      .stages = static_cast<uint8_t>(std::clamp(room * 1024 / ((tile_rows + tokens) * 128), 2, 12)),
+      .tile_rows = static_cast<uint16_t>(tile_rows)};
+}
+
+// KB for the ring. Short rows of few tokens leave room for the next kernel's blocks, whose whole
+// weight then is on its way; others want all the bytes in flight that a multiprocessor can hold.
+int ring_room(int64_t rows, int64_t k) { return k <= kShortRow && rows <= 128 ? 104 : 220; }
+
+// How many blocks split K to occupy the GPU, for few rows. Clusters of two fit all multiprocessors
+// of an H200, those of three or more do not.
+int wgmma_split(int64_t n, int sms) {
+  const int64_t tiles = ceil_div(n, 64);
+  if (tiles <= sms / 6) return 6;
+  if (tiles <= sms / 4) return 4;
+  return tiles * 2 <= sms * 3 / 2 ? 2 : 1;
+}
+
+SkinnyConfig wgmma_config(int64_t rows, int64_t n, int64_t k, int split, int sms) {
+  const auto blocks = [&](int tile_rows) {
+    return ceil_div(n, tile_rows) * ceil_div(rows, 128) * split;
+  };
+  const int room = ring_room(rows, k);
+  // Many short-lived blocks, several on a multiprocessor, keep the memory busy while some finish.
+  if (rows <= 128 && blocks(64) >= sms * 2 && split == 1) {
+    if (rows <= 64) return wgmma_of(rows, 64, split, 52);
+    return k <= kShortRow ? wgmma_of(rows, 64, split, 76) : wgmma_of(rows, 256, split, room);
+  }
+  if (blocks(64) <= sms || (k <= kShortRow && rows <= 128)) {
+    return wgmma_of(rows, 64, split, room);
+  }
+  // The smallest tile that leaves one block a multiprocessor.
+  for (const int tile_rows : {128, 192}) {
+    if (blocks(tile_rows) <= sms) return wgmma_of(rows, tile_rows, split, room);
+  }
+  return wgmma_of(rows, 256, split, room);
+}
+
 }  // namespace
 
 DeviceLimits device_limits() {
   int device = 0;
   check_cuda(cudaGetDevice(&device), kSkinnyOp, "cudaGetDevice");
-  return {attribute(cudaDevAttrMultiProcessorCount, device),
-          attribute(cudaDevAttrComputeCapabilityMajor, device)};
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  return {.sms = attribute(cudaDevAttrMultiProcessorCount, device),
+          .major = major,
+          .shared_bytes =
+              static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)),
+          .wgmma = major == 9 && wgmma_is_built()};
 }
 
 bool skinny_supports(const LinearParams& params, int64_t rows) {
@@ -33,17 +116,58 @@ bool skinny_supports(const LinearParams& params, int64_t rows) {
          weight.cols < kMaxInt / 2 && device_limits().major >= 8;
 }
 
-std::span<const SkinnyConfig> skinny_configs(int64_t rows, int64_t n, int64_t k, bool silu) {
-  static constexpr SkinnyConfig kConfigs[] = {{SkinnyEngine::kMma, 8, 1, 3, 32}};
-  return kConfigs;
-}
-
 SkinnyConfig skinny_default(int64_t rows, int64_t n, int64_t k, bool silu) {
-  return {SkinnyEngine::kMma, 8, 1, 3, 32};
+  const DeviceLimits limits = device_limits();
+  // Up to 16 rows mma wins by its short way from the last load to the output. Up to 32 it does
+  // where tiles are few; beyond, it reads x too often.
+  const bool few_tiles = n < 64 * limits.sms;
+  if (!limits.wgmma || rows <= 16 || (rows <= 32 && few_tiles)) {
+    return mma_config(rows, n, k, limits.sms);
+  }
+  // Enough tokens occupy the GPU without a split.
+  const bool many = ceil_div(n, 256) * ceil_div(rows, 128) * 4 >= int64_t{limits.sms} * 3;
+  int split = many ? 1 : wgmma_split(n, limits.sms);
+  if (rows > 128) split = std::min(split, 3);
+  return wgmma_config(rows, n, k, split, limits.sms);
 }
 
-SkinnyConfig skinny_invariant(int64_t n, int64_t k, bool silu) {
-  return {SkinnyEngine::kMma, 8, 1, 3, 32};
+SkinnyConfig skinny_invariant(int64_t n, int64_t k, bool silu, int64_t rows) {
+  const DeviceLimits limits = device_limits();
+  if (!limits.wgmma) return mma_config(/*rows=*/1, n, k, limits.sms);
+  return wgmma_config(rows, n, k, wgmma_split(n, limits.sms), limits.sms);
+}
+
+std::vector<SkinnyConfig> skinny_configs(int64_t rows, int64_t n, int64_t k, bool silu) {
+  std::vector<SkinnyConfig> configs;
+  const auto add = [&](const SkinnyConfig& config) {
+    if (std::find(configs.begin(), configs.end(), config) == configs.end()) {
+      configs.push_back(config);
+    }
+  };
+  add(skinny_default(rows, n, k, silu));
+  const DeviceLimits limits = device_limits();
+  if (!limits.wgmma || rows <= 64) {
+    for (const int tile_rows : {16, 32, 48, 64}) {
+      for (const int warps : {8, 16}) {
+        if (warps == 16 && tile_rows > 32 && limits.shared_bytes < 160 * 1024) continue;
+        add(mma_of(warps, tile_rows));
+      }
+    }
+  }
+  if (limits.wgmma && rows > 8) {
+    for (const int tile_rows : {64, 128, 192, 256}) {
+      for (const int split : {1, 2, 3, 4, 6}) {
+        const int64_t blocks = (n + tile_rows - 1) / tile_rows * split;
+        const bool sensible =
+            split == 1 ? blocks * 2 >= limits.sms || tile_rows == 64 : blocks <= limits.sms * 3 / 2;
+        if (sensible) {
+          add(wgmma_of(rows, tile_rows, split, ring_room(rows, k)));
+          if (tile_rows == 64) add(wgmma_of(rows, tile_rows, split, 52));
+        }
+      }
+    }
+  }
+  return configs;
 }
 
 int64_t skinny_workspace_bytes(const SkinnyConfig&, int64_t, int64_t, int64_t) { return 0; }

@@ -27,8 +27,13 @@ struct SkinnyArgs {
 struct DeviceLimits {
   int sms = 0;
   int major = 0;
+  size_t shared_bytes = 0;  // of a block, at most
+  bool wgmma = false;       // the GPU has it, and this build the code for it
 };
 DeviceLimits device_limits();
+
+// Whether the code that runs on this GPU was built for sm_90a.
+bool wgmma_is_built();
 
 void skinny_mma(const SkinnyArgs& args, const SkinnyConfig& config, const DeviceLimits& limits,
                 const StepContext& ctx);

@@ -238,6 +238,7 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
     __syncthreads();
     const auto total = [&](int at) {
       float2 sum = partial[at];
+#pragma unroll 4
       for (int w = 1; w < warps; ++w) {
         const float2 more = partial[w * Shape::kPartialPairs + at];
         sum.x += more.x;
@@ -289,7 +290,7 @@ void launch_mma(const SkinnyArgs& args, const SkinnyConfig& config, const Device
                 const StepContext& ctx) {
   using Shape = MmaShape<kRows, kTokens>;
   const int warps = config.warps;
-  const size_t limit = (limits.major >= 9 ? 227 : 99) * size_t{1024};
+  const size_t limit = limits.shared_bytes;
   // A smaller tile of tokens gives the same bits.
   if constexpr (kTokens > 8) {
     if (Shape::shared_bytes(warps, 2) > limit || warps * 32 > Shape::kMaxThreads) {

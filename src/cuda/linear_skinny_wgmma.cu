@@ -22,7 +22,7 @@ constexpr int kGroup = 64;      // columns of a stage: one 128-byte row of the s
 constexpr int kRowBytes = 128;  // of a stage
 constexpr int kMaxStages = 12;
 constexpr int kMaxSplit = 8;
-constexpr size_t kMaxShared = 227 * 1024;
+constexpr int kSwizzleBytes = 1024;  // the period of the swizzle, to which the ring is aligned
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -70,6 +70,10 @@ __device__ __forceinline__ void load_tile(void* to, const CUtensorMap& map, uint
       "{%3, %4}], [%2];" ::"r"(shared_address(to)),
       "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row)
       : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 // [pieces of 8 + 8 rows][gate, up][8 rows][columns]
@@ -168,6 +172,15 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
+__device__ __forceinline__ float4 load_own(uint32_t address) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
 __device__ __forceinline__ float4 load_peer(uint32_t address, int rank) {
   float4 value;
   asm volatile(
@@ -189,35 +202,123 @@ struct WgmmaShape {
   static constexpr int kThreads = kRows * 2 + 32;  // a warpgroup each 64 rows, and the loader
   static constexpr int kWeightBytes = kRows * kRowBytes;
   static constexpr int kStageBytes = kWeightBytes + kTokens * kRowBytes;
-  static constexpr int kTokensAtOnce = std::min(kTokens, 128);  // of one instruction
-  static constexpr int kParts = kTokens / kTokensAtOnce;
   // Partial sums lie as [token][row]; the padding spreads a warp's stores over the banks.
   static constexpr int kPartialStride = kRows + 4;
   static constexpr int kPartialBytes = kTokens * kPartialStride * 4;
-  static constexpr int kBarrierBytes = 1024;  // which also keeps the ring aligned to the swizzle
   static size_t shared_bytes(int stages) {
-    return kBarrierBytes + std::max(stages * kStageBytes, kPartialBytes) + 1024;
+    return std::max(stages * kStageBytes, kPartialBytes) + kSwizzleBytes;
   }
 };
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// Adds up the partial sums of a tile and stores the outputs, a block its share of them. Loads from
+// other blocks take long, so many are in flight.
+template <int kRows>
+struct Finish {
+  static constexpr int kThreads = kRows * 2 + 32;
+  static constexpr int kStride = kRows + 4;
+
+  uint32_t partial;
+  int first_col, first_token, tokens;
+  int rank, split;
+  bool vector_stores;
+
+  template <bool kSilu>
+  __device__ __forceinline__ void run(const SkinnyArgs& args) const {
+    if (split == 1) return sum<kSilu, 1>(args);
+    if (split == 2) return sum<kSilu, 2>(args);
+    if (split <= 4) return sum<kSilu, 4>(args);
+    sum<kSilu, kMaxSplit>(args);
+  }
+
+  template <bool kSilu, int kPeers>
+  __device__ __forceinline__ void sum(const SkinnyArgs& args) const {
+    constexpr int kSums = kSilu ? 2 : 1;
+    constexpr int kQuads = kRows / 4 / kSums;  // outputs of a token, four at a time
+    constexpr int kAtOnce = std::max(1, 8 / (kPeers * kSums));
+    const int count = tokens * kQuads;
+    const int step = split * kThreads;
+    for (int first = rank * kThreads + threadIdx.x; first < count; first += step * kAtOnce) {
+      float4 parts[kAtOnce][kSums][kPeers];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = first + i * step;
+        if (at >= count) continue;
+#pragma unroll
+        for (int which = 0; which < kSums; ++which) {
+          const uint32_t address =
+              partial + (at / kQuads * kStride + at % kQuads * 4 + which * (kRows / 2)) * 4;
+#pragma unroll
+          for (int peer = 0; peer < kPeers; ++peer) {
+            if (kPeers == 1 || peer == rank) {
+              parts[i][which][peer] = load_own(address);
+            } else if (peer < split) {
+              parts[i][which][peer] = load_peer(address, peer);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = first + i * step;
+        const int col = first_col + at % kQuads * 4;
+        if (at >= count || col >= args.out_cols) continue;
+        float values[kSums][4];
+#pragma unroll
+        for (int which = 0; which < kSums; ++which) {
+          float4 total = parts[i][which][0];
+#pragma unroll
+          for (int peer = 1; peer < kPeers; ++peer) {
+            if (peer >= split) continue;
+            total.x += parts[i][which][peer].x;
+            total.y += parts[i][which][peer].y;
+            total.z += parts[i][which][peer].z;
+            total.w += parts[i][which][peer].w;
+          }
+          values[which][0] = total.x;
+          values[which][1] = total.y;
+          values[which][2] = total.z;
+          values[which][3] = total.w;
+        }
+        if (args.bias != nullptr) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if (col + j >= args.out_cols) continue;
+            values[0][j] += args.bias[col + j];
+            if (kSilu) values[kSums - 1][j] += args.bias[args.out_cols + col + j];
+          }
+        }
+        if (kSilu) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            values[0][j] = skinny_silu_mul(values[0][j], values[kSums - 1][j]);
+          }
+        }
+        skinny_store4(args, first_token + at / kQuads, col, values[0], vector_stores);
+      }
+    }
+  }
+};
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
 template <int kRows, int kTokens>
-__global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads)
+__global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads, kRows <= 128 ? 2 : 1)
     wgmma_kernel(const __grid_constant__ CUtensorMap weight_map,
-                 const __grid_constant__ CUtensorMap x_map, SkinnyArgs args, int stages,
-                 bool vector_stores) {
+                 const __grid_constant__ CUtensorMap x_map, SkinnyArgs args, int tile_tokens,
+                 int stages, bool vector_stores) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shape = WgmmaShape<kRows, kTokens>;
-  constexpr int kParts = Shape::kParts;
   constexpr int kStride = Shape::kPartialStride;
   extern __shared__ char unaligned[];
-  char* shared = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
-  uint64_t* full = reinterpret_cast<uint64_t*>(shared);
-  uint64_t* empty = full + kMaxStages;
-  char* ring = shared + Shape::kBarrierBytes;
+  char* ring =
+      unaligned + (kSwizzleBytes - shared_address(unaligned) % kSwizzleBytes) % kSwizzleBytes;
+  __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
 
   const int split = gridDim.x;
   const int rank = blockIdx.x;
-  const int first_token = blockIdx.y * kTokens;
+  const int first_token = blockIdx.y * tile_tokens;
   const int first_row = blockIdx.z * kRows;
   const int groups = (args.k + kGroup - 1) / kGroup;
   const int first_group = groups * rank / split;
@@ -232,26 +333,26 @@ __global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads)
   }
   __syncthreads();
 
-  float sums[kParts][Shape::kTokensAtOnce / 2];
+  float sums[kTokens / 2];
   if (threadIdx.x >= kRows * 2) {
     if (threadIdx.x == kRows * 2) {
+      prefetch_map(x_map);
+      const auto column = [&](int group) { return (first_group + group) * kGroup; };
       const auto load_weight = [&](int group, int stage) {
         char* to = ring + stage * Shape::kStageBytes;
-        barrier_expect(&full[stage], Shape::kStageBytes);
+        barrier_expect(&full[stage], Shape::kWeightBytes + tile_tokens * kRowBytes);
         if (args.silu) {
-          load_pair_tile(to, weight_map, &full[stage], (first_group + group) * kGroup,
-                         first_row / 16);
+          load_pair_tile(to, weight_map, &full[stage], column(group), first_row / 16);
         } else {
-          load_tile(to, weight_map, &full[stage], (first_group + group) * kGroup, first_row);
+          load_tile(to, weight_map, &full[stage], column(group), first_row);
         }
       };
       const auto load_x = [&](int group, int stage) {
         load_tile(ring + stage * Shape::kStageBytes + Shape::kWeightBytes, x_map, &full[stage],
-                  (first_group + group) * kGroup, first_token);
+                  column(group), first_token);
       };
       const int ahead = min(stages, num_groups);
       for (int s = 0; s < ahead; ++s) load_weight(s, s);
-      launch_next();
       wait_for_previous();
       for (int s = 0; s < ahead; ++s) load_x(s, s);
       int stage = 0;
@@ -265,15 +366,15 @@ __global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads)
           parity ^= 1;
         }
       }
+      // Only now: next blocks that come sooner take room and bandwidth from this kernel's last
+      // loads.
+      launch_next();
     }
     __syncwarp();
   } else {
     const int warpgroup = threadIdx.x / 128;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-      for (float& sum : sums[part]) sum = 0.0f;
-    }
+    for (float& sum : sums) sum = 0.0f;
     wait_for_previous();
     int stage = 0;
     int parity = 0;
@@ -285,13 +386,7 @@ __global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads)
       const uint64_t b = tile_descriptor(at + Shape::kWeightBytes);
       multiply_fence();
 #pragma unroll
-      for (int k = 0; k < kGroup / 16; ++k) {
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          multiply(sums[part], a + k * 2,
-                   b + k * 2 + part * (Shape::kTokensAtOnce * kRowBytes >> 4));
-        }
-      }
+      for (int k = 0; k < kGroup / 16; ++k) multiply(sums, a + k * 2, b + k * 2);
       multiply_commit();
       if (group > 0) {
         multiply_wait<1>();
@@ -312,18 +407,16 @@ __global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads)
   float* partial = reinterpret_cast<float*>(ring);
   if (threadIdx.x < kRows * 2) {
     const int lane = threadIdx.x % 32;
-    const int row = threadIdx.x / 32 * 16 + lane / 4;
+    // With silu all of gate comes before all of up.
+    const int row = threadIdx.x / 32 * (args.silu ? 8 : 16) + lane / 4;
+    const int lower = args.silu ? kRows / 2 : 8;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-      for (int i = 0; i < Shape::kTokensAtOnce / 8; ++i) {
-        const int token = part * Shape::kTokensAtOnce + i * 8 + lane % 4 * 2;
-        float* to = partial + token * kStride + row;
-        to[0] = sums[part][i * 4];
-        to[kStride] = sums[part][i * 4 + 1];
-        to[8] = sums[part][i * 4 + 2];
-        to[kStride + 8] = sums[part][i * 4 + 3];
-      }
+    for (int i = 0; i < kTokens / 8; ++i) {
+      float* to = partial + (i * 8 + lane % 4 * 2) * kStride + row;
+      to[0] = sums[i * 4];
+      to[kStride] = sums[i * 4 + 1];
+      to[lower] = sums[i * 4 + 2];
+      to[kStride + lower] = sums[i * 4 + 3];
     }
   }
   if (split > 1) {
@@ -332,55 +425,17 @@ __global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads)
     __syncthreads();
   }
 
-  const uint32_t base = shared_address(partial);
-  const auto total = [&](int token, int row) {
-    const int at = token * kStride + row;
-    if (split == 1) return *reinterpret_cast<const float4*>(partial + at);
-    float4 parts[kMaxSplit];
-#pragma unroll
-    for (int peer = 0; peer < kMaxSplit; ++peer) {
-      if (peer < split) parts[peer] = load_peer(base + at * 4, peer);
-    }
-    float4 sum = parts[0];
-#pragma unroll
-    for (int peer = 1; peer < kMaxSplit; ++peer) {
-      if (peer >= split) continue;
-      sum.x += parts[peer].x;
-      sum.y += parts[peer].y;
-      sum.z += parts[peer].z;
-      sum.w += parts[peer].w;
-    }
-    return sum;
-  };
-  const int outputs = args.silu ? kRows / 2 : kRows;
-  const int first_col = blockIdx.z * outputs;
-  const int tokens = min(kTokens, args.tokens - first_token);
-  const int quads = outputs / 4;
-  for (int i = rank * Shape::kThreads + threadIdx.x; i < tokens * quads;
-       i += split * Shape::kThreads) {
-    const int token = i / quads;
-    const int in_tile = i % quads * 4;
-    const int col = first_col + in_tile;
-    if (col >= args.out_cols) continue;
-    const int row = args.silu ? in_tile / 8 * 16 + in_tile % 8 : in_tile;
-    const float4 sum = total(token, row);
-    float values[4] = {sum.x, sum.y, sum.z, sum.w};
-    if (args.bias != nullptr) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (col + j < args.out_cols) values[j] += args.bias[col + j];
-      }
-    }
-    if (args.silu) {
-      const float4 up_sum = total(token, row + 8);
-      float ups[4] = {up_sum.x, up_sum.y, up_sum.z, up_sum.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (args.bias != nullptr) ups[j] += args.bias[args.out_cols + col + j];
-        values[j] = skinny_silu_mul(values[j], ups[j]);
-      }
-    }
-    skinny_store4(args, first_token + token, col, values, vector_stores);
+  const Finish<kRows> finish{shared_address(partial),
+                             static_cast<int>(blockIdx.z) * (args.silu ? kRows / 2 : kRows),
+                             first_token,
+                             min(tile_tokens, args.tokens - first_token),
+                             rank,
+                             split,
+                             vector_stores};
+  if (args.silu) {
+    finish.template run<true>(args);
+  } else {
+    finish.template run<false>(args);
   }
   if (split > 1) cluster_sync();  // peers may still read this block's partial sums
 #endif
@@ -445,7 +500,8 @@ void launch_cluster(const StepContext& ctx, void (*kernel)(Params...), dim3 grid
 }
 
 template <int kRows, int kTokens>
-void launch_wgmma(const SkinnyArgs& args, const SkinnyConfig& config, const StepContext& ctx) {
+void launch_wgmma(const SkinnyArgs& args, const SkinnyConfig& config, const DeviceLimits& limits,
+                  const StepContext& ctx) {
   using Shape = WgmmaShape<kRows, kTokens>;
   const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
   const cuuint64_t row_bytes = size(args.k) * 2;
@@ -455,46 +511,63 @@ void launch_wgmma(const SkinnyArgs& args, const SkinnyConfig& config, const Step
                           {row_bytes, row_bytes * size(args.out_cols), row_bytes * 8},
                           {kGroup, 8, 2, kRows / 16})
           : tensor_map<2>(args.weight, {size(args.k), size(args.n)}, {row_bytes}, {kGroup, kRows});
-  const CUtensorMap x_map =
-      tensor_map<2>(args.x, {size(args.k), size(args.tokens)}, {row_bytes}, {kGroup, kTokens});
+  // Even tiles of tokens, as TMA is slow to fill rows beyond the last one with zeros. What lies in
+  // the rest of a stage only reaches sums that nobody stores.
+  const int tiles = (args.tokens + kTokens - 1) / kTokens;
+  const int tile_tokens = (args.tokens + tiles - 1) / tiles;
+  const CUtensorMap x_map = tensor_map<2>(args.x, {size(args.k), size(args.tokens)}, {row_bytes},
+                                          {kGroup, static_cast<cuuint32_t>(tile_tokens)});
 
   int stages = std::clamp<int>(config.stages, 1, kMaxStages);
-  while (stages > 1 && Shape::shared_bytes(stages) > kMaxShared) --stages;
+  while (stages > 1 &&
+         Shape::shared_bytes(stages) + sizeof(uint64_t) * 2 * kMaxStages > limits.shared_bytes) {
+    --stages;
+  }
   const size_t shared_bytes = Shape::shared_bytes(stages);
   allow_shared_memory(kSkinnyOp, wgmma_kernel<kRows, kTokens>, shared_bytes);
   const int outputs = args.silu ? kRows / 2 : kRows;
-  const dim3 grid(config.split, (args.tokens + kTokens - 1) / kTokens,
-                  (args.out_cols + outputs - 1) / outputs);
+  const dim3 grid(config.split, tiles, (args.out_cols + outputs - 1) / outputs);
   const bool vector_stores =
       args.out_cols % 4 == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
   launch_cluster(ctx, wgmma_kernel<kRows, kTokens>, grid, dim3(Shape::kThreads), shared_bytes,
-                 weight_map, x_map, args, stages, vector_stores);
+                 weight_map, x_map, args, tile_tokens, stages, vector_stores);
 }
 
 template <int kRows>
-void launch_wgmma(const SkinnyArgs& args, const SkinnyConfig& config, const StepContext& ctx) {
-  if (args.tokens <= 16) return launch_wgmma<kRows, 16>(args, config, ctx);
-  if (args.tokens <= 32) return launch_wgmma<kRows, 32>(args, config, ctx);
-  if (args.tokens <= 64) return launch_wgmma<kRows, 64>(args, config, ctx);
-  launch_wgmma<kRows, 128>(args, config, ctx);
+void launch_wgmma(const SkinnyArgs& args, const SkinnyConfig& config, const DeviceLimits& limits,
+                  const StepContext& ctx) {
+  if (args.tokens <= 16) return launch_wgmma<kRows, 16>(args, config, limits, ctx);
+  if (args.tokens <= 32) return launch_wgmma<kRows, 32>(args, config, limits, ctx);
+  if (args.tokens <= 64) return launch_wgmma<kRows, 64>(args, config, limits, ctx);
+  launch_wgmma<kRows, 128>(args, config, limits, ctx);
 }
 
 }  // namespace
 
+bool wgmma_is_built() {
+  static const bool built = [] {
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, wgmma_kernel<64, 16>), kSkinnyOp,
+               "cudaFuncGetAttributes");
+    return attributes.sharedSizeBytes > 0;  // elsewhere the kernel is empty
+  }();
+  return built;
+}
+
 void skinny_wgmma(const SkinnyArgs& args, const SkinnyConfig& config, const DeviceLimits& limits,
                   const StepContext& ctx) {
-  check(limits.major == 9, kSkinnyOp, "config.engine is kWgmma; it must be kMma on this GPU");
+  check(limits.wgmma, kSkinnyOp, "config.engine is kWgmma; it must be kMma on this GPU");
   check(config.split >= 1 && config.split <= kMaxSplit, kSkinnyOp, "config.split is ",
         +config.split, "; it must be in [1, ", kMaxSplit, "]");
   switch (config.tile_rows) {
     case 64:
-      return launch_wgmma<64>(args, config, ctx);
+      return launch_wgmma<64>(args, config, limits, ctx);
     case 128:
-      return launch_wgmma<128>(args, config, ctx);
+      return launch_wgmma<128>(args, config, limits, ctx);
     case 192:
-      return launch_wgmma<192>(args, config, ctx);
+      return launch_wgmma<192>(args, config, limits, ctx);
     case 256:
-      return launch_wgmma<256>(args, config, ctx);
+      return launch_wgmma<256>(args, config, limits, ctx);
     default:
       fail(ErrorKind::kInvalidArgument, kSkinnyOp, "config.tile_rows is ", config.tile_rows,
            "; it must be 64, 128, 192 or 256 with kWgmma");

@@ -19,8 +19,8 @@ namespace {
 constexpr std::string_view kOp = "linear tuning";
 constexpr int kHeuristics = 16;
 constexpr int64_t kMaxSkinnyRows = 512;  // far beyond where they still win
-// Many times the L2 cache. A step reads all weights of a model, so that neither caches nor address
-// translations of the last step are left; a few hundred MiB would show some kernels 15 % too fast.
+// Many times the L2 cache: a step reads all weights of a model, so that nothing of the last one is
+// left in caches.
 constexpr int64_t kRotatedBytes = int64_t{1} << 30;
 constexpr int kMaxCalls = 64;  // of a graph
 constexpr int kRuns = 3;

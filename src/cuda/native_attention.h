@@ -21,8 +21,7 @@ constexpr int kQueryTiles = 2;
 constexpr int kMergeRows = 4;
 struct alignas(16) Marks {
   Segment segments[kAttentionWarps][kQueryTiles];  // that a warp has requested
-  Segment arriving;                                // whose partial result is stored
-  int32_t merges;                                  // whether it is the last to arrive
+  Segment merged;                                  // that the worker merges at its end
 };
 struct AttentionMemory {
   int stage_bytes, fixed_bytes;
@@ -46,7 +45,6 @@ struct NativeAttentionArgs {
   const int32_t* token_batch;
   const AttentionWorker* workers;
   const AttentionItem* items;
-  int32_t* counters;
   float* partials;
   int64_t worker_floats, start_floats;
   uint32_t block_stride, token_stride, head_stride;
@@ -55,7 +53,7 @@ struct NativeAttentionArgs {
   int32_t num_heads, num_kv_heads, group, head_dim;
   int32_t num_tokens, window;
   int32_t stages;
-  bool splits;  // batch invariant
+  AttentionTiles tiles;
   float scale_log2e;
 };
 

@@ -155,7 +155,6 @@ void native_attention(const PagedAttentionParams& params, const StepContext& ctx
   args.token_batch = ctx.infer.token_batch;
   args.workers = reinterpret_cast<const cuda::AttentionWorker*>(data + layout.workers);
   args.items = reinterpret_cast<const cuda::AttentionItem*>(data + layout.items);
-  args.counters = reinterpret_cast<int32_t*>(data + layout.counters);
   args.partials = reinterpret_cast<float*>(data + layout.partials);
   args.worker_floats = layout.worker_floats;
   args.start_floats = layout.start_floats;
@@ -173,7 +172,7 @@ void native_attention(const PagedAttentionParams& params, const StepContext& ctx
   args.num_tokens = ctx.sizes.num_tokens;
   args.window = params.window;
   args.stages = launch.stages;
-  args.splits = ctx.batch_invariant;
+  args.tiles = cuda::attention_tiles(plan, ctx);
   args.scale_log2e = params.scale * kLog2e;
   if (launch.dim <= 80) {
     cuda::native_attention_64(args, launch, ctx);

@@ -251,7 +251,8 @@ void bind_runner(nb::module_& m) {
           "memory_plan", [](const RunnerHandle& self) { return plan_dict(self->memory_plan()); },
           nb::sig("def memory_plan(self) -> dict[str, int]"))
       .def("load_tensors", &load_tensors, nb::arg("file"), nb::arg("tensors"), nb::arg("progress"),
-           "Loads tensors of a file: (weight, segment, offset, dtype) each. `progress` is called with\n"
+           "Loads tensors of a file: (weight, segment, offset, dtype) each. `progress` is called "
+           "with\n"
            "the bytes that were done since its last call; what it raises ends the loading.")
       .def(
           "fill_random",
@@ -363,7 +364,8 @@ void bind_runner(nb::module_& m) {
             return nb::make_tuple(report.full_graphs, report.piecewise_graphs, report.bytes);
           },
           nb::sig("def capture_graphs(self) -> tuple[int, int, int]"),
-          "Records the graphs of all sizes; returns how many sizes were recorded as whole steps and\n"
+          "Records the graphs of all sizes; returns how many sizes were recorded as whole steps "
+          "and\n"
           "in pieces, and the bytes of device memory they took.")
       .def(
           "take_notice", [](const RunnerHandle& self) { return self->take_notice(); },

@@ -7,8 +7,8 @@
 #include <string>
 
 #include "core/error.h"
+#include "ops/fill_random.h"
 #include "ops/kernels.h"
-#include "state/step_context.h"
 
 namespace mrv1 {
 namespace {
@@ -189,20 +189,11 @@ void WeightStore::fill_random(int32_t weight, uint64_t seed, float range) {
   params.key = seed ^ (static_cast<uint64_t>(weight) << 40);
   params.center = vector ? 1.0f : 0.0f;
   params.width = vector ? 0.1f : range;
-  const auto fill = [&] {
-    run_on_stream(*device_, [&] {
-      StepContext ctx;
-      ctx.device = device_;
-      ctx.pool = device_->pool();
-      ctx.stream = device_->stream();
-      device_->kernels().fill_random(params, ctx);
-    });
-  };
   if (view.layout == WeightLayout::kRowMajor) {
     params.data = data_[weight];
     params.dtype = view.dtype;
     params.count = view.rows * view.cols;
-    fill();
+    mrv1::fill_random(*device_, params);
   } else {
     const int64_t piece =
         std::max<int64_t>(kPanelRows, kRandomPiece / view.cols / kPanelRows * kPanelRows);
@@ -212,7 +203,7 @@ void WeightStore::fill_random(int32_t weight, uint64_t seed, float range) {
       params.dtype = DType::kBF16;
       params.first = static_cast<uint64_t>(row * view.cols);
       params.count = std::min(piece, view.rows - row) * view.cols;
-      fill();
+      mrv1::fill_random(*device_, params);
       store_rows(weight, row, params.count / view.cols, rows.data(), DType::kBF16);
     }
   }

@@ -9,6 +9,7 @@
 namespace mrv1 {
 
 struct StepContext;
+class Device;
 
 // data[i] = center + width * u(key, first + i), rounded to bfloat16 whatever the dtype: values for
 // timing and for tests, the same on every backend. Product and sum are rounded one after the other.
@@ -32,6 +33,9 @@ MRV1_HD float random_unit(uint64_t key, uint64_t counter) {
 
 // Throws kInvalidArgument for what is not allowed.
 void check_params(const FillRandomParams& params);
+
+// Fills memory that the kernels of `device` address, and waits.
+void fill_random(Device& device, const FillRandomParams& params);
 
 void fill_random_cpu(const FillRandomParams& params, const StepContext& ctx);
 void fill_random_cuda(const FillRandomParams& params, const StepContext& ctx);

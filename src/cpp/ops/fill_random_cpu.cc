@@ -6,13 +6,6 @@
 
 namespace mrv1 {
 
-void check_params(const FillRandomParams& params) {
-  check(params.count >= 0, "fill_random", "count is ", params.count, ", must not be negative");
-  check(params.data != nullptr || params.count == 0, "fill_random", "data is null");
-  check(params.dtype == DType::kF32 || params.dtype == DType::kBF16, "fill_random",
-        "data is float32 or bfloat16, not ", dtype_name(params.dtype));
-}
-
 void fill_random_cpu(const FillRandomParams& params, const StepContext& ctx) {
   check_params(params);
   dispatch_activation(params.dtype, "fill_random", [&](auto tag) {

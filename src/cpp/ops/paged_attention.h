@@ -9,12 +9,14 @@ namespace mrv1 {
 // Causal attention of the step's tokens over the paged cache, the step's own keys and values
 // included (they are written before). Query head h reads key/value head h / (heads / kv_heads).
 // A token at position p of batch row b sees positions [max(0, p - window + 1), p]; window 0 means
-// no limit. Softmax is online in float32 over positions in ascending order in fixed chunks, so that
-// a token's result does not depend on the batch or on how the prompt was cut into chunks.
+// no limit. Softmax is in float32. On the CPU, and on a GPU if ctx.batch_invariant, positions are
+// summed in fixed chunks in ascending order, so that a token's result does not depend on the batch
+// or on how the prompt was cut into chunks; else how they are summed follows from the batch alone.
 // Padding and masked tokens (token_batch -1) give zero rows.
 //
 // How the work is split over a GPU is decided by plan_attention, once for all layers that share a
-// geometry: on the device, from seq_lens, into fixed buffers, so that it is part of a captured step.
+// geometry: on the device, from seq_lens, into fixed buffers, so that it is part of a captured
+// step.
 struct AttentionPlan {
   HeadShape shape;
   DType dtype = DType::kF32;

@@ -34,11 +34,15 @@ GraphLadder::GraphLadder(StepMode mode, std::vector<CaptureSize> full,
 
 std::vector<CaptureSize> GraphLadder::default_full(int32_t max_requests) {
   std::vector<CaptureSize> sizes;
-  const auto step_after = [](int32_t requests) {
-    return requests < 8 ? 1 : requests < 64 ? 8 : requests < 128 ? 16 : requests < 512 ? 32 : 128;
+  const auto step_after = [](int64_t requests) {
+    return requests < 8     ? 1
+           : requests < 64  ? 8
+           : requests < 128 ? 16
+           : requests < 512 ? 32
+                            : requests / 4;
   };
-  for (int32_t requests = 1; requests < max_requests; requests += step_after(requests)) {
-    sizes.push_back({requests, 1});
+  for (int64_t requests = 1; requests < max_requests; requests += step_after(requests)) {
+    sizes.push_back({static_cast<int32_t>(requests), 1});
   }
   sizes.push_back({max_requests, 1});
   return sizes;

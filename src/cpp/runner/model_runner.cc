@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <random>
 
 #include "core/error.h"
 
@@ -17,8 +16,6 @@ constexpr int64_t kSlotAlignment = 256;
 // Room for changes in a control record besides one command of each kind a row. Longer changes (a
 // long prompt) travel in records of their own before the step.
 constexpr size_t kControlPayloadBytes = size_t{256} << 10;
-// Random values that are made once and repeated over the KV cache.
-constexpr size_t kRandomPieceBytes = size_t{4} << 20;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -77,9 +74,9 @@ MemoryPlan ModelRunner::plan_memory(const Program& program, const RunnerConfig& 
     plan.weights += weight_bytes(weight);
   }
   const PlanLimits limits = plan_limits(config);
-  plan.activations = Executable::bytes(program, limits, device, config.max_model_len) +
-                     device.kernels().workspace_bytes(
-                         Executable::workspace_limits(program, limits, device));
+  plan.activations =
+      Executable::bytes(program, limits, device, config.max_model_len) +
+      device.kernels().workspace_bytes(Executable::workspace_limits(program, limits, device));
   const int64_t rows = config.max_num_seqs;
   plan.state =
       rows * (sizeof(Row) + sizeof(SamplingRow)) +
@@ -110,13 +107,14 @@ void ModelRunner::check_limits(const Program& program, const RunnerConfig& confi
         "runner", "padding exceeds the limits");
   for (const CaptureSize& size : config.capture_sizes) {
     check(size.requests >= 1 && size.requests <= config.max_num_seqs, "runner",
-          "capture_sizes asks for ", size.requests, " requests; allowed are 1 to max_num_seqs = ",
-          config.max_num_seqs);
+          "capture_sizes asks for ", size.requests,
+          " requests; allowed are 1 to max_num_seqs = ", config.max_num_seqs);
     check(size.tokens_per_request >= 1 &&
               int64_t{size.requests} * size.tokens_per_request <= config.max_num_batched_tokens,
           "runner", "capture_sizes asks for ", size.requests, " requests of ",
-          size.tokens_per_request, " tokens; together 1 to max_num_batched_tokens = ",
-          config.max_num_batched_tokens, " tokens are allowed");
+          size.tokens_per_request,
+          " tokens; together 1 to max_num_batched_tokens = ", config.max_num_batched_tokens,
+          " tokens are allowed");
   }
   for (const int32_t tokens : config.piecewise_sizes) {
     check(tokens >= 1 && tokens <= config.max_num_batched_tokens, "runner",
@@ -158,9 +156,10 @@ ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
       config_(checked_config(program_, config, *device_)),
       weights_(program_, *device_),
       memory_plan_(plan_memory(program_, config_, *device_)) {
+  device_->linear_context();  // a missing library is reported here, not in a step
   allocate_kv();
-  executable_ = std::make_unique<Executable>(
-      program_, plan_limits(config_), *device_, weights_.views(), kv_, config_.max_model_len);
+  executable_ = std::make_unique<Executable>(program_, plan_limits(config_), *device_,
+                                             weights_.views(), kv_, config_.max_model_len);
   ladder_ = GraphLadder(config_.graph_mode, config_.capture_sizes, config_.piecewise_sizes);
   allocate_state();
   allocate_rings();
@@ -192,19 +191,13 @@ void ModelRunner::allocate_kv() {
 
 void ModelRunner::fill_kv_random(uint64_t seed) {
   const auto bytes = static_cast<size_t>(memory_plan_.per_block * config_.num_blocks);
-  const size_t size = dtype_size(program_.dtype());
-  std::vector<char> piece(std::min(bytes, kRandomPieceBytes));
-  std::mt19937_64 words(seed);
-  for (size_t i = 0; i < piece.size() / size; ++i) {
-    const float value = static_cast<float>(static_cast<int64_t>(words()) >> 40) * 0x1p-23f;
-    const BFloat16 rounded = from_float<BFloat16>(value);
-    std::memcpy(piece.data() + i * size,
-                size == sizeof(float) ? static_cast<const void*>(&value) : &rounded, size);
-  }
-  for (size_t start = 0; start < bytes; start += piece.size()) {
-    device_->copy_in(static_cast<char*>(kv_buffer_.data()) + start, piece.data(),
-                     std::min(piece.size(), bytes - start));
-  }
+  fill_random(*device_, {.data = kv_buffer_.data(),
+                         .dtype = program_.dtype(),
+                         .count = static_cast<int64_t>(bytes / dtype_size(program_.dtype())),
+                         .key = seed,
+                         .first = 0,
+                         .center = 0.0f,
+                         .width = 1.0f});
 }
 
 template <typename T>
@@ -694,8 +687,8 @@ CaptureReport ModelRunner::capture_graphs() {
     ++report.piecewise_graphs;
   }
   captured_ = true;
-  report.bytes = static_cast<int64_t>(free_before) -
-                 static_cast<int64_t>(device_->memory().free_bytes);
+  report.bytes =
+      static_cast<int64_t>(free_before) - static_cast<int64_t>(device_->memory().free_bytes);
   return report;
 }
 

@@ -146,9 +146,9 @@ class ModelRunner {
   // Last step that was launched with the row in its batch; steps count from 1, 0 = none.
   uint64_t last_step(RowHandle row) const;
 
-  // Records the graphs of all sizes, largest first. Until then, and with StepMode::kEager, steps run
-  // eagerly. Runs every size once first, with an empty batch: call it when weights are loaded and no
-  // step is in flight.
+  // Records the graphs of all sizes, largest first. Until then, and with StepMode::kEager, steps
+  // run eagerly. Runs every size once first, with an empty batch: call it when weights are loaded
+  // and no step is in flight.
   CaptureReport capture_graphs();
   // Why steps do not run in the mode that was asked for, each reason once; empty if there is none.
   std::string take_notice() { return ladder_.take_miss(); }

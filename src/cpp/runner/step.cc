@@ -8,8 +8,7 @@ namespace mrv1 {
 void Step::find_pieces() {
   const std::vector<Op>& ops = program_.ops();
   const auto works_on_logits = [&](const Op& op) {
-    return !op.outputs.empty() &&
-           program_.values()[op.outputs.back()].space == RowSpace::kLogits;
+    return !op.outputs.empty() && program_.values()[op.outputs.back()].space == RowSpace::kLogits;
   };
   // 0: token rows, 1: attention, 2: logits rows. A piece holds ops of one kind.
   const auto kind_of = [&](const Op& op) {

@@ -1,0 +1,319 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// What a warp of the native attention kernel does with 16 query rows and positions in shared
+// memory: scores, softmax and the weighted sum of values, on bfloat16 tensor cores.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "native_attention.h"
+
+namespace mrv1::cuda {
+namespace native {
+
+constexpr int kBlock = 16;  // positions of a matrix instruction's tile
+constexpr uint32_t kNowhere = 0xffffffffu;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <int D>
+struct Layout {
+  static constexpr int kChunks = D / 8;
+  static constexpr bool kSwizzled = kChunks % 8 == 0;
+  static constexpr int kRowBytes = row_chunks(D) * 16;
+  static constexpr int kMatrixBytes = kBlock * kRowBytes;  // keys or values of a block of positions
+  static constexpr int kStageBytes = kAttentionWarps * 2 * kMatrixBytes;
+  static_assert(kStageBytes == attention_memory(D).stage_bytes);
+
+  __device__ static uint32_t offset(int row, int chunk) {
+    return static_cast<uint32_t>(row * kRowBytes + (kSwizzled ? chunk ^ (row & 7) : chunk) * 16);
+  }
+};
+
+// This thread's place in its warp, as a value of its own each time: what follows from it is
+// computed again in every unit, which is cheaper than to keep it all in registers between units.
+__device__ __forceinline__ int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ void copy_async(uint32_t target, const void* source, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until all but the `pending` newest groups have arrived.
+__device__ __forceinline__ void wait_copies(int pending) {
+  switch (pending) {
+    case 0:
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      break;
+    case 1:
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      break;
+    case 2:
+      asm volatile("cp.async.wait_group 2;" ::: "memory");
+      break;
+    case 3:
+      asm volatile("cp.async.wait_group 3;" ::: "memory");
+      break;
+    default:
+      asm volatile("cp.async.wait_group 4;" ::: "memory");
+      break;
+  }
+}
+static_assert(kMaxStages - 2 <= 4);
+
+__device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_transposed(uint32_t (&d)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// A row's softmax over some positions: the largest score, the sum of exponentials, and four of the
+// output's columns, not divided by the sum yet. Scores are in powers of two.
+struct Partial {
+  float maximum, sum;
+  float4 out;
+};
+
+// What -infinity, the maximum of no positions, is replaced by where it is subtracted.
+__device__ __forceinline__ float finite(float maximum) {
+  return maximum == -INFINITY ? 0.0f : maximum;
+}
+
+// Adds `next`, of later positions. Wherever results are added, it is by this, in ascending order.
+__device__ __forceinline__ void fold(Partial& into, const Partial& next) {
+  const float maximum = fmaxf(into.maximum, next.maximum);
+  const float old_factor = exp2_fast(into.maximum - finite(maximum));
+  const float factor = exp2_fast(next.maximum - finite(maximum));
+  into.maximum = maximum;
+  into.sum = fmaf(next.sum, factor, into.sum * old_factor);
+  into.out.x = fmaf(next.out.x, factor, into.out.x * old_factor);
+  into.out.y = fmaf(next.out.y, factor, into.out.y * old_factor);
+  into.out.z = fmaf(next.out.z, factor, into.out.z * old_factor);
+  into.out.w = fmaf(next.out.w, factor, into.out.w * old_factor);
+}
+
+// A warp's 16 rows: lane l holds columns 2 * (l % 4) and the next of every 8, of rows l / 4 ([0])
+// and l / 4 + 8 ([1]).
+template <int D>
+struct Rows {
+  using L = Layout<D>;
+  // Queries of a narrow tile stay in shared memory where there are no registers for them.
+  static constexpr bool kQueryInRegisters = D <= 128;
+
+  uint32_t query[D / 16][4];
+  float out[D / 8][4];
+  float maximum[2], sum[2];
+  int32_t low[2], high[2];          // positions that the row sees
+  int32_t common_low, common_high;  // positions that every row sees
+
+  __device__ void clear() {
+#pragma unroll
+    for (int t = 0; t < D / 8; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[t][i] = 0.0f;
+    }
+    maximum[0] = maximum[1] = -INFINITY;
+    sum[0] = sum[1] = 0.0f;
+  }
+
+  // Rows [first, first + 16) of the item's tile; those past its end repeat the last.
+  __device__ void place(const NativeAttentionArgs& args, const AttentionItem& item, int32_t first) {
+    const int lane = lane_id();
+    const int32_t last = item.rows - 1;
+    const auto position = [&](int32_t tile_row) {
+      return item.context + (item.first + min(tile_row, last)) / args.group;
+    };
+    const auto lowest = [&](int32_t high) {
+      return args.window > 0 ? max(0, high - args.window + 1) : 0;
+    };
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      high[side] = position(first + lane / 4 + 8 * side);
+      low[side] = lowest(high[side]);
+    }
+    common_high = position(first);
+    common_low = lowest(position(first + kBlock - 1));
+  }
+
+  // Queries of a wide tile, from memory; rows past its end are zeros.
+  __device__ void load_queries(const NativeAttentionArgs& args, const AttentionItem& item,
+                               int32_t head, int32_t first) {
+    const int lane = lane_id();
+    const int64_t cols = int64_t{args.num_heads + 2 * args.num_kv_heads} * args.head_dim;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const int32_t tile_row = first + lane / 4 + 8 * side;
+      const int32_t row = item.first + min(tile_row, item.rows - 1);
+      const int32_t token = row / args.group;
+      const uint16_t* source =
+          args.qkv + (item.token + token) * cols +
+          int64_t{head * args.group + row - token * args.group} * args.head_dim;
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) {
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          const int col = 16 * k + 8 * part + 2 * (lane % 4);
+          query[k][2 * part + side] = tile_row < item.rows && col < args.head_dim
+                                          ? *reinterpret_cast<const uint32_t*>(source + col)
+                                          : 0u;
+        }
+      }
+    }
+  }
+
+  // A fragment of the queries of a narrow tile in shared memory.
+  __device__ static void query_fragment(uint32_t (&fragment)[4], uint32_t queries, int k,
+                                        int lane) {
+    load_matrices(fragment, queries + L::offset(lane & 15, 2 * k + (lane >> 4)));
+  }
+  __device__ void read_queries(uint32_t queries) {
+    if constexpr (kQueryInRegisters) {
+      const int lane = lane_id();
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) query_fragment(query[k], queries, k, lane);
+    }
+  }
+
+  // Takes in kBlocks blocks of positions from `position` on; block b's keys lie at
+  // keys + 2 * b * kMatrixBytes, its values kMatrixBytes after them.
+  template <int kBlocks, bool kNarrow>
+  __device__ void attend(uint32_t queries, uint32_t keys, int32_t position, float scale) {
+    const int lane = lane_id();
+    float score[2 * kBlocks][4];
+#pragma unroll
+    for (int t = 0; t < 2 * kBlocks; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) score[t][i] = 0.0f;
+    }
+    const int key_row = (lane & 7) + (lane >> 4 << 3);
+    const int key_chunk = (lane >> 3) & 1;
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      uint32_t own[4];
+      if constexpr (kNarrow && !kQueryInRegisters) query_fragment(own, queries, k, lane);
+      const uint32_t (&rows)[4] = kNarrow && !kQueryInRegisters ? own : query[k];
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        uint32_t fragment[4];
+        load_matrices(fragment,
+                      keys + 2 * b * L::kMatrixBytes + L::offset(key_row, 2 * k + key_chunk));
+        multiply_add(score[2 * b], rows, fragment[0], fragment[1]);
+        multiply_add(score[2 * b + 1], rows, fragment[2], fragment[3]);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < 2 * kBlocks; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) score[t][i] *= scale;
+    }
+    if (position + kBlocks * kBlock - 1 > common_high || position < common_low) {
+#pragma unroll
+      for (int t = 0; t < 2 * kBlocks; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int32_t p = position + 8 * t + 2 * (lane % 4) + (i & 1);
+          if (p > high[i / 2] || p < low[i / 2]) score[t][i] = -INFINITY;
+        }
+      }
+    }
+
+    float factor[2];
+    float base[2];
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      float largest = maximum[side];
+#pragma unroll
+      for (int t = 0; t < 2 * kBlocks; ++t) {
+        largest = fmaxf(largest, fmaxf(score[t][2 * side], score[t][2 * side + 1]));
+      }
+      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+      base[side] = finite(largest);
+      factor[side] = exp2_fast(maximum[side] - base[side]);
+      maximum[side] = largest;
+      sum[side] *= factor[side];
+    }
+#pragma unroll
+    for (int t = 0; t < 2 * kBlocks; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        score[t][i] = exp2_fast(score[t][i] - base[i / 2]);
+        sum[i / 2] += score[t][i];
+      }
+    }
+    if (__any_sync(kAllLanes, factor[0] != 1.0f || factor[1] != 1.0f)) {
+#pragma unroll
+      for (int t = 0; t < D / 8; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[t][i] *= factor[i / 2];
+      }
+    }
+
+    const uint32_t values = keys + L::kMatrixBytes;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const uint32_t weights[4] = {pack(score[2 * b][0], score[2 * b][1]),
+                                   pack(score[2 * b][2], score[2 * b][3]),
+                                   pack(score[2 * b + 1][0], score[2 * b + 1][1]),
+                                   pack(score[2 * b + 1][2], score[2 * b + 1][3])};
+#pragma unroll
+      for (int t = 0; t < D / 16; ++t) {
+        uint32_t fragment[4];
+        load_transposed(
+            fragment, values + 2 * b * L::kMatrixBytes + L::offset(lane & 15, 2 * t + (lane >> 4)));
+        multiply_add(out[2 * t], weights, fragment[0], fragment[1]);
+        multiply_add(out[2 * t + 1], weights, fragment[2], fragment[3]);
+      }
+    }
+  }
+
+  // Adds up what the four lanes of a row have summed on their own.
+  __device__ void reduce_sums() {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      sum[side] += __shfl_xor_sync(kAllLanes, sum[side], 1);
+      sum[side] += __shfl_xor_sync(kAllLanes, sum[side], 2);
+    }
+  }
+};
+
+}  // namespace native
+}  // namespace mrv1::cuda

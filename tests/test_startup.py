@@ -1,0 +1,162 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""How weights get from files to the device, and what the start tells of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mrv1 import _core, loader
+from mrv1.errors import WeightError
+from mrv1.loader import RunnerOptions, load_model
+from mrv1.progress import format_phases
+from serving_tools import LLAMA, Tensors, copy_model, greedy, make_prompt, open_runner, run_to_end
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def read_tensors(path: Path) -> Tensors:
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+def write_tensors(path: Path, tensors: Tensors, padding: int) -> None:
+    """Writes a file whose header has any length, so that tensors begin anywhere."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, object] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": (offset, offset + tensor.nbytes),
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8 + padding)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor).tobytes())
+
+
+def first_logits(device: str, model: Path, dtype: str) -> np.ndarray:
+    with open_runner(device, model, dtype=dtype) as runner:
+        run_to_end(runner, make_prompt(9, 3), greedy(2))
+        return runner.logits(0)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtypes_and_places_of_tensors_do_not_matter(
+    tmp_path: Path, device: str, dtype: str, padding: int
+) -> None:
+    """Values that all dtypes hold give the same model, however they are stored."""
+    exact = {
+        # Few bits of mantissa and magnitudes between those that halves hold.
+        name: np.clip(tensor.astype(ml_dtypes.bfloat16).astype(np.float32), -8, 8)
+        .astype(np.float16)
+        .astype(ml_dtypes.bfloat16)
+        .astype(np.float32)
+        for name, tensor in read_tensors(LLAMA / "model.safetensors").items()
+    }
+    found = []
+    for mixed in (False, True):
+        root = copy_model(tmp_path / str(mixed))
+        kinds = list(DTYPES.values())
+        tensors = {
+            name: tensor.astype(np.float16)
+            .astype(np.float32)
+            .astype(kinds[place % 3] if mixed else np.float32)
+            for place, (name, tensor) in enumerate(exact.items())
+        }
+        write_tensors(root / "model.safetensors", tensors, padding if mixed else 0)
+        found.append(first_logits(device, root, dtype))
+    assert np.isfinite(found[0]).all() and found[0].std() > 0
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_many_files(tmp_path: Path, device: str) -> None:
+    tensors = read_tensors(LLAMA / "model.safetensors")
+    root = copy_model(tmp_path / "model")
+    (root / "model.safetensors").unlink()
+    shards = {name: f"model-{place % 3}.safetensors" for place, name in enumerate(tensors)}
+    for shard in set(shards.values()):
+        part = {name: tensor for name, tensor in tensors.items() if shards[name] == shard}
+        write_tensors(root / shard, part, 0)
+    (root / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    np.testing.assert_array_equal(
+        first_logits(device, root, "float32"), first_logits(device, LLAMA, "float32")
+    )
+
+
+def options(device: str) -> RunnerOptions:
+    return RunnerOptions(device=device, dtype="float32", num_threads=1, num_kv_blocks=64)
+
+
+def test_a_file_that_shrank_is_a_weight_error(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = copy_model(tmp_path / "model")
+    make_runner = loader.make_runner
+
+    def shrink(*arguments: object) -> object:
+        with (root / "model.safetensors").open("r+b") as file:
+            file.truncate(5000)
+        return make_runner(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loader, "make_runner", shrink)
+    with pytest.raises(WeightError, match="past the end of the file"):
+        load_model(root, options(device), progress=False)
+
+
+def test_what_progress_raises_ends_the_loading(device: str) -> None:
+    with open_runner(device) as runner:
+        native = runner.model.runner
+        file = _core.MappedFile(str(LLAMA / "model.safetensors"))
+        info = loader.read_checkpoint(LLAMA)[native.program.weights[0][3][0][0]]
+        tensors = [(0, 0, info.offset, loader._LOADABLE[info.dtype])]
+
+        def interrupt(_: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            native.load_tensors(file, tensors, interrupt)
+        told: list[int] = []
+        native.load_tensors(file, tensors, told.append)
+        assert sum(told) == info.nbytes
+
+
+def test_phases_of_a_start(device: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "mrv1"):
+        model = load_model(LLAMA, options(device), progress=False)
+    phases = ["read headers and wire", "open device", "allocate", "load weights"]
+    assert list(model.startup)[:4] == phases
+    assert all(seconds >= 0 for seconds in model.startup.values())
+    checkpoint = loader.read_checkpoint(LLAMA)
+    assert model.startup_bytes["load weights"] == sum(info.nbytes for info in checkpoint.values())
+    assert model.startup_bytes["allocate"] > model.startup_bytes["load weights"]
+    for phase in phases:
+        assert f"\n{phase}" in caplog.text
+    model.runner.close()
+    model.device.close()
+
+
+def test_format_phases() -> None:
+    assert format_phases({"read": 0.5, "a longer one": 2.0}, {"a longer one": 3_000_000_000}) == (
+        "phase         seconds         MB    GB/s\n"
+        "read             0.50\n"
+        "a longer one     2.00     3000.0     1.5\n"
+        "all              2.50"
+    )
+    assert "0.00" in format_phases({"instant": 0.0}, {"instant": 5})
