@@ -269,9 +269,10 @@ def capture_graphs(model: LoadedModel) -> None:
 
 def report_notices(runner: _core.ModelRunner) -> None:
     """Logs why a step did not run in the mode that was asked for; each reason comes once."""
-    notice = runner.take_notice()
+    notice, decode_only = runner.take_miss()
     if notice:
-        _LOG.warning("%s", notice)
+        # Long prompts are meant to run so; decoding is not.
+        _LOG.log(logging.WARNING if decode_only else logging.INFO, "%s", notice)
 
 
 def make_runner(

@@ -139,7 +139,7 @@ LinearPlan LinearContext::choose(const LinearParams& params, const LinearShape& 
   if (ctx.batch_invariant) {
     if (skinny) {
       plan.kind = LinearKind::kSkinny;
-      plan.skinny = skinny_invariant(shape.n, shape.k, shape.silu_mul);
+      plan.skinny = skinny_invariant(shape.n, shape.k, shape.silu_mul, rows);
     }
     return plan;
   }

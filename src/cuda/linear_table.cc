@@ -56,6 +56,10 @@ bool parse(std::istream& in, T& value) {
 bool parse_skinny(std::istream& in, SkinnyConfig& config) {
   std::string engine;
   in >> engine;
+  if (engine == "default") {
+    config = {.warps = 0, .stages = 0};  // none that exists: skinny_default() chooses
+    return true;
+  }
   if (engine != "mma" && engine != "wgmma") return false;
   config.engine = engine == "mma" ? SkinnyEngine::kMma : SkinnyEngine::kWgmma;
   return parse(in, config.warps) && parse(in, config.split) && parse(in, config.stages) &&

@@ -368,8 +368,13 @@ void bind_runner(nb::module_& m) {
           "and\n"
           "in pieces, and the bytes of device memory they took.")
       .def(
-          "take_notice", [](const RunnerHandle& self) { return self->take_notice(); },
-          "Why steps do not run in the mode that was asked for: each reason once, else empty.")
+          "take_miss",
+          [](const RunnerHandle& self) {
+            const GraphLadder::Miss miss = self->take_miss();
+            return std::make_pair(miss.text, miss.decode_only);
+          },
+          "Why a step did not run in the mode that was asked for, each reason once, else empty;\n"
+          "and whether it was one of decoding requests only.")
       .def(
           "fail_next_step",
           [](const RunnerHandle& self, const std::string& message) {

@@ -62,6 +62,8 @@ ProgramSession::ProgramSession(std::shared_ptr<Device> device, Program program,
   rows.num_groups = 1;
   rows.block_size = limits.block_size;
   rows.max_blocks = limits.max_blocks;
+  rows.max_model_len = static_cast<int32_t>(std::min<int64_t>(
+      int64_t{limits.max_blocks} * limits.block_size, std::numeric_limits<int32_t>::max()));
   rows.block_table = ints(int64_t{limits.max_requests} * limits.max_blocks);
   ctx_.device = device_.get();
   ctx_.pool = device_->pool();

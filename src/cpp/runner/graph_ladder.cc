@@ -54,6 +54,7 @@ std::vector<int32_t> GraphLadder::default_piecewise(int32_t max_tokens) {
   for (const int32_t tokens : {64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024}) {
     if (tokens <= max_tokens) sizes.push_back(tokens);
   }
+  if (max_tokens > 0 && max_tokens < 1024) sizes.push_back(max_tokens);
   return sizes;
 }
 
@@ -88,19 +89,22 @@ void GraphLadder::note_miss(StepMode taken, std::span<const BatchEntry> entries,
                             const StepSizes& exact) {
   const bool decode_only = exact.num_tokens == exact.num_requests;
   // A prompt in pieces is what the piecewise sizes are for.
-  if (mode_ == StepMode::kEager || (taken == StepMode::kPiecewise && !decode_only)) return;
+  if (taken == mode_ || mode_ == StepMode::kEager ||
+      (taken == StepMode::kPiecewise && !decode_only))
+    return;
   bool& reported = reported_[decode_only][static_cast<int>(taken)];
   if (std::exchange(reported, true)) return;
-  miss_ = concat("a batch of ", entries.size(), " requests with ", exact.num_tokens,
-                 " tokens runs ", step_mode_name(taken), ": the largest captured sizes are ",
-                 full_.empty() ? 0 : full_.back().requests, " requests",
-                 full_.empty() || full_.back().tokens_per_request == 1
-                     ? std::string()
-                     : concat(" of ", full_.back().tokens_per_request, " tokens"),
-                 " as one graph and ", piecewise_.empty() ? 0 : piecewise_.back(),
-                 " tokens in pieces (said once)");
+  miss_.decode_only = decode_only;
+  miss_.text = concat("a batch of ", entries.size(), " requests with ", exact.num_tokens,
+                      " tokens runs ", step_mode_name(taken), ": the largest captured sizes are ",
+                      full_.empty() ? 0 : full_.back().requests, " requests",
+                      full_.empty() || full_.back().tokens_per_request == 1
+                          ? std::string()
+                          : concat(" of ", full_.back().tokens_per_request, " tokens"),
+                      " as one graph and ", piecewise_.empty() ? 0 : piecewise_.back(),
+                      " tokens in pieces (said once)");
 }
 
-std::string GraphLadder::take_miss() { return std::exchange(miss_, {}); }
+GraphLadder::Miss GraphLadder::take_miss() { return std::exchange(miss_, {}); }
 
 }  // namespace mrv1

@@ -52,9 +52,12 @@ class GraphLadder {
   static std::vector<int32_t> default_piecewise(int32_t max_tokens);
 
   StepShape choose(std::span<const BatchEntry> entries, StepSizes exact);
-  // Why the newest choice could not use the mode that was asked for; once for every kind of miss,
-  // else empty.
-  std::string take_miss();
+  // A batch that could not use the mode that was asked for; each kind of miss is told once.
+  struct Miss {
+    std::string text;          // empty: nothing new
+    bool decode_only = false;  // a step of one token a request, which should not miss
+  };
+  Miss take_miss();
 
   StepMode mode() const { return mode_; }
   const std::vector<CaptureSize>& full() const { return full_; }
@@ -67,7 +70,7 @@ class GraphLadder {
   std::vector<CaptureSize> full_;
   std::vector<int32_t> piecewise_;
   bool reported_[2][kNumStepModes] = {};  // by decode-only or not, and mode taken
-  std::string miss_;
+  Miss miss_;
 };
 
 }  // namespace mrv1

@@ -150,8 +150,8 @@ class ModelRunner {
   // run eagerly. Runs every size once first, with an empty batch: call it when weights are loaded
   // and no step is in flight.
   CaptureReport capture_graphs();
-  // Why steps do not run in the mode that was asked for, each reason once; empty if there is none.
-  std::string take_notice() { return ladder_.take_miss(); }
+  // Why steps do not run in the mode that was asked for, each reason once.
+  GraphLadder::Miss take_miss() { return ladder_.take_miss(); }
 
   // Launches a step; returns its number. Each row at most once; the rows of a step that failed are
   // in an unknown state and must be freed. Decode rows take 1 token, prefill and extend rows up to

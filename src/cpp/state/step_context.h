@@ -50,8 +50,8 @@ struct StepContext {
   void* stream = nullptr;      // CUDA: cudaStream_t
   StepSizes sizes;             // padded
   StepRings rings;             // device addresses
-  RowState rows;               // device addresses
-  InferParams infer;           // device addresses, written by infer_params
+  RowState rows{};             // device addresses
+  InferParams infer{};         // device addresses, written by infer_params
   void* workspace = nullptr;  // scratch of ops, workspace_bytes long; contents do not outlive an op
   size_t workspace_bytes = 0;
   // A row's results must not depend on what else is in the batch, bit for bit.
