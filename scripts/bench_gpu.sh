@@ -76,7 +76,10 @@ for _ in range(2):
     start = time.perf_counter()
     model = load_model(directory, options, progress=False)
     total = time.perf_counter() - start
-    seconds.append({"shape": shape, "total": round(total, 3), **model.startup})
+    phases = {name: round(value, 4) for name, value in model.startup.items()}
+    seconds.append(
+        {"shape": shape, "total": round(total, 3), "seconds": phases, "bytes": model.startup_bytes}
+    )
     print(seconds[-1], model.runner.memory_plan, flush=True)
     model.runner.close()
     model.device.close()

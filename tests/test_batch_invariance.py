@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mrv1.runner import ModelRunner, RowHandle
+from mrv1.sampling_params import SamplingParams
 from serving_tools import (
     MODELS,
     BlockPool,
@@ -105,6 +106,36 @@ def test_chunks_of_a_prompt_change_nothing(runner: ModelRunner, chunk: int) -> N
     runner.free_row(other)
 
 
+def tokens_together(
+    runner: ModelRunner, requests: Sequence[tuple[list[int], SamplingParams]], ahead: int
+) -> list[list[int]]:
+    """The tokens of each request, run side by side with up to `ahead` steps in flight."""
+    pool = BlockPool(runner)
+    rows = [
+        runner.add_row(prompt, params, block_ids=pool.take(num_blocks(len(prompt) + OUTPUTS)))
+        for prompt, params in requests
+    ]
+    tokens: list[list[int]] = [[] for _ in rows]
+    pending = []
+
+    def take_in() -> None:
+        for output in pending.pop(0).result():
+            if output.token_id is not None:
+                tokens[rows.index(output.row)].append(output.token_id)
+
+    batch = [(row, len(prompt)) for row, (prompt, _) in zip(rows, requests, strict=True)]
+    for _ in range(OUTPUTS):
+        pending.append(runner.execute(batch))
+        if len(pending) >= ahead:
+            take_in()
+        batch = [(row, 1) for row in rows]
+    while pending:
+        take_in()
+    for row in rows:
+        runner.free_row(row)
+    return tokens
+
+
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_tokens_do_not_depend_on_batch_or_run_ahead(device: str, name: str) -> None:
     model = MODELS / name
@@ -112,34 +143,14 @@ def test_tokens_do_not_depend_on_batch_or_run_ahead(device: str, name: str) -> N
     try:
         vocab = vocab_of(model)
         requests = [
-            (make_prompt(length, length, vocab), greedy(OUTPUTS) if length % 2 else seeded(length, OUTPUTS))
+            (
+                make_prompt(length, length, vocab),
+                greedy(OUTPUTS) if length % 2 else seeded(length, OUTPUTS),
+            )
             for length in (4, 33, 90)
         ]
         alone = [tokens_of(run_to_end(runner, prompt, params)) for prompt, params in requests]
         for ahead in (1, 3):
-            pool = BlockPool(runner)
-            rows = [
-                runner.add_row(prompt, params, block_ids=pool.take(num_blocks(len(prompt) + OUTPUTS)))
-                for prompt, params in requests
-            ]
-            tokens: list[list[int]] = [[] for _ in rows]
-            pending = []
-
-            def take_in() -> None:
-                for output in pending.pop(0).result():
-                    if output.token_id is not None:
-                        tokens[rows.index(output.row)].append(output.token_id)
-
-            batch = [(row, len(prompt)) for row, (prompt, _) in zip(rows, requests, strict=True)]
-            for _ in range(OUTPUTS):
-                pending.append(runner.execute(batch))
-                if len(pending) >= ahead:
-                    take_in()
-                batch = [(row, 1) for row in rows]
-            while pending:
-                take_in()
-            assert tokens == alone
-            for row in rows:
-                runner.free_row(row)
+            assert tokens_together(runner, requests, ahead) == alone
     finally:
         runner.close()

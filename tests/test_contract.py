@@ -1,8 +1,8 @@
 # Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 """The contract of the step, line by line: `test_line_<n>_...` is line n of docs/architecture.md.
 
-What line 10 says of graphs is tested in test_graphs.py; here, that padding keeps the rules of line 3
-and changes no token.
+What line 10 says of graphs is tested in test_graphs.py; here, that padding keeps the rules of
+line 3 and changes no token.
 """
 
 from __future__ import annotations

@@ -37,9 +37,7 @@ def run_together(runner: ModelRunner, chunk: int) -> list[list[int]]:
     """Runs REQUESTS side by side, prompts in chunks, one step ahead; the tokens of each."""
     pool = BlockPool(runner)
     rows = [
-        runner.add_row(
-            prompt, params, block_ids=pool.take(num_blocks(len(prompt) + OUTPUTS))
-        )
+        runner.add_row(prompt, params, block_ids=pool.take(num_blocks(len(prompt) + OUTPUTS)))
         for prompt, params in REQUESTS
     ]
     left = [len(prompt) for prompt, _ in REQUESTS]
@@ -106,9 +104,8 @@ def test_every_mode_runs_and_draws_the_same_tokens(device: str, mode: str, dtype
         assert all(len(tokens) == OUTPUTS for tokens in got)
         stats = runner.stats()
         assert stats[f"steps_{mode}"] >= 50
-        assert stats["steps_eager"] + stats["steps_piecewise"] + stats["steps_full"] == (
-            stats["batches"]
-        )
+        by_mode = [stats[f"steps_{each}"] for each in ("eager", "piecewise", "full")]
+        assert sum(by_mode) == stats["batches"]
         if mode == "full":
             assert stats["steps_eager"] == 0 and stats["steps_piecewise"] > 0
         if mode == "eager":
@@ -189,7 +186,9 @@ def test_a_batch_that_misses_the_sizes_says_so_once(
     runner = open_runner(device, graph_mode="full", capture_sizes=[1], piecewise_sizes=[])
     try:
         rows = [
-            runner.add_row(make_prompt(4, index), greedy(8), block_ids=[2 * index + 1, 2 * index + 2])
+            runner.add_row(
+                make_prompt(4, index), greedy(8), block_ids=[2 * index + 1, 2 * index + 2]
+            )
             for index in range(2)
         ]
         with caplog.at_level(logging.INFO, logger="mrv1"):
@@ -240,6 +239,8 @@ def test_default_sizes_are_dense_at_the_small_end() -> None:
         ({"capture_sizes": [(1, 2, 3)]}, r"capture_sizes\[0\]"),
         ({"piecewise_sizes": [300]}, "max_num_batched_tokens"),
         ({"attention_backend": "fastest"}, "attention_backend"),
+        ({"attention_backend": ["native"]}, "attention_backend"),
+        ({"batch_invariant": "yes"}, "batch_invariant"),
     ],
 )
 def test_bad_options_are_refused(device: str, options: dict[str, Any], match: str) -> None:

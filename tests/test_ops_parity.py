@@ -8,6 +8,7 @@ and values are drawn by Hypothesis. Fused forms are compared with their parts bi
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 
 import ml_dtypes
@@ -20,6 +21,8 @@ from mrv1 import _core
 
 Array = np.ndarray
 DTYPES = ("float32", "bfloat16")
+# Drawn for each test; fewer where a tool makes each of them slow.
+EXAMPLES = int(os.environ.get("MRV1_TEST_EXAMPLES", "25"))
 
 
 def rounded(values: Array, dtype: str) -> Array:
@@ -316,9 +319,7 @@ def paged_attention(draw: st.DataObject, rng: np.random.Generator, dtype: str) -
         q, keys, values, np.array(positions), np.array(batch), window
     ).reshape(tokens, -1)
     ints = {
-        "counts": np.array(
-            [len(lengths), tokens - padding, 0, decodes, len(lengths) - decodes, 0]
-        ),
+        "counts": np.array([len(lengths), tokens - padding, 0, decodes, len(lengths) - decodes, 0]),
         "row": np.arange(len(lengths)),
         "query_start_loc": np.array(starts),
         "seq_lens": np.array([context + query for context, query in lengths]),
@@ -359,7 +360,7 @@ TABLE = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", TABLE)
-@settings(max_examples=25)
+@settings(max_examples=EXAMPLES)
 @given(draw=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_op_matches_float64(
     native_device: _core.Device, op: str, dtype: str, draw: st.DataObject, seed: int
@@ -383,7 +384,7 @@ ATTENTION_OPTIONS: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernels", ATTENTION_OPTIONS)
-@settings(max_examples=25)
+@settings(max_examples=EXAMPLES)
 @given(draw=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_attention_kernels_match_float64(
     native_device: _core.Device, kernels: str, dtype: str, draw: st.DataObject, seed: int
@@ -482,7 +483,7 @@ def run_qkv(device: _core.Device, case: Case) -> tuple[Array, list[Array]]:
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=25)
+@settings(max_examples=EXAMPLES)
 @given(draw=st.data(), seed=st.integers(0, 2**32 - 1), fused=st.booleans())
 def test_qkv_prepare_matches_float64(
     native_device: _core.Device,

@@ -1,6 +1,6 @@
 """Native core of mrv1: programs, state, the step and the engine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import enum
 from typing import Annotated, overload
 
@@ -16,12 +16,17 @@ class Device:
         kind: "cpu" or "cuda".
         num_threads: CPU threads; 0 takes the cores this process may use.
         ordinal: GPU number.
+        stream: CUDA stream in which everything runs: an object with
+            __cuda_stream__, which is kept alive, or a handle, which must
+            outlive the device. None makes a stream.
 
     Raises:
+        InvalidArgumentError: the stream is a default stream, which graphs
+            cannot be captured from, or is of another GPU.
         DeviceError: no such device, or a build without CUDA.
     """
 
-    def __init__(self, kind: str, num_threads: int = 0, ordinal: int = 0) -> None: ...
+    def __init__(self, kind: str, num_threads: int = 0, ordinal: int = 0, stream: object = None) -> None: ...
 
     @property
     def name(self) -> str: ...
@@ -32,10 +37,30 @@ class Device:
     @property
     def num_threads(self) -> int: ...
 
+    @property
+    def ordinal(self) -> int: ...
+
+    @property
+    def stream(self) -> int:
+        """Handle of the CUDA stream in which everything runs."""
+
+    def __cuda_stream__(self) -> tuple[int, int]: ...
+
     def memory(self) -> tuple[int, int]:
         """Free and total bytes."""
 
     def synchronize(self) -> None: ...
+
+    def configure_linear(self, *, libraries: Sequence[str], table_dirs: Sequence[str], use_library: bool = True, tune: bool = False) -> None:
+        """
+        Opens cuBLASLt and reads the tuning tables that linears are computed by, before the
+        first step; without the call, the first linear opens what the loader finds. Does
+        nothing on the CPU. mrv1.tuning has the arguments.
+
+        Raises:
+            InvalidArgumentError: a table is damaged.
+            DeviceError: the library was not found; the message has every name tried.
+        """
 
     def close(self) -> None: ...
 
@@ -45,11 +70,72 @@ def cuda_built() -> bool:
 def cuda_available() -> bool:
     """True if a driver and a GPU are there too."""
 
+def cublaslt_describe(libraries: Sequence[str]) -> str:
+    """
+    Opens cuBLASLt, if it is not open yet; its version and the name it was found by.
+
+    Raises:
+        DeviceError: it was not found, or a build without CUDA.
+    """
+
 def cuda_describe() -> str:
     """One line on what was found of CUDA."""
 
 def cpu_isa() -> str:
     """The instruction set the CPU kernels use here."""
+
+class DeviceArray:
+    """
+    Memory that a device addresses, for libraries that take DLPack or the CUDA array interface.
+
+    What they make of it keeps the memory alive, whoever else lets go of it.
+    """
+
+    def __dlpack__(self, *, stream: int | None = None, max_version: tuple[int, int] | None = None, dl_device: tuple[int, int] | None = None, copy: bool | None = None) -> object: ...
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, object]: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype, as NumPy or ml_dtypes gives it."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def ptr(self) -> int:
+        """The address that kernels use."""
+
+class PinnedMemory:
+    """See mrv1.memory.PinnedArray."""
+
+    def __init__(self, device: Device, nbytes: int) -> None: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def host(self) -> NDArray[numpy.uint8]:
+        """The bytes as the host sees them."""
+
+    def device(self, shape: Sequence[int], dtype: str) -> DeviceArray:
+        """The bytes as the device sees them."""
+
+    def fence(self, stream: object = None) -> None:
+        """
+        The memory is in use until the work queued so far in the stream has ended.
+        """
+
+    def is_free(self) -> bool: ...
+
+    def wait(self) -> None: ...
+
+    def close(self) -> None: ...
 
 class Program:
     """
@@ -125,6 +211,13 @@ class Program:
         (op that writes it, last op that reads it, bytes) of each value; -1 for none.
         """
 
+class AttentionBackend(enum.Enum):
+    """Kernels of decode attention."""
+
+    NATIVE = 0
+
+    FLASHINFER = 1
+
 class ProgramSession:
     """
     Runs a program over inputs, infer_params and a KV cache set by hand: for testing single ops
@@ -133,11 +226,45 @@ class ProgramSession:
 
     def __init__(self, device: Device, program: Program, *, max_requests: int = 1, max_tokens: int = 1, max_logits: int = 1, num_blocks: int = 1, block_size: int = 16, max_blocks: int = 1, max_position: int = 1) -> None: ...
 
-    def load_weight(self, weight: int, values: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None: ...
+    @overload
+    def load_weight(self, weight: int, values: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None:
+        """Sets a weight: float32 [rows, cols], its segments one after the other."""
 
-    def set_value(self, value: int, data: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None: ...
+    @overload
+    def load_weight(self, weight: int, values: object) -> None:
+        """
+        From an array with __dlpack__ in memory that the device addresses: float32, bfloat16 or
+        float16 [rows, cols].
 
-    def value(self, value: int, rows: int) -> NDArray[numpy.float32]: ...
+        Raises:
+            InvalidArgumentError: no such weight, or an array of another dtype, size or device.
+        """
+
+    @overload
+    def set_value(self, value: int, data: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None:
+        """
+        Sets the first rows of a value: float32 [rows, cols], converted to its dtype.
+        """
+
+    @overload
+    def set_value(self, value: int, data: object) -> None:
+        """
+        From an array with __dlpack__ in memory that the device addresses: [rows, cols] of the
+        value's dtype.
+
+        Raises:
+            InvalidArgumentError: no such value, or an array of another dtype or device, or one
+                that does not fit.
+        """
+
+    def value(self, value: int, rows: int) -> NDArray[numpy.float32]:
+        """The first rows of a value: float32 [rows, cols], a copy."""
+
+    def device_value(self, value: int, rows: int) -> DeviceArray:
+        """
+        As value, in memory of the device and in the value's dtype: [rows, cols], a copy that
+        later runs leave alone.
+        """
 
     def set_ints(self, name: str, data: Annotated[NDArray[numpy.int32], dict(order='C', device='cpu', writable=False)]) -> None: ...
 
@@ -146,6 +273,30 @@ class ProgramSession:
     def cache(self, layer: int, values: bool) -> NDArray[numpy.float32]: ...
 
     def run(self, num_requests: int, num_tokens: int, num_logits: int = 0) -> None: ...
+
+    def set_options(self, *, batch_invariant: bool = False, eager_attention: bool = False, attention_backend: AttentionBackend = AttentionBackend.NATIVE) -> None:
+        """
+        Which kernels later runs may use.
+
+        Args:
+            batch_invariant: only those whose results for a row do not depend on the batch.
+            eager_attention: those of attention whose launch sizes follow the batch, too.
+            attention_backend: of decode attention, on a GPU.
+        """
+
+    def time_runs(self, num_requests: int, num_tokens: int, num_logits: int = 0, repeats: int = 1) -> list[float]:
+        """
+        Seconds of each of `repeats` runs, after one that warms up; on a GPU by its own clock,
+        each run launched as one graph.
+        """
+
+    def fill_weight(self, weight: int, seed: int, range: float) -> None:
+        """
+        Fills a matrix with random values in (-range, range), a vector with such around 1.
+        """
+
+    def fill_cache(self, seed: int) -> None:
+        """Fills the KV caches of all layers with random values in [-1, 1)."""
 
     def close(self) -> None: ...
 
@@ -200,6 +351,23 @@ class MappedFile:
 
     @property
     def size(self) -> int: ...
+
+class StepMode(enum.Enum):
+    """How a step reaches the device."""
+
+    EAGER = 0
+
+    PIECEWISE = 1
+
+    FULL = 2
+
+def default_capture_sizes(max_requests: int) -> list[tuple[int, int]]:
+    """
+    Sizes of whole steps, (requests, tokens per request), that leave little of a step unused.
+    """
+
+def default_piecewise_sizes(max_tokens: int) -> list[int]:
+    """Numbers of tokens of steps in pieces, by the same rule."""
 
 class RunnerConfig:
     def __init__(self) -> None: ...
@@ -257,6 +425,43 @@ class RunnerConfig:
 
     @infer_param_view.setter
     def infer_param_view(self, arg: bool, /) -> None: ...
+
+    @property
+    def graph_mode(self) -> StepMode: ...
+
+    @graph_mode.setter
+    def graph_mode(self, arg: StepMode, /) -> None: ...
+
+    @property
+    def capture_sizes(self) -> list[tuple[int, int]]:
+        """Pairs (requests, tokens per request) that whole steps are captured at."""
+
+    @capture_sizes.setter
+    def capture_sizes(self, arg: Sequence[tuple[int, int]], /) -> None: ...
+
+    @property
+    def piecewise_sizes(self) -> list[int]: ...
+
+    @piecewise_sizes.setter
+    def piecewise_sizes(self, arg: Sequence[int], /) -> None: ...
+
+    @property
+    def attention_backend(self) -> AttentionBackend: ...
+
+    @attention_backend.setter
+    def attention_backend(self, arg: AttentionBackend, /) -> None: ...
+
+    @property
+    def batch_invariant(self) -> bool: ...
+
+    @batch_invariant.setter
+    def batch_invariant(self, arg: bool, /) -> None: ...
+
+    @property
+    def sync_launches(self) -> bool: ...
+
+    @sync_launches.setter
+    def sync_launches(self, arg: bool, /) -> None: ...
 
 class RowSpec:
     def __init__(self) -> None: ...
@@ -414,6 +619,17 @@ class StepOutput:
     def error(self) -> str: ...
 
     @property
+    def mode(self) -> StepMode: ...
+
+    @property
+    def begin_ns(self) -> int:
+        """Device clock when the step began."""
+
+    @property
+    def end_ns(self) -> int:
+        """Device clock when it ended."""
+
+    @property
     def entries(self) -> list[OutputEntry]: ...
 
 class ModelRunner:
@@ -430,8 +646,16 @@ class ModelRunner:
     @property
     def memory_plan(self) -> dict[str, int]: ...
 
-    def load_tensor(self, weight: int, segment: int, file: MappedFile, offset: int, dtype: str) -> None:
-        """Copies a tensor of a mapped file into a segment of a weight."""
+    def load_tensors(self, file: MappedFile, tensors: Sequence[tuple[int, int, int, str]], progress: Callable[[int], object]) -> None:
+        """
+        Loads tensors of a file: (weight, segment, offset in bytes, dtype) each. `progress` is
+        called with the bytes that were done since its last call; what it raises ends the loading.
+
+        Raises:
+            InvalidArgumentError: no such weight, segment or dtype.
+            WeightError: the file has no such bytes, or a weight cannot have that dtype.
+            DeviceError: the copy failed.
+        """
 
     def fill_random(self, weight: int, seed: int, range: float) -> None: ...
 
@@ -468,11 +692,28 @@ class ModelRunner:
 
     def logits(self, item: int) -> NDArray[numpy.float32]: ...
 
+    def device_logits(self, item: int) -> DeviceArray:
+        """
+        As logits, float32 [vocab] in memory of the device: a copy that later steps leave alone.
+        """
+
     def infer_params(self) -> dict[str, NDArray[numpy.int32]]: ...
 
     def row_state(self, row: int) -> RowState: ...
 
     def stats(self) -> dict[str, int]: ...
+
+    def capture_graphs(self) -> tuple[int, int, int]:
+        """
+        Records the graphs of all sizes; returns how many sizes were recorded as whole steps and
+        in pieces, and the bytes of device memory they took.
+        """
+
+    def take_miss(self) -> tuple[str, bool]:
+        """
+        Why a step did not run in the mode that was asked for, each reason once, else empty;
+        and whether it was one of decoding requests only.
+        """
 
     def fail_next_step(self, message: str) -> None: ...
 
@@ -534,14 +775,13 @@ class Engine:
 
 class ReadProbe:
     """
-    A buffer that all threads of a device read from end to end: measures read bandwidth.
+    A buffer that a device reads from end to end with all it has: measures read bandwidth.
 
     Args:
-        device: A CPU device.
+        device: Where it lies.
         bytes: Size of the buffer, at least 2**20.
 
     Raises:
-        DeviceError: the device is not a CPU.
         OutOfMemoryError: less memory is free.
     """
 

@@ -2,7 +2,7 @@
 """GPUs and streams by way of cuda.core, of NVIDIA's CUDA Python.
 
     stream = mrv1.cuda.create_stream()
-    device = mrv1._core.Device("cuda", stream=stream)  # everything runs in that stream
+    runner = mrv1.ModelRunner("dir", device="cuda", stream=stream)  # all steps run in that stream
 
 Nothing else of mrv1 needs cuda.core: `pip install "mrv1[cuda]"`.
 """
@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from mrv1.errors import DeviceError, InvalidArgumentError
+from mrv1.errors import DeviceError, InvalidArgumentError, Mrv1Error
 
 if TYPE_CHECKING:
     from cuda.core import Stream
@@ -27,7 +27,7 @@ class GpuInfo:
     """A GPU of this machine.
 
     Attributes:
-        ordinal: Its number, as `Device("cuda", ordinal=...)` takes it.
+        ordinal: Its number among those that this process sees.
         name: As the driver gives it.
         compute_capability: (major, minor).
         total_bytes: Its memory.
@@ -76,8 +76,6 @@ def _current(ordinal: int) -> Iterator[Any]:
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
     """What cuda.core raises where there is no driver, or the driver refuses, as DeviceError."""
-    from mrv1.errors import Mrv1Error
-
     try:
         yield
     except Mrv1Error:

@@ -321,9 +321,12 @@ def make_runner(
         "attention_backend", options.attention_backend, envs.ATTENTION_BACKEND, _BACKENDS
     )
     native.attention_backend = _BACKENDS[backend]
-    native.batch_invariant = (
-        envs.BATCH_INVARIANT.get() if options.batch_invariant is None else options.batch_invariant
-    )
+    invariant = options.batch_invariant
+    if not (invariant is None or isinstance(invariant, bool)):
+        raise InvalidArgumentError(
+            field="batch_invariant", value=invariant, allowed="None, True or False"
+        )
+    native.batch_invariant = envs.BATCH_INVARIANT.get() if invariant is None else invariant
     native.num_blocks = _num_blocks(program, native, device, options)
     if options.max_model_len is None:
         native.max_model_len = min(
@@ -353,7 +356,7 @@ def _choice(
     field: str, value: str | None, variable: envs.EnvVar[str], choices: Mapping[str, object]
 ) -> str:
     chosen = variable.get() if value is None else value
-    if chosen not in choices:
+    if not isinstance(chosen, str) or chosen not in choices:
         raise InvalidArgumentError(field=field, value=value, allowed=" or ".join(choices))
     return chosen
 

@@ -6,8 +6,8 @@
 // the batch for the later phases and carries the commands out, kind after kind in the record's
 // order. Frees stand before a barrier, as a freed row can be given away again in the same record;
 // the other kinds write to places of their own. Tokens are the one kind that may be long: their
-// payload is copied in pieces of a warp each. More blocks would only wait for each other: host reads
-// of the same header by several take their turns on the bus, 0.8 us each on an H200.
+// payload is copied in pieces of a warp each. More blocks would only wait for each other: host
+// reads of the same header by several take their turns on the bus, 0.8 us each on an H200.
 #include "block.cuh"
 #include "launch.h"
 #include "staged_record.h"

@@ -1,6 +1,6 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
-// The __global__ kernels of FA2 for head_dim 256.
+// The kernels of FA2 for head_dim 256.
 #include "flashinfer_fa2.cuh"
 
 namespace mrv1::cuda {

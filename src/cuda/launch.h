@@ -84,10 +84,10 @@ void launch(std::string_view op, const StepContext& ctx, void (*kernel)(Params..
 // Allows a kernel `bytes` of dynamic shared memory; the driver remembers it.
 template <typename Kernel>
 void allow_shared_memory(std::string_view op, Kernel* kernel, size_t bytes) {
-  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(bytes)),
-             op, "cudaFuncSetAttribute");
+  check_cuda(
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+      op, "cudaFuncSetAttribute");
 }
 
 }  // namespace mrv1::cuda

@@ -1,6 +1,6 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
-// The __global__ kernel of FA3 for head_dim 256.
+// The kernel of FA3 for head_dim 256.
 #include "flashinfer_sm90.cuh"
 
 namespace mrv1::cuda {

@@ -112,10 +112,9 @@ class Scene {
     step.ctx.rows.block_table = tables_.data();
     Tensor out(dtype_, static_cast<int64_t>(positions.size()) * config_.shape.q_cols());
     out.fill(kNaN);
-    paged_attention_cpu(
-        {qkv.data(), out.data(), config_.shape, dtype_, scale(), config_.window, &cache_, 1,
-         nullptr},
-        step.ctx);
+    paged_attention_cpu({qkv.data(), out.data(), config_.shape, dtype_, scale(), config_.window,
+                         &cache_, 1, nullptr},
+                        step.ctx);
     return out;
   }
 

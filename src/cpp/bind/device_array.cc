@@ -153,9 +153,8 @@ std::unique_ptr<DeviceArray> copy_to_array(std::shared_ptr<Device> device, const
 
 nb::ndarray<nb::ro> import_array(nb::handle array, Device& device, const char* where) {
   check(nb::hasattr(array, "__dlpack__") && nb::hasattr(array, "__dlpack_device__"), where,
-        "needs an array with __dlpack__, on the device ", device.name(),
-        " or a float32 array of "
-        "the CPU");
+        "needs an array with __dlpack__ on the device ", device.name(),
+        ", or a float32 array of the CPU");
   const auto [type, id] = nb::cast<std::pair<int, int>>(array.attr("__dlpack_device__")());
   nb::object capsule;
   if (device.type() == DeviceType::kCpu) {

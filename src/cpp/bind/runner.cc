@@ -139,8 +139,10 @@ void bind_runner(nb::module_& m) {
         }
         return sizes;
       },
-      nb::arg("max_requests"), "Sizes that leave little of a step unused.");
-  m.def("default_piecewise_sizes", &GraphLadder::default_piecewise, nb::arg("max_tokens"));
+      nb::arg("max_requests"),
+      "Sizes of whole steps, (requests, tokens per request), that leave little of a step unused.");
+  m.def("default_piecewise_sizes", &GraphLadder::default_piecewise, nb::arg("max_tokens"),
+        "Numbers of tokens of steps in pieces, by the same rule.");
 
   nb::class_<RunnerConfig>(m, "RunnerConfig")
       .def(nb::init<>())
@@ -250,10 +252,15 @@ void bind_runner(nb::module_& m) {
       .def_prop_ro(
           "memory_plan", [](const RunnerHandle& self) { return plan_dict(self->memory_plan()); },
           nb::sig("def memory_plan(self) -> dict[str, int]"))
-      .def("load_tensors", &load_tensors, nb::arg("file"), nb::arg("tensors"), nb::arg("progress"),
-           "Loads tensors of a file: (weight, segment, offset, dtype) each. `progress` is called "
-           "with\n"
-           "the bytes that were done since its last call; what it raises ends the loading.")
+      .def(
+          "load_tensors", &load_tensors, nb::arg("file"), nb::arg("tensors"), nb::arg("progress"),
+          "Loads tensors of a file: (weight, segment, offset in bytes, dtype) each. `progress` is\n"
+          "called with the bytes that were done since its last call; what it raises ends the "
+          "loading.\n\n"
+          "Raises:\n"
+          "    InvalidArgumentError: no such weight, segment or dtype.\n"
+          "    WeightError: the file has no such bytes, or a weight cannot have that dtype.\n"
+          "    DeviceError: the copy failed.")
       .def(
           "fill_random",
           [](const RunnerHandle& self, int32_t weight, uint64_t seed, float range) {
@@ -328,7 +335,8 @@ void bind_runner(nb::module_& m) {
           },
           nb::arg("item"))
       .def("device_logits", &device_logits, nb::arg("item"),
-           "As logits, in memory of the device: a copy that later steps leave alone.")
+           "As logits, float32 [vocab] in memory of the device: a copy that later steps leave "
+           "alone.")
       .def(
           "infer_params", [](const RunnerHandle& self) { return ints_dict(self->infer_params()); },
           nb::sig("def infer_params(self) -> dict[str, NDArray[numpy.int32]]"))
@@ -360,7 +368,11 @@ void bind_runner(nb::module_& m) {
       .def(
           "capture_graphs",
           [](const RunnerHandle& self) {
-            const CaptureReport report = self->capture_graphs();
+            CaptureReport report;
+            {
+              nb::gil_scoped_release release;
+              report = self->capture_graphs();
+            }
             return nb::make_tuple(report.full_graphs, report.piecewise_graphs, report.bytes);
           },
           nb::sig("def capture_graphs(self) -> tuple[int, int, int]"),

@@ -25,6 +25,7 @@ void load_tensors(const RunnerHandle& self, const MappedFile& file,
 
 std::unique_ptr<DeviceArray> device_logits(const RunnerHandle& self, int32_t item) {
   const std::shared_ptr<ModelRunner> runner = self.share();
+  nb::gil_scoped_release release;
   const float* row = runner->device_logits(item);
   const Program& program = runner->program();
   const int64_t size = row == nullptr ? 0 : program.values()[program.logits_value()].cols;

@@ -111,17 +111,30 @@ void bind_session(nb::module_& m) {
           [](const SessionHandle& self, int32_t weight, FloatArray values) {
             load_weight(*self.share(), weight, values.data(), values.size(), DType::kF32);
           },
-          nb::arg("weight"), nb::arg("values"))
+          nb::arg("weight"), nb::arg("values"),
+          "Sets a weight: float32 [rows, cols], its segments one after the other.")
       .def("load_weight", &load_device_weight, nb::arg("weight"), nb::arg("values"),
-           "From a float array in memory that the device addresses (DLPack).")
+           "From an array with __dlpack__ in memory that the device addresses: float32, bfloat16 "
+           "or\n"
+           "float16 [rows, cols].\n\n"
+           "Raises:\n"
+           "    InvalidArgumentError: no such weight, or an array of another dtype, size or "
+           "device.")
       .def(
           "set_value",
           [](const SessionHandle& self, int32_t value, FloatArray data) {
             self->set_value(value, to_vector<float>(data));
           },
-          nb::arg("value"), nb::arg("data"))
-      .def("set_value", &set_device_value, nb::arg("value"), nb::arg("data"),
-           "From an array of the value's dtype in memory that the device addresses (DLPack).")
+          nb::arg("value"), nb::arg("data"),
+          "Sets the first rows of a value: float32 [rows, cols], converted to its dtype.")
+      .def(
+          "set_value", &set_device_value, nb::arg("value"), nb::arg("data"),
+          "From an array with __dlpack__ in memory that the device addresses: [rows, cols] of the\n"
+          "value's dtype.\n\n"
+          "Raises:\n"
+          "    InvalidArgumentError: no such value, or an array of another dtype or device, or "
+          "one\n"
+          "        that does not fit.")
       .def(
           "value",
           [](const SessionHandle& self, int32_t value, int64_t rows) {
@@ -129,10 +142,11 @@ void bind_session(nb::module_& m) {
             const size_t cols = rows > 0 ? data.size() / rows : 0;
             return to_numpy(data, {static_cast<size_t>(rows), cols});
           },
-          nb::arg("value"), nb::arg("rows"))
+          nb::arg("value"), nb::arg("rows"),
+          "The first rows of a value: float32 [rows, cols], a copy.")
       .def("device_value", &device_value, nb::arg("value"), nb::arg("rows"),
-           "As value, in memory of the device and in the value's dtype: a copy that later runs\n"
-           "leave alone.")
+           "As value, in memory of the device and in the value's dtype: [rows, cols], a copy that\n"
+           "later runs leave alone.")
       .def(
           "set_ints",
           [](const SessionHandle& self, const std::string& name, IntArray data) {
@@ -166,7 +180,11 @@ void bind_session(nb::module_& m) {
           },
           nb::kw_only(), nb::arg("batch_invariant") = false, nb::arg("eager_attention") = false,
           nb::arg("attention_backend") = AttentionBackend::kNative,
-          "Which kernels later runs may use: see StepContext in src/cpp/state/step_context.h.")
+          "Which kernels later runs may use.\n\n"
+          "Args:\n"
+          "    batch_invariant: only those whose results for a row do not depend on the batch.\n"
+          "    eager_attention: those of attention whose launch sizes follow the batch, too.\n"
+          "    attention_backend: of decode attention, on a GPU.")
       .def(
           "time_runs",
           [](const SessionHandle& self, int32_t num_requests, int32_t num_tokens,
@@ -183,11 +201,12 @@ void bind_session(nb::module_& m) {
             self->weights().fill_random(weight, seed, range);
           },
           nb::arg("weight"), nb::arg("seed"), nb::arg("range"),
-          nb::call_guard<nb::gil_scoped_release>())
+          nb::call_guard<nb::gil_scoped_release>(),
+          "Fills a matrix with random values in (-range, range), a vector with such around 1.")
       .def(
           "fill_cache", [](const SessionHandle& self, uint64_t seed) { self->fill_cache(seed); },
           nb::arg("seed"), nb::call_guard<nb::gil_scoped_release>(),
-          "Fills the KV caches with random values.")
+          "Fills the KV caches of all layers with random values in [-1, 1).")
       .def("close", &SessionHandle::close);
 }
 

@@ -7,6 +7,8 @@
 #include <string>
 #include <string_view>
 
+#include "core/error.h"
+
 namespace mrv1 {
 namespace {
 
@@ -72,7 +74,7 @@ MemoryInfo read_host_memory(const fs::path& root) {
     const size_t first = line.find(':');
     const size_t second = first == std::string::npos ? first : line.find(':', first + 1);
     if (second == std::string::npos) continue;
-    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const std::string controllers = concat(",", line.substr(first + 1, second - first - 1), ",");
     const std::string group = line.substr(second + 1);
     if (controllers == ",,") {
       apply_limits(mount, group, kVersion2, info);
