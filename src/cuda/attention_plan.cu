@@ -129,6 +129,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArgs args, InferPara
   int32_t total = 0;
   int32_t most_rows = 0;
   int32_t most_cells = 0;
+  int32_t least_cells = INT32_MAX;
   for (int32_t base = 0; base < num_items; base += kThreads) {
     const int32_t index = base + thread;
     cuda::AttentionItem item{};
@@ -151,6 +152,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArgs args, InferPara
       own = cuda::ItemUnits(item).cells * args.num_kv_heads;
       most_rows = max(most_rows, item.rows);
       most_cells = max(most_cells, own / args.num_kv_heads);
+      least_cells = min(least_cells, own / args.num_kv_heads);
     }
     int32_t sum;
     item.cell = total + cuda::block_exclusive_scan<kThreads>(own, &sum);
@@ -163,6 +165,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArgs args, InferPara
 
   // Workers.
   most_cells = cuda::block_max<kThreads>(most_cells);
+  least_cells = cuda::block_min<kThreads>(least_cells);
   int32_t least = max(1, (most_cells + cuda::kMostPieces - 1) / cuda::kMostPieces);
   int32_t granule_log2 = 0;
   if (args.tiles == cuda::AttentionTiles::kSplits) {
@@ -174,6 +177,16 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArgs args, InferPara
   worker.num_items = num_items;
   worker.num_cells = total;
   worker.num_workers = max(1, min(args.num_workers, total / least));
+  if (least_cells == most_cells) {
+    // Items of one length: whole ones for each worker, and some workers idle, where a cut would
+    // cost more than the uneven share does.
+    const int32_t pieces = total / most_cells;
+    const int32_t each = (pieces + worker.num_workers - 1) / worker.num_workers;
+    const int64_t uneven = int64_t{each} * most_cells - cuda::kCutCost;
+    if (pieces % each == 0 && uneven * worker.num_workers <= total) {
+      worker.num_workers = pieces / each;
+    }
+  }
   if (args.tiles == cuda::AttentionTiles::kSplits) {
     const int64_t splits = (total / worker.num_workers >> cuda::kSplitUnitsLog2) + 3;
     if (splits * most_rows > args.split_rows) granule_log2 = cuda::kWholeLog2;

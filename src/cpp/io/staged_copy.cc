@@ -66,6 +66,10 @@ struct StagedCopy::Worker {
   std::unique_ptr<CopyStream> stream;
   std::vector<uint64_t> tickets;  // by slot
   std::vector<char> unconverted;
+
+  void wait_for_copies() {
+    for (uint64_t ticket : tickets) stream->wait(ticket);
+  }
 };
 
 struct StagedCopy::Shared {
@@ -111,7 +115,6 @@ void StagedCopy::run(Worker& worker, Shared& shared) {
     worker.tickets[slot] = worker.stream->record();
     shared.done_bytes += file_bytes;
   }
-  for (uint64_t ticket : worker.tickets) worker.stream->wait(ticket);
 }
 
 void StagedCopy::copy(std::span<const StagedTensor> tensors,
@@ -147,12 +150,17 @@ void StagedCopy::copy(std::span<const StagedTensor> tensors,
       threads.emplace_back([this, &worker = *workers_[i], &shared] {
         pthread_setname_np(pthread_self(), "mrv1-load");
         std::exception_ptr error;
-        try {
-          run(worker, shared);
-        } catch (...) {
-          error = std::current_exception();
-          shared.stop = true;
-        }
+        const auto guarded = [&](const auto& fn) {
+          try {
+            fn();
+          } catch (...) {
+            if (!error) error = std::current_exception();
+            shared.stop = true;
+          }
+        };
+        guarded([&] { run(worker, shared); });
+        // After an error too: a copy that is left would overwrite what is loaded next.
+        guarded([&] { worker.wait_for_copies(); });
         std::lock_guard lock(shared.mutex);
         if (error && !shared.error) shared.error = error;
         --shared.running;
