@@ -6,6 +6,7 @@ Each test runs in a process of its own, whose threads, memory, exit code and std
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -56,6 +57,8 @@ def run_child(device: str, body: str, timeout: float = 60.0) -> str:
         text=True,
         timeout=timeout,
         check=False,
+        # Or each loading thread may reserve 64 MiB of addresses at any time.
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
     )
     assert child.returncode == 0, child.stderr
     assert child.stderr == ""
