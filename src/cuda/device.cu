@@ -208,7 +208,8 @@ class CudaDevice final : public Device {
     fn(arg);
   }
 
-  // Only this thread's calls are watched, so that other threads may allocate meanwhile.
+  // Only this thread's calls are watched, so that other threads may use the GPU meanwhile; not this
+  // device, whose stream is being recorded.
   std::unique_ptr<Graph> capture(std::function<void()> fn) override {
     const DeviceCounters before = counters();
     cuda::check_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), kWhere,

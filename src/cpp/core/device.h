@@ -154,7 +154,12 @@ void run_on_stream(Device& device, Fn&& fn) {
         }
       },
       &task);
-  device.synchronize();
+  try {
+    device.synchronize();
+  } catch (...) {
+    // What the task threw says more than what came of it.
+    if (!task.error) throw;
+  }
   if (task.error) std::rethrow_exception(task.error);
 }
 

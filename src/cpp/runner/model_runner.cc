@@ -94,7 +94,7 @@ void ModelRunner::check_limits(const Program& program, const RunnerConfig& confi
   const auto positive = [](int64_t value, const char* name, int64_t limit) {
     check(value > 0 && value <= limit, "runner", name, " must be in [1, ", limit, "], not ", value);
   };
-  positive(config.max_num_seqs, "max_num_seqs", 65536);
+  positive(config.max_num_seqs, "max_num_seqs", 65535);
   positive(config.max_num_batched_tokens, "max_num_batched_tokens", 1 << 24);
   positive(config.max_model_len, "max_model_len", 1 << 24);
   positive(config.block_size, "block_size", 4096);
@@ -648,12 +648,17 @@ void ModelRunner::fail_step(Slot& slot, const char* what) noexcept {
   device_->settle();
   slot.error = what;
   try {
+    // The record also changes rows that are not in its batch, so it is carried out all the same; a
+    // second time gives what the first gave, as the rows have not advanced.
+    device_->kernels().apply(ctx_);
     device_->set_word(ctx_.rings.step, slot.step + 1);
   } catch (const std::exception&) {
     // The device is lost: every later step says so itself.
   }
   slot.output->step = slot.step;
   slot.output->num_entries = 0;
+  slot.output->begin_ns = 0;
+  slot.output->end_ns = 0;
   slot.output->sequence.store(slot.step + 1, std::memory_order_release);
 }
 
@@ -670,6 +675,7 @@ CaptureReport ModelRunner::capture_graphs() {
   if (config_.graph_mode == StepMode::kEager) return report;
   const size_t free_before = device_->memory().free_bytes;
   captured_ = false;
+  device_->synchronize();  // a step in flight may be one of them
   step_->drop_graphs();
   const std::vector<CaptureSize>& full = ladder_.full();
   if (config_.graph_mode == StepMode::kFull) {
