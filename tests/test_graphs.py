@@ -233,6 +233,8 @@ def test_default_sizes_are_dense_at_the_small_end() -> None:
     "options, match",
     [
         ({"graph_mode": "fast"}, "graph_mode"),
+        ({"capture_sizes": 4}, "capture_sizes = 4"),
+        ({"piecewise_sizes": "64"}, "piecewise_sizes = '64'"),
         ({"capture_sizes": [5]}, "max_num_seqs = 4"),
         ({"capture_sizes": [0]}, r"capture_sizes\[0\]"),
         ({"capture_sizes": [(2, 200)]}, "max_num_batched_tokens"),

@@ -375,6 +375,7 @@ def _set_graphs(native: _core.RunnerConfig, kind: str, options: RunnerOptions) -
         captures = mode == _core.StepMode.FULL
         native.capture_sizes = _core.default_capture_sizes(native.max_num_seqs) if captures else []
     else:
+        _check_sequence("capture_sizes", sizes)
         native.capture_sizes = [_capture_size(place, size) for place, size in enumerate(sizes)]
     tokens = options.piecewise_sizes
     if tokens is None:
@@ -383,9 +384,15 @@ def _set_graphs(native: _core.RunnerConfig, kind: str, options: RunnerOptions) -
             _core.default_piecewise_sizes(native.max_num_batched_tokens) if pieces else []
         )
     else:
+        _check_sequence("piecewise_sizes", tokens)
         native.piecewise_sizes = [
             _positive(f"piecewise_sizes[{place}]", size, 0) for place, size in enumerate(tokens)
         ]
+
+
+def _check_sequence(field: str, value: object) -> None:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise InvalidArgumentError(field=field, value=value, allowed="a list of sizes")
 
 
 def _capture_size(place: int, size: int | tuple[int, int]) -> tuple[int, int]:
