@@ -7,13 +7,15 @@
 #
 # WHEEL_DIR holds the mrv1 wheel built with CUDA, and wheels of what the machine lacks. Parts:
 # smoke (seconds: does the build load and draw a token), suite (the tests that take --device),
-# memcheck, racecheck, initcheck, synccheck (compute-sanitizer over the op tests). Default: all.
+# memcheck, racecheck, initcheck, synccheck (compute-sanitizer over the op tests and whole
+# steps; racecheck over steps alone). Default: all.
 # A part that has passed is not run again; delete its .ok file in REPORT_DIR to repeat it.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-wheels=$1
-report=$2
+usage="usage: scripts/gpu_suite.sh WHEEL_DIR REPORT_DIR [PART ...]"
+wheels=${1:?${usage}}
+report=${2:?${usage}}
 shift 2
 parts=("$@")
 ((${#parts[@]})) || parts=(smoke suite memcheck racecheck initcheck synccheck)

@@ -234,6 +234,9 @@ def test_default_sizes_are_dense_at_the_small_end() -> None:
     [
         ({"graph_mode": "fast"}, "graph_mode"),
         ({"capture_sizes": 4}, "capture_sizes = 4"),
+        ({"gpu_memory_utilization": "x"}, "gpu_memory_utilization = 'x'"),
+        ({"kv_cache_memory": "x"}, "kv_cache_memory = 'x'"),
+        ({"infer_param_view": "yes"}, "infer_param_view = 'yes'"),
         ({"piecewise_sizes": "64"}, "piecewise_sizes = '64'"),
         ({"capture_sizes": [5]}, "max_num_seqs = 4"),
         ({"capture_sizes": [0]}, r"capture_sizes\[0\]"),

@@ -76,8 +76,8 @@ class RunnerOptions:
         capture_sizes: Sizes that whole steps are captured at: numbers of requests, or pairs
             (requests, tokens of each). A step runs at the smallest that holds it.
         piecewise_sizes: Numbers of tokens that steps are captured at in pieces.
-        attention_backend: Kernels of decode attention on a GPU, "native" or "flashinfer";
-            MRV1_ATTENTION_BACKEND.
+        attention_backend: Kernels of decode attention on a GPU, "native" or "flashinfer" (native
+            again where the build or FlashInfer has no kernel for it); MRV1_ATTENTION_BACKEND.
         batch_invariant: Whether a row's results on a GPU must not depend, bit for bit, on what else
             is in the batch; MRV1_BATCH_INVARIANT.
         pad_requests: Steps are padded to at least this many requests; for testing.
@@ -315,6 +315,10 @@ def make_runner(
     native.max_stop_ids = _MAX_STOP_IDS
     native.pad_requests = _integer("pad_requests", options.pad_requests, 0, native.max_num_seqs)
     native.pad_tokens = _integer("pad_tokens", options.pad_tokens, 0, native.max_num_batched_tokens)
+    if not isinstance(options.infer_param_view, bool):
+        raise InvalidArgumentError(
+            field="infer_param_view", value=options.infer_param_view, allowed="True or False"
+        )
     native.infer_param_view = options.infer_param_view
     _set_graphs(native, kind, options)
     backend = _choice(
@@ -424,6 +428,20 @@ def _num_blocks(
     options: RunnerOptions,
 ) -> int:
     """KV blocks, the null block included, from what the options say or from free memory."""
+    budget = options.kv_cache_memory
+    if budget is not None and (
+        isinstance(budget, bool) or not isinstance(budget, int) or budget < 0
+    ):
+        raise InvalidArgumentError(
+            field="kv_cache_memory", value=budget, allowed="a number of bytes, at least 0"
+        )
+    share = options.gpu_memory_utilization
+    if share is not None and (
+        isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1
+    ):
+        raise InvalidArgumentError(
+            field="gpu_memory_utilization", value=share, allowed="a number in (0, 1]"
+        )
     if options.num_kv_blocks is not None:
         blocks = _positive("num_kv_blocks", options.num_kv_blocks, 0)
         if blocks < 2:
@@ -444,14 +462,6 @@ def _num_blocks(
             f"max_num_batched_tokens = {native.max_num_batched_tokens}, state with max_num_seqs = "
             f"{native.max_num_seqs} and max_model_len = {native.max_model_len}"
         )
-    budget = options.kv_cache_memory
-    share = options.gpu_memory_utilization
-    if share is not None and (
-        isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1
-    ):
-        raise InvalidArgumentError(
-            field="gpu_memory_utilization", value=share, allowed="a number in (0, 1]"
-        )
     if budget is None and device.kind == "cuda":
         graphs = len(native.capture_sizes) + len(native.piecewise_sizes)
         reserve = graphs * _GRAPH_BYTES + _LIBRARY_BYTES
@@ -459,10 +469,6 @@ def _num_blocks(
         budget = int(max(0, allowed - (total - free) - others - reserve))
     elif budget is None:
         budget = int(max(0, free - others) * _KV_SHARE)
-    elif isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
-        raise InvalidArgumentError(
-            field="kv_cache_memory", value=budget, allowed="a number of bytes, at least 0"
-        )
     per_block = plan["per_block"]
     usable = budget // per_block - 1
     if usable < 1:
