@@ -14,6 +14,7 @@ Structures are read by the offsets of cupti_activity.h and cupti_callbacks.h.
 
 from __future__ import annotations
 
+import abc
 import collections
 import ctypes
 import importlib.util
@@ -249,17 +250,19 @@ def open_cupti() -> Cupti:
     return _opened
 
 
-class _Region:
+class _Region(abc.ABC):
     """What is measured from `with` to its end; one at a time in a process."""
 
     def __init__(self, cupti: Cupti | None = None) -> None:
         self._cupti = open_cupti() if cupti is None else cupti
 
+    @abc.abstractmethod
     def _begin(self) -> None:
-        raise NotImplementedError
+        """Starts measuring."""
 
+    @abc.abstractmethod
     def _end(self) -> None:
-        raise NotImplementedError
+        """Ends it, whether or not the region failed."""
 
     def __enter__(self) -> Any:
         self._begin()
