@@ -506,6 +506,7 @@ class EngineMachine(RuleBasedStateMachine):
     def balances(self) -> None:
         if self.engine is None:
             return
+        self.engine._native.check_invariants()
         stats = self.engine.stats()
         assert 0 <= stats["free_blocks"] <= self.total
         alive = sum(not job.aborted for job in self.jobs.values())

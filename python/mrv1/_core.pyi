@@ -740,13 +740,18 @@ class RequestEnd(enum.Enum):
     ERROR = 4
 
 class RequestOutput:
-    """One event of one request."""
+    """News of one sample of a request. Its last one has an end."""
 
     @property
     def id(self) -> str: ...
 
     @property
-    def token(self) -> int: ...
+    def index(self) -> int:
+        """Of the sample, below n."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """New tokens, often one."""
 
     @property
     def end(self) -> RequestEnd: ...
@@ -754,24 +759,107 @@ class RequestOutput:
     @property
     def error(self) -> str: ...
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt that were not computed for this sample."""
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Of the request so far."""
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Of the request so far."""
+
+class EngineOptions:
+    def __init__(self, enable_prefix_caching: bool = True, background: bool = True) -> None:
+        """
+        Args:
+            enable_prefix_caching: Whether equal beginnings of prompts share computed blocks.
+            background: Whether a native thread takes the steps, or whoever calls step().
+        """
+
+    @property
+    def enable_prefix_caching(self) -> bool: ...
+
+    @enable_prefix_caching.setter
+    def enable_prefix_caching(self, arg: bool, /) -> None: ...
+
+    @property
+    def background(self) -> bool: ...
+
+    @background.setter
+    def background(self, arg: bool, /) -> None: ...
+
 class Engine:
-    """See mrv1.engine.Engine."""
+    """
+    Requests over a runner: scheduling, prefix cache, outputs. Any thread may call any method.
+    See src/cpp/engine/README.md.
+    """
 
-    def __init__(self, runner: ModelRunner) -> None: ...
+    def __init__(self, runner: ModelRunner, options: EngineOptions = ...) -> None: ...
 
-    def add_request(self, id: str, row: RowSpec) -> None: ...
+    def add_request(self, id: str, row: RowSpec, *, priority: int = 0, n: int = 1, cache_salt: int = 0, skip_prefix_cache: bool = False) -> None:
+        """
+        Queues a request.
 
-    def abort(self, id: str, report: bool = True) -> bool: ...
+        Args:
+            id: Unique among the requests whose last output was not returned yet.
+            row: Prompt and parameters; block_ids, num_computed and prompt_len are not read.
+            priority: Lower is more urgent; equal ones in order of arrival.
+            n: Samples; they share the blocks of the prompt. Sample i draws with seed + i.
+            cache_salt: Requests share cached blocks only where it is equal.
+            skip_prefix_cache: Neither take blocks from the prefix cache nor leave any there.
 
-    def has_unfinished(self) -> bool: ...
+        Raises:
+            RequestError: the id is in use, or the request could never run.
+            InvalidArgumentError: a field of row is out of range.
+        """
 
-    def step(self) -> list[RequestOutput]: ...
+    def abort(self, id: str, *, index: int = -1, report: bool = True) -> bool:
+        """
+        Ends one sample, or all with -1. Without `report` no output of it is returned from now
+        on, and the id is free. False if there was nothing left to end.
+        """
 
-    def stats(self) -> dict[str, int]: ...
+    def step(self) -> list[RequestOutput]:
+        """
+        Launches a step, takes in the one before it, and returns what is new. Only without
+        `background`.
+        """
 
-    def check_idle(self) -> None: ...
+    def wait_outputs(self, timeout_s: float) -> list[RequestOutput]:
+        """
+        Waits for outputs and returns them; empty if nothing is unfinished, after the timeout
+        and after wake(). Only with `background`.
+        """
 
-    def close(self) -> None: ...
+    def wake(self) -> None:
+        """Makes one wait_outputs return, the next one if nobody waits."""
+
+    def has_unfinished(self) -> bool:
+        """Whether outputs are still to come, or something is left to bring home."""
+
+    def stats(self) -> dict[str, int]:
+        """
+        Counts since the start, and what is there after the newest step. thread_cpu_ns is CPU
+        time of scheduling, without waiting for the device.
+        """
+
+    def check_idle(self) -> None:
+        """
+        Raises InternalError if something runs, or a row or block was left behind.
+        """
+
+    def check_invariants(self) -> None:
+        """
+        Raises InternalError unless lists, rows and blocks agree. Slow: for tests.
+        """
+
+    def close(self) -> None:
+        """
+        Ends all requests with an abort, waits for the steps in flight and joins the thread.
+        """
 
 class ReadProbe:
     """

@@ -101,7 +101,8 @@ class Engine(Closing):
 
     def _start(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._native = _core.Engine(self.model.runner)
+        options = _core.EngineOptions(background=False)
+        self._native = _core.Engine(self.model.runner, options)
         self._requests: dict[str, _Request] = {}
         self._lock = threading.RLock()
 
@@ -230,15 +231,15 @@ class Engine(Closing):
         if request is None:
             return None
         reason = _ENDS.get(output.end)
-        token_ids = (output.token,) if output.token >= 0 else ()
+        token_ids = tuple(output.token_ids)
         stop_reason: str | int | None = None
-        if reason == "stop" and output.token in request.params.stop_token_ids:
-            stop_reason = output.token
+        if reason == "stop" and token_ids[-1] in request.params.stop_token_ids:
+            stop_reason = token_ids[-1]
         text = ""
         if request.detokenizer is not None:
             pieces: list[StreamPiece] = []
             if token_ids and reason != "stop":
-                pieces.append(request.detokenizer.push(output.token))
+                pieces.append(request.detokenizer.push(token_ids[-1]))
             if reason is not None and not any(piece.stopped for piece in pieces):
                 pieces.append(request.detokenizer.finish())
             text = "".join(piece.text for piece in pieces)
@@ -258,7 +259,7 @@ class Engine(Closing):
         )
 
     def stats(self) -> dict[str, int]:
-        """Counts: steps, prefill_tokens, decode_tokens, running, waiting, free_blocks."""
+        """Counts by name, as of `_core.Engine.stats`."""
         with self._lock:
             counts: dict[str, int] = self._native.stats()
             return counts

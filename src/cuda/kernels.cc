@@ -24,6 +24,7 @@ const Kernels& cuda_kernels() {
       .infer_param_view = infer_param_view_cuda,
       .sample = sample_cuda,
       .advance = advance_cuda,
+      .copy_blocks = copy_blocks_cuda,
       .fill_random = fill_random_cuda,
       .workspace_bytes = [](const WorkspaceLimits& limits) -> int64_t {
         return std::max(cuda::linear_workspace_bytes(limits.max_tokens, limits.silu_mul_rows),

@@ -1,15 +1,20 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// Requests in, steps launched and taken in, events out.
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <exception>
 
+#include "core/clock.h"
 #include "core/error.h"
 
 namespace mrv1 {
 namespace {
 
-// Steps launched and not yet taken in: one runs ahead of the one being read.
-constexpr size_t kRunAhead = 2;
+constexpr std::string_view kWhere = "engine";
+// Outputs that a request's history has room for from the start; longer ones grow it.
+constexpr int32_t kReservedOutputs = 4096;
 
 RequestEnd end_of(FinishReason reason) {
   switch (reason) {
@@ -27,210 +32,462 @@ RequestEnd end_of(FinishReason reason) {
 
 }  // namespace
 
-Engine::Engine(std::shared_ptr<ModelRunner> runner)
-    : runner_(std::move(runner)), blocks_(runner_->config().num_blocks) {}
-
-int32_t Engine::blocks_for(int32_t tokens) const {
-  const int32_t size = runner_->config().block_size;
-  return (tokens + size - 1) / size;
+Engine::Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching)
+    : runner_(std::move(runner)),
+      enable_prefix_caching_(enable_prefix_caching),
+      block_size_(runner_->config().block_size),
+      windows_{0},
+      pool_(runner_->config().num_blocks, block_size_, static_cast<int32_t>(windows_.size())) {
+  const size_t rows = runner_->config().max_num_seqs;
+  running_.reserve(rows);
+  planned_.reserve(rows);
+  batch_.reserve(rows);
+  for (InFlight& step : in_flight_) step.requests.reserve(rows);
 }
 
-void Engine::add_request(EngineRequest request) {
+// --- requests ----------------------------------------------------------------------------------
+
+void Engine::check(const RequestSpec& spec) const {
   const RunnerConfig& config = runner_->config();
   const auto refuse = [&](const auto&... parts) {
     fail(ErrorKind::kRequest, "add_request", parts...);
   };
-  const auto is_its = [&](const RequestOutput& output) { return output.id == request.id; };
-  if (requests_.count(request.id) > 0 ||
-      std::any_of(pending_outputs_.begin(), pending_outputs_.end(), is_its)) {
-    refuse("an unfinished request has this id");
-  }
-  RowSpec& row = request.row;
-  if (row.token_ids.empty()) refuse("the prompt is empty");
-  const int64_t length = static_cast<int64_t>(row.token_ids.size());
+  const RowSpec& row = spec.row;
+  const auto length = static_cast<int64_t>(row.token_ids.size());
+  if (length == 0) refuse("the prompt is empty");
   if (length >= config.max_model_len) {
     refuse("the prompt has ", length, " tokens; with one to generate at most ",
            config.max_model_len - 1, " fit max_model_len ", config.max_model_len);
   }
-  row.prompt_len = static_cast<int32_t>(length);
-  row.num_computed = 0;
-  row.block_ids.clear();
   runner_->check_spec(row);
-
-  Request entry;
-  entry.max_total_len =
+  const auto most =
       static_cast<int32_t>(std::min<int64_t>(length + row.max_tokens, config.max_model_len));
   // The last token is never computed, so it needs no slot.
-  const int32_t needed = blocks_for(entry.max_total_len - 1);
-  if (needed > blocks_.total()) {
+  int32_t needed = 0;
+  for (const int32_t window : windows_) {
+    const int32_t all = blocks_for(most - 1);
+    // A window and a new token, wherever block boundaries fall.
+    needed += window == 0 ? all : std::min(all, blocks_for(window) + 1);
+  }
+  if (needed > pool_.total()) {
     refuse("prompt and max_tokens need ", needed, " KV blocks of ", config.block_size,
-           " tokens; the cache has ", blocks_.total());
+           " tokens; the cache has ", pool_.total());
   }
-  entry.spec = std::move(row);
-  waiting_.push_back(request.id);
-  requests_.emplace(std::move(request.id), std::move(entry));
 }
 
-bool Engine::abort(const std::string& id, bool report) {
-  if (requests_.count(id) == 0) return false;
-  end(id, RequestEnd::kAbort, "", pending_outputs_);
-  if (!report) pending_outputs_.pop_back();
-  return true;
+void Engine::add(RequestSpec spec, std::span<const int32_t> slots) {
+  const RunnerConfig& config = runner_->config();
+  ++arrivals_;
+  const auto length = static_cast<int32_t>(spec.row.token_ids.size());
+  spec.row.prompt_len = length;
+  for (size_t i = 0; i < slots.size(); ++i) {
+    const int32_t slot = slots[i];
+    if (static_cast<size_t>(slot) >= requests_.size()) requests_.resize(slot + 1);
+    if (requests_[slot] == nullptr) {
+      requests_[slot] = std::make_unique<Request>();
+      requests_[slot]->slot = slot;
+      requests_[slot]->blocks.resize(num_groups());
+      requests_[slot]->num_dropped.resize(num_groups());
+    }
+    Request& added = request(slot);
+    check_internal(added.state == RequestState::kNone, kWhere, "slot ", slot, " is in use");
+    added.urgency = {spec.priority, arrivals_, static_cast<int32_t>(i)};
+    added.use_prefix_cache = spec.use_prefix_cache;
+    added.scope = spec.scope;
+    if (i + 1 < slots.size()) {
+      added.row = spec.row;
+    } else {
+      added.row = std::move(spec.row);
+    }
+    added.row.seed += i;
+    added.max_total_len = static_cast<int32_t>(
+        std::min<int64_t>(int64_t{length} + added.row.max_tokens, config.max_model_len));
+    added.num_cached_tokens = -1;
+    reset_progress(added);
+    ++num_requests_;
+    if (i == 0) {
+      enqueue(slot);
+    } else {
+      added.state = RequestState::kHeld;
+      added.first_sample = slots[0];
+      request(slots[0]).held.push_back(slot);
+    }
+  }
 }
 
-void Engine::end(const std::string& id, RequestEnd reason, std::string error,
-                 std::vector<RequestOutput>& outputs) {
-  auto node = requests_.extract(id);
-  Request& request = node.mapped();
-  if (request.state == State::kWaiting) {
-    waiting_.erase(std::find(waiting_.begin(), waiting_.end(), id));
+bool Engine::has_request(int32_t slot) const {
+  return slot >= 0 && static_cast<size_t>(slot) < requests_.size() && requests_[slot] != nullptr &&
+         requests_[slot]->state != RequestState::kNone;
+}
+
+void Engine::end(int32_t slot, RequestEnd reason, std::string_view error, EventBatch& out) {
+  emit(request(slot), {}, reason, error, out);
+  remove(slot, reason == RequestEnd::kError);
+}
+
+// Takes a request out; its last event was emitted. Blocks that an error may have spoilt leave the
+// prefix cache.
+void Engine::remove(int32_t slot, bool spoilt) {
+  Request& ended = request(slot);
+  if (spoilt) {
+    for (const auto& blocks : ended.blocks) {
+      for (const int32_t block : blocks) {
+        if (block != 0) pool_.forget(block);
+      }
+    }
+  }
+  switch (ended.state) {
+    case RequestState::kNone:
+      return;
+    case RequestState::kHeld:
+      std::erase(request(ended.first_sample).held, slot);
+      break;
+    case RequestState::kWaiting:
+      waiting_.erase({ended.urgency, slot});
+      if (ended.forked) std::erase(forked_, slot);
+      release_blocks(ended.blocks);
+      break;
+    case RequestState::kRunning: {
+      const auto place = std::lower_bound(
+          running_.begin(), running_.end(), ended.urgency,
+          [&](int32_t other, const Urgency& urgency) { return request(other).urgency < urgency; });
+      running_.erase(place);
+      leave_row(ended);
+      break;
+    }
+  }
+  reset_progress(ended);
+  ended.state = RequestState::kNone;
+  --num_requests_;
+  promote_held(ended);
+}
+
+void Engine::end_all(RequestEnd reason, std::string_view error, EventBatch& out) {
+  for (size_t slot = 0; slot < requests_.size(); ++slot) {
+    if (has_request(static_cast<int32_t>(slot)))
+      end(static_cast<int32_t>(slot), reason, error, out);
+  }
+}
+
+// The first sample ended before it had computed the prompt: the next one does.
+void Engine::promote_held(Request& first) {
+  if (first.held.empty()) return;
+  const int32_t slot = first.held.front();
+  Request& next = request(slot);
+  next.held.assign(first.held.begin() + 1, first.held.end());
+  for (const int32_t held : next.held) request(held).first_sample = slot;
+  first.held.clear();
+  next.first_sample = -1;
+  enqueue(slot);
+}
+
+void Engine::reset_progress(Request& request) {
+  pool_.unpin(request.prefix);
+  request.prefix = BlockPool::kRoot;
+  request.num_kept = 0;
+  request.num_computed = 0;
+  request.num_launched = 0;
+  request.capacity = 0;
+  request.forked = false;
+  std::fill(request.num_dropped.begin(), request.num_dropped.end(), 0);
+}
+
+// --- rows and blocks ---------------------------------------------------------------------------
+
+void Engine::append_to_row(const Request& running, int32_t group, int32_t from) {
+  runner_->append_blocks(running.handle, std::span(running.blocks[group]).subspan(from));
+}
+
+// Gives row and blocks back: the row at once, as steps in flight keep its generation, the blocks
+// when no launched step can write them any more.
+void Engine::leave_row(Request& running) {
+  runner_->free_row(running.handle);
+  running.handle = {};
+  if (running.last_step <= retired_) {
+    release_blocks(running.blocks);
   } else {
-    running_.erase(std::find(running_.begin(), running_.end(), id));
-    blocks_.unreserve(request.blocks_reserved);
-    draining_.push_back(std::move(request));
+    draining_.push_back({running.last_step, running.blocks});
+    for (auto& blocks : running.blocks) blocks.clear();
   }
-  outputs.push_back({id, -1, reason, std::move(error)});
+  reset_progress(running);
 }
 
-// Rows and blocks of ended requests come back when no launched step can write them any more.
-void Engine::release_ended() {
-  const uint64_t retired = launched_.empty() ? UINT64_MAX : launched_.front().step - 1;
-  std::erase_if(draining_, [&](Request& request) {
-    if (request.last_step > retired) return false;
-    runner_->free_row(request.handle);
-    blocks_.release(request.blocks);
+// The last blocks first, so that a prefix outlives what continues it.
+void Engine::release_blocks(std::vector<std::vector<int32_t>>& groups) {
+  for (auto& blocks : groups) {
+    for (size_t i = blocks.size(); i-- > 0;) {
+      if (blocks[i] != 0) pool_.release(blocks[i]);
+    }
+    blocks.clear();
+  }
+}
+
+void Engine::release_drained() {
+  if (draining_.empty()) return;
+  std::erase_if(draining_, [&](Draining& ended) {
+    if (ended.last_step > retired_) return false;
+    release_blocks(ended.blocks);
     return true;
   });
 }
 
-void Engine::admit() {
-  while (!waiting_.empty()) {
-    const std::string& id = waiting_.front();
-    Request& request = requests_.at(id);
-    if (!runner_->can_add(request.spec)) return;
-    const int32_t needed = blocks_for(request.max_total_len - 1);
-    if (!blocks_.reserve(needed)) return;
-    request.handle = runner_->add_row(request.spec);
-    request.blocks_reserved = needed;
-    request.state = State::kRunning;
-    running_.push_back(id);
-    waiting_.pop_front();
+// Blocks that retired steps have filled enter the prefix cache.
+void Engine::keep_filled_blocks(Request& running) {
+  if (!enable_prefix_caching_ || !running.use_prefix_cache) return;
+  while ((running.num_kept + 1) * block_size_ <= running.num_computed) {
+    const int32_t index = running.num_kept++;
+    running.prefix = pool_.descend(running.prefix, running.scope,
+                                   running.row.token_ids.data() + index * block_size_);
+    for (int32_t group = 0; group < num_groups(); ++group) {
+      const int32_t block = running.blocks[group][index];
+      if (block != 0) pool_.keep(running.prefix, group, block);
+    }
   }
 }
 
-void Engine::cover_with_blocks(Request& request, int32_t tokens) {
-  const size_t held = request.blocks.size();
-  while (static_cast<int32_t>(request.blocks.size()) < blocks_for(tokens)) {
-    request.blocks.push_back(blocks_.allocate());
-    --request.blocks_reserved;
+// The first sample's prompt is in its blocks: the others share them, and wait for rows.
+void Engine::fork_held(Request& first) {
+  const int32_t count = blocks_for(first.row.prompt_len);
+  for (const int32_t slot : first.held) {
+    Request& sample = request(slot);
+    sample.first_sample = -1;
+    sample.num_computed = first.row.prompt_len - 1;
+    for (int32_t group = 0; group < num_groups(); ++group) {
+      sample.blocks[group].assign(first.blocks[group].begin(), first.blocks[group].begin() + count);
+      for (const int32_t block : sample.blocks[group]) {
+        if (block != 0) pool_.share(block);
+      }
+      sample.num_dropped[group] = first.num_dropped[group];
+    }
+    sample.forked = true;
+    forked_.push_back(slot);
+    enqueue(slot);
   }
-  if (request.blocks.size() > held) {
-    runner_->append_blocks(request.handle, std::span(request.blocks).subspan(held));
+  first.held.clear();
+}
+
+// Lets go of blocks that no later query of the row can read.
+void Engine::drop_below_window(Request& running) {
+  for (int32_t group = 0; group < num_groups(); ++group) {
+    int32_t& dropped = running.num_dropped[group];
+    const int32_t first = first_block(group, running.num_computed);
+    if (first <= dropped) continue;
+    for (int32_t index = dropped; index < first; ++index) {
+      int32_t& block = running.blocks[group][index];
+      if (block != 0) pool_.release(block);
+      block = 0;
+    }
+    dropped = first;
   }
 }
 
-bool Engine::launch() {
-  release_ended();
-  admit();
-  batch_.clear();
-  Launched launched{};
-  int32_t budget = runner_->config().max_num_batched_tokens;
-  const auto schedule = [&](const std::string& id, Request& request, int32_t tokens) {
-    cover_with_blocks(request, request.num_launched + tokens);
-    request.num_launched += tokens;
-    batch_.push_back({request.handle.row, tokens, request.handle.generation});
-    launched.requests.emplace_back(id, request.handle);
-    budget -= tokens;
-  };
-  const auto prompt_left = [](const Request& request) {
-    return static_cast<int32_t>(request.spec.token_ids.size()) - request.num_launched;
-  };
-  for (const std::string& id : running_) {
-    Request& request = requests_.at(id);
-    if (budget > 0 && prompt_left(request) <= 0 &&
-        request.num_launched < request.max_total_len - 1) {
-      schedule(id, request, 1);
-      ++stats_.decode_tokens;
-    }
+// --- steps -------------------------------------------------------------------------------------
+
+void Engine::step(EventBatch& out) {
+  const bool idle = num_in_flight_ == 0;
+  const size_t events = out.events.size();
+  const bool launched = launch(out);
+  if (num_in_flight_ >= kRunAhead || (!launched && num_in_flight_ > 0)) {
+    take_in(out);
+  } else if (!launched && idle && num_requests_ > 0 && out.events.size() == events) {
+    end_all(RequestEnd::kError, "[engine] no request could be scheduled", out);
   }
-  for (const std::string& id : running_) {
-    Request& request = requests_.at(id);
-    // Requests scheduled above have nothing left, or are decoding.
-    const int32_t left = prompt_left(request);
-    if (budget > 0 && left > 0) {
-      const int32_t tokens = std::min(left, budget);
-      schedule(id, request, tokens);
-      stats_.prefill_tokens += tokens;
-    }
-  }
-  if (batch_.empty()) return false;
-  launched.step = runner_->execute(batch_);
-  for (const auto& [id, handle] : launched.requests) requests_.at(id).last_step = launched.step;
-  launched_.push_back(std::move(launched));
-  ++stats_.steps;
-  return true;
+  // Nobody is left to ask for the steps that still run: bring blocks home.
+  while (num_requests_ == 0 && num_in_flight_ > 0) take_in(out);
+  release_drained();
 }
 
-void Engine::take_in(std::vector<RequestOutput>& outputs) {
-  const Launched launched = std::move(launched_.front());
-  launched_.pop_front();
-  const StepOutput output = runner_->result(launched.step);
-  for (size_t i = 0; i < launched.requests.size(); ++i) {
-    const auto& [id, handle] = launched.requests[i];
-    auto it = requests_.find(id);
-    // Ended since, perhaps with a new request under the same name: nothing for it here.
-    if (it == requests_.end() || it->second.handle.row != handle.row ||
-        it->second.handle.generation != handle.generation) {
-      continue;
+bool Engine::launch(EventBatch& out) {
+  try {
+    release_drained();
+    while (!plan_batch()) {
+      take_in(out);
+      release_drained();
     }
-    if (!output.error.empty()) {
-      end(id, RequestEnd::kError, output.error, outputs);
-      continue;
+    touched_ = -1;
+    if (batch_.empty()) return false;
+    InFlight& next = in_flight_[(first_in_flight_ + num_in_flight_) % kRunAhead];
+    next.step = runner_->execute(batch_);
+    next.requests.swap(planned_);
+    ++num_in_flight_;
+    for (const Planned& planned : next.requests) {
+      Request& running = request(planned.slot);
+      (running.num_launched < running.prefill_target ? stats_.prefill_tokens
+                                                     : stats_.decode_tokens) += planned.tokens;
+      running.num_launched += planned.tokens;
+      running.last_step = next.step;
     }
-    const OutputEntry& entry = output.entries.at(i);
-    if (entry.masked != 0) {
-      // It ended in no step that was taken in, so the device never got it, or lost it.
-      end(id, RequestEnd::kError, "the device lost the request's row", outputs);
-      continue;
-    }
-    if (entry.token < 0 && entry.finish_reason == FinishReason::kNone) continue;
-    const RequestEnd reason = end_of(entry.finish_reason);
-    if (reason == RequestEnd::kNone) {
-      outputs.push_back({id, entry.token, RequestEnd::kNone, ""});
-      continue;
-    }
-    end(id, reason, reason == RequestEnd::kError ? "the logits hold no token to draw" : "",
-        outputs);
-    outputs.back().token = entry.token;
+    ++stats_.steps;
+    return true;
+  } catch (const std::exception& error) {
+    fail_touched(error.what(), out);
+    return false;
   }
 }
 
-std::vector<RequestOutput> Engine::step() {
-  std::vector<RequestOutput> outputs = std::move(pending_outputs_);
-  pending_outputs_.clear();
-  const bool launched = launch();
-  if (launched_.size() >= kRunAhead || (!launched && !launched_.empty())) take_in(outputs);
-  // Nobody is left to ask for the steps that still run: bring rows and blocks home.
-  while (requests_.empty() && !launched_.empty()) take_in(outputs);
-  if (launched_.empty()) release_ended();
-  return outputs;
+// Something went wrong around a launch: those that it was about end, or all if nobody was.
+void Engine::fail_touched(std::string_view error, EventBatch& out) {
+  const size_t before = out.events.size();
+  if (has_request(touched_)) end(touched_, RequestEnd::kError, error, out);
+  for (const Planned& planned : planned_) {
+    if (has_request(planned.slot)) end(planned.slot, RequestEnd::kError, error, out);
+  }
+  if (out.events.size() == before) end_all(RequestEnd::kError, error, out);
 }
+
+void Engine::take_in(EventBatch& out) {
+  InFlight& oldest = in_flight_[first_in_flight_];
+  first_in_flight_ = (first_in_flight_ + 1) % kRunAhead;
+  --num_in_flight_;
+  const uint64_t start = thread_cpu_ns();
+  runner_->wait_step(oldest.step);
+  stats_.device_wait_cpu_ns += thread_cpu_ns() - start;
+  try {
+    runner_->result(oldest.step, output_);
+  } catch (const std::exception& error) {
+    output_.error = error.what();
+    output_.entries.clear();
+  }
+  retired_ = oldest.step;
+  for (size_t i = 0; i < oldest.requests.size(); ++i) {
+    const Planned& planned = oldest.requests[i];
+    // Ended since, perhaps with another request in the slot: nothing for it here.
+    if (!has_request(planned.slot)) continue;
+    const RowHandle& handle = request(planned.slot).handle;
+    if (handle.row != planned.handle.row || handle.generation != planned.handle.generation) {
+      continue;
+    }
+    if (!output_.error.empty()) {
+      end(planned.slot, RequestEnd::kError, output_.error, out);
+      continue;
+    }
+    try {
+      take_in_entry(planned, output_.entries[i], out);
+    } catch (const std::exception& error) {
+      if (has_request(planned.slot)) end(planned.slot, RequestEnd::kError, error.what(), out);
+    }
+  }
+}
+
+void Engine::take_in_entry(const Planned& planned, const OutputEntry& entry, EventBatch& out) {
+  Request& running = request(planned.slot);
+  if (entry.masked != 0) {
+    // It ended in no step that was taken in, so the device never got it, or lost it.
+    end(planned.slot, RequestEnd::kError, "the device lost the request's row", out);
+    return;
+  }
+  const RequestEnd reason = end_of(entry.finish_reason);
+  if (reason == RequestEnd::kError) {
+    end(planned.slot, reason, "the logits hold no token to draw", out);
+    return;
+  }
+  running.num_computed = entry.num_computed;
+  keep_filled_blocks(running);
+  if (!running.held.empty() && running.num_computed >= running.row.prompt_len) fork_held(running);
+  drop_below_window(running);
+  if (entry.token < 0) return;
+  running.row.token_ids.push_back(entry.token);
+  emit(running, {&entry.token, 1}, reason, "", out);
+  if (reason != RequestEnd::kNone) remove(planned.slot, false);
+}
+
+void Engine::emit(const Request& request, std::span<const int32_t> tokens, RequestEnd end,
+                  std::string_view error, EventBatch& out) {
+  RequestEvent event;
+  event.slot = request.slot;
+  event.end = end;
+  event.num_tokens = static_cast<int32_t>(tokens.size());
+  event.num_cached_tokens = std::max(0, request.num_cached_tokens);
+  if (!error.empty()) {
+    event.error = static_cast<int32_t>(out.errors.size());
+    out.errors.emplace_back(error);
+  }
+  out.tokens.insert(out.tokens.end(), tokens.begin(), tokens.end());
+  out.events.push_back(event);
+}
+
+// --- looking at it -----------------------------------------------------------------------------
 
 EngineStats Engine::stats() const {
   EngineStats stats = stats_;
   stats.running = static_cast<int32_t>(running_.size());
-  stats.waiting = static_cast<int32_t>(waiting_.size());
-  stats.free_blocks = blocks_.free();
+  stats.waiting = num_requests_ - stats.running;
+  stats.free_blocks = pool_.free();
+  stats.cached_blocks = pool_.cached();
   return stats;
 }
 
 void Engine::check_idle() const {
-  check_internal(requests_.empty() && launched_.empty() && draining_.empty(), "engine",
+  check_internal(num_requests_ == 0 && num_in_flight_ == 0 && draining_.empty(), kWhere,
                  "requests are still running");
-  check_internal(blocks_.free() == blocks_.total() && blocks_.reserved() == 0, "engine",
-                 blocks_.total() - blocks_.free(), " blocks and ", blocks_.reserved(),
-                 " reservations leaked");
-  check_internal(runner_->free_rows() == runner_->config().max_num_seqs, "engine", "rows leaked");
+  check_internal(pool_.free() == pool_.total(), kWhere, pool_.total() - pool_.free(),
+                 " blocks leaked");
+  check_internal(runner_->free_rows() == runner_->config().max_num_seqs, kWhere, "rows leaked");
+  check_invariants();
+}
+
+void Engine::check_invariants() const {
+  pool_.check_invariants();
+  std::vector<int32_t> references(pool_.total() + 1, 0);
+  const auto count = [&](const std::vector<std::vector<int32_t>>& groups) {
+    for (const auto& blocks : groups) {
+      for (const int32_t block : blocks) ++references[block];
+    }
+  };
+  for (const Draining& ended : draining_) count(ended.blocks);
+  int32_t present = 0, held = 0;
+  for (const auto& pointer : requests_) {
+    if (pointer == nullptr) continue;
+    const Request& each = *pointer;
+    present += each.state != RequestState::kNone;
+    count(each.blocks);
+    for (const auto& blocks : each.blocks) {
+      check_internal(blocks.size() == each.blocks[0].size(), kWhere, "slot ", each.slot,
+                     " has more blocks in one group than in another");
+    }
+    const bool may_hold = each.state == RequestState::kRunning || each.forked;
+    check_internal(may_hold || each.blocks[0].empty(), kWhere, "slot ", each.slot,
+                   " holds blocks but neither runs nor waits with a copy");
+    check_internal(
+        each.num_computed <= std::max(each.num_launched, each.forked ? each.row.prompt_len : 0),
+        kWhere, "slot ", each.slot, " has computed more than was launched");
+    switch (each.state) {
+      case RequestState::kNone:
+        break;
+      case RequestState::kHeld: {
+        ++held;
+        const auto& siblings = request(each.first_sample).held;
+        check_internal(std::count(siblings.begin(), siblings.end(), each.slot) == 1, kWhere,
+                       "slot ", each.slot, " is held by nobody");
+        break;
+      }
+      case RequestState::kWaiting:
+        check_internal(waiting_.count({each.urgency, each.slot}) == 1, kWhere, "slot ", each.slot,
+                       " waits but is not in line");
+        break;
+      case RequestState::kRunning:
+        check_internal(std::count(running_.begin(), running_.end(), each.slot) == 1, kWhere,
+                       "slot ", each.slot, " runs but is not listed");
+        check_internal(
+            each.num_launched <= each.capacity && each.capacity == num_blocks(each) * block_size_,
+            kWhere, "slot ", each.slot, " has launched past its blocks");
+        break;
+    }
+  }
+  check_internal(present == num_requests_ &&
+                     present == held + static_cast<int32_t>(waiting_.size() + running_.size()),
+                 kWhere, "lists of requests disagree");
+  check_internal(
+      std::is_sorted(running_.begin(), running_.end(),
+                     [&](int32_t a, int32_t b) { return request(a).urgency < request(b).urgency; }),
+      kWhere, "running requests are out of order");
+  check_internal(runner_->free_rows() + static_cast<int32_t>(running_.size()) ==
+                     runner_->config().max_num_seqs,
+                 kWhere, "rows do not balance");
+  for (int32_t block = 1; block <= pool_.total(); ++block) {
+    check_internal(references[block] == pool_.references(block), kWhere, "block ", block, " has ",
+                   pool_.references(block), " references, ", references[block], " are held");
+  }
 }
 
 }  // namespace mrv1

@@ -1,106 +1,152 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <array>
 #include <cstdint>
-#include <deque>
 #include <memory>
-#include <string>
-#include <unordered_map>
+#include <set>
+#include <span>
+#include <string_view>
+#include <utility>
 #include <vector>
 
-#include "engine/block_allocator.h"
+#include "engine/block_pool.h"
+#include "engine/request.h"
 #include "runner/model_runner.h"
 
 namespace mrv1 {
 
-// A request as the engine takes it: ids are the caller's, unique among the requests whose last
-// output was not returned yet.
-struct EngineRequest {
-  std::string id;
-  RowSpec row;  // block_ids and num_computed are the engine's to fill
-};
-
-enum class RequestEnd { kNone, kStop, kLength, kAbort, kError };
-
-// One event of one request. A request's last output has an end other than kNone.
-struct RequestOutput {
-  std::string id;
-  int32_t token = -1;  // -1: no token (an abort or an error)
-  RequestEnd end = RequestEnd::kNone;
-  std::string error;
-};
-
-struct EngineStats {
-  uint64_t prefill_tokens = 0, decode_tokens = 0;  // computed
-  uint64_t steps = 0;
-  int32_t running = 0, waiting = 0, free_blocks = 0;
-};
-
-// Requests over a ModelRunner, with one scheduling rule: first come, first served, each request
-// admitted when a row is free and its whole length can be reserved in KV blocks, so that a running
-// request never waits for memory. A step takes one token of every decoding request, then prefill
-// chunks in order of arrival up to the token budget. One step runs ahead: step N + 1 is launched
-// before the tokens of step N are read. See engine/README.md for states and invariants.
+// Requests over a ModelRunner: which of them a step computes, with which blocks. Requests are known
+// by slots, small numbers of the caller's. engine/README.md has states, rules and invariants.
+// One thread at a time, but for check().
 class Engine {
  public:
-  explicit Engine(std::shared_ptr<ModelRunner> runner);
+  Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching);
 
-  // Queues a request; kRequest and kInvalidArgument errors name what does not fit. Nothing is
-  // queued on error.
-  void add_request(EngineRequest request);
-  // Ends a request; its kAbort output comes with the next step(), or never if the caller does not
-  // want a report. False if it is not there.
-  bool abort(const std::string& id, bool report = true);
-  // Whether step() has something to launch, to return or to bring home.
-  bool has_unfinished() const {
-    return !requests_.empty() || !pending_outputs_.empty() || !launched_.empty() ||
-           !draining_.empty();
-  }
+  // Throws kRequest or kInvalidArgument if the request could never run. Any thread.
+  void check(const RequestSpec& spec) const;
+  // Queues a request that passed check(), one sample a slot; slots must be free. Sample i draws
+  // with seed + i.
+  void add(RequestSpec spec, std::span<const int32_t> slots);
+  // Ends the request in a slot; the slot is free afterwards, as after any event with an end.
+  void end(int32_t slot, RequestEnd reason, std::string_view error, EventBatch& out);
+  void end_all(RequestEnd reason, std::string_view error, EventBatch& out);
+  bool has_request(int32_t slot) const;
 
-  // Launches the next step if there is work, then takes in the oldest step when one is running
-  // ahead (or nothing more could be launched). Returns what became known.
-  std::vector<RequestOutput> step();
+  // Launches the next step if there is work, then takes in the oldest one if one runs ahead, or if
+  // nothing was launched. Adds what became known to `out`. Throws nothing: what goes wrong ends the
+  // requests that it touched.
+  void step(EventBatch& out);
+  // Whether step() has something to do.
+  bool has_work() const { return num_requests_ > 0 || num_in_flight_ > 0 || !draining_.empty(); }
 
   EngineStats stats() const;
-  // Throws kInternal unless rows and blocks balance; call when nothing runs.
+  // Throws kInternal unless rows and blocks are all back; call when nothing runs.
   void check_idle() const;
+  // Throws kInternal unless lists, blocks and rows agree. Slow: for tests.
+  void check_invariants() const;
   ModelRunner& runner() { return *runner_; }
 
  private:
-  enum class State { kWaiting, kRunning, kEnded };
-  struct Request {
-    RowSpec spec;
-    State state = State::kWaiting;
+  // Steps launched and not yet taken in: one runs ahead of the one being read.
+  static constexpr size_t kRunAhead = 2;
+
+  struct Planned {
+    int32_t slot, tokens;
     RowHandle handle;
-    int32_t num_launched = 0;  // tokens whose computation was launched
-    int32_t max_total_len = 0;
-    std::vector<int32_t> blocks;
-    int32_t blocks_reserved = 0;  // still to come out of the pool
-    uint64_t last_step = 0;
   };
-  struct Launched {
-    uint64_t step;
-    std::vector<std::pair<std::string, RowHandle>> requests;  // one a batch entry
+  struct InFlight {
+    uint64_t step = 0;
+    std::vector<Planned> requests;  // one a batch entry
+  };
+  struct Draining {
+    uint64_t last_step;
+    std::vector<std::vector<int32_t>> blocks;
+  };
+  // Leading tokens that need no computing.
+  struct Hit {
+    int32_t prefix = BlockPool::kRoot, num_blocks = 0;
+    int32_t from_line = 0;  // of the hit's blocks, those without a reference now
   };
 
-  int32_t blocks_for(int32_t tokens) const;
-  void admit();
-  bool launch();
-  void take_in(std::vector<RequestOutput>& outputs);
-  void end(const std::string& id, RequestEnd end, std::string error,
-           std::vector<RequestOutput>& outputs);
-  void release_ended();
-  void cover_with_blocks(Request& request, int32_t tokens);
+  // scheduler.cc: what the next step computes.
+  bool plan_batch();
+  void plan_running(int32_t slot, size_t place);
+  int32_t decode_tokens(const Request& request) const;
+  int32_t cover(Request& running, int32_t tokens, size_t place);
+  bool admit(int32_t slot, size_t place);
+  Hit find_prefix(const Request& head);
+  template <typename Visit>
+  void each_block(const Hit& hit, Visit&& visit) const;
+  int32_t blocks_to_admit(const Request& head, const Hit& hit) const;
+  void take_hit(Request& head, const Hit& hit);
+  void own_last_block(Request& sample);
+  void place_row(int32_t slot, size_t place);
+  bool preempt_last();
+  bool give_up_fork();
+  void enqueue(int32_t slot);
+  int32_t missing_blocks(int32_t tokens, int32_t held) const;
+  int32_t missing_blocks(const Request& request) const;
+  // First block of a group that a query at a position may read.
+  int32_t first_block(int32_t group, int32_t position) const;
+
+  // engine.cc: steps, and what comes of them.
+  bool launch(EventBatch& out);
+  void take_in(EventBatch& out);
+  void take_in_entry(const Planned& planned, const OutputEntry& entry, EventBatch& out);
+  void keep_filled_blocks(Request& running);
+  void fork_held(Request& first);
+  void drop_below_window(Request& running);
+  void fail_touched(std::string_view error, EventBatch& out);
+  void emit(const Request& request, std::span<const int32_t> tokens, RequestEnd end,
+            std::string_view error, EventBatch& out);
+  void append_to_row(const Request& running, int32_t group, int32_t from);
+  void leave_row(Request& running);
+  void release_blocks(std::vector<std::vector<int32_t>>& blocks);
+  void release_drained();
+  void remove(int32_t slot, bool spoilt);
+  void reset_progress(Request& request);
+  void promote_held(Request& first);
+
+  Request& request(int32_t slot) { return *requests_[slot]; }
+  const Request& request(int32_t slot) const { return *requests_[slot]; }
+  int32_t num_groups() const { return static_cast<int32_t>(windows_.size()); }
+  int32_t num_blocks(const Request& request) const {
+    return static_cast<int32_t>(request.blocks[0].size());
+  }
+  int32_t blocks_for(int32_t tokens) const { return (tokens + block_size_ - 1) / block_size_; }
 
   std::shared_ptr<ModelRunner> runner_;
-  BlockAllocator blocks_;
-  std::unordered_map<std::string, Request> requests_;  // not ended
-  std::deque<std::string> waiting_;
-  std::vector<std::string> running_;  // in order of admission
-  std::vector<Request> draining_;     // ended, a launched step still names the row
-  std::deque<Launched> launched_;
-  std::vector<RequestOutput> pending_outputs_;  // aborts between steps
+  const bool enable_prefix_caching_;
+  const int32_t block_size_;
+  const std::vector<int32_t> windows_;  // [group] 0 = full
+  BlockPool pool_;
+  std::vector<std::unique_ptr<Request>> requests_;  // by slot
+  int32_t num_requests_ = 0;
+  uint64_t arrivals_ = 0;
+  std::set<std::pair<Urgency, int32_t>> waiting_;
+  std::vector<int32_t> running_;  // by urgency
+  std::vector<int32_t> forked_;   // waiting ones that hold blocks
+  int32_t num_held_ = 0;
+  std::vector<Draining> draining_;  // blocks of ended requests that a launched step may write
+
+  std::array<InFlight, kRunAhead> in_flight_;  // a ring
+  size_t first_in_flight_ = 0, num_in_flight_ = 0;
+  uint64_t retired_ = 0;  // newest step that was taken in
+
+  // The batch that is planned.
+  std::vector<Planned> planned_;
   std::vector<BatchItem> batch_;
+  int32_t decode_budget_ = 0, prefill_budget_ = 0;
+  int32_t promised_ = 0;       // blocks that running requests need for tokens known at admission
+  int32_t touched_ = -1;       // slot that is worked on, in the batch or not yet
+  bool wants_drain_ = false;   // a request must be preempted, so nothing may be in flight
+  int32_t blocked_slot_ = -1;  // head of the line that did not fit
+  int32_t blocked_need_ = 0;   // free blocks it lacked
+  int32_t blocked_steps_ = 0;  // since
+  StepOutput output_;
+  std::vector<int32_t> table_;     // scratch
+  std::vector<BlockCopy> copies_;  // scratch
   EngineStats stats_;
 };
 

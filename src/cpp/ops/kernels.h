@@ -1,6 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "ops/copy_blocks.h"
 #include "ops/elementwise.h"
 #include "ops/embedding.h"
 #include "ops/fill_random.h"
@@ -42,6 +43,9 @@ struct Kernels {
   void (*infer_param_view)(const InferParamInputs&, const InferParamView&, const StepContext&);
   void (*sample)(const SampleParams&, const StepContext&);
   void (*advance)(const StepContext&);
+
+  // Between steps: blocks that a row is about to write and shares with others.
+  void (*copy_blocks)(const CopyBlocksParams&, const StepContext&);
 
   // Outside of steps: weights and KV cache of a benchmark.
   void (*fill_random)(const FillRandomParams&, const StepContext&);

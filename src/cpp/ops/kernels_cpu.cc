@@ -30,6 +30,7 @@ const Kernels& cpu_kernels() {
       .infer_param_view = infer_param_view_cpu,
       .sample = sample_cpu,
       .advance = advance_cpu,
+      .copy_blocks = copy_blocks_cpu,
       .fill_random = fill_random_cpu,
       .workspace_bytes = workspace_bytes_cpu,
       .attention_plan_bytes = [](const AttentionPlan&, Device&) -> int64_t { return 0; },

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "core/error.h"
 
@@ -187,6 +188,14 @@ void ModelRunner::allocate_kv() {
     next += 2 * layer.bytes();
     kv_.push_back(layer);
   }
+  std::vector<CacheArray> arrays;
+  for (const KvCacheLayer& layer : kv_) {
+    const int64_t block_bytes = layer.block_stride * static_cast<int64_t>(dtype_size(layer.dtype));
+    arrays.push_back({layer.key, block_bytes});
+    arrays.push_back({layer.value, block_bytes});
+  }
+  cache_arrays_ = device_->allocate(arrays.size() * sizeof(CacheArray), "KV cache");
+  device_->copy_in(cache_arrays_.data(), arrays.data(), arrays.size() * sizeof(CacheArray));
 }
 
 void ModelRunner::fill_kv_random(uint64_t seed) {
@@ -404,7 +413,7 @@ void ModelRunner::check_spec(const RowSpec& spec) {
         " outputs already, max_tokens is ", spec.max_tokens);
   check(spec.block_ids.size() <= static_cast<size_t>(ctx_.rows.max_blocks), where, "a row holds ",
         ctx_.rows.max_blocks, " blocks, not ", spec.block_ids.size());
-  check_blocks({}, spec.block_ids, where);
+  if (!spec.block_ids.empty()) check_blocks({}, spec.block_ids, where);
 }
 
 bool ModelRunner::can_add(const RowSpec& spec) const {
@@ -486,6 +495,37 @@ void ModelRunner::free_row(RowHandle row) {
   release_stop_ids(host.stop_offset, host.stop_count);
   host.active = false;
   free_rows_.push_back(row.row);
+}
+
+void ModelRunner::copy_blocks(std::span<const BlockCopy> copies) {
+  check_copies(copies, config_.num_blocks);
+  struct Task {
+    ModelRunner* runner;
+    CopyBlocksParams params;
+  };
+  for (size_t first = 0; first < copies.size(); first += CopyBlocksParams::kMaxCopies) {
+    const auto piece = copies.subspan(
+        first, std::min<size_t>(CopyBlocksParams::kMaxCopies, copies.size() - first));
+    auto task =
+        std::make_unique<Task>(Task{this,
+                                    {.arrays = static_cast<const CacheArray*>(cache_arrays_.data()),
+                                     .num_arrays = static_cast<int32_t>(2 * kv_.size()),
+                                     .num_blocks = config_.num_blocks,
+                                     .count = static_cast<int32_t>(piece.size()),
+                                     .copies = {}}});
+    std::copy(piece.begin(), piece.end(), task->params.copies);
+    device_->submit(
+        [](void* arg) {
+          const std::unique_ptr<Task> task(static_cast<Task*>(arg));
+          ModelRunner& runner = *task->runner;
+          try {
+            runner.device_->kernels().copy_blocks(task->params, runner.ctx_);
+          } catch (const std::exception& error) {
+            runner.failed_copy_ = error.what();
+          }
+        },
+        task.release());
+  }
 }
 
 uint64_t ModelRunner::last_step(RowHandle handle) const {
@@ -632,6 +672,9 @@ void ModelRunner::run_step(void* arg) {
   Slot& slot = *static_cast<Slot*>(arg);
   ModelRunner& runner = *slot.runner;
   try {
+    if (!runner.failed_copy_.empty()) {
+      fail(ErrorKind::kDevice, "copy_blocks", std::exchange(runner.failed_copy_, {}));
+    }
     if (slot.injected.empty()) {
       runner.step_->run(slot.shape);
     } else {
@@ -710,8 +753,7 @@ void ModelRunner::wait(const Slot& slot) const {
   device_->wait_sequence(slot.output->sequence, slot.step + 1);
 }
 
-StepOutput ModelRunner::read_output(const Slot& slot) {
-  StepOutput output;
+void ModelRunner::read_output(const Slot& slot, StepOutput& output) {
   output.step = slot.step;
   output.error = slot.error;
   output.mode = slot.shape.mode;
@@ -719,19 +761,24 @@ StepOutput ModelRunner::read_output(const Slot& slot) {
   output.end_ns = slot.output->end_ns;
   const OutputEntry* entries = output_entries(slot.output);
   output.entries.assign(entries, entries + slot.output->num_entries);
-  return output;
 }
 
 void ModelRunner::keep_output(Slot& slot) {
-  kept_.emplace(slot.step, read_output(slot));
+  read_output(slot, kept_[slot.step]);
   slot.delivered = true;
 }
 
 StepOutput ModelRunner::result(uint64_t step) {
+  StepOutput output;
+  result(step, output);
+  return output;
+}
+
+void ModelRunner::result(uint64_t step, StepOutput& output) {
   if (auto it = kept_.find(step); it != kept_.end()) {
-    StepOutput output = std::move(it->second);
+    output = std::move(it->second);
     kept_.erase(it);
-    return output;
+    return;
   }
   Slot& slot = slot_of(step);
   check(slot.step == step && !slot.delivered, "result", "step ", step,
@@ -741,12 +788,22 @@ StepOutput ModelRunner::result(uint64_t step) {
     wait(slot);
   } catch (const Error& error) {
     // The device failed while the step ran. Its rows are lost; the caller frees them.
-    StepOutput lost;
-    lost.step = step;
-    lost.error = error.what();
-    return lost;
+    output = StepOutput{};
+    output.step = step;
+    output.error = error.what();
+    return;
   }
-  return read_output(slot);
+  read_output(slot, output);
+}
+
+void ModelRunner::wait_step(uint64_t step) noexcept {
+  const Slot& slot = slot_of(step);
+  if (slot.step != step) return;
+  try {
+    wait(slot);
+  } catch (const Error&) {
+    // result() waits again, and says so.
+  }
 }
 
 void ModelRunner::discard(uint64_t step) {

@@ -130,7 +130,7 @@ class ModelRunner {
   const std::shared_ptr<Device>& shared_device() const { return device_; }
 
   // Throws kInvalidArgument naming the field if add_row would refuse the spec, rows and stop ids in
-  // use aside.
+  // use aside. Any thread may call it for a spec without blocks.
   void check_spec(const RowSpec& spec);
   // Whether there is a free row and room for the stop ids of a spec now.
   bool can_add(const RowSpec& spec) const;
@@ -143,6 +143,9 @@ class ModelRunner {
   // The row may be given to another request at once: steps in flight keep their generation. Its
   // blocks may be reused once every step up to last_step(row) has retired.
   void free_row(RowHandle row);
+  // Makes blocks equal to others, in stream order after what was launched before: for a row that is
+  // to write a block which it shares. No target may be named twice or be a source.
+  void copy_blocks(std::span<const BlockCopy> copies);
   // Last step that was launched with the row in its batch; steps count from 1, 0 = none.
   uint64_t last_step(RowHandle row) const;
 
@@ -159,6 +162,10 @@ class ModelRunner {
   uint64_t execute(std::span<const BatchItem> batch);
   // Waits for the step and hands its output over, once. A failed step has no entries but an error.
   StepOutput result(uint64_t step);
+  // The same into an output whose memory is used again.
+  void result(uint64_t step, StepOutput& output);
+  // Waits until result() would not; it tells if the device failed meanwhile.
+  void wait_step(uint64_t step) noexcept;
   bool ready(uint64_t step) const;
   // Steps up to this number have retired.
   uint64_t retired_step() const;
@@ -233,7 +240,7 @@ class ModelRunner {
   void stage_stop_ids(int32_t offset, std::span<const int32_t> ids);
   void wait(const Slot& slot) const;
   void keep_output(Slot& slot);
-  StepOutput read_output(const Slot& slot);
+  void read_output(const Slot& slot, StepOutput& output);
   Slot& slot_of(uint64_t step) { return slots_[step % kSlots]; }
   int32_t allocate_stop_ids(int32_t count);
   void release_stop_ids(int32_t offset, int32_t count);
@@ -248,6 +255,7 @@ class ModelRunner {
   WeightStore weights_;
   Buffer kv_buffer_;
   std::vector<KvCacheLayer> kv_;
+  Buffer cache_arrays_;  // CacheArray of keys and values of each layer
   std::unique_ptr<Executable> executable_;
   std::vector<Buffer> state_buffers_;
   Buffer control_buffer_, output_buffer_;
@@ -273,6 +281,7 @@ class ModelRunner {
   int32_t newest_entries_ = 0;
   RunnerStats stats_;
   std::string injected_failure_;
+  std::string failed_copy_;  // by the stream: fails the next step
   uint64_t newest_batch_step_ = 0;
   uint64_t batch_mark_ = 0;
   uint64_t waited_ns_ = 0;

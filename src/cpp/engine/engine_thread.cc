@@ -1,0 +1,334 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "engine/engine_thread.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <cmath>
+#include <exception>
+#include <system_error>
+#include <utility>
+
+#include "core/clock.h"
+#include "core/error.h"
+
+namespace mrv1 {
+namespace {
+
+constexpr const char* kWhere = "engine";
+constexpr double kLongestWait = 1e6;  // seconds
+
+}  // namespace
+
+EngineThread::EngineThread(std::shared_ptr<ModelRunner> runner, const EngineOptions& options)
+    : options_(options), engine_(std::move(runner), options.enable_prefix_caching) {
+  static_cast<EngineStats&>(stats_) = engine_.stats();
+  if (!options_.background) return;
+  try {
+    thread_ = std::thread([this] { run(); });
+  } catch (const std::system_error& error) {
+    fail(ErrorKind::kDevice, kWhere, "cannot start the engine's thread: ", error.what());
+  }
+}
+
+EngineThread::~EngineThread() { stop(); }
+
+// --- any thread --------------------------------------------------------------------------------
+
+int32_t EngineThread::new_slot() {
+  if (free_slots_.empty()) {
+    free_slots_.push_back(static_cast<int32_t>(samples_.size()));
+    samples_.emplace_back();
+  }
+  const int32_t slot = free_slots_.back();
+  free_slots_.pop_back();
+  ++num_samples_;
+  return slot;
+}
+
+void EngineThread::add_request(NamedRequest request) {
+  if (request.samples < 1 || request.samples > kMaxSamples) {
+    fail(ErrorKind::kRequest, "add_request", "n is ", request.samples, "; allowed are 1 to ",
+         kMaxSamples);
+  }
+  engine_.check(request.spec);
+  {
+    std::lock_guard lock(mutex_);
+    if (stopping_) fail(ErrorKind::kClosed, kWhere, "is closed");
+    const auto [place, is_new] = names_.try_emplace(std::move(request.id));
+    if (!is_new) fail(ErrorKind::kRequest, "add_request", "an unfinished request has this id");
+    Name& name = place->second;
+    name.unheard = request.samples;
+    Command command;
+    for (int32_t index = 0; index < request.samples; ++index) {
+      const int32_t slot = new_slot();
+      samples_[slot] = {&place->first, index, true, false};
+      name.slots.push_back(slot);
+    }
+    command.slots = name.slots;
+    command.spec = std::move(request.spec);
+    commands_.push_back(std::move(command));
+    queued_samples_ += request.samples;
+  }
+  work_.notify_one();
+  apply_now();
+}
+
+bool EngineThread::abort(const std::string& id, int32_t index, bool report) {
+  bool any = false;
+  {
+    std::lock_guard lock(mutex_);
+    const auto place = names_.find(id);
+    if (place == names_.end()) return false;
+    Name& name = place->second;
+    for (const int32_t slot : name.slots) {
+      Sample& sample = samples_[slot];
+      if (!sample.in_use || sample.id != &place->first) continue;
+      if (index >= 0 && sample.index != index) continue;
+      if (!sample.ended) {
+        any = true;
+        sample.ended = true;
+        Command command;
+        command.slots = {slot};
+        command.is_abort = true;
+        commands_.push_back(std::move(command));
+      }
+      if (!report) {
+        sample.id = nullptr;
+        --name.unheard;
+      }
+    }
+    if (name.unheard == 0) names_.erase(place);
+    if (!report) news_.notify_all();
+  }
+  work_.notify_one();
+  apply_now();
+  return any;
+}
+
+// Without a thread, what was queued takes effect at once, unless a step runs in another thread.
+void EngineThread::apply_now() {
+  if (options_.background) return;
+  std::unique_lock engine(engine_mutex_, std::try_to_lock);
+  if (engine.owns_lock()) turn(/*step=*/false);
+}
+
+std::vector<RequestOutput> EngineThread::step() {
+  check(!options_.background, "step", "the engine steps in a thread of its own; use wait_outputs");
+  {
+    std::lock_guard engine(engine_mutex_);
+    turn(/*step=*/true);
+  }
+  std::lock_guard lock(mutex_);
+  return take_outputs();
+}
+
+std::vector<RequestOutput> EngineThread::wait_outputs(double timeout_s) {
+  check(options_.background, "wait_outputs", "the engine has no thread; use step");
+  check(!std::isnan(timeout_s) && timeout_s >= 0, "wait_outputs", "timeout_s is ", timeout_s,
+        "; it must not be negative");
+  const std::chrono::duration<double> timeout(std::min(timeout_s, kLongestWait));
+  std::unique_lock lock(mutex_);
+  news_.wait_for(lock, timeout,
+                 [&] { return woken_ || !outputs_.events.empty() || num_samples_ == 0; });
+  woken_ = false;
+  return take_outputs();
+}
+
+void EngineThread::wake() {
+  {
+    std::lock_guard lock(mutex_);
+    woken_ = true;
+  }
+  news_.notify_one();
+}
+
+bool EngineThread::has_unfinished() {
+  std::lock_guard lock(mutex_);
+  return num_samples_ > 0 || engine_has_work_;
+}
+
+std::vector<RequestOutput> EngineThread::take_outputs() {
+  std::vector<RequestOutput> outputs;
+  outputs.reserve(outputs_.events.size());
+  auto token = outputs_.tokens.begin();
+  for (const RequestEvent& event : outputs_.events) {
+    const auto tokens = token;
+    token += event.num_tokens;
+    const Sample& sample = samples_[event.slot];
+    const std::string* id = sample.id;
+    if (id != nullptr) {
+      RequestOutput& output = outputs.emplace_back();
+      output.id = *id;
+      output.index = sample.index;
+      output.token_ids.assign(tokens, token);
+      output.end = event.end;
+      if (event.error >= 0) output.error = std::move(outputs_.errors[event.error]);
+      output.num_cached_tokens = event.num_cached_tokens;
+      output.num_draft_tokens = event.num_draft_tokens;
+      output.num_accepted_tokens = event.num_accepted_tokens;
+    }
+    if (event.end != RequestEnd::kNone) {
+      free_slot(event.slot);
+      if (id != nullptr) {
+        const auto place = names_.find(*id);
+        if (--place->second.unheard == 0) names_.erase(place);
+      }
+    }
+  }
+  outputs_.clear();
+  return outputs;
+}
+
+void EngineThread::free_slot(int32_t slot) {
+  samples_[slot] = {};
+  free_slots_.push_back(slot);
+  if (--num_samples_ == 0) news_.notify_all();
+}
+
+// --- the engine's thread -----------------------------------------------------------------------
+
+void EngineThread::run() {
+  pthread_setname_np(pthread_self(), "mrv1-engine");
+  for (;;) {
+    {
+      std::unique_lock lock(mutex_);
+      work_.wait(lock, [&] {
+        return stopping_ || (visitors_ == 0 && (!commands_.empty() || engine_has_work_));
+      });
+      if (stopping_) return;
+    }
+    std::lock_guard engine(engine_mutex_);
+    turn(/*step=*/true);
+  }
+}
+
+void EngineThread::turn(bool step) {
+  const uint64_t start = thread_cpu_ns();
+  const uint64_t waited = engine_.stats().device_wait_cpu_ns;
+  try {
+    carry_out_commands();
+    if (step) engine_.step(events_);
+  } catch (const std::exception& error) {
+    engine_.end_all(RequestEnd::kError, error.what(), events_);
+  }
+  publish();
+  cpu_ns_ += thread_cpu_ns() - start - (engine_.stats().device_wait_cpu_ns - waited);
+}
+
+void EngineThread::carry_out_commands() {
+  {
+    std::lock_guard lock(mutex_);
+    if (commands_.empty()) return;
+    taken_commands_.swap(commands_);
+    queued_samples_ = 0;
+  }
+  for (Command& command : taken_commands_) {
+    if (!command.is_abort) {
+      engine_.add(std::move(command.spec), command.slots);
+    } else if (engine_.has_request(command.slots[0])) {
+      engine_.end(command.slots[0], RequestEnd::kAbort, "", events_);
+    }
+  }
+  taken_commands_.clear();
+}
+
+// Hands over what became known.
+void EngineThread::publish() {
+  const EngineStats stats = engine_.stats();
+  const bool has_work = engine_.has_work();
+  bool news = false;
+  {
+    std::lock_guard lock(mutex_);
+    static_cast<EngineStats&>(stats_) = stats;
+    // A thread of its own counts all that it does, up to here.
+    stats_.thread_cpu_ns =
+        options_.background && !stopping_ ? thread_cpu_ns() - stats.device_wait_cpu_ns : cpu_ns_;
+    engine_has_work_ = has_work;
+    auto token = events_.tokens.begin();
+    for (RequestEvent event : events_.events) {
+      const auto tokens = token;
+      token += event.num_tokens;
+      Sample& sample = samples_[event.slot];
+      const bool ends = event.end != RequestEnd::kNone;
+      if (ends) sample.ended = true;
+      if (sample.id == nullptr) {
+        if (ends) free_slot(event.slot);
+        continue;
+      }
+      if (event.error >= 0) {
+        outputs_.errors.push_back(std::move(events_.errors[event.error]));
+        event.error = static_cast<int32_t>(outputs_.errors.size()) - 1;
+      }
+      outputs_.tokens.insert(outputs_.tokens.end(), tokens, token);
+      outputs_.events.push_back(event);
+      news = true;
+    }
+  }
+  events_.clear();
+  if (news) news_.notify_all();
+}
+
+// --- looking at it, and the end ----------------------------------------------------------------
+
+EngineThreadStats EngineThread::stats() {
+  std::lock_guard lock(mutex_);
+  EngineThreadStats stats = stats_;
+  stats.waiting += queued_samples_;
+  return stats;
+}
+
+// Calls fn() between two turns.
+template <typename Fn>
+void EngineThread::visit_engine(Fn&& fn) {
+  {
+    std::lock_guard lock(mutex_);
+    ++visitors_;
+  }
+  const auto leave = [&] {
+    {
+      std::lock_guard lock(mutex_);
+      --visitors_;
+    }
+    work_.notify_one();
+  };
+  try {
+    std::lock_guard engine(engine_mutex_);
+    fn();
+  } catch (...) {
+    leave();
+    throw;
+  }
+  leave();
+}
+
+void EngineThread::check_idle() {
+  visit_engine([&] { engine_.check_idle(); });
+}
+
+void EngineThread::check_invariants() {
+  visit_engine([&] { engine_.check_invariants(); });
+}
+
+void EngineThread::stop() {
+  std::lock_guard stop(stop_mutex_);
+  {
+    std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  work_.notify_all();
+  if (thread_.joinable()) thread_.join();
+  std::lock_guard engine(engine_mutex_);
+  try {
+    carry_out_commands();
+    engine_.end_all(RequestEnd::kAbort, "", events_);
+    // With nothing left to run it takes in the steps that do.
+    engine_.step(events_);
+  } catch (const std::exception&) {
+    // Out of memory: there is nobody to tell.
+  }
+  publish();
+  news_.notify_all();
+}
+
+}  // namespace mrv1

@@ -1,0 +1,139 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "engine/engine.h"
+
+namespace mrv1 {
+
+struct EngineOptions {
+  bool enable_prefix_caching = true;
+  bool background = true;  // a thread of the engine's own takes the steps
+};
+
+// A request by name. Names are the caller's, unique among the requests whose last output was not
+// handed out yet.
+struct NamedRequest {
+  std::string id;
+  RequestSpec spec;
+  int32_t samples = 1;
+};
+
+// News of one sample of a request. Its last one has an end other than kNone.
+struct RequestOutput {
+  std::string id;
+  int32_t index = 0;  // of the sample
+  std::vector<int32_t> token_ids;
+  RequestEnd end = RequestEnd::kNone;
+  std::string error;
+  int32_t num_cached_tokens = 0;
+  int32_t num_draft_tokens = 0, num_accepted_tokens = 0;  // of the request so far
+};
+
+struct EngineThreadStats : EngineStats {
+  uint64_t thread_cpu_ns = 0;  // of scheduling, without waiting for the device
+};
+
+// An Engine with names and queues around it, and a thread that steps it (or, without `background`,
+// the caller of step()). Any thread may call any method. Requests and aborts wait in a queue until
+// the next step; outputs wait in one until somebody takes them.
+class EngineThread {
+ public:
+  static constexpr int32_t kMaxSamples = 1024;
+
+  EngineThread(std::shared_ptr<ModelRunner> runner, const EngineOptions& options);
+  ~EngineThread();  // as stop()
+  EngineThread(const EngineThread&) = delete;
+  EngineThread& operator=(const EngineThread&) = delete;
+
+  // Queues a request. kRequest and kInvalidArgument errors name what does not fit; nothing is
+  // queued then.
+  void add_request(NamedRequest request);
+  // Ends a sample, or all of them with index -1. Its last output is a kAbort; without `report` none
+  // of its outputs is handed out from now on. False if there is nothing left to end.
+  bool abort(const std::string& id, int32_t index, bool report);
+  // Takes one step and returns the outputs; without `background` only.
+  std::vector<RequestOutput> step();
+  // Waits for outputs and returns them; with `background` only. Empty if nothing is unfinished,
+  // after the timeout, and after wake().
+  std::vector<RequestOutput> wait_outputs(double timeout_s);
+  // Ends one wait_outputs() early, the next one if nobody waits.
+  void wake();
+  // Whether outputs are still to come, or something is left to bring home.
+  bool has_unfinished();
+
+  EngineThreadStats stats();
+  void check_idle();
+  void check_invariants();
+  // Ends all requests with a kAbort, waits for the steps in flight and joins the thread. Later
+  // calls find an engine without requests that takes no new ones.
+  void stop();
+
+ private:
+  // A sample, by the slot that it has in the engine.
+  struct Sample {
+    const std::string* id = nullptr;  // the key in names_, or null once nobody may hear of it
+    int32_t index = 0;
+    bool in_use = false;
+    bool ended = false;  // its end is known, or an abort is on its way
+  };
+  struct Command {
+    std::vector<int32_t> slots;  // of a new request's samples, or of one that is aborted
+    bool is_abort = false;
+    RequestSpec spec;
+  };
+  struct Name {
+    std::vector<int32_t> slots;
+    int32_t unheard = 0;  // samples whose last output was not handed out
+  };
+
+  void run();
+  // One turn: commands, a step, outputs. Holds engine_mutex_.
+  void turn(bool step);
+  void carry_out_commands();
+  void publish();
+  void apply_now();
+  std::vector<RequestOutput> take_outputs();
+  int32_t new_slot();
+  void free_slot(int32_t slot);
+  template <typename Fn>
+  void visit_engine(Fn&& fn);
+
+  const EngineOptions options_;
+
+  // Held by whoever works on the engine. Taken before mutex_, never while holding it.
+  std::mutex engine_mutex_;
+  Engine engine_;
+  std::vector<Command> taken_commands_;
+  EventBatch events_;
+  uint64_t cpu_ns_ = 0;  // of turns, without waiting for the device
+
+  std::mutex mutex_;  // of all below
+  std::condition_variable work_, news_;
+  std::unordered_map<std::string, Name> names_;
+  std::vector<Sample> samples_;  // by slot
+  std::vector<int32_t> free_slots_;
+  int32_t num_samples_ = 0;  // in use
+  std::vector<Command> commands_;
+  int32_t queued_samples_ = 0;  // in commands_
+  EventBatch outputs_;
+  EngineThreadStats stats_;
+  bool engine_has_work_ = false;
+  int32_t visitors_ = 0;
+  bool woken_ = false;
+  bool stopping_ = false;
+
+  std::thread thread_;
+  std::mutex stop_mutex_;
+};
+
+}  // namespace mrv1

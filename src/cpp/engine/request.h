@@ -1,0 +1,100 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <compare>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "engine/block_pool.h"
+#include "runner/model_runner.h"
+
+namespace mrv1 {
+
+// A request as the engine takes it. Of `row`, num_computed and block_ids are the engine's to fill,
+// and every token of token_ids is the prompt's.
+struct RequestSpec {
+  RowSpec row;
+  int32_t priority = 0;  // lower is more urgent; equal ones in order of arrival
+  CacheScope scope;
+  bool use_prefix_cache = true;  // takes blocks from the prefix cache, and leaves its own there
+};
+
+enum class RequestEnd { kNone, kStop, kLength, kAbort, kError };
+
+// News of one request. Its last one has an end other than kNone.
+struct RequestEvent {
+  int32_t slot = -1;
+  RequestEnd end = RequestEnd::kNone;
+  int32_t num_tokens = 0;  // that many of EventBatch::tokens
+  int32_t error = -1;      // index into EventBatch::errors
+  int32_t num_cached_tokens = 0;
+  int32_t num_draft_tokens = 0, num_accepted_tokens = 0;  // of the request so far
+};
+
+// Events in the order they happened. Its arrays keep their capacity.
+struct EventBatch {
+  std::vector<RequestEvent> events;
+  std::vector<int32_t> tokens;  // of the events, one after the other
+  std::vector<std::string> errors;
+
+  void clear() {
+    events.clear();
+    tokens.clear();
+    errors.clear();
+  }
+};
+
+struct EngineStats {
+  uint64_t steps = 0;
+  uint64_t prefill_tokens = 0, decode_tokens = 0;  // computed
+  uint64_t preemptions = 0;
+  uint64_t prefix_hit_tokens = 0;  // found in the prefix cache at admission, resumed ones included
+  uint64_t draft_tokens = 0, accepted_tokens = 0;
+  uint64_t device_wait_cpu_ns = 0;  // CPU time that waiting for the device took
+  int32_t running = 0, waiting = 0;
+  int32_t free_blocks = 0, cached_blocks = 0;
+};
+
+// The order of everything that is scheduled: a total order, smaller is more urgent.
+struct Urgency {
+  int32_t priority = 0;
+  uint64_t arrival = 0;
+  int32_t sample = 0;
+
+  auto operator<=>(const Urgency&) const = default;
+};
+
+enum class RequestState : uint8_t {
+  kNone,     // the slot is free
+  kHeld,     // a further sample of a prompt that the first one still computes
+  kWaiting,  // in line; may hold blocks that it shares with the first sample
+  kRunning,  // has a row
+};
+
+// What the engine knows of a request, in a dense slot that is used again.
+struct Request {
+  int32_t slot = -1;
+  RequestState state = RequestState::kNone;
+  bool use_prefix_cache = true;
+  bool forked = false;  // waiting, with blocks of the first sample
+  Urgency urgency;
+  RowHandle handle;
+  int32_t prefill_target = 0;  // tokens known at admission
+  int32_t num_launched = 0;    // upper bound of the tokens computed once all steps have retired
+  int32_t num_computed = 0;    // tokens computed by retired steps
+  int32_t capacity = 0;        // tokens that the blocks hold
+  int32_t max_total_len = 0;
+  uint64_t last_step = 0;
+  std::vector<std::vector<int32_t>> blocks;  // [group]; equally many, 0 where dropped
+  std::vector<int32_t> num_dropped;          // [group] leading blocks below the window
+  int32_t prefix = BlockPool::kRoot;         // pinned: of the first num_kept blocks
+  int32_t num_kept = 0;                      // leading blocks that were offered to the cache
+  int32_t num_cached_tokens = -1;            // -1: not admitted yet
+  int32_t first_sample = -1;                 // held: the slot of the one that computes the prompt
+  std::vector<int32_t> held;                 // slots of samples that wait for this one's prompt
+  CacheScope scope;
+  RowSpec row;  // token_ids grows with the outputs
+};
+
+}  // namespace mrv1

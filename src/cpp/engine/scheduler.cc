@@ -1,0 +1,315 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// What the next step computes: admission, blocks, preemption.
+#include <algorithm>
+
+#include "core/error.h"
+#include "engine/engine.h"
+
+namespace mrv1 {
+namespace {
+
+// A head of the line that did not fit is looked at again after so many steps at the latest, as the
+// prefix cache may hold more of it by then.
+constexpr int32_t kBlockedSteps = 64;
+
+}  // namespace
+
+int32_t Engine::first_block(int32_t group, int32_t position) const {
+  const int32_t window = windows_[group];
+  return window == 0 ? 0 : std::max(0, position - window + 1) / block_size_;
+}
+
+// Upper bound of the blocks that a prompt of so many tokens needs besides those that it has.
+int32_t Engine::missing_blocks(int32_t tokens, int32_t held) const {
+  int32_t missing = 0;
+  for (const int32_t window : windows_) {
+    int32_t count = std::max(0, blocks_for(tokens) - held);
+    if (window > 0) {
+      // Blocks below the window come back while the prompt is computed.
+      count = std::min(count, blocks_for(window + runner_->config().max_num_batched_tokens) + 1);
+    }
+    missing += count;
+  }
+  return missing;
+}
+
+int32_t Engine::missing_blocks(const Request& request) const {
+  return missing_blocks(request.prefill_target, num_blocks(request));
+}
+
+// Tokens that a decoding request takes in a step.
+int32_t Engine::decode_tokens(const Request& request) const {
+  return std::min(1, request.max_total_len - 1 - request.num_launched);
+}
+
+// One pass over running and waiting requests, the most urgent first, so that whoever lacks blocks
+// takes them from requests that the pass has not come to. False if one must be preempted while
+// steps are in flight: the batch is to be planned again when they have been taken in.
+bool Engine::plan_batch() {
+  batch_.clear();
+  planned_.clear();
+  touched_ = -1;
+  wants_drain_ = false;
+  promised_ = 0;
+  int64_t decode = 0;
+  for (const int32_t slot : running_) {
+    const Request& running = request(slot);
+    if (running.num_launched >= running.prefill_target) {
+      decode += decode_tokens(running);
+    } else {
+      promised_ += missing_blocks(running);
+    }
+  }
+  const int32_t limit = runner_->config().max_num_batched_tokens;
+  decode_budget_ = static_cast<int32_t>(std::min<int64_t>(decode, limit));
+  prefill_budget_ = limit - decode_budget_;
+
+  bool line_moves = true;
+  for (size_t place = 0;; ++place) {
+    if (line_moves && !waiting_.empty()) {
+      const auto [urgency, head] = *waiting_.begin();
+      if (place == running_.size() || urgency < request(running_[place]).urgency) {
+        line_moves = admit(head, place);
+        if (wants_drain_) return false;
+      }
+    }
+    if (place >= running_.size()) return true;
+    plan_running(running_[place], place);
+    if (wants_drain_) return false;
+  }
+}
+
+void Engine::plan_running(int32_t slot, size_t place) {
+  Request& running = request(slot);
+  touched_ = slot;
+  const bool prefill = running.num_launched < running.prefill_target;
+  int32_t& budget = prefill ? prefill_budget_ : decode_budget_;
+  const int32_t wanted =
+      prefill ? running.prefill_target - running.num_launched : decode_tokens(running);
+  int32_t tokens = std::min(wanted, budget);
+  if (tokens <= 0) return;
+  tokens = cover(running, tokens, place);
+  if (tokens <= 0) return;
+  budget -= tokens;
+  planned_.push_back({slot, tokens, running.handle});
+  batch_.push_back({running.handle.row, tokens, running.handle.generation});
+}
+
+// Gives the request blocks for its next tokens; returns for how many it has them.
+int32_t Engine::cover(Request& running, int32_t tokens, size_t place) {
+  if (running.num_launched + tokens <= running.capacity) return tokens;
+  const bool prefill = running.num_launched < running.prefill_target;
+  if (prefill) promised_ -= missing_blocks(running);
+  const int32_t held = num_blocks(running);
+  const int32_t needed = blocks_for(running.num_launched + tokens);
+  while (num_blocks(running) < needed) {
+    if (pool_.free() >= num_groups()) {
+      for (auto& blocks : running.blocks) blocks.push_back(pool_.take());
+      running.capacity += block_size_;
+      continue;
+    }
+    if (running.capacity > running.num_launched) break;  // something can be computed
+    if (running_.size() > place + 1) {
+      if (!preempt_last()) break;
+    } else if (running_.size() > 1 || !give_up_fork()) {
+      break;
+    }
+  }
+  if (prefill) promised_ += missing_blocks(running);
+  if (num_blocks(running) > held) {
+    for (int32_t group = 0; group < num_groups(); ++group) {
+      append_to_row(running, group, held);
+    }
+  }
+  return std::min(tokens, running.capacity - running.num_launched);
+}
+
+// --- admission ---------------------------------------------------------------------------------
+
+// Gives the head of the line a row, at its place among the running ones, if one is free and there
+// are blocks for all tokens that it knows, besides what running requests are about to need. Less
+// urgent classes make room; nobody else is admitted before it.
+bool Engine::admit(int32_t slot, size_t place) {
+  Request& head = request(slot);
+  if (prefill_budget_ <= 0) return false;
+  const bool idle = running_.empty();
+  if (slot == blocked_slot_ && !idle && pool_.free() < blocked_need_ &&
+      ++blocked_steps_ < kBlockedSteps) {
+    return false;
+  }
+  blocked_slot_ = -1;
+  touched_ = slot;
+  head.prefill_target = static_cast<int32_t>(head.row.token_ids.size());
+  Hit hit;
+  for (;;) {
+    const bool alone = running_.empty();
+    int32_t needed = 0;
+    if (runner_->can_add(head.row)) {
+      hit = head.forked ? Hit{} : find_prefix(head);
+      needed = blocks_to_admit(head, hit);
+      // Every running request may need another block in the next steps. A request that runs alone
+      // starts with what there is.
+      const int32_t enough = alone ? std::min(needed, hit.from_line + num_groups())
+                                   : needed + promised_ + static_cast<int32_t>(running_.size());
+      if (pool_.free() >= enough) break;
+      needed = enough;
+      if (alone) {
+        if (give_up_fork()) continue;
+        return false;
+      }
+    }
+    const bool yields = running_.size() > place &&
+                        request(running_.back()).urgency.priority > head.urgency.priority;
+    if (yields && preempt_last()) continue;
+    if (!wants_drain_ && needed > 0) {
+      blocked_slot_ = slot;
+      blocked_need_ = needed;
+      blocked_steps_ = 0;
+    }
+    return false;
+  }
+  if (head.forked) {
+    own_last_block(head);
+  } else {
+    take_hit(head, hit);
+  }
+  place_row(slot, place);
+  return true;
+}
+
+// The longest prefix that the cache holds in all groups: all blocks of full groups, those that the
+// window reaches of the others. The last token is always computed.
+Engine::Hit Engine::find_prefix(const Request& head) {
+  Hit best;
+  if (!enable_prefix_caching_ || !head.use_prefix_cache) return best;
+  const int32_t* tokens = head.row.token_ids.data();
+  const int32_t most = (head.prefill_target - 1) / block_size_;
+  table_.assign(num_groups(), 0);  // blocks in a row that are there, up to this one
+  int32_t prefix = BlockPool::kRoot;
+  for (int32_t count = 1; count <= most; ++count, tokens += block_size_) {
+    prefix = pool_.find(prefix, head.scope, tokens);
+    if (prefix == BlockPool::kNone) break;
+    bool hits = true, ends = false;
+    for (int32_t group = 0; group < num_groups(); ++group) {
+      const bool there = pool_.block_of(prefix, group) != BlockPool::kNone;
+      table_[group] = there ? table_[group] + 1 : 0;
+      hits &= table_[group] >= count - first_block(group, count * block_size_);
+      ends |= !there && windows_[group] == 0;
+    }
+    if (ends) break;
+    if (hits) best = {prefix, count, 0};
+  }
+  each_block(best, [&](int32_t, int32_t, int32_t block) {
+    best.from_line += pool_.references(block) == 0;
+  });
+  return best;
+}
+
+// Calls visit(group, index, block) for the blocks of a hit that a query after it may read.
+template <typename Visit>
+void Engine::each_block(const Hit& hit, Visit&& visit) const {
+  int32_t prefix = hit.prefix;
+  for (int32_t index = hit.num_blocks; index-- > 0; prefix = pool_.parent(prefix)) {
+    for (int32_t group = 0; group < num_groups(); ++group) {
+      if (index < first_block(group, hit.num_blocks * block_size_)) continue;
+      visit(group, index, pool_.block_of(prefix, group));
+    }
+  }
+}
+
+// Free blocks that admission takes, or that the known tokens will.
+int32_t Engine::blocks_to_admit(const Request& head, const Hit& hit) const {
+  if (head.forked) return num_groups();  // a copy of the last block
+  return missing_blocks(head.prefill_target, hit.num_blocks) + hit.from_line;
+}
+
+void Engine::take_hit(Request& head, const Hit& hit) {
+  for (int32_t group = 0; group < num_groups(); ++group) {
+    head.blocks[group].assign(hit.num_blocks, 0);
+    head.num_dropped[group] = first_block(group, hit.num_blocks * block_size_);
+  }
+  each_block(hit, [&](int32_t group, int32_t index, int32_t block) {
+    pool_.share(block);
+    head.blocks[group][index] = block;
+  });
+  pool_.pin(hit.prefix);
+  head.prefix = hit.prefix;
+  head.num_kept = hit.num_blocks;
+  head.num_computed = hit.num_blocks * block_size_;
+  stats_.prefix_hit_tokens += head.num_computed;
+}
+
+// A further sample computes the last token of the prompt again, for its logits. The block of that
+// token is written then, so it must be the sample's own.
+void Engine::own_last_block(Request& sample) {
+  const bool partial = sample.num_computed % block_size_ > 0;
+  copies_.clear();
+  for (auto& blocks : sample.blocks) {
+    const int32_t shared = blocks.back();
+    if (pool_.references(shared) == 1 && !pool_.is_cached(shared)) continue;
+    blocks.back() = pool_.take();
+    if (partial) copies_.push_back({shared, blocks.back()});
+    // The copy is in stream order before whatever may overwrite the block.
+    pool_.release(shared);
+  }
+  if (!copies_.empty()) runner_->copy_blocks(copies_);
+  sample.forked = false;
+  std::erase(forked_, sample.slot);
+}
+
+void Engine::place_row(int32_t slot, size_t place) {
+  Request& head = request(slot);
+  head.num_launched = head.num_computed;
+  head.capacity = num_blocks(head) * block_size_;
+  head.row.num_computed = head.num_computed;
+  head.row.block_ids = head.blocks[0];
+  head.handle = runner_->add_row(head.row);
+  if (head.num_cached_tokens < 0) head.num_cached_tokens = head.num_computed;
+  head.last_step = 0;
+  waiting_.erase({head.urgency, slot});
+  head.state = RequestState::kRunning;
+  running_.insert(running_.begin() + static_cast<int64_t>(place), slot);
+  promised_ += missing_blocks(head);
+}
+
+// --- preemption --------------------------------------------------------------------------------
+
+// Sends the least urgent running request back to the line. Its blocks must be free at once and all
+// its tokens known, so no step may be in flight.
+bool Engine::preempt_last() {
+  if (num_in_flight_ > 0) {
+    wants_drain_ = true;
+    return false;
+  }
+  const int32_t slot = running_.back();
+  Request& victim = request(slot);
+  if (victim.num_launched < victim.prefill_target) promised_ -= missing_blocks(victim);
+  running_.pop_back();
+  leave_row(victim);
+  enqueue(slot);
+  ++stats_.preemptions;
+  return true;
+}
+
+// The least urgent sample that waits with blocks lets go of them. It is a request like any other
+// then, and may find its prompt in the prefix cache.
+bool Engine::give_up_fork() {
+  if (forked_.empty()) return false;
+  const auto least = std::max_element(forked_.begin(), forked_.end(), [&](int32_t a, int32_t b) {
+    return request(a).urgency < request(b).urgency;
+  });
+  Request& sample = request(*least);
+  forked_.erase(least);
+  sample.forked = false;
+  release_blocks(sample.blocks);
+  reset_progress(sample);
+  return true;
+}
+
+void Engine::enqueue(int32_t slot) {
+  request(slot).state = RequestState::kWaiting;
+  waiting_.emplace(request(slot).urgency, slot);
+}
+
+}  // namespace mrv1
