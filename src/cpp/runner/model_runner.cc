@@ -14,9 +14,6 @@ namespace mrv1 {
 namespace {
 
 constexpr int64_t kSlotAlignment = 256;
-// Room for changes in a control record besides one command of each kind a row. Longer changes (a
-// long prompt) travel in records of their own before the step.
-constexpr size_t kControlPayloadBytes = size_t{256} << 10;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -25,15 +22,8 @@ uint64_t nanoseconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count();
 }
 
-int32_t max_blocks_per_row(const RunnerConfig& config) {
-  return (config.max_model_len + config.block_size - 1) / config.block_size;
-}
-
 size_t control_slot_bytes(const RunnerConfig& config) {
-  const size_t per_row = sizeof(FreeRow) + sizeof(NewRow) + 2 * sizeof(TokenWrite) +
-                         2 * sizeof(BlockWrite) + sizeof(StopWrite) + sizeof(BatchEntry);
-  return round_up(sizeof(ControlHeader) + config.max_num_seqs * per_row + kControlPayloadBytes,
-                  kSlotAlignment);
+  return round_up(RowTable::record_bytes(config), kSlotAlignment);
 }
 
 size_t output_slot_bytes(const RunnerConfig& config) {
@@ -285,13 +275,8 @@ void ModelRunner::allocate_state() {
   workspace_ = device_->allocate(ctx_.workspace_bytes, "workspace");
   ctx_.workspace = workspace_.data();
 
-  rows_.resize(rows);
-  block_marks_.assign(config_.num_blocks, 0);
-  // The lowest free row is taken first.
-  for (int32_t row = config_.max_num_seqs; row-- > 0;) free_rows_.push_back(row);
-  if (config_.max_stop_ids > 0) free_stop_ranges_.emplace_back(0, config_.max_stop_ids);
+  rows_ = std::make_unique<RowTable>(config_, state.vocab_size, [this] { submit({}, {}); });
   entries_.reserve(rows);
-  staged_.reserve(config_.max_num_seqs);
 }
 
 void ModelRunner::allocate_rings() {
@@ -320,182 +305,7 @@ void ModelRunner::allocate_rings() {
   }
 }
 
-// --- rows --------------------------------------------------------------------------------------
-
-ModelRunner::HostRow& ModelRunner::checked_row(RowHandle handle, const char* where) {
-  const auto& [row, generation] = handle;
-  check(row >= 0 && row < config_.max_num_seqs, where, "row ", row, " is outside [0, ",
-        config_.max_num_seqs, ")");
-  check(rows_[row].active, where, "row ", row, " is free");
-  check(generation == kAnyGeneration || rows_[row].generation == generation, where, "row ", row,
-        " belongs to another request now: generation ", rows_[row].generation, ", not ",
-        generation);
-  return rows_[row];
-}
-
-void ModelRunner::check_blocks(std::span<const int32_t> held, std::span<const int32_t> block_ids,
-                               const char* where) {
-  ++block_mark_;
-  for (int32_t block : held) block_marks_[block] = block_mark_;
-  for (int32_t block : block_ids) {
-    check(block > 0 && block < config_.num_blocks, where, "block id ", block, " is outside [1, ",
-          config_.num_blocks, ")");
-    check(block_marks_[block] != block_mark_, where, "block id ", block, " is in the row twice");
-    block_marks_[block] = block_mark_;
-  }
-}
-
-int32_t ModelRunner::allocate_stop_ids(int32_t count) {
-  for (size_t i = 0; i < free_stop_ranges_.size(); ++i) {
-    auto& [offset, size] = free_stop_ranges_[i];
-    if (size < count) continue;
-    const int32_t start = offset;
-    offset += count;
-    size -= count;
-    if (size == 0) free_stop_ranges_.erase(free_stop_ranges_.begin() + i);
-    return start;
-  }
-  fail(ErrorKind::kRequest, "add_row", count, " stop ids do not fit: the running rows hold nearly ",
-       config_.max_stop_ids, " (max_stop_ids)");
-}
-
-void ModelRunner::release_stop_ids(int32_t offset, int32_t count) {
-  if (count == 0) return;
-  auto it = std::lower_bound(free_stop_ranges_.begin(), free_stop_ranges_.end(),
-                             std::make_pair(offset, 0));
-  it = free_stop_ranges_.insert(it, {offset, count});
-  const auto merge = [&](auto left) {
-    const auto right = left + 1;
-    if (right != free_stop_ranges_.end() && left->first + left->second == right->first) {
-      left->second += right->second;
-      free_stop_ranges_.erase(right);
-    }
-  };
-  merge(it);
-  if (it != free_stop_ranges_.begin()) merge(it - 1);
-}
-
-int32_t ModelRunner::max_total_length(const RowSpec& spec) const {
-  return static_cast<int32_t>(
-      std::min<int64_t>(int64_t{spec.prompt_len} + spec.max_tokens, config_.max_model_len));
-}
-
-void ModelRunner::check_spec(const RowSpec& spec) {
-  const int32_t length = static_cast<int32_t>(spec.token_ids.size());
-  const int32_t vocab = ctx_.rows.vocab_size;
-  const char* where = "add_row";
-  check(!spec.token_ids.empty(), where, "token_ids is empty");
-  check(spec.token_ids.size() < static_cast<size_t>(config_.max_model_len), where, "token_ids has ",
-        spec.token_ids.size(), " tokens; with one to generate at most ", config_.max_model_len - 1,
-        " fit max_model_len ", config_.max_model_len);
-  for (int32_t token : spec.token_ids) {
-    check(token >= 0 && token < vocab, where, "token id ", token, " is outside [0, ", vocab, ")");
-  }
-  check(spec.prompt_len >= 1 && spec.prompt_len <= length, where, "prompt_len ", spec.prompt_len,
-        " is outside [1, ", length, "]");
-  check(spec.num_computed >= 0 && spec.num_computed < length, where, "num_computed ",
-        spec.num_computed, " is outside [0, ", length, "): the last token is always computed");
-  check(std::isfinite(spec.temperature) && spec.temperature >= 0.0f, where, "temperature ",
-        spec.temperature, " must be finite and not negative");
-  check(spec.top_p > 0.0f && spec.top_p <= 1.0f, where, "top_p ", spec.top_p, " is outside (0, 1]");
-  check(spec.min_p >= 0.0f && spec.min_p <= 1.0f, where, "min_p ", spec.min_p,
-        " is outside [0, 1]");
-  check(spec.top_k >= 0, where, "top_k ", spec.top_k, " must be 0 (off) or positive");
-  check(spec.max_tokens >= 1, where, "max_tokens ", spec.max_tokens, " must be positive");
-  check(spec.min_tokens >= 0 && spec.min_tokens <= spec.max_tokens, where, "min_tokens ",
-        spec.min_tokens, " is outside [0, max_tokens = ", spec.max_tokens, "]");
-  for (int32_t token : spec.stop_ids) {
-    check(token >= 0 && token < vocab, where, "stop id ", token, " is outside [0, ", vocab, ")");
-  }
-  check(spec.stop_ids.size() <= static_cast<size_t>(config_.max_stop_ids), where, "stop_ids has ",
-        spec.stop_ids.size(), " ids, all rows together hold ", config_.max_stop_ids);
-  check(length < max_total_length(spec), where, "token_ids holds ", length - spec.prompt_len,
-        " outputs already, max_tokens is ", spec.max_tokens);
-  check(spec.block_ids.size() <= static_cast<size_t>(ctx_.rows.max_blocks), where, "a row holds ",
-        ctx_.rows.max_blocks, " blocks, not ", spec.block_ids.size());
-  if (!spec.block_ids.empty()) check_blocks({}, spec.block_ids, where);
-}
-
-bool ModelRunner::can_add(const RowSpec& spec) const {
-  const auto count = static_cast<int32_t>(spec.stop_ids.size());
-  const auto holds = [&](const auto& range) { return range.second >= count; };
-  return !free_rows_.empty() &&
-         (count == 0 || std::any_of(free_stop_ranges_.begin(), free_stop_ranges_.end(), holds));
-}
-
-RowHandle ModelRunner::add_row(const RowSpec& spec) {
-  check_spec(spec);
-  check(!free_rows_.empty(), "add_row", "all ", config_.max_num_seqs, " rows are in use");
-
-  const int32_t stop_count = static_cast<int32_t>(spec.stop_ids.size());
-  const int32_t stop_offset = stop_count > 0 ? allocate_stop_ids(stop_count) : 0;
-  const int32_t row = free_rows_.back();
-  free_rows_.pop_back();
-  HostRow& host = rows_[row];
-  const int32_t generation = host.generation + 1;
-  std::vector<int32_t> blocks = std::move(host.blocks);  // keeps its capacity
-  blocks.clear();
-  host = HostRow{.active = true,
-                 .generation = generation,
-                 .prefill_target = static_cast<int32_t>(spec.token_ids.size()),
-                 .num_launched = spec.num_computed,
-                 .max_total_len = max_total_length(spec),
-                 .blocks = std::move(blocks),
-                 .stop_offset = stop_offset,
-                 .stop_count = stop_count};
-
-  NewRow command{};
-  command.row = row;
-  Row& state = command.state;
-  state.generation = generation;
-  state.phase = spec.num_computed > 0 ? RowPhase::kExtend : RowPhase::kPrefill;
-  state.prompt_len = spec.prompt_len;
-  state.prefill_target = host.prefill_target;
-  state.num_computed = spec.num_computed;
-  state.total_len = host.prefill_target;
-  state.last_token = -1;
-  state.min_total_len = static_cast<int32_t>(
-      std::min<int64_t>(int64_t{spec.prompt_len} + spec.min_tokens, config_.max_model_len));
-  state.max_total_len = host.max_total_len;
-  state.adapter = -1;
-  SamplingRow& sampling = command.sampling;
-  sampling.temperature = spec.temperature;
-  sampling.top_p = spec.top_p;
-  sampling.min_p = spec.min_p;
-  sampling.top_k = spec.top_k;
-  sampling.seed = spec.seed;
-  sampling.stop_offset = stop_offset;
-  sampling.stop_count = stop_count;
-  make_room(sizeof(NewRow));
-  staged_.new_row(command);
-  stage_tokens(row, spec.token_ids);
-  stage_stop_ids(stop_offset, spec.stop_ids);
-  append_blocks({row, generation}, spec.block_ids);
-  host.staged_for = next_step_;
-  return {row, generation};
-}
-
-void ModelRunner::append_blocks(RowHandle row, std::span<const int32_t> block_ids) {
-  HostRow& host = checked_row(row, "append_blocks");
-  check(host.blocks.size() + block_ids.size() <= static_cast<size_t>(ctx_.rows.max_blocks),
-        "append_blocks", "row ", row.row, " holds ", host.blocks.size(), " of ",
-        ctx_.rows.max_blocks, " blocks, ", block_ids.size(), " more do not fit");
-  check_blocks(host.blocks, block_ids, "append_blocks");
-  stage_blocks(row.row, static_cast<int32_t>(host.blocks.size()), block_ids);
-  host.blocks.insert(host.blocks.end(), block_ids.begin(), block_ids.end());
-  host.staged_for = next_step_;
-}
-
-void ModelRunner::free_row(RowHandle row) {
-  HostRow& host = checked_row(row, "free_row");
-  // apply() frees before it writes: changes of this row that are still staged must go first.
-  if (host.staged_for == next_step_) submit({}, {});
-  make_room(sizeof(FreeRow));
-  staged_.free_row({row.row, host.generation});
-  release_stop_ids(host.stop_offset, host.stop_count);
-  host.active = false;
-  free_rows_.push_back(row.row);
-}
+// --- blocks ------------------------------------------------------------------------------------
 
 void ModelRunner::copy_blocks(std::span<const BlockCopy> copies) {
   check_copies(copies, config_.num_blocks);
@@ -525,49 +335,6 @@ void ModelRunner::copy_blocks(std::span<const BlockCopy> copies) {
           }
         },
         task.release());
-  }
-}
-
-uint64_t ModelRunner::last_step(RowHandle handle) const {
-  const auto& [row, generation] = handle;
-  check(row >= 0 && row < config_.max_num_seqs, "last_step", "row ", row, " is outside [0, ",
-        config_.max_num_seqs, ")");
-  return rows_[row].last_step;
-}
-
-// --- staging -----------------------------------------------------------------------------------
-
-void ModelRunner::make_room(size_t bytes) {
-  // Commands are padded to 16 bytes in the record; 64 covers the array ends.
-  if (staged_.record_bytes(config_.max_num_seqs) + bytes + 64 > control_slot_bytes_) {
-    submit({}, {});
-  }
-}
-
-void ModelRunner::stage_tokens(int32_t row, std::span<const int32_t> tokens) {
-  constexpr size_t kPiece = kControlPayloadBytes / 2 / sizeof(int32_t);
-  for (size_t start = 0; start < tokens.size(); start += kPiece) {
-    const auto piece = tokens.subspan(start, std::min(kPiece, tokens.size() - start));
-    make_room(sizeof(TokenWrite) + piece.size_bytes());
-    staged_.write_tokens(row, static_cast<int32_t>(start), piece);
-  }
-}
-
-void ModelRunner::stage_blocks(int32_t row, int32_t start, std::span<const int32_t> blocks) {
-  constexpr size_t kPiece = kControlPayloadBytes / 2 / sizeof(int32_t);
-  for (size_t i = 0; i < blocks.size(); i += kPiece) {
-    const auto piece = blocks.subspan(i, std::min(kPiece, blocks.size() - i));
-    make_room(sizeof(BlockWrite) + piece.size_bytes());
-    staged_.write_blocks(0, row, start + static_cast<int32_t>(i), piece);
-  }
-}
-
-void ModelRunner::stage_stop_ids(int32_t offset, std::span<const int32_t> ids) {
-  constexpr size_t kPiece = kControlPayloadBytes / 2 / sizeof(int32_t);
-  for (size_t i = 0; i < ids.size(); i += kPiece) {
-    const auto piece = ids.subspan(i, std::min(kPiece, ids.size() - i));
-    make_room(sizeof(StopWrite) + piece.size_bytes());
-    staged_.write_stop_ids(offset + static_cast<int32_t>(i), piece);
   }
 }
 
@@ -603,7 +370,7 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
   entries_.clear();
   ++batch_mark_;
   for (const BatchItem& item : batch) {
-    HostRow& row = checked_row({item.row, item.generation}, "execute");
+    HostRow& row = rows_->checked({item.row, item.generation}, "execute");
     check(row.batch_mark != batch_mark_, "execute", "row ", item.row, " is in the batch twice");
     row.batch_mark = batch_mark_;
     tokens += checked_tokens(item, row);
@@ -630,8 +397,9 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
   const uint64_t step = submit(entries_, shape);
   slot_of(step).delivered = false;
   for (const BatchItem& item : batch) {
-    rows_[item.row].num_launched += item.num_tokens;
-    rows_[item.row].last_step = step;
+    HostRow& row = rows_->at(item.row);
+    row.num_launched += item.num_tokens;
+    row.last_step = step;
   }
   if (!batch.empty()) {
     newest_sizes_ = shape.sizes;
@@ -653,8 +421,7 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShap
     if (!slot.delivered) keep_output(slot);
   }
   const uint64_t step = next_step_++;
-  staged_.write(slot.control, step, entries, shape.sizes.num_requests, shape.sizes.num_tokens,
-                shape.sizes.num_logits);
+  rows_->write(slot.control, step, entries, shape.sizes);
   slot.step = step;
   slot.shape = shape;
   slot.delivered = true;  // execute() asks for delivery; changes alone have nothing to say

@@ -13,49 +13,15 @@
 #include "io/weight_store.h"
 #include "program/executable.h"
 #include "program/program.h"
-#include "runner/control_writer.h"
 #include "runner/graph_ladder.h"
+#include "runner/row_table.h"
+#include "runner/runner_config.h"
 #include "runner/step.h"
 #include "state/infer_param_view.h"
 #include "state/output_ring.h"
 #include "state/step_context.h"
 
 namespace mrv1 {
-
-struct RunnerConfig {
-  int32_t max_num_seqs = 0;            // rows
-  int32_t max_num_batched_tokens = 0;  // tokens of one step
-  int32_t max_model_len = 0;           // tokens of one row
-  int32_t block_size = 16;             // tokens of one KV block
-  int32_t num_blocks = 0;              // KV blocks, the null block included
-  int32_t max_stop_ids = 0;            // stop ids all rows together can hold
-  // Steps are padded up to these sizes (0: the batch's own). For testing what padding must not
-  // change.
-  int32_t pad_requests = 0, pad_tokens = 0;
-  // Also compute the table-row-order view of state/infer_param_view.h every step.
-  bool infer_param_view = false;
-  // The fastest way that steps may reach the device, and the sizes that capture_graphs() records.
-  StepMode graph_mode = StepMode::kEager;
-  std::vector<CaptureSize> capture_sizes;
-  std::vector<int32_t> piecewise_sizes;  // tokens
-  AttentionBackend attention_backend = AttentionBackend::kNative;
-  bool batch_invariant = false;  // see StepContext
-  bool sync_launches = false;    // see StepContext
-};
-
-// A request as the runner sees it.
-struct RowSpec {
-  std::vector<int32_t> token_ids;  // prompt, plus outputs when a preempted request resumes
-  int32_t prompt_len = 0;          // of token_ids, how many are the prompt proper
-  int32_t num_computed = 0;        // leading tokens whose KV blocks are already filled
-  float temperature = 1.0f, top_p = 1.0f, min_p = 0.0f;
-  int32_t top_k = 0;
-  uint64_t seed = 0;
-  int32_t max_tokens = 1;  // outputs counted from prompt_len
-  int32_t min_tokens = 0;
-  std::vector<int32_t> stop_ids;   // EOS and stop tokens
-  std::vector<int32_t> block_ids;  // first blocks; more by append_blocks
-};
 
 // Bytes a runner allocates, known before it is made.
 struct MemoryPlan {
@@ -66,14 +32,6 @@ struct MemoryPlan {
   int64_t total(int64_t num_blocks) const {
     return weights + activations + state + per_block * num_blocks;
   }
-};
-
-// Stands for whatever request holds the row now, where a caller does not name a generation.
-constexpr int32_t kAnyGeneration = -1;
-
-struct RowHandle {
-  int32_t row = -1;
-  int32_t generation = kAnyGeneration;
 };
 
 struct BatchItem {
@@ -131,23 +89,25 @@ class ModelRunner {
 
   // Throws kInvalidArgument naming the field if add_row would refuse the spec, rows and stop ids in
   // use aside. Any thread may call it for a spec without blocks.
-  void check_spec(const RowSpec& spec);
+  void check_spec(const RowSpec& spec) { rows_->check_spec(spec); }
   // Whether there is a free row and room for the stop ids of a spec now.
-  bool can_add(const RowSpec& spec) const;
+  bool can_add(const RowSpec& spec) const { return rows_->can_add(spec); }
   // Admits a request into a free row. Errors (kRequest, kInvalidArgument) leave everything as it
   // was.
-  RowHandle add_row(const RowSpec& spec);
+  RowHandle add_row(const RowSpec& spec) { return rows_->add(spec); }
   // Calls that name a generation are refused once the row has been given to another request.
   // Block ids that the row already holds are refused; rows may share blocks.
-  void append_blocks(RowHandle row, std::span<const int32_t> block_ids);
+  void append_blocks(RowHandle row, std::span<const int32_t> block_ids) {
+    rows_->append_blocks(row, block_ids);
+  }
   // The row may be given to another request at once: steps in flight keep their generation. Its
   // blocks may be reused once every step up to last_step(row) has retired.
-  void free_row(RowHandle row);
+  void free_row(RowHandle row) { rows_->free(row); }
   // Makes blocks equal to others, in stream order after what was launched before: for a row that is
   // to write a block which it shares. No target may be named twice or be a source.
   void copy_blocks(std::span<const BlockCopy> copies);
   // Last step that was launched with the row in its batch; steps count from 1, 0 = none.
-  uint64_t last_step(RowHandle row) const;
+  uint64_t last_step(RowHandle row) const { return rows_->last_step(row); }
 
   // Records the graphs of all sizes, largest first. Until then, and with StepMode::kEager, steps
   // run eagerly. Runs every size once first, with an empty batch: call it when weights are loaded
@@ -183,7 +143,7 @@ class ModelRunner {
   // Row state as the device holds it; waits.
   Row row_state(int32_t row);
 
-  int32_t free_rows() const { return static_cast<int32_t>(free_rows_.size()); }
+  int32_t free_rows() const { return rows_->free_rows(); }
   RunnerStats stats() const;
   const MemoryPlan& memory_plan() const { return memory_plan_; }
 
@@ -194,18 +154,6 @@ class ModelRunner {
   void fail_next_step(std::string message) { injected_failure_ = std::move(message); }
 
  private:
-  struct HostRow {
-    bool active = false;
-    int32_t generation = 0;
-    int32_t prefill_target = 0;
-    int32_t num_launched = 0;  // upper bound of num_computed after the steps launched so far
-    int32_t max_total_len = 0;
-    std::vector<int32_t> blocks = {};
-    int32_t stop_offset = 0, stop_count = 0;
-    uint64_t last_step = 0;
-    uint64_t staged_for = 0;  // step whose record carries the newest change of the row
-    uint64_t batch_mark = 0;  // newest execute() call that named the row
-  };
   struct Slot {
     ModelRunner* runner = nullptr;
     ControlHeader* control = nullptr;
@@ -217,7 +165,6 @@ class ModelRunner {
     std::string injected;  // test failure
   };
 
-  int32_t max_total_length(const RowSpec& spec) const;
   static void check_limits(const Program& program, const RunnerConfig& config);
   static RunnerConfig checked_config(const Program& program, RunnerConfig config, Device& device);
   static void run_step(void* slot);
@@ -227,23 +174,12 @@ class ModelRunner {
   void allocate_kv();
   void allocate_state();
   void allocate_rings();
-  HostRow& checked_row(RowHandle row, const char* where);
-  // The ids are in range, and neither repeated nor among `held`.
-  void check_blocks(std::span<const int32_t> held, std::span<const int32_t> block_ids,
-                    const char* where);
   int32_t checked_tokens(const BatchItem& item, const HostRow& row) const;
   uint64_t submit(std::span<const BatchEntry> entries, const StepShape& shape);
-  // Sends what is staged as a record of its own if \`bytes\` more would not fit.
-  void make_room(size_t bytes);
-  void stage_tokens(int32_t row, std::span<const int32_t> tokens);
-  void stage_blocks(int32_t row, int32_t start, std::span<const int32_t> blocks);
-  void stage_stop_ids(int32_t offset, std::span<const int32_t> ids);
   void wait(const Slot& slot) const;
   void keep_output(Slot& slot);
   void read_output(const Slot& slot, StepOutput& output);
   Slot& slot_of(uint64_t step) { return slots_[step % kSlots]; }
-  int32_t allocate_stop_ids(int32_t count);
-  void release_stop_ids(int32_t offset, int32_t count);
   template <typename T>
   T* state_array(int64_t count, const char* name);
   void wait_newest() const;
@@ -266,12 +202,7 @@ class ModelRunner {
   bool captured_ = false;
   std::optional<InferParamView> view_;
   InferParamInputs view_inputs_{};
-  std::vector<HostRow> rows_;
-  std::vector<uint32_t> block_marks_;  // by block: newest check_blocks() call that saw it
-  uint32_t block_mark_ = 0;
-  std::vector<int32_t> free_rows_;
-  std::vector<std::pair<int32_t, int32_t>> free_stop_ranges_;  // offset, count; sorted
-  ControlWriter staged_;
+  std::unique_ptr<RowTable> rows_;
   std::vector<Slot> slots_;
   std::vector<BatchEntry> entries_;
   // Outputs of steps whose slot was needed before they were asked for.

@@ -1,0 +1,83 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "runner/control_writer.h"
+#include "runner/runner_config.h"
+
+namespace mrv1 {
+
+// What the host knows of a row: upper bounds, where the device holds the truth.
+struct HostRow {
+  bool active = false;
+  int32_t generation = 0;
+  int32_t prefill_target = 0;
+  int32_t num_launched = 0;  // upper bound of num_computed after the steps launched so far
+  int32_t max_total_len = 0;
+  std::vector<int32_t> blocks = {};
+  int32_t stop_offset = 0, stop_count = 0;
+  uint64_t last_step = 0;
+  uint64_t staged_for = 0;  // step whose record carries the newest change of the row
+  uint64_t batch_mark = 0;  // newest execute() call that named the row
+};
+
+// The rows of a runner as the host sees them, and the changes of the next control record. Nothing
+// here touches the device: changes reach it with the record that write() makes.
+class RowTable {
+ public:
+  // Bytes that a record of the runner can take.
+  static size_t record_bytes(const RunnerConfig& config);
+
+  // `send` must carry the staged changes away at once, by write() with no entries: called when they
+  // fill a record, or must come before what is staged next.
+  RowTable(const RunnerConfig& config, int32_t vocab_size, std::function<void()> send);
+
+  // See ModelRunner.
+  void check_spec(const RowSpec& spec);
+  bool can_add(const RowSpec& spec) const;
+  RowHandle add(const RowSpec& spec);
+  void append_blocks(RowHandle row, std::span<const int32_t> block_ids);
+  void free(RowHandle row);
+
+  // Throws kInvalidArgument unless the row is in use, by the handle's request if it names one.
+  HostRow& checked(RowHandle row, const char* where);
+  HostRow& at(int32_t row) { return rows_[row]; }
+  uint64_t last_step(RowHandle row) const;
+  int32_t free_rows() const { return static_cast<int32_t>(free_rows_.size()); }
+
+  // Writes the staged changes and a batch as a record, and forgets the changes.
+  void write(ControlHeader* record, uint64_t step, std::span<const BatchEntry> entries,
+             const StepSizes& padded);
+
+ private:
+  int32_t max_total_length(const RowSpec& spec) const;
+  // The ids are in range, and neither repeated nor among `held`.
+  void check_blocks(std::span<const int32_t> held, std::span<const int32_t> block_ids,
+                    const char* where);
+  // Sends what is staged if `bytes` more would not fit.
+  void make_room(size_t bytes);
+  void stage_tokens(int32_t row, std::span<const int32_t> tokens);
+  void stage_blocks(int32_t row, int32_t start, std::span<const int32_t> blocks);
+  void stage_stop_ids(int32_t offset, std::span<const int32_t> ids);
+  int32_t allocate_stop_ids(int32_t count);
+  void release_stop_ids(int32_t offset, int32_t count);
+
+  const RunnerConfig& config_;
+  const int32_t vocab_size_, max_blocks_;
+  const std::function<void()> send_;
+  std::vector<HostRow> rows_;
+  std::vector<uint32_t> block_marks_;  // by block: newest check_blocks() call that saw it
+  uint32_t block_mark_ = 0;
+  std::vector<int32_t> free_rows_;
+  std::vector<std::pair<int32_t, int32_t>> free_stop_ranges_;  // offset, count; sorted
+  ControlWriter staged_;
+  uint64_t record_ = 1;  // number of the record that is being staged
+};
+
+}  // namespace mrv1

@@ -1,0 +1,60 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "runner/graph_ladder.h"
+#include "state/step_context.h"
+
+namespace mrv1 {
+
+struct RunnerConfig {
+  int32_t max_num_seqs = 0;            // rows
+  int32_t max_num_batched_tokens = 0;  // tokens of one step
+  int32_t max_model_len = 0;           // tokens of one row
+  int32_t block_size = 16;             // tokens of one KV block
+  int32_t num_blocks = 0;              // KV blocks, the null block included
+  int32_t max_stop_ids = 0;            // stop ids all rows together can hold
+  // Steps are padded up to these sizes (0: the batch's own). For testing what padding must not
+  // change.
+  int32_t pad_requests = 0, pad_tokens = 0;
+  // Also compute the table-row-order view of state/infer_param_view.h every step.
+  bool infer_param_view = false;
+  // The fastest way that steps may reach the device, and the sizes that capture_graphs() records.
+  StepMode graph_mode = StepMode::kEager;
+  std::vector<CaptureSize> capture_sizes;
+  std::vector<int32_t> piecewise_sizes;  // tokens
+  AttentionBackend attention_backend = AttentionBackend::kNative;
+  bool batch_invariant = false;  // see StepContext
+  bool sync_launches = false;    // see StepContext
+};
+
+// A request as the runner sees it.
+struct RowSpec {
+  std::vector<int32_t> token_ids;  // prompt, plus outputs when a preempted request resumes
+  int32_t prompt_len = 0;          // of token_ids, how many are the prompt proper
+  int32_t num_computed = 0;        // leading tokens whose KV blocks are already filled
+  float temperature = 1.0f, top_p = 1.0f, min_p = 0.0f;
+  int32_t top_k = 0;
+  uint64_t seed = 0;
+  int32_t max_tokens = 1;  // outputs counted from prompt_len
+  int32_t min_tokens = 0;
+  std::vector<int32_t> stop_ids;   // EOS and stop tokens
+  std::vector<int32_t> block_ids;  // first blocks; more by append_blocks
+};
+
+// Stands for whatever request holds the row now, where a caller does not name a generation.
+constexpr int32_t kAnyGeneration = -1;
+
+struct RowHandle {
+  int32_t row = -1;
+  int32_t generation = kAnyGeneration;
+};
+
+// Block ids that a row can hold.
+inline int32_t max_blocks_per_row(const RunnerConfig& config) {
+  return (config.max_model_len + config.block_size - 1) / config.block_size;
+}
+
+}  // namespace mrv1
