@@ -105,7 +105,7 @@ def test_an_op_without_a_kernel_is_passed_over() -> None:
         kept = [index for index, name in enumerate(NAMES) if name != gone]
         assert assign(ops, [NAMES[index] for index in kept]) == [LABELS[index] for index in kept]
     # What is in no program belongs to what it follows.
-    assert assign(ops, ["memset", *NAMES, "silu_mul_kernel"]) == ["other", *LABELS, "advance"]
+    assert assign(ops, ["memset", *NAMES, "gated_mul_kernel"]) == ["other", *LABELS, "advance"]
 
 
 def kernel(name: str, start: int, end: int, launch: int, node: int, graph: int = 1) -> Kernel:

@@ -160,12 +160,14 @@ def has_kv_layer(program: _core.Program, device: _core.Device) -> bool:
     ("bad", "message"),
     [
         ({"rope": 5}, "no rope table 5"),
-        ({"rope": 0}, "not made for head_dim 8"),
+        ({"rope": 0}, "takes at most 4"),
         ({"q_norm": 9, "k_norm": 9}, "no weight 9"),
         ({"q_norm": 0, "k_norm": 1}, "vector of 8"),
         ({"q_norm": 0, "k_norm": 0, "rope": 5}, "no rope table 5"),
         ({"kv_layer": 65536}, "out of range"),
         ({"window": -1}, "window"),
+        ({"scale": float("nan")}, "scale must be finite"),
+        ({"softcap": -1.0}, "softcap must be positive"),
     ],
 )
 def test_attention_fails_before_it_changes_the_program(
@@ -235,7 +237,7 @@ def test_values_whose_bytes_are_reused_are_refused(
 ) -> None:
     program, x, gate_up, out = gated()
     if fused:
-        assert dict(program.fuse())["linear + silu_mul"] == 1
+        assert dict(program.fuse())["linear + gated_mul"] == 1
     session = _core.ProgramSession(native_device, program, max_tokens=3)
     for value in (x, out):
         session.set_value(value, np.ones(3, np.float32))

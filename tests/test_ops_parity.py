@@ -96,9 +96,10 @@ def embedding(draw: st.DataObject, rng: np.random.Generator, dtype: str) -> Case
     vocab, cols = draw.draw(st.integers(1, 70)), draw.draw(st.integers(1, 130))
     tokens = draw.draw(st.integers(1, 20))
     tied = draw.draw(st.booleans())
+    scale = draw.draw(st.sampled_from([1.0, 0.3, 50.5]))
     program = _core.Program(dtype)
     table = program.weight("table", False, cols, [("table", vocab)])
-    out = program.embedding(table)
+    out = program.embedding(table, scale)
     program.output(out)
     if tied:  # packed for a linear that shares it
         program.output(program.linear(out, table))
@@ -109,7 +110,8 @@ def embedding(draw: st.DataObject, rng: np.random.Generator, dtype: str) -> Case
         {},
         {table: values},
         out,
-        rounded(values, dtype)[ids],
+        # The product is made in float32.
+        rounded(rounded(values, dtype).astype(np.float32)[ids] * np.float32(scale), dtype),
         tokens,
         ints={"token_ids": ids},
     )
@@ -119,9 +121,10 @@ def rms_norm(draw: st.DataObject, rng: np.random.Generator, dtype: str) -> Case:
     cols, rows = draw.draw(st.integers(1, 300)), draw.draw(st.integers(1, 9))
     residual = draw.draw(st.booleans())
     scale = draw.draw(st.sampled_from([1e-3, 1.0, 300.0]))
+    offset = draw.draw(st.sampled_from([0.0, 1.0]))
     eps = 1e-6
     program = _core.Program(dtype)
-    weight = program.weight("norm", True, 1, [("norm", cols)])
+    weight = program.weight("norm", True, 1, [("norm", cols)], offset)
     x = program.input("x", cols)
     data = normal(rng, rows, cols) * scale
     inputs = {x: data}
@@ -138,7 +141,9 @@ def rms_norm(draw: st.DataObject, rng: np.random.Generator, dtype: str) -> Case:
         assert dict(program.fuse())["residual + rms_norm"] == 1
     gain = 1 + 0.2 * normal(rng, cols)
     expected = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + eps)
-    return Case(program, inputs, {weight: gain}, out, expected * gain.astype(np.float32), rows)
+    gain = gain.astype(np.float32)
+    stored = gain + np.float32(offset)
+    return Case(program, inputs, {weight: gain}, out, expected * stored, rows)
 
 
 def add(draw: st.DataObject, rng: np.random.Generator, dtype: str) -> Case:
@@ -179,29 +184,48 @@ def linear(draw: st.DataObject, rng: np.random.Generator, dtype: str) -> Case:
     return Case(program, {x: data}, weights, out, expected, rows)
 
 
-def silu_mul(draw: st.DataObject, rng: np.random.Generator, dtype: str) -> Case:
-    cols, rows = draw.draw(st.integers(1, 150)), draw.draw(st.integers(1, 9))
-    program = _core.Program(dtype)
-    x = program.input("x", 2 * cols)
-    out = program.silu_mul(x)
-    program.output(out)
-    data = normal(rng, rows, 2 * cols) * draw.draw(st.sampled_from([1.0, 30.0]))
-    gate, up = np.split(rounded(data, dtype), 2, axis=1)
-    return Case(program, {x: data}, {}, out, gate / (1 + np.exp(-gate)) * up, rows)
+def silu(x: Array) -> Array:
+    return x / (1 + np.exp(-x))
+
+
+def gelu_tanh(x: Array) -> Array:
+    u = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    with np.errstate(over="ignore"):  # 1 + tanh(u), which float64 has few digits of where u < -10
+        return 0.5 * x * np.where(u > -1, 1 + np.tanh(u), 2 / (1 + np.exp(-2 * u)))
+
+
+ACTIVATIONS = {"silu_mul": silu, "gelu_mul": gelu_tanh}
+
+
+def gated_mul(op: str) -> Callable[[st.DataObject, np.random.Generator, str], Case]:
+    def make(draw: st.DataObject, rng: np.random.Generator, dtype: str) -> Case:
+        cols, rows = draw.draw(st.integers(1, 150)), draw.draw(st.integers(1, 9))
+        program = _core.Program(dtype)
+        x = program.input("x", 2 * cols)
+        out = getattr(program, op)(x)
+        program.output(out)
+        data = normal(rng, rows, 2 * cols) * draw.draw(st.sampled_from([1.0, 30.0]))
+        gate, up = np.split(rounded(data, dtype), 2, axis=1)
+        return Case(program, {x: data}, {}, out, ACTIVATIONS[op](gate) * up, rows)
+
+    return make
 
 
 def logits(draw: st.DataObject, rng: np.random.Generator, dtype: str) -> Case:
     cols, vocab = draw.draw(st.integers(1, 90)), draw.draw(st.integers(1, 130))
     tokens = draw.draw(st.integers(1, 20))
     count = draw.draw(st.integers(1, tokens))
+    softcap = draw.draw(st.sampled_from([0.0, 3.0, 30.0]))
     program = _core.Program(dtype)
     head = program.weight("head", False, cols, [("head", vocab)])
     x = program.input("x", cols)
-    out = program.logits(x, head)
+    out = program.logits(x, head, softcap)
     data = normal(rng, tokens, cols)
     picked = np.sort(rng.choice(tokens, count, replace=False))
     weights = normal(rng, vocab, cols)
     expected = rounded(data, dtype)[picked] @ rounded(weights, dtype).T
+    if softcap:
+        expected = softcap * np.tanh(expected / softcap)
     return Case(
         program,
         {x: data},
@@ -228,7 +252,7 @@ class Heads:
 def draw_heads(draw: st.DataObject) -> Heads:
     kv = draw.draw(st.integers(1, 3))
     group = draw.draw(st.sampled_from([1, 2, 3, 5, 8]))
-    return Heads(kv * group, kv, draw.draw(st.sampled_from([8, 24, 64, 72, 128, 256])))
+    return Heads(kv * group, kv, draw.draw(st.sampled_from([8, 24, 64, 72, 80, 96, 128, 256])))
 
 
 def split(packed: Array, heads: Heads) -> tuple[Array, Array, Array]:
@@ -237,25 +261,53 @@ def split(packed: Array, heads: Heads) -> tuple[Array, Array, Array]:
     return q, kv[:, : heads.kv], kv[:, heads.kv :]
 
 
+@dataclasses.dataclass
+class Scores:
+    """How attention comes to its scores, and which there are."""
+
+    scale: float
+    softcap: float
+    window: int
+
+    def first(self, position: int) -> int:
+        return max(0, position - self.window + 1) if self.window else 0
+
+
+def draw_scores(draw: st.DataObject, heads: Heads) -> Scores:
+    # Large enough for a cap of 5 to matter.
+    scale = heads.dim**-0.5 * draw.draw(st.sampled_from([1.0, 1.0, 4.0]))
+    softcap = draw.draw(st.sampled_from([0.0, 0.0, 5.0, 50.0]))
+    return Scores(scale, softcap, draw.draw(st.sampled_from([0, 0, 1, 7, 16, 64, 90, 1000])))
+
+
 def attention_reference(
-    q: Array, keys: list[Array], values: list[Array], positions: Array, batch: Array, window: int
+    q: Array, keys: list[Array], values: list[Array], positions: Array, batch: Array, how: Scores
 ) -> Array:
     """Causal attention in float64: q [tokens, heads, dim], keys by request [length, kv, dim]."""
     out = np.zeros_like(q)
     for token, (position, row) in enumerate(zip(positions, batch, strict=True)):
         if row < 0:
             continue
-        first = max(0, position - window + 1) if window else 0
+        first = how.first(position)
         k, v = keys[row][first : position + 1], values[row][first : position + 1]
         group = q.shape[1] // k.shape[1]
         for head in range(q.shape[1]):
-            scores = k[:, head // group] @ q[token, head] / np.sqrt(q.shape[2])
+            scores = k[:, head // group] @ q[token, head] * how.scale
+            if how.softcap:
+                scores = how.softcap * np.tanh(scores / how.softcap)
             weights = np.exp(scores - scores.max())
             out[token, head] = weights / weights.sum() @ v[:, head // group]
     return out
 
 
-def paged_attention(draw: st.DataObject, rng: np.random.Generator, dtype: str) -> Case:
+def paged_attention(
+    draw: st.DataObject, rng: np.random.Generator, dtype: str, null_block: float = np.nan
+) -> Case:
+    """Attention over scattered blocks, of which those that a window has left may be given up.
+
+    What lies in given up blocks is NaN, and they are the null block in the table, which holds
+    `null_block`.
+    """
     heads = draw_heads(draw)
     block_size = draw.draw(st.sampled_from([1, 4, 16, 32]))
     # Per request: cached tokens and query tokens.
@@ -265,7 +317,8 @@ def paged_attention(draw: st.DataObject, rng: np.random.Generator, dtype: str) -
     lengths.sort(key=lambda length: length[1] > 1)  # decode rows come first
     decodes = sum(query == 1 for _, query in lengths)
     padding = draw.draw(st.integers(0, 3))
-    window = draw.draw(st.sampled_from([0, 0, 1, 7, 64]))
+    how = draw_scores(draw, heads)
+    drops = draw.draw(st.booleans())
     program = _core.Program(dtype)
     qkv = program.input("qkv", heads.cols)
     out = program.attention(
@@ -274,8 +327,9 @@ def paged_attention(draw: st.DataObject, rng: np.random.Generator, dtype: str) -
         num_kv_heads=heads.kv,
         head_dim=heads.dim,
         kv_layer=0,
-        scale=heads.dim**-0.5,
-        window=window,
+        scale=how.scale,
+        window=how.window,
+        softcap=how.softcap,
     )
     program.output(out)
 
@@ -292,6 +346,8 @@ def paged_attention(draw: st.DataObject, rng: np.random.Generator, dtype: str) -
     q, k, v = split(exact, heads)
     # The cache is poisoned where no request has written, [blocks, heads, block_size, dim].
     cache = [np.full((num_blocks, heads.kv, block_size, heads.dim), 1e4) for _ in range(2)]
+    for side in cache:
+        side[0] = null_block
     keys, values = [], []
     positions, batch, slots = [], [], []
     starts = [0]
@@ -312,11 +368,15 @@ def paged_attention(draw: st.DataObject, rng: np.random.Generator, dtype: str) -
             batch.append(row)
             slots.append(table[row, position // block_size] * block_size + position % block_size)
         starts.append(first + query)
+        left = how.first(context) // block_size if drops else 0
+        for side in cache:
+            side[table[row, :left]] = np.nan
+        table[row, :left] = 0
     positions += [0] * padding
     batch += [-1] * padding
     slots += [-1] * padding
     expected = attention_reference(
-        q, keys, values, np.array(positions), np.array(batch), window
+        q, keys, values, np.array(positions), np.array(batch), how
     ).reshape(tokens, -1)
     ints = {
         "counts": np.array([len(lengths), tokens - padding, 0, decodes, len(lengths) - decodes, 0]),
@@ -352,7 +412,7 @@ TABLE = {
     "rms_norm": Row(rms_norm, {"float32": 2e-6, "bfloat16": 4e-3}),
     "add": Row(add, {"float32": 1e-7, "bfloat16": 4e-3}),
     "linear": Row(linear, {"float32": 3e-6, "bfloat16": 4e-3}),
-    "silu_mul": Row(silu_mul, {"float32": 2e-6, "bfloat16": 4e-3}),
+    **{op: Row(gated_mul(op), {"float32": 3e-6, "bfloat16": 4e-3}) for op in ACTIVATIONS},
     "logits": Row(logits, {"float32": 3e-6, "bfloat16": 3e-6}),
     "paged_attention": Row(paged_attention, {"float32": 5e-6, "bfloat16": 6e-3}),
 }
@@ -389,7 +449,10 @@ ATTENTION_OPTIONS: dict[str, dict[str, object]] = {
 def test_attention_kernels_match_float64(
     native_device: _core.Device, kernels: str, dtype: str, draw: st.DataObject, seed: int
 ) -> None:
-    case = paged_attention(draw, np.random.default_rng(seed), dtype)
+    # FlashInfer reads whole tiles of keys and values, and multiplies what is masked by 0.
+    reads_null = "eager_attention" in ATTENTION_OPTIONS[kernels]
+    null_block = 1e4 if reads_null else np.nan
+    case = paged_attention(draw, np.random.default_rng(seed), dtype, null_block)
     case.options = ATTENTION_OPTIONS[kernels]
     tolerance = TABLE["paged_attention"].tolerance[dtype]
     check_close(run(native_device, case), case.expected, tolerance)
@@ -398,24 +461,44 @@ def test_attention_kernels_match_float64(
 # --- QKV preparation and fused forms ------------------------------------------------------------
 
 
-def rope_reference(x: Array, positions: Array, inv_freq: Array) -> Array:
-    """Half-split rotation of [tokens, heads, dim] in float64."""
-    angles = (positions[:, None].astype(np.float32) * inv_freq).astype(np.float64)[:, None, :]
-    half = x.shape[-1] // 2
-    low, high = x[..., :half], x[..., half:]
-    cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+@dataclasses.dataclass
+class Rope:
+    inv_freq: Array
+    factor: float
+    interleaved: bool
+
+
+def draw_rope(draw: st.DataObject, dim: int) -> Rope:
+    pairs = draw.draw(st.sampled_from([dim // 2, dim // 2, 3 * dim // 8, dim // 4, dim // 8]))
+    inv_freq = (1.0 / 10000 ** (np.arange(pairs) / pairs)).astype(np.float32)
+    return Rope(inv_freq, draw.draw(st.sampled_from([1.0, 1.19])), draw.draw(st.booleans()))
+
+
+def rope_reference(x: Array, positions: Array, rope: Rope) -> Array:
+    """Rotation of pairs of elements of [tokens, heads, dim] in float64."""
+    angles = positions[:, None].astype(np.float32) * rope.inv_freq
+    angles = angles.astype(np.float64)[:, None, :]
+    pairs = len(rope.inv_freq)
+    if rope.interleaved:
+        first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    else:
+        first, second = slice(0, pairs), slice(pairs, 2 * pairs)
+    cos, sin = np.cos(angles) * rope.factor, np.sin(angles) * rope.factor
+    out = x.copy()
+    out[..., first] = x[..., first] * cos - x[..., second] * sin
+    out[..., second] = x[..., second] * cos + x[..., first] * sin
+    return out
 
 
 def qkv_case(
     draw: st.DataObject, rng: np.random.Generator, dtype: str, fused: bool, qk_norm: bool
-) -> tuple[Case, Heads, dict[str, Array]]:
+) -> tuple[Case, Heads, Rope, dict[str, Array]]:
     """QK-norm, RoPE and cache write of random tokens to random slots, some of them -1."""
     heads = draw_heads(draw)
     block_size = draw.draw(st.sampled_from([1, 4, 16]))
     tokens = draw.draw(st.integers(1, 12))
     num_blocks = -(-tokens // block_size) + 3
-    inv_freq = (1.0 / 10000 ** (np.arange(0, heads.dim, 2) / heads.dim)).astype(np.float32)
+    rope = draw_rope(draw, heads.dim)
     program = _core.Program(dtype)
     weights = {}
     norms = {}
@@ -431,7 +514,7 @@ def qkv_case(
         head_dim=heads.dim,
         kv_layer=0,
         scale=1.0,
-        rope=program.rope_table(inv_freq.tolist()),
+        rope=program.rope_table(rope.inv_freq.tolist(), rope.factor, rope.interleaved),
         eps=1e-6,
         **norms,
     )
@@ -460,8 +543,7 @@ def qkv_case(
         },
         cache=[poison, poison],
     )  # fmt: skip
-    extra = {"inv_freq": inv_freq, "slots": slots, "positions": positions}
-    return case, heads, extra
+    return case, heads, rope, {"slots": slots, "positions": positions}
 
 
 def run_qkv(device: _core.Device, case: Case) -> tuple[Array, list[Array]]:
@@ -493,7 +575,7 @@ def test_qkv_prepare_matches_float64(
     seed: int,
     fused: bool,
 ) -> None:
-    case, heads, extra = qkv_case(draw, np.random.default_rng(seed), dtype, fused, qk_norm)
+    case, heads, rope, extra = qkv_case(draw, np.random.default_rng(seed), dtype, fused, qk_norm)
     out, caches = run_qkv(native_device, case)
     (data,) = case.inputs.values()
     sides = list(split(rounded(data, dtype), heads))
@@ -504,7 +586,7 @@ def test_qkv_prepare_matches_float64(
             normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
             sides[side] = rounded(normed * gains[side].astype(np.float32), dtype)
     for side in range(2):
-        sides[side] = rope_reference(sides[side], extra["positions"], extra["inv_freq"])
+        sides[side] = rope_reference(sides[side], extra["positions"], rope)
     expected = np.concatenate(sides, axis=1).reshape(case.rows, -1)
     tolerance = 3e-6 if dtype == "float32" else 6e-3
     check_close(out.astype(np.float64), expected, tolerance)
@@ -528,7 +610,7 @@ def test_qkv_prepare_fused_equals_parts(
     @settings(max_examples=15)
     @given(draw=st.data(), seed=st.integers(0, 2**32 - 1))
     def check(draw: st.DataObject, seed: int) -> None:
-        case, _, _ = qkv_case(draw, np.random.default_rng(seed), dtype, False, qk_norm)
+        case, *_ = qkv_case(draw, np.random.default_rng(seed), dtype, False, qk_norm)
         parts = run_qkv(native_device, case)
         assert case.program.fuse()
         fused = run_qkv(native_device, case)
@@ -539,6 +621,7 @@ def test_qkv_prepare_fused_equals_parts(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ACTIVATIONS)
 @settings(max_examples=20)
 @given(
     cols=st.integers(1, 120),
@@ -546,8 +629,8 @@ def test_qkv_prepare_fused_equals_parts(
     rows=st.sampled_from([1, 2, 7, 8, 9, 40]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_linear_silu_mul_fused_equals_parts(
-    native_device: _core.Device, dtype: str, cols: int, size: int, rows: int, seed: int
+def test_linear_gated_mul_fused_equals_parts(
+    native_device: _core.Device, op: str, dtype: str, cols: int, size: int, rows: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     gate_up = normal(rng, 2 * size, cols)
@@ -557,10 +640,11 @@ def test_linear_silu_mul_fused_equals_parts(
         program = _core.Program(dtype)
         weight = program.weight("gate_up", False, cols, [("gate", size), ("up", size)])
         x = program.input("x", cols)
-        out = program.silu_mul(program.linear(x, weight))
+        out = getattr(program, op)(program.linear(x, weight))
         program.output(out)
         if fused:
-            assert dict(program.fuse())["linear + silu_mul"] == 1
+            assert dict(program.fuse())["linear + gated_mul"] == 1
+            assert program.op_names == [f"linear_{op}"]
         case = Case(program, {x: data}, {weight: gate_up}, out, np.zeros((rows, size)), rows)
         outs.append(run(native_device, case))
     np.testing.assert_array_equal(outs[0], outs[1])

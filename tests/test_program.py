@@ -46,7 +46,7 @@ def test_fusion_replaces_each_pattern(config: ModelConfig) -> None:
         "qk_norm + rope + cache_write": 2,
         "rope + cache_write": 0,
         "residual + rms_norm": 4,
-        "linear + silu_mul": 2,
+        "linear + gated_mul": 2,
     }
     assert "add" not in program.op_names and "silu_mul" not in program.op_names
     assert sum(dict(program.fuse()).values()) == 0  # nothing is left to do
@@ -58,6 +58,17 @@ def test_llama_fuses_without_qk_norm(models_dir: Path) -> None:
     assert counts["rope + cache_write"] == config.num_hidden_layers
 
 
+def test_logits_are_capped_in_place() -> None:
+    programs = []
+    for softcap in (0.0, 30.0):
+        program = _core.Program("bfloat16")
+        head = program.weight("head", False, 16, [("head", 1000)])
+        program.logits(program.input("x", 16), head, softcap)
+        programs.append(program)
+    assert programs[1].op_names == [*programs[0].op_names, "soft_cap"]
+    assert programs[0].plan(8, 4)[0] == programs[1].plan(8, 4)[0]
+
+
 def test_fusion_keeps_values_that_are_read_elsewhere() -> None:
     program = _core.Program("float32")
     weight = program.weight("w", False, 16, [("w", 64)])
@@ -65,7 +76,7 @@ def test_fusion_keeps_values_that_are_read_elsewhere() -> None:
     gate_up = program.linear(x, weight)
     program.output(program.silu_mul(gate_up))
     program.output(gate_up)  # still wanted: fusing would lose it
-    assert dict(program.fuse())["linear + silu_mul"] == 0
+    assert dict(program.fuse())["linear + gated_mul"] == 0
 
 
 def test_cuts_stand_at_attention_stage_and_collective_marks(config: ModelConfig) -> None:
@@ -140,6 +151,11 @@ def test_memory_plan_adds_up(config: ModelConfig, native_device: _core.Device) -
         (lambda p, x, w: p.rms_norm(x, w, 1e-6), "must be a vector"),
         (lambda p, x, w: p.add(x, p.input("y", 4)), "differ in shape"),
         (lambda p, x, w: p.silu_mul(p.input("y", 3)), "even number"),
+        (lambda p, x, w: p.gelu_mul(p.input("y", 3)), r"\[gelu_mul\].*even number"),
+        (lambda p, x, w: p.embedding(w, float("inf")), "scale must be finite"),
+        (lambda p, x, w: p.weight("m", False, 8, [("m", 8)], 1.0), "must have offset 0"),
+        (lambda p, x, w: p.weight("v", True, 1, [("v", 8)], float("nan")), "offset of 'v'"),
+        (lambda p, x, w: p.logits(x, w, -1.0), "softcap must be positive"),
         (lambda p, x, w: p.add(x, 99), "no value 99"),
         (lambda p, x, w: p.linear(x, 99), "no weight 99"),
         (lambda p, x, w: p.embedding(-1), "no weight -1"),

@@ -37,7 +37,8 @@ _KINDS: Final = (
     ("attention", r"attention|^dead_rows|(Prefill|Decode)With"),
     ("gather_rows", r"gather_rows"),
     ("linear", r"linear|mma_kernel|tiled_kernel|gemm|gemv|nvjet|cutlass|xmma|cublas"),
-    ("silu_mul", r"silu"),
+    ("gated_mul", r"gated"),
+    ("soft_cap", r"soft_cap"),
     ("add", r"^add_"),
 )
 # Kinds of the program's ops, by name.
@@ -48,7 +49,10 @@ _OP_KINDS: Final = {
     "add": "add",
     "linear": "linear",
     "linear_silu_mul": "linear",
-    "silu_mul": "silu_mul",
+    "linear_gelu_mul": "linear",
+    "silu_mul": "gated_mul",
+    "gelu_mul": "gated_mul",
+    "soft_cap": "soft_cap",
     "qk_norm": "qkv_prepare",
     "rope": "qkv_prepare",
     "cache_write": "qkv_prepare",

@@ -98,22 +98,32 @@ class Builder:
         """Tensors (name, rows) of `cols` columns each, stacked by rows into one weight."""
         return self._weight(False, cols, segments)
 
-    def vector(self, name: str, size: int) -> Weight:
-        """A weight [size] of the tensor `name`."""
-        return self.fused_vector((name, size))
+    def vector(self, name: str, size: int, *, offset: float = 0.0) -> Weight:
+        """A weight [size] of the tensor `name`, in float32.
 
-    def fused_vector(self, *segments: tuple[str, int]) -> Weight:
-        """Tensors (name, size) joined into one vector."""
-        return self._weight(True, 1, segments)
+        `offset` is added to its values when they are loaded: an RMSNorm that multiplies by
+        (1 + weight), as Gemma's do, takes an offset of 1.
+        """
+        return self.fused_vector((name, size), offset=offset)
 
-    def _weight(self, is_vector: bool, cols: int, segments: Sequence[tuple[str, int]]) -> Weight:
+    def fused_vector(self, *segments: tuple[str, int], offset: float = 0.0) -> Weight:
+        """Tensors (name, size) joined into one vector; see `vector`."""
+        return self._weight(True, 1, segments, offset)
+
+    def _weight(
+        self, is_vector: bool, cols: int, segments: Sequence[tuple[str, int]], offset: float = 0.0
+    ) -> Weight:
         named = [(self._prefix + name, rows) for name, rows in segments]
         label = "+".join(name for name, _ in named)
-        return Weight(self.program.weight(label, is_vector, cols, named))
+        return Weight(self.program.weight(label, is_vector, cols, named, offset))
 
-    def embedding(self, table: Weight) -> Value:
-        """Rows of `table` [vocab, hidden] for the step's token ids: [tokens, hidden]."""
-        return Value(self.program.embedding(table.index))
+    def embedding(self, table: Weight, *, scale: float = 1.0) -> Value:
+        """Rows of `table` [vocab, hidden] for the step's token ids, times scale: [tokens, hidden].
+
+        The product is made in float32 and rounded to the dtype of activations. Where a model rounds
+        its scale first, so should the caller.
+        """
+        return Value(self.program.embedding(table.index, scale))
 
     def rms_norm(self, x: Value, weight: Weight, eps: float) -> Value:
         """x / sqrt(mean(x^2) + eps) * weight, by row."""
@@ -152,9 +162,28 @@ class Builder:
         """silu(gate) * up of x = [gate | up]: [tokens, 2n] -> [tokens, n]."""
         return Value(self.program.silu_mul(x.index))
 
+    def gelu_mul(self, x: Value) -> Value:
+        """gelu(gate) * up, with GELU's tanh approximation: otherwise as `silu_mul`."""
+        return Value(self.program.gelu_mul(x.index))
+
+    def rope_table(
+        self, frequencies: Sequence[float], *, factor: float = 1.0, interleaved: bool = False
+    ) -> Rope:
+        """A table of rotary angles for `attention`: position p turns pair i by p * frequencies[i].
+
+        Args:
+            frequencies: One for each pair of elements of a head, at most head_dim / 2. With fewer,
+                a head is turned in part: elements past 2 * len(frequencies) pass through.
+            factor: Multiplies sines and cosines.
+            interleaved: Pairs are elements (2 i, 2 i + 1), instead of (i, i + len(frequencies)).
+        """
+        return Rope(
+            self.program.rope_table([float(f) for f in frequencies], float(factor), interleaved)
+        )
+
     def rope(self, config: RopeConfig, head_dim: int) -> Rope:
-        """The table of rotary angles for `attention`."""
-        return Rope(self.program.rope_table(rope_frequencies(config, head_dim).tolist()))
+        """The table of rotary angles of a config: see `rope_table`."""
+        return self.rope_table(rope_frequencies(config, head_dim).tolist())
 
     def attention(
         self,
@@ -169,6 +198,7 @@ class Builder:
         eps: float = 0.0,
         scale: float | None = None,
         window: int = 0,
+        softcap: float = 0.0,
     ) -> Value:
         """Causal attention over the paged KV cache: [tokens, q | k | v] -> [tokens, heads * dim].
 
@@ -183,6 +213,7 @@ class Builder:
             eps: Of qk_norm.
             scale: Of the scores; 1 / sqrt(head_dim) if None.
             window: Positions a token sees, itself included; 0 for all before it.
+            softcap: Scores become softcap * tanh(score / softcap) before the softmax; 0 for none.
         """
         q_norm, k_norm = (-1, -1) if qk_norm is None else (qk_norm[0].index, qk_norm[1].index)
         return Value(
@@ -198,9 +229,13 @@ class Builder:
                 q_norm=q_norm,
                 k_norm=k_norm,
                 eps=eps,
+                softcap=softcap,
             )
         )
 
-    def logits(self, x: Value, head: Weight) -> Value:
-        """Logits [sampled rows, vocab] in float32: the end of the program."""
-        return Value(self.program.logits(x.index, head.index))
+    def logits(self, x: Value, head: Weight, *, softcap: float = 0.0) -> Value:
+        """Logits [sampled rows, vocab] in float32: the end of the program.
+
+        With a softcap they become softcap * tanh(logit / softcap).
+        """
+        return Value(self.program.logits(x.index, head.index, softcap))

@@ -28,7 +28,10 @@ struct PlanArgs {
   int32_t group, num_kv_heads, window;
   AttentionRows rows;
   cuda::AttentionTiles tiles;
-  const int32_t* block_table;  // of the group; null if the plan looks up no blocks
+  const int32_t* block_table;  // of the first group; null if the plan looks up no blocks
+  int64_t group_blocks;        // entries of a group's table
+  int32_t num_groups;
+  int32_t* first_blocks;
   int32_t max_blocks, block_size;
   int64_t split_rows;  // tile rows of splits that a worker's partial results can hold
 };
@@ -44,9 +47,10 @@ __device__ int32_t last_start(const int32_t* starts, int32_t count, int32_t valu
   return low;
 }
 
-// Fills in the first segment of the worker that starts in worker.index at cell `start`, and the
-// blocks of its first unit.
-__device__ void find_segment(const PlanArgs& args, cuda::AttentionWorker& worker, int32_t start) {
+// Fills in the first segment of worker `number`, which starts in worker.index at cell `start`, and
+// the blocks of its first unit in each group.
+__device__ void find_segment(const PlanArgs& args, cuda::AttentionWorker& worker, int32_t number,
+                             int32_t start) {
   cuda::Segment& segment = worker.first;
   segment.item = args.items[worker.index];
   const int32_t item_cells = cuda::ItemUnits(segment.item).cells;
@@ -73,10 +77,13 @@ __device__ void find_segment(const PlanArgs& args, cuda::AttentionWorker& worker
   const int32_t unit = cuda::ItemUnits(segment.item).base + segment.unit;
   for (int warp = 0; warp < cuda::kAttentionWarps; ++warp) {
     const int32_t position = unit * cuda::kUnit + warp * cuda::kWarpPositions;
-    worker.blocks[warp] = 0;
-    if (position < segment.item.end && position + cuda::kWarpPositions > segment.item.begin) {
-      worker.blocks[warp] = args.block_table[int64_t{segment.item.row} * args.max_blocks +
-                                             position / args.block_size];
+    const bool visible =
+        position < segment.item.end && position + cuda::kWarpPositions > segment.item.begin;
+    const int32_t* entry =
+        args.block_table + int64_t{segment.item.row} * args.max_blocks + position / args.block_size;
+    for (int32_t group = 0; group < args.num_groups; ++group) {
+      args.first_blocks[(int64_t{group} * args.num_workers + number) * cuda::kAttentionWarps +
+                        warp] = visible ? entry[group * args.group_blocks] : 0;
     }
   }
 }
@@ -198,7 +205,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArgs args, InferPara
     if (index < worker.num_workers && total > 0) {
       worker.end = worker.start(index + 1);
       worker.index = last_start(cells, num_items, worker.start(index));
-      find_segment(args, worker, worker.start(index));
+      find_segment(args, worker, index, worker.start(index));
     }
     args.workers[index] = worker;
   }
@@ -301,6 +308,8 @@ AttentionPlanLayout attention_plan_layout(const AttentionPlan& plan,
     return offset;
   };
   layout.workers = take(launch.workers * static_cast<int64_t>(sizeof(AttentionWorker)));
+  layout.first_blocks = take(int64_t{plan.num_groups} * launch.workers * kAttentionWarps *
+                             static_cast<int64_t>(sizeof(int32_t)));
   layout.items = take(items * static_cast<int64_t>(sizeof(AttentionItem)));
   layout.scratch = take((plan.max_requests + 1 + items) * static_cast<int64_t>(sizeof(int32_t)));
   layout.start_floats = int64_t{kWideRows} * partial_row_floats(launch.dim);
@@ -365,8 +374,10 @@ void plan_attention_cuda(const AttentionPlan& plan, const StepContext& ctx) {
   args.window = plan.window;
   args.rows = route.native_rows;
   if (cuda::plans_blocks(ctx.rows.block_size)) {
-    args.block_table =
-        ctx.rows.block_table + int64_t{plan.kv_group} * ctx.rows.num_rows * ctx.rows.max_blocks;
+    args.group_blocks = int64_t{ctx.rows.num_rows} * ctx.rows.max_blocks;
+    args.block_table = ctx.rows.block_table + plan.first_group * args.group_blocks;
+    args.num_groups = plan.num_groups;
+    args.first_blocks = reinterpret_cast<int32_t*>(data + layout.first_blocks);
   }
   args.max_blocks = ctx.rows.max_blocks;
   args.block_size = ctx.rows.block_size;

@@ -54,8 +54,7 @@ struct alignas(16) Segment {
 // Where a worker starts, whole, so that one load is enough to start.
 struct alignas(16) AttentionWorker {
   Segment first;
-  int32_t blocks[kAttentionWarps];  // of each warp's positions of the first unit, see below
-  int32_t index;                    // of the first item; num_items if there is nothing to do
+  int32_t index;  // of the first item; num_items if there is nothing to do
   int32_t num_items;
   int32_t end;  // the cell before which the worker stops
   int32_t reserved;
@@ -79,7 +78,7 @@ struct alignas(16) AttentionWorker {
 };
 
 // Whether a warp's 16 positions of a unit lie in one block of the cache, so that the plan can look
-// it up.
+// it up for each worker's first unit.
 constexpr bool plans_blocks(int32_t block_size) { return block_size % kWarpPositions == 0; }
 
 // What tiles there are.
@@ -105,6 +104,7 @@ constexpr int partial_row_floats(int dim) { return dim + 4; }
 // Offsets into AttentionPlan::data.
 struct AttentionPlanLayout {
   int64_t workers, items, scratch, partials, bytes;
+  int64_t first_blocks;   // [groups, workers, warps] cache block of a warp's first positions
   int64_t worker_floats;  // partial results of a worker
   int64_t start_floats;   // where in them that of the segment starts that others continue
 };

@@ -45,6 +45,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// tanh(y) is 1 - 2 / (1 + exp(2 y)): closer than tanh.approx, whose error of 2^-11 a cap of 50
+// would multiply.
+__device__ __forceinline__ float capped(float product, const ScoreScale& scale) {
+  const float part = __fdividef(2.0f, 1.0f + exp2_fast(product * scale.factor));
+  return fmaf(-scale.cap, part, scale.cap);
+}
+
 __device__ __forceinline__ void copy_async(uint32_t target, const void* source, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
                "r"(bytes)
@@ -215,7 +222,8 @@ struct Rows {
   // Takes in kBlocks blocks of positions from `position` on; block b's keys lie at
   // keys + 2 * b * kMatrixBytes, its values kMatrixBytes after them.
   template <int kBlocks, bool kNarrow>
-  __device__ void attend(uint32_t queries, uint32_t keys, int32_t position, float scale) {
+  __device__ void attend(uint32_t queries, uint32_t keys, int32_t position,
+                         const ScoreScale& scale) {
     const int lane = lane_id();
     float score[2 * kBlocks][4];
 #pragma unroll
@@ -239,10 +247,18 @@ struct Rows {
         multiply_add(score[2 * b + 1], rows, fragment[2], fragment[3]);
       }
     }
+    if (scale.cap > 0.0f) {
 #pragma unroll
-    for (int t = 0; t < 2 * kBlocks; ++t) {
+      for (int t = 0; t < 2 * kBlocks; ++t) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) score[t][i] *= scale;
+        for (int i = 0; i < 4; ++i) score[t][i] = capped(score[t][i], scale);
+      }
+    } else {
+#pragma unroll
+      for (int t = 0; t < 2 * kBlocks; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) score[t][i] *= scale.factor;
+      }
     }
     if (position + kBlocks * kBlock - 1 > common_high || position < common_low) {
 #pragma unroll

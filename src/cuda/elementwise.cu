@@ -1,9 +1,10 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
-// The three ops that have no reduction: the residual add, the gated activation and the choice of
-// the rows that get logits. A block takes kThreads pieces of one row, a thread one piece: 16 bytes,
-// or one element where rows are no multiple of that. Arithmetic is in float, and each thread reads
-// its operands before it writes, so outputs may alias inputs of the same shape.
+// The ops that have no reduction: the residual add, the gated activation, the choice of the rows
+// that get logits and what caps them. A block takes kThreads pieces of one row, a thread one piece:
+// 16 bytes, or one element where rows are no multiple of that. Arithmetic is in float, and each
+// thread reads its operands before it writes, so outputs may alias inputs of the same shape.
+#include "activation.cuh"
 #include "launch.h"
 #include "ops/elementwise.h"
 #include "vector.cuh"
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) add_kernel(AddParams params) {
 }
 
 template <typename T, bool kVector>
-__global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams params) {
+__global__ void __launch_bounds__(kThreads) gated_mul_kernel(GatedMulParams params) {
   constexpr int kSize = kPieceSize<T, kVector>;
   cuda::launch_next();
   cuda::wait_for_previous();
@@ -68,8 +69,24 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams params
   load_piece(x, gate);
   load_piece(x + params.cols, up);
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+  for (int i = 0; i < kSize; ++i) gate[i] = cuda::gated_mul(params.activation, gate[i], up[i]);
   store_piece(static_cast<T*>(params.out) + int64_t{blockIdx.x} * params.cols + col, gate);
+}
+
+template <bool kVector>
+__global__ void __launch_bounds__(kThreads) soft_cap_kernel(SoftCapParams params) {
+  constexpr int kSize = kPieceSize<float, kVector>;
+  cuda::launch_next();
+  cuda::wait_for_previous();
+  const int64_t col = piece_index() * kSize;
+  if (col >= params.cols) return;
+  const int64_t at = int64_t{blockIdx.x} * params.cols + col;
+  float values[kSize];
+  load_piece(params.x + at, values);
+#pragma unroll
+  for (int i = 0; i < kSize; ++i)
+    values[i] = cuda::soft_cap(values[i], 1.0f / params.cap, params.cap);
+  store_piece(params.out + at, values);
 }
 
 template <typename T, bool kVector>
@@ -121,12 +138,21 @@ void add_cuda(const AddParams& params, const StepContext& ctx) {
   launch_rows("add", ctx, params.dtype, ctx.sizes.num_tokens, params.cols, aligned, choose, params);
 }
 
-void silu_mul_cuda(const SiluMulParams& params, const StepContext& ctx) {
+void gated_mul_cuda(const GatedMulParams& params, const StepContext& ctx) {
+  check(params.activation != Activation::kNone, "gated_mul", "there is no activation");
   const bool aligned = cuda::is_vector_aligned(params.x) && cuda::is_vector_aligned(params.out);
   const auto choose = [](auto tag, auto vector) {
-    return silu_mul_kernel<typename decltype(tag)::type, decltype(vector)::value>;
+    return gated_mul_kernel<typename decltype(tag)::type, decltype(vector)::value>;
   };
-  launch_rows("silu_mul", ctx, params.dtype, ctx.sizes.num_tokens, params.cols, aligned, choose,
+  launch_rows("gated_mul", ctx, params.dtype, ctx.sizes.num_tokens, params.cols, aligned, choose,
+              params);
+}
+
+void soft_cap_cuda(const SoftCapParams& params, const StepContext& ctx) {
+  check(params.cap > 0.0f, "soft_cap", "cap is ", params.cap, "; it must be positive");
+  const bool aligned = cuda::is_vector_aligned(params.x) && cuda::is_vector_aligned(params.out);
+  const auto choose = [](auto, auto vector) { return soft_cap_kernel<decltype(vector)::value>; };
+  launch_rows("soft_cap", ctx, DType::kF32, ctx.sizes.num_logits, params.cols, aligned, choose,
               params);
 }
 

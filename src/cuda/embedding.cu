@@ -27,6 +27,8 @@ __global__ void __launch_bounds__(kThreads)
   float values[kPiece] = {};
   if (id >= 0 && id < view.rows) {
     cuda::load_values(static_cast<const Table*>(view.data) + id * view.cols + col, values);
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) values[i] *= params.scale;
   }
   cuda::store_values(static_cast<Out*>(params.out) + int64_t{blockIdx.x} * view.cols + col, values);
 }
@@ -47,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t index = view.layout == WeightLayout::kRowMajor
                                 ? id * view.cols + col
                                 : panel_index(view.dtype, view.cols, id, col);
-      value = to_float(table[index]);
+      value = to_float(table[index]) * params.scale;
     }
     out[col] = from_float<Out>(value);
   }

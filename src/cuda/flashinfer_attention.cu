@@ -442,14 +442,19 @@ void dispatch_head_dim(int32_t head_dim, Fn&& fn) {
   }
 }
 
-// What both uses need: an element type and a head_dim that are compiled in, and indices that fit
-// into FlashInfer's 32 bits.
+// Whether there are kernels for the element type and the head_dim. There are none with a soft cap:
+// they would double the time that FlashInfer takes to compile, for few models.
+bool is_compiled(const AttentionPlan& plan) {
+  const int32_t head_dim = plan.shape.head_dim;
+  return plan.dtype == DType::kBF16 && (head_dim == 64 || head_dim == 128 || head_dim == 256) &&
+         plan.softcap == 0.0f;
+}
+
+// What both uses need: kernels, and indices that fit into FlashInfer's 32 bits.
 bool geometry_fits(const AttentionPlan& plan, const StepContext& ctx) {
   constexpr int64_t kLimit = int64_t{1} << 31;
   const HeadShape& shape = plan.shape;
-  return plan.dtype == DType::kBF16 &&
-         (shape.head_dim == 64 || shape.head_dim == 128 || shape.head_dim == 256) &&
-         shape.num_kv_heads > 0 && shape.num_heads % shape.num_kv_heads == 0 &&
+  return is_compiled(plan) && shape.num_kv_heads > 0 && shape.num_heads % shape.num_kv_heads == 0 &&
          int64_t{ctx.rows.num_rows} * ctx.rows.max_blocks * ctx.rows.block_size < kLimit &&
          int64_t{plan.max_tokens} * shape.qkv_cols() < kLimit &&
          int64_t{ctx.rows.block_size} * shape.num_kv_heads * shape.head_dim < kLimit;
@@ -480,10 +485,7 @@ bool flashinfer_decode_supports(const AttentionPlan& plan, const StepContext& ct
 }
 
 int64_t flashinfer_plan_bytes(const AttentionPlan& plan, Device& device) {
-  const int32_t head_dim = plan.shape.head_dim;
-  if (plan.dtype != DType::kBF16 || (head_dim != 64 && head_dim != 128 && head_dim != 256)) {
-    return 0;
-  }
+  if (!is_compiled(plan)) return 0;
   return PlanLayout(plan, nullptr, gpu_at(device.ordinal())).bytes();
 }
 

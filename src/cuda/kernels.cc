@@ -14,7 +14,8 @@ const Kernels& cuda_kernels() {
       .rms_norm = rms_norm_cuda,
       .linear = linear_cuda,
       .add = add_cuda,
-      .silu_mul = silu_mul_cuda,
+      .gated_mul = gated_mul_cuda,
+      .soft_cap = soft_cap_cuda,
       .gather_rows = gather_rows_cuda,
       .qkv_prepare = qkv_prepare_cuda,
       .plan_attention = plan_attention_cuda,
@@ -27,7 +28,7 @@ const Kernels& cuda_kernels() {
       .copy_blocks = copy_blocks_cuda,
       .fill_random = fill_random_cuda,
       .workspace_bytes = [](const WorkspaceLimits& limits) -> int64_t {
-        return std::max(cuda::linear_workspace_bytes(limits.max_tokens, limits.silu_mul_rows),
+        return std::max(cuda::linear_workspace_bytes(limits.max_tokens, limits.gated_rows),
                         sample_workspace_cuda(limits));
       },
       .attention_plan_bytes = attention_plan_bytes_cuda,

@@ -2,10 +2,11 @@
 //
 // linear by whichever is fastest for the shape: kernels of our own for few rows (linear_skinny.h),
 // cuBLASLt for many, the tiled kernel where neither can. What cuBLASLt leaves undone, a bias on
-// bfloat16 outputs and silu_mul, a kernel here does to its result, piece by piece.
+// bfloat16 outputs and activations, a kernel here does to its result, piece by piece.
 #include <algorithm>
 #include <type_traits>
 
+#include "activation.cuh"
 #include "launch.h"
 #include "linear_context.h"
 #include "linear_tiled.h"
@@ -28,15 +29,16 @@ __device__ __forceinline__ void load(const T* from, float (&values)[kCount]) {
   }
 }
 
-// out = product (+ bias), or silu(gate) * up of its two halves. blockIdx.y is the row.
-template <typename In, typename Out, bool kSiluMul, int kCount>
+// out = product (+ bias), or activation(gate) * up of its two halves. blockIdx.y is the row.
+template <typename In, typename Out, bool kGated, int kCount>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const In* product, const float* bias, Out* out, int32_t out_cols) {
+    finish_kernel(const In* product, const float* bias, Out* out, int32_t out_cols,
+                  Activation activation) {
   launch_next();
   wait_for_previous();
   const int32_t col = (blockIdx.x * kThreads + threadIdx.x) * kCount;
   if (col >= out_cols) return;
-  constexpr int kParts = kSiluMul ? 2 : 1;
+  constexpr int kParts = kGated ? 2 : 1;
   float values[kParts][kCount];
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
@@ -50,10 +52,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     result[i] = values[0][i];
-    if constexpr (kSiluMul) {
+    if constexpr (kGated) {
       const float gate = to_float(from_float<Out>(values[0][i]));
       const float up = to_float(from_float<Out>(values[kParts - 1][i]));
-      result[i] = gate / (1.0f + expf(-gate)) * up;
+      result[i] = gated_mul(activation, gate, up);
     }
   }
   out += int64_t{blockIdx.y} * out_cols + col;
@@ -64,34 +66,33 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename In, typename Out, bool kSiluMul>
-void finish(const void* product, const float* bias, void* out, int64_t out_cols, int64_t rows,
-            const StepContext& ctx) {
+template <typename In, typename Out, bool kGated>
+void finish(const LinearParams& params, const void* product, const float* bias, void* out,
+            int64_t rows, const StepContext& ctx) {
+  const int64_t out_cols = params.out_cols();
   const bool wide = out_cols % kWide == 0 && is_vector_aligned(out) && is_vector_aligned(product);
   const int64_t threads = wide ? out_cols / kWide : out_cols;
   const dim3 grid(static_cast<unsigned>((threads + kThreads - 1) / kThreads),
                   static_cast<unsigned>(rows));
-  launch(kOp, ctx,
-         wide ? finish_kernel<In, Out, kSiluMul, kWide> : finish_kernel<In, Out, kSiluMul, 1>, grid,
-         kThreads, 0, static_cast<const In*>(product), bias, static_cast<Out*>(out),
-         static_cast<int32_t>(out_cols));
+  launch(kOp, ctx, wide ? finish_kernel<In, Out, kGated, kWide> : finish_kernel<In, Out, kGated, 1>,
+         grid, kThreads, 0, static_cast<const In*>(product), bias, static_cast<Out*>(out),
+         static_cast<int32_t>(out_cols), params.activation);
 }
 
 void finish_piece(const LinearParams& params, const CublasLtSteps& steps, const void* product,
                   int64_t first_row, int64_t rows, const StepContext& ctx) {
-  const int64_t out_cols = params.silu_mul ? params.weight.rows / 2 : params.weight.rows;
   void* out = static_cast<char*>(params.out) +
-              first_row * out_cols * static_cast<int64_t>(dtype_size(params.out_dtype));
+              first_row * params.out_cols() * static_cast<int64_t>(dtype_size(params.out_dtype));
   dispatch_activation(steps.product_dtype, kOp, [&](auto in_tag) {
     dispatch_activation(params.out_dtype, kOp, [&](auto out_tag) {
       using In = typename decltype(in_tag)::type;
       using Out = typename decltype(out_tag)::type;
       // A product is never rounded further than the output.
       if constexpr (std::is_same_v<In, float> || std::is_same_v<In, Out>) {
-        if (params.silu_mul) {
-          finish<In, Out, true>(product, steps.later_bias, out, out_cols, rows, ctx);
+        if (params.gated()) {
+          finish<In, Out, true>(params, product, steps.later_bias, out, rows, ctx);
         } else {
-          finish<In, Out, false>(product, steps.later_bias, out, out_cols, rows, ctx);
+          finish<In, Out, false>(params, product, steps.later_bias, out, rows, ctx);
         }
       }
     });
@@ -142,10 +143,11 @@ void linear_cuda(const LinearParams& params, const StepContext& ctx) {
         dtype_name(params.dtype), "; they must be equal");
   check(params.out_dtype == params.dtype || params.out_dtype == DType::kF32, kOp, "out is ",
         dtype_name(params.out_dtype), "; it must be ", dtype_name(params.dtype), " or float32");
-  check(!params.silu_mul || params.out_dtype == params.dtype, kOp, "out is ",
-        dtype_name(params.out_dtype), "; it must be ", dtype_name(params.dtype), " with silu_mul");
-  check(!params.silu_mul || weight.rows % (2 * kPanelRows) == 0, kOp, "silu_mul with ", weight.rows,
-        " weight rows; half of them must be a multiple of ", kPanelRows);
+  check(!params.gated() || params.out_dtype == params.dtype, kOp, "out is ",
+        dtype_name(params.out_dtype), "; it must be ", dtype_name(params.dtype),
+        " with an activation");
+  check(!params.gated() || weight.rows % (2 * kPanelRows) == 0, kOp, "an activation with ",
+        weight.rows, " weight rows; half of them must be a multiple of ", kPanelRows);
   const int64_t rows = params.logits_rows ? ctx.sizes.num_logits : ctx.sizes.num_tokens;
   if (rows == 0) return;
   cuda::LinearContext* context = ctx.device != nullptr ? ctx.device->linear_context() : nullptr;

@@ -21,7 +21,7 @@ constexpr int64_t kSkinnyRows = 64;
 // ones as fast, in an order of sums that does not depend on the number of rows.
 constexpr int64_t kLargeProduct = int64_t{1} << 22;
 
-constexpr uint8_t kSiluMul = 1, kBias = 2, kInvariant = 4;
+constexpr uint8_t kGated = 1, kBias = 2, kInvariant = 4;
 
 // The number of rows that a plan is made for: rounded up to a power of two up to 16, then to a
 // quarter of the next lower one. Decides how many plans there can be.
@@ -61,7 +61,7 @@ CublasLtSteps cublaslt_steps(const LinearParams& params, int64_t rows, const Ste
   const bool bias_later = params.bias != nullptr && params.out_dtype != DType::kF32;
   // A bias is added before the sum is rounded.
   steps.product_dtype = bias_later ? DType::kF32 : params.out_dtype;
-  steps.to_workspace = params.silu_mul || bias_later;
+  steps.to_workspace = params.gated() || bias_later;
   (steps.to_workspace ? steps.later_bias : steps.epilogue_bias) = params.bias;
   steps.piece_rows = rows;
   if (steps.to_workspace) {
@@ -109,7 +109,7 @@ LinearPlan LinearContext::plan(const LinearParams& params, int64_t rows, const S
   const WeightView& weight = params.weight;
   // What goes through the workspace in pieces is planned for a piece.
   const int64_t piece =
-      params.silu_mul || params.bias != nullptr ? cublaslt_steps(params, rows, ctx).piece_rows : 0;
+      params.gated() || params.bias != nullptr ? cublaslt_steps(params, rows, ctx).piece_rows : 0;
   const int64_t planned = piece > 0 ? piece : rows;
   const int64_t alignment = alignment_of(params);
   Key key;
@@ -119,13 +119,13 @@ LinearPlan LinearContext::plan(const LinearParams& params, int64_t rows, const S
   key.dtype = params.dtype;
   key.out_dtype = params.out_dtype;
   key.flags =
-      static_cast<uint8_t>((params.silu_mul ? kSiluMul : 0) | (params.bias != nullptr ? kBias : 0) |
+      static_cast<uint8_t>((params.gated() ? kGated : 0) | (params.bias != nullptr ? kBias : 0) |
                            (ctx.batch_invariant ? kInvariant : 0));
   key.alignment = static_cast<uint8_t>(alignment);
   const std::lock_guard lock(mutex_);
   if (const Entry& found = slot(entries_, key); found.key.rows != 0) return found.plan;
   const LinearShape shape = {weight.rows,           weight.cols,      key.rows,
-                             params.dtype,          params.out_dtype, params.silu_mul,
+                             params.dtype,          params.out_dtype, params.gated(),
                              params.bias != nullptr};
   const LinearPlan plan = choose(params, shape, planned, alignment, ctx);
   insert(key, plan);
@@ -139,7 +139,7 @@ LinearPlan LinearContext::choose(const LinearParams& params, const LinearShape& 
   if (ctx.batch_invariant) {
     if (skinny) {
       plan.kind = LinearKind::kSkinny;
-      plan.skinny = skinny_invariant(shape.n, shape.k, shape.silu_mul, rows);
+      plan.skinny = skinny_invariant(shape.n, shape.k, shape.gated, rows);
     }
     return plan;
   }
@@ -151,7 +151,7 @@ LinearPlan LinearContext::choose(const LinearParams& params, const LinearShape& 
   }
   if (skinny && rows <= kSkinnyRows) {
     plan.kind = LinearKind::kSkinny;
-    plan.skinny = skinny_default(rows, shape.n, shape.k, shape.silu_mul);
+    plan.skinny = skinny_default(rows, shape.n, shape.k, shape.gated);
     return plan;
   }
   const bool small = params.dtype == DType::kF32 &&
@@ -159,7 +159,7 @@ LinearPlan LinearContext::choose(const LinearParams& params, const LinearShape& 
   if (!small && heuristic_plan(params, rows, alignment, ctx, &plan)) return plan;
   if (skinny) {
     plan.kind = LinearKind::kSkinny;
-    plan.skinny = skinny_default(rows, shape.n, shape.k, shape.silu_mul);
+    plan.skinny = skinny_default(rows, shape.n, shape.k, shape.gated);
   }
   return plan;
 }
@@ -171,11 +171,11 @@ bool LinearContext::make_plan(const LinearParams& params, const LinearConfig& co
   made.kind = config.kind;
   if (config.kind == LinearKind::kSkinny) {
     if (!skinny_supports(params, rows)) return false;
-    const auto configs = skinny_configs(rows, weight.rows, weight.cols, params.silu_mul);
+    const auto configs = skinny_configs(rows, weight.rows, weight.cols, params.gated());
     // A file may be older than the kernels.
     const bool known = std::find(configs.begin(), configs.end(), config.skinny) != configs.end();
     made.skinny =
-        known ? config.skinny : skinny_default(rows, weight.rows, weight.cols, params.silu_mul);
+        known ? config.skinny : skinny_default(rows, weight.rows, weight.cols, params.gated());
   } else if (config.kind == LinearKind::kCublasLt) {
     if (library_ == nullptr) return false;
     const CublasLtSteps steps = cublaslt_steps(params, rows, ctx);

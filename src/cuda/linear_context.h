@@ -22,8 +22,8 @@ constexpr int64_t kMinIntermediate = int64_t{32} << 20;
 constexpr int64_t kMaxIntermediate = int64_t{128} << 20;
 
 // Bytes of workspace for linears with up to `max_tokens` rows.
-constexpr int64_t linear_workspace_bytes(int64_t max_tokens, int64_t silu_mul_rows) {
-  const int64_t wanted = max_tokens * silu_mul_rows * static_cast<int64_t>(sizeof(BFloat16));
+constexpr int64_t linear_workspace_bytes(int64_t max_tokens, int64_t gated_rows) {
+  const int64_t wanted = max_tokens * gated_rows * static_cast<int64_t>(sizeof(BFloat16));
   return kCublasLtWorkspace + (wanted < kMinIntermediate
                                    ? kMinIntermediate
                                    : (wanted < kMaxIntermediate ? wanted : kMaxIntermediate));
@@ -36,7 +36,7 @@ struct LinearPlan {
   cublasLtMatmulAlgo_t algo;
 };
 
-// How cuBLASLt computes a linear: out of its reach are a bias on bfloat16 outputs and silu_mul,
+// How cuBLASLt computes a linear: out of its reach are a bias on bfloat16 outputs and activations,
 // which a kernel does afterwards, from an intermediate in the workspace.
 struct CublasLtSteps {
   DType product_dtype;         // what the product is written as

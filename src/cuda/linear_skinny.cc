@@ -116,7 +116,7 @@ bool skinny_supports(const LinearParams& params, int64_t rows) {
          weight.cols < kMaxInt / 2 && device_limits().major >= 8;
 }
 
-SkinnyConfig skinny_default(int64_t rows, int64_t n, int64_t k, bool silu) {
+SkinnyConfig skinny_default(int64_t rows, int64_t n, int64_t k, bool gated) {
   const DeviceLimits limits = device_limits();
   // Up to 16 rows mma wins by its short way from the last load to the output. Up to 32 it does
   // where tiles are few; beyond, it reads x too often.
@@ -131,20 +131,20 @@ SkinnyConfig skinny_default(int64_t rows, int64_t n, int64_t k, bool silu) {
   return wgmma_config(rows, n, k, split, limits.sms);
 }
 
-SkinnyConfig skinny_invariant(int64_t n, int64_t k, bool silu, int64_t rows) {
+SkinnyConfig skinny_invariant(int64_t n, int64_t k, bool gated, int64_t rows) {
   const DeviceLimits limits = device_limits();
   if (!limits.wgmma) return mma_config(/*rows=*/1, n, k, limits.sms);
   return wgmma_config(rows, n, k, wgmma_split(n, limits.sms), limits.sms);
 }
 
-std::vector<SkinnyConfig> skinny_configs(int64_t rows, int64_t n, int64_t k, bool silu) {
+std::vector<SkinnyConfig> skinny_configs(int64_t rows, int64_t n, int64_t k, bool gated) {
   std::vector<SkinnyConfig> configs;
   const auto add = [&](const SkinnyConfig& config) {
     if (std::find(configs.begin(), configs.end(), config) == configs.end()) {
       configs.push_back(config);
     }
   };
-  add(skinny_default(rows, n, k, silu));
+  add(skinny_default(rows, n, k, gated));
   const DeviceLimits limits = device_limits();
   if (!limits.wgmma || rows <= 64) {
     for (const int tile_rows : {16, 32, 48, 64}) {
@@ -182,8 +182,8 @@ void linear_skinny(const LinearParams& params, const SkinnyConfig& config, int64
       .tokens = static_cast<int>(rows),
       .n = static_cast<int>(params.weight.rows),
       .k = static_cast<int>(params.weight.cols),
-      .out_cols = static_cast<int>(params.silu_mul ? params.weight.rows / 2 : params.weight.rows),
-      .silu = params.silu_mul,
+      .out_cols = static_cast<int>(params.out_cols()),
+      .activation = params.activation,
       .out_f32 = params.out_dtype == DType::kF32,
   };
   const DeviceLimits limits = device_limits();

@@ -34,14 +34,14 @@ bool skinny_supports(const LinearParams& params, int64_t rows);
 
 // The configs worth trying for a number of rows and a weight [n, k] on the current device, the
 // default among them.
-std::vector<SkinnyConfig> skinny_configs(int64_t rows, int64_t n, int64_t k, bool silu);
+std::vector<SkinnyConfig> skinny_configs(int64_t rows, int64_t n, int64_t k, bool gated);
 
 // The config to take when nothing was measured.
-SkinnyConfig skinny_default(int64_t rows, int64_t n, int64_t k, bool silu);
+SkinnyConfig skinny_default(int64_t rows, int64_t n, int64_t k, bool gated);
 
 // The config for a weight when a row's result must not depend on the number of rows at all: what
 // decides the order of sums is the same for all `rows`.
-SkinnyConfig skinny_invariant(int64_t n, int64_t k, bool silu, int64_t rows = 64);
+SkinnyConfig skinny_invariant(int64_t n, int64_t k, bool gated, int64_t rows = 64);
 
 // Bytes of ctx.workspace that linear_skinny uses: none.
 int64_t skinny_workspace_bytes(const SkinnyConfig& config, int64_t rows, int64_t n, int64_t k);

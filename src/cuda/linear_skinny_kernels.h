@@ -5,6 +5,9 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#include "activation.cuh"
+#endif
 #include "launch.h"
 #include "linear_skinny.h"
 
@@ -19,9 +22,11 @@ struct SkinnyArgs {
   const float* bias;       // [n] or null
   void* out;               // [tokens, out_cols], bfloat16 or float32
   int tokens, n, k;
-  int out_cols;  // n, or n / 2 with silu
-  bool silu;
+  int out_cols;  // n, or n / 2 if gated
+  Activation activation;
   bool out_f32;
+
+  MRV1_HD bool gated() const { return activation != Activation::kNone; }
 };
 
 struct DeviceLimits {
@@ -72,11 +77,10 @@ __device__ __forceinline__ void skinny_store4(const SkinnyArgs& args, int token,
   }
 }
 
-// silu(gate) * up, both rounded to bfloat16 first.
-__device__ __forceinline__ float skinny_silu_mul(float gate, float up) {
-  gate = to_float(from_float<BFloat16>(gate));
-  up = to_float(from_float<BFloat16>(up));
-  return gate / (1.0f + expf(-gate)) * up;
+// activation(gate) * up, both rounded to bfloat16 first.
+__device__ __forceinline__ float skinny_gated_mul(Activation activation, float gate, float up) {
+  return gated_mul(activation, to_float(from_float<BFloat16>(gate)),
+                   to_float(from_float<BFloat16>(up)));
 }
 #endif
 

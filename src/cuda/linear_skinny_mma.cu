@@ -126,14 +126,14 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
   float2* partial = reinterpret_cast<float2*>(shared + warps * stages * kStageBytes);
   const int first_token = blockIdx.y * kTokens;
 
-  // Loading: a lane copies 16 bytes of every fourth row. With silu the 16 rows of a piece are 8 of
-  // gate and the 8 of up that go with them.
+  // Loading: a lane copies 16 bytes of every fourth row. With an activation the 16 rows of a piece
+  // are 8 of gate and the 8 of up that go with them.
   const int load_row = lane / 8;
   const int load_col = lane % 8 * 8;
   const uint32_t load_to = load_row * kRowBytes + ((lane % 8) ^ ((load_row & 1) << 2)) * 16;
-  const int piece_stride = args.silu ? 8 : 16;
-  const int half_stride = args.silu ? args.out_cols : 8;
-  const int tile_stride = args.silu ? kRows / 2 : kRows;
+  const int piece_stride = args.gated() ? 8 : 16;
+  const int half_stride = args.gated() ? args.out_cols : 8;
+  const int tile_stride = args.gated() ? kRows / 2 : kRows;
 
   const auto load_weight = [&](const Walk& at, uint32_t stage) {
     const int col = at.group * kGroup + load_col;
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
     for (int i = 0; i < kRows / 4; ++i) {
       const int in_half = i / 4 * piece_stride + i % 2 * 4 + first;
       const int row = in_half + i / 2 % 2 * half_stride;
-      const bool valid = col < args.k && (args.silu ? in_half < args.out_cols : row < args.n);
+      const bool valid = col < args.k && (args.gated() ? in_half < args.out_cols : row < args.n);
       copy_async(stage + load_to + i * 4 * kRowBytes,
                  valid ? source + int64_t{row} * args.k : args.weight, valid);
     }
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
       }
       return sum;
     };
-    if (args.silu) {
+    if (args.gated()) {
       for (int i = threadIdx.x; i < kParts * kNs * 32; i += blockDim.x) {
         const int col = tile * tile_stride + i / (32 * kNs) * 8 + i % 32 / 4;
         if (col >= args.out_cols) continue;
@@ -259,9 +259,10 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
           up.y += args.bias[args.out_cols + col];
         }
         const int token = first_token + i / 32 % kNs * 8 + i % 4 * 2;
-        if (token < args.tokens) skinny_store(args, token, col, skinny_silu_mul(gate.x, up.x));
+        if (token < args.tokens)
+          skinny_store(args, token, col, skinny_gated_mul(args.activation, gate.x, up.x));
         if (token + 1 < args.tokens) {
-          skinny_store(args, token + 1, col, skinny_silu_mul(gate.y, up.y));
+          skinny_store(args, token + 1, col, skinny_gated_mul(args.activation, gate.y, up.y));
         }
       }
     } else {
@@ -297,7 +298,7 @@ void launch_mma(const SkinnyArgs& args, const SkinnyConfig& config, const Device
       return launch_mma<kRows, kTokens / 2>(args, config, limits, ctx);
     }
   }
-  const int tile_outputs = args.silu ? kRows / 2 : kRows;
+  const int tile_outputs = args.gated() ? kRows / 2 : kRows;
   const int tiles = (args.out_cols + tile_outputs - 1) / tile_outputs;
   int stages = std::clamp<int>(config.stages, 1, kMaxStages);
   while (stages > 1 && Shape::shared_bytes(warps, stages) > limit) --stages;
@@ -324,8 +325,8 @@ void skinny_mma(const SkinnyArgs& args, const SkinnyConfig& config, const Device
                 const StepContext& ctx) {
   check(config.warps >= 1 && config.warps <= 16, kSkinnyOp, "config.warps is ", +config.warps,
         "; it must be in [1, 16]");
-  check(!args.silu || config.tile_rows >= 16, kSkinnyOp, "config.tile_rows is ", config.tile_rows,
-        "; with silu_mul it must be at least 16");
+  check(!args.gated() || config.tile_rows >= 16, kSkinnyOp, "config.tile_rows is ",
+        config.tile_rows, "; with an activation it must be at least 16");
   switch (config.tile_rows) {
     case 8:
       return launch_mma<8>(args, config, limits, ctx);

@@ -8,7 +8,7 @@
 // each other's shared memory. In a block one warp fills the ring, the weight's part of it before
 // the kernel waits for the one before it, and each warpgroup multiplies 64 of the rows.
 //
-// With silu each 16 rows of a tile are 8 of gate and the 8 of up that go with them.
+// With an activation each 16 rows of a tile are 8 of gate and the 8 of up that go with them.
 #include <cuda.h>
 
 #include <algorithm>
@@ -224,17 +224,17 @@ struct Finish {
   int rank, split;
   bool vector_stores;
 
-  template <bool kSilu>
+  template <bool kGated>
   __device__ __forceinline__ void run(const SkinnyArgs& args) const {
-    if (split == 1) return sum<kSilu, 1>(args);
-    if (split == 2) return sum<kSilu, 2>(args);
-    if (split <= 4) return sum<kSilu, 4>(args);
-    sum<kSilu, kMaxSplit>(args);
+    if (split == 1) return sum<kGated, 1>(args);
+    if (split == 2) return sum<kGated, 2>(args);
+    if (split <= 4) return sum<kGated, 4>(args);
+    sum<kGated, kMaxSplit>(args);
   }
 
-  template <bool kSilu, int kPeers>
+  template <bool kGated, int kPeers>
   __device__ __forceinline__ void sum(const SkinnyArgs& args) const {
-    constexpr int kSums = kSilu ? 2 : 1;
+    constexpr int kSums = kGated ? 2 : 1;
     constexpr int kQuads = kRows / 4 / kSums;  // outputs of a token, four at a time
     constexpr int kAtOnce = std::max(1, 8 / (kPeers * kSums));
     const int count = tokens * kQuads;
@@ -286,13 +286,13 @@ struct Finish {
           for (int j = 0; j < 4; ++j) {
             if (col + j >= args.out_cols) continue;
             values[0][j] += args.bias[col + j];
-            if (kSilu) values[kSums - 1][j] += args.bias[args.out_cols + col + j];
+            if (kGated) values[kSums - 1][j] += args.bias[args.out_cols + col + j];
           }
         }
-        if (kSilu) {
+        if (kGated) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            values[0][j] = skinny_silu_mul(values[0][j], values[kSums - 1][j]);
+            values[0][j] = skinny_gated_mul(args.activation, values[0][j], values[kSums - 1][j]);
           }
         }
         skinny_store4(args, first_token + at / kQuads, col, values[0], vector_stores);
@@ -341,7 +341,7 @@ __global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads, kRows <=
       const auto load_weight = [&](int group, int stage) {
         char* to = ring + stage * Shape::kStageBytes;
         barrier_expect(&full[stage], Shape::kWeightBytes + tile_tokens * kRowBytes);
-        if (args.silu) {
+        if (args.gated()) {
           load_pair_tile(to, weight_map, &full[stage], column(group), first_row / 16);
         } else {
           load_tile(to, weight_map, &full[stage], column(group), first_row);
@@ -407,9 +407,9 @@ __global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads, kRows <=
   float* partial = reinterpret_cast<float*>(ring);
   if (threadIdx.x < kRows * 2) {
     const int lane = threadIdx.x % 32;
-    // With silu all of gate comes before all of up.
-    const int row = threadIdx.x / 32 * (args.silu ? 8 : 16) + lane / 4;
-    const int lower = args.silu ? kRows / 2 : 8;
+    // With an activation all of gate comes before all of up.
+    const int row = threadIdx.x / 32 * (args.gated() ? 8 : 16) + lane / 4;
+    const int lower = args.gated() ? kRows / 2 : 8;
 #pragma unroll
     for (int i = 0; i < kTokens / 8; ++i) {
       float* to = partial + (i * 8 + lane % 4 * 2) * kStride + row;
@@ -426,13 +426,13 @@ __global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads, kRows <=
   }
 
   const Finish<kRows> finish{shared_address(partial),
-                             static_cast<int>(blockIdx.z) * (args.silu ? kRows / 2 : kRows),
+                             static_cast<int>(blockIdx.z) * (args.gated() ? kRows / 2 : kRows),
                              first_token,
                              min(tile_tokens, args.tokens - first_token),
                              rank,
                              split,
                              vector_stores};
-  if (args.silu) {
+  if (args.gated()) {
     finish.template run<true>(args);
   } else {
     finish.template run<false>(args);
@@ -506,7 +506,7 @@ void launch_wgmma(const SkinnyArgs& args, const SkinnyConfig& config, const Devi
   const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
   const cuuint64_t row_bytes = size(args.k) * 2;
   const CUtensorMap weight_map =
-      args.silu
+      args.gated()
           ? tensor_map<4>(args.weight, {size(args.k), 8, 2, size(args.out_cols) / 8},
                           {row_bytes, row_bytes * size(args.out_cols), row_bytes * 8},
                           {kGroup, 8, 2, kRows / 16})
@@ -525,7 +525,7 @@ void launch_wgmma(const SkinnyArgs& args, const SkinnyConfig& config, const Devi
   }
   const size_t shared_bytes = Shape::shared_bytes(stages);
   allow_shared_memory(kSkinnyOp, wgmma_kernel<kRows, kTokens>, shared_bytes);
-  const int outputs = args.silu ? kRows / 2 : kRows;
+  const int outputs = args.gated() ? kRows / 2 : kRows;
   const dim3 grid(config.split, tiles, (args.out_cols + outputs - 1) / outputs);
   const bool vector_stores =
       args.out_cols % 4 == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;

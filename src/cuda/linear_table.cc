@@ -26,14 +26,15 @@ std::optional<DType> parse_dtype(const std::string& name) {
 }
 
 std::string_view kind_name(const LinearShape& shape) {
-  if (shape.silu_mul) return shape.bias ? "silu_mul+bias" : "silu_mul";
+  // Whatever the activation: the product is what takes the time.
+  if (shape.gated) return shape.bias ? "silu_mul+bias" : "silu_mul";
   return shape.bias ? "bias" : "plain";
 }
 
 bool parse_kind(const std::string& name, LinearShape& shape) {
-  for (const bool silu_mul : {false, true}) {
+  for (const bool gated : {false, true}) {
     for (const bool bias : {false, true}) {
-      shape.silu_mul = silu_mul;
+      shape.gated = gated;
       shape.bias = bias;
       if (name == kind_name(shape)) return true;
     }

@@ -17,7 +17,7 @@ namespace mrv1::cuda {
 struct LinearShape {
   int64_t n, k, rows;
   DType dtype, out_dtype;
-  bool silu_mul, bias;
+  bool gated, bias;
 };
 
 enum class LinearKind : uint8_t { kTiled, kSkinny, kCublasLt };
@@ -52,7 +52,7 @@ class LinearTable {
  private:
   using Weight = std::tuple<int64_t, int64_t, DType, DType, bool, bool>;
   static Weight weight(const LinearShape& shape) {
-    return {shape.n, shape.k, shape.dtype, shape.out_dtype, shape.silu_mul, shape.bias};
+    return {shape.n, shape.k, shape.dtype, shape.out_dtype, shape.gated, shape.bias};
   }
 
   std::map<Weight, std::map<int64_t, LinearConfig>> entries_;

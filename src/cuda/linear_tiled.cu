@@ -3,10 +3,11 @@
 // The textbook tiled product: a block of 16 x 16 threads computes a 64 x 64 tile of the output,
 // each thread 4 x 4 elements of it, from 64 x 16 tiles of both operands staged in shared memory as
 // float. Each output is one chain of fused multiply-adds over the columns in ascending order,
-// whatever the number of rows, so a row's result does not depend on the batch. With silu_mul the
-// block runs two such products, gate and up, and combines them in float.
+// whatever the number of rows, so a row's result does not depend on the batch. With an activation
+// the block runs two such products, gate and up, and combines them in float.
 #include <type_traits>
 
+#include "activation.cuh"
 #include "launch.h"
 #include "linear_tiled.h"
 
@@ -33,11 +34,11 @@ __device__ void load_tile(float (&tile)[kDepth][kTile + 1], const T* src, int64_
   }
 }
 
-template <typename T, typename Out, bool kSiluMul>
+template <typename T, typename Out, bool kGated>
 __global__ void __launch_bounds__(kThreads) tiled_kernel(LinearParams params, int64_t rows) {
   wait_for_previous();
   launch_next();
-  constexpr int kParts = kSiluMul ? 2 : 1;
+  constexpr int kParts = kGated ? 2 : 1;
   __shared__ float x_tile[kDepth][kTile + 1];
   __shared__ float weight_tile[kParts][kDepth][kTile + 1];
 
@@ -79,12 +80,12 @@ __global__ void __launch_bounds__(kThreads) tiled_kernel(LinearParams params, in
       if (row >= rows || col >= out_cols) continue;
       float value = sums[0][i][j];
       if (params.bias != nullptr) value += params.bias[col];
-      if constexpr (kSiluMul) {
+      if constexpr (kGated) {
         float up = sums[1][i][j];
         if (params.bias != nullptr) up += params.bias[out_cols + col];
         value = to_float(from_float<T>(value));
         up = to_float(from_float<T>(up));
-        value = value / (1.0f + expf(-value)) * up;
+        value = gated_mul(params.activation, value, up);
       }
       out[row * out_cols + col] = from_float<Out>(value);
     }
@@ -93,11 +94,11 @@ __global__ void __launch_bounds__(kThreads) tiled_kernel(LinearParams params, in
 
 template <typename T, typename Out>
 void run(const LinearParams& params, int64_t rows, const StepContext& ctx) {
-  const int64_t out_cols = params.silu_mul ? params.weight.rows / 2 : params.weight.rows;
+  const int64_t out_cols = params.out_cols();
   const dim3 grid(static_cast<unsigned>((out_cols + kTile - 1) / kTile),
                   static_cast<unsigned>((rows + kTile - 1) / kTile));
   if constexpr (std::is_same_v<T, Out>) {
-    if (params.silu_mul) {
+    if (params.gated()) {
       launch(kOp, ctx, tiled_kernel<T, Out, true>, grid, kThreads, 0, params, rows);
       return;
     }

@@ -152,7 +152,7 @@ std::vector<LinearConfig> LinearContext::candidates(const LinearParams& params, 
   const WeightView& weight = params.weight;
   if (rows <= kMaxSkinnyRows && skinny_supports(params, rows)) {
     for (const SkinnyConfig& skinny :
-         skinny_configs(rows, weight.rows, weight.cols, params.silu_mul)) {
+         skinny_configs(rows, weight.rows, weight.cols, params.gated())) {
       configs.push_back({LinearKind::kSkinny, skinny, {}});
     }
   }

@@ -82,6 +82,9 @@ class Kernel {
         warp_(static_cast<int>(threadIdx.x) / 32),
         lane_(static_cast<int>(threadIdx.x) % 32),
         worker_(args.workers[blockIdx.x]),
+        block_(plans_blocks(args.block_size)
+                   ? args.first_blocks[blockIdx.x * kAttentionWarps + threadIdx.x / 32]
+                   : 0),
         stages_(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
         queries_(stages_ + args.stages * L::kStageBytes),
         merge_(reinterpret_cast<float*>(shared + args.stages * L::kStageBytes +
@@ -92,11 +95,7 @@ class Kernel {
   __device__ void run() {
     const int32_t batch = token_batch(0);
     ahead_.start(args_, worker_);
-    if (plans_blocks(args_.block_size)) {
-      block_ = worker_.blocks[warp_];
-    } else {
-      look_up();
-    }
+    if (!plans_blocks(args_.block_size)) look_up();
     for (;; ++current_) {
       while (in_flight_ < args_.stages - 1 && may_request()) request();
       if (current_ == entered_) break;
@@ -244,7 +243,7 @@ class Kernel {
 #pragma unroll 1
       for (int b = 0; b < kUnit / kBlock; b += kBlocks) {
         own.template attend<kBlocks, false>(0, stage + b * 2 * L::kMatrixBytes,
-                                            position + b * kBlock, args_.scale_log2e);
+                                            position + b * kBlock, args_.scale);
       }
     }
     own.reduce_sums();
@@ -275,7 +274,7 @@ class Kernel {
         first = false;
         const int32_t position = (units.base + unit) * kUnit + warp_ * kBlock;
         if (position >= segment.item.end || position + kBlock <= segment.item.begin) continue;
-        own.template attend<1, true>(queries, stage, position, args_.scale_log2e);
+        own.template attend<1, true>(queries, stage, position, args_.scale);
       }
       own.reduce_sums();
       // Splits of a segment that starts are added up here; others await what comes before them.
@@ -560,6 +559,7 @@ class Kernel {
   const NativeAttentionArgs& args_;
   const int warp_, lane_;
   const AttentionWorker worker_;
+  int32_t block_;                    // where this lane's position of the next unit's request lies
   const uint32_t stages_, queries_;  // shared memory
   float* const merge_;               // [warps, kMergeRows, D]
   float* const limits_;              // [warps, kNarrowRows, 2] maximum and sum
@@ -570,7 +570,6 @@ class Kernel {
   bool fresh_ = true;                  // the unit requested next begins a segment
   bool merges_ = false;                // a segment was the last of several of its item and head
   Walk ahead_;                         // whose unit is requested next
-  int32_t block_ = 0;                  // where this lane's position of that unit lies
 };
 
 template <int D, AttentionTiles kTiles>

@@ -34,6 +34,12 @@ constexpr AttentionMemory attention_memory(int dim) {
           static_cast<int>(sizeof(Marks))};
 }
 
+// From the product of a query and a key to a score in powers of two: product * factor, or with a
+// cap that is not 0, cap * tanh of half of ln 2 * product * factor.
+struct ScoreScale {
+  float factor, cap;
+};
+
 // What the native kernel is launched with; strides and offsets of the cache count chunks of 8
 // elements (16 bytes).
 struct NativeAttentionArgs {
@@ -45,6 +51,7 @@ struct NativeAttentionArgs {
   const int32_t* token_batch;
   const AttentionWorker* workers;
   const AttentionItem* items;
+  const int32_t* first_blocks;  // of the group, [workers, warps]
   float* partials;
   int64_t worker_floats, start_floats;
   uint32_t block_stride, token_stride, head_stride;
@@ -54,7 +61,7 @@ struct NativeAttentionArgs {
   int32_t num_tokens, window;
   int32_t stages;
   AttentionTiles tiles;
-  float scale_log2e;
+  ScoreScale scale;
 };
 
 // Launches the kernel for launch.dim, one function a file: 64 and 80, 96 and 128, 256.

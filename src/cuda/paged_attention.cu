@@ -10,6 +10,7 @@
 // the order of the sums depends on the token's position and the window only.
 #include <bit>
 
+#include "activation.cuh"
 #include "attention_backends.h"
 #include "block.cuh"
 #include "launch.h"
@@ -82,7 +83,11 @@ __global__ void __launch_bounds__(kThreads)
         dot = fmaf(query[i], to_float(key[i]), dot);
       }
       dot = cuda::warp_sum(dot);
-      if (lane == 0) weights[j] = dot * params.scale;
+      if (lane == 0) {
+        weights[j] = params.softcap > 0.0f
+                         ? cuda::soft_cap(dot, params.scale / params.softcap, params.softcap)
+                         : dot * params.scale;
+      }
     }
     __syncthreads();
     float new_maximum = maximum;
@@ -155,6 +160,9 @@ void native_attention(const PagedAttentionParams& params, const StepContext& ctx
   args.token_batch = ctx.infer.token_batch;
   args.workers = reinterpret_cast<const cuda::AttentionWorker*>(data + layout.workers);
   args.items = reinterpret_cast<const cuda::AttentionItem*>(data + layout.items);
+  args.first_blocks =
+      reinterpret_cast<const int32_t*>(data + layout.first_blocks) +
+      int64_t{params.kv_group - plan.first_group} * launch.workers * cuda::kAttentionWarps;
   args.partials = reinterpret_cast<float*>(data + layout.partials);
   args.worker_floats = layout.worker_floats;
   args.start_floats = layout.start_floats;
@@ -173,7 +181,10 @@ void native_attention(const PagedAttentionParams& params, const StepContext& ctx
   args.window = params.window;
   args.stages = launch.stages;
   args.tiles = cuda::attention_tiles(plan, ctx);
-  args.scale_log2e = params.scale * kLog2e;
+  args.scale =
+      params.softcap > 0.0f
+          ? cuda::ScoreScale{2.0f * kLog2e * params.scale / params.softcap, params.softcap * kLog2e}
+          : cuda::ScoreScale{params.scale * kLog2e, 0.0f};
   if (launch.dim <= 80) {
     cuda::native_attention_64(args, launch, ctx);
   } else if (launch.dim <= 128) {
@@ -205,12 +216,14 @@ void paged_attention_cuda(const PagedAttentionParams& params, const StepContext&
   check(params.kv_group >= 0 && params.kv_group < ctx.rows.num_groups, kOp, "kv_group is ",
         params.kv_group, "; it must be in [0, ", ctx.rows.num_groups, ")");
   check(params.window >= 0, kOp, "window is ", params.window, "; it must not be negative");
+  check(params.softcap >= 0.0f, kOp, "softcap is ", params.softcap, "; it must not be negative");
   if (ctx.sizes.num_tokens == 0) return;
   if (params.dtype != DType::kBF16 || cuda::attention_launch(shape.head_dim).stages < 2) {
     return plain_attention(params, ctx);
   }
   check(params.plan != nullptr && params.plan->data != nullptr &&
-            params.plan->serves(shape, params.window, params.kv_group),
+            params.plan->serves(shape, params.window, params.softcap) &&
+            params.plan->has_group(params.kv_group),
         kOp, "there is no plan of this geometry");
   const AttentionRoute route = attention_route(*params.plan, ctx);
   if (route.native && ctx.sizes.num_requests > 0) {

@@ -1,11 +1,13 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
 // A head is spread over head_dim / 8 lanes of a warp, eight neighbouring elements each: it is read
-// once, stays in registers, and RoPE gets the other half of a pair from the lane half a head away.
+// once, stays in registers, and RoPE gets the other element of a pair from another lane, or from
+// this one if pairs are interleaved.
 // Each part rounds its result to the activation dtype, so one launch with all parts equals three
 // launches with one part each, bit for bit. Value heads go through unchanged, and a head is read
-// before it is written, so in-place use is safe. Heads whose lanes are no power of two take the
-// second kernel, a block per head.
+// before it is written, so in-place use is safe. Where head_dim / 8 is no
+// power of two some lanes idle. What does not divide into lanes takes the second kernel, a block
+// per head.
 #include <algorithm>
 
 #include "block.cuh"
@@ -46,27 +48,37 @@ __device__ T* cache_head(const KvCacheLayer& cache, const HeadShape& shape, Head
          slot % cache.block_size * cache.token_stride + kv_head * cache.head_stride;
 }
 
-// kLanes = head_dim / 8, a power of two from 2 to 32. Heads start at first_head.
-template <typename T, int kLanes>
+__device__ void load_half(const float* from, float (&values)[kLaneSize]) {
+  static_assert(kLaneSize == 8);
+  const float4 half = *reinterpret_cast<const float4*>(from);
+  values[0] = half.x;
+  values[1] = half.y;
+  values[2] = half.z;
+  values[3] = half.w;
+}
+
+// kLanes: head_dim / 8 if kWhole, else the next power of two; from 2 to 32. Heads start at
+// first_head.
+template <typename T, int kLanes, bool kWhole>
 __global__ void __launch_bounds__(kThreads)
     qkv_prepare_kernel(QkvPrepareParams params, KvCacheLayer cache, const int32_t* positions,
                        const int32_t* slots, int32_t first_head) {
-  constexpr int kHeadDim = kLanes * kLaneSize;
   constexpr int kHeads = kThreads / kLanes;  // of a block
   const HeadShape& shape = params.shape;
+  const int head_dim = kWhole ? kLanes * kLaneSize : shape.head_dim;
   const int32_t num_heads = shape.num_heads + 2 * shape.num_kv_heads;
   const int lane = threadIdx.x % kLanes;
   const int64_t token = blockIdx.x;
-  // Lanes without a head stay for the shuffles.
+  // Lanes without a part of a head stay for the shuffles.
   const int32_t head = first_head + blockIdx.y * kHeads + threadIdx.x / kLanes;
-  const bool active = head < num_heads;
+  const bool active = head < num_heads && (kWhole || lane * kLaneSize < head_dim);
   const HeadKind kind = head_kind(shape, head);
-  const bool turns = active && kind != HeadKind::kValue;
-  const int64_t start = (token * num_heads + head) * kHeadDim + lane * kLaneSize;
+  const bool is_turned = active && kind != HeadKind::kValue;
+  const int64_t start = (token * num_heads + head) * head_dim + lane * kLaneSize;
 
   cuda::launch_next();
   float norm[kLaneSize];
-  if (params.q_norm != nullptr && turns) {
+  if (params.q_norm != nullptr && is_turned) {
     cuda::load_values((kind == HeadKind::kQuery ? params.q_norm : params.k_norm) + lane * kLaneSize,
                       norm);
   }
@@ -75,14 +87,22 @@ __global__ void __launch_bounds__(kThreads)
   float values[kLaneSize] = {};
   if (active) cuda::load_values(static_cast<const T*>(params.qkv) + start, values);
   const int32_t slot = params.cache != nullptr ? slots[token] : -1;
-  constexpr int kHalfLanes = kLanes / 2;
-  float cosines[kLaneSize];
+  // Lanes of the elements that RoPE turns, and those of the first elements of half-split pairs.
+  const int pairs = params.rope_pairs;
+  const int pair_lanes = pairs / kLaneSize;
+  const bool rotates = is_turned && lane * kLaneSize < 2 * pairs;
+  float cosines[kLaneSize];  // the first half of them if pairs are interleaved
   float sines[kLaneSize];
-  if (params.rope != nullptr && turns) {
-    const float* angles =
-        params.rope + int64_t{positions[token]} * kHeadDim + lane % kHalfLanes * kLaneSize;
-    cuda::load_values(angles, cosines);
-    cuda::load_values(angles + kHeadDim / 2, sines);
+  if (params.rope != nullptr && rotates) {
+    const float* angles = params.rope + int64_t{positions[token]} * (2 * pairs);
+    if (params.interleaved) {
+      load_half(angles + lane * (kLaneSize / 2), cosines);
+      load_half(angles + pairs + lane * (kLaneSize / 2), sines);
+    } else {
+      const int first = (lane < pair_lanes ? lane : lane - pair_lanes) * kLaneSize;
+      cuda::load_values(angles + first, cosines);
+      cuda::load_values(angles + pairs + first, sines);
+    }
   }
 
   if (params.q_norm != nullptr) {
@@ -90,11 +110,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kLaneSize; ++i) squares = fmaf(values[i], values[i], squares);
 #pragma unroll
-    for (int offset = kHalfLanes; offset > 0; offset /= 2) {
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
       squares += __shfl_xor_sync(cuda::kFullWarp, squares, offset);
     }
-    if (turns) {
-      const float scale = 1.0f / sqrtf(squares / static_cast<float>(kHeadDim) + params.eps);
+    if (is_turned) {
+      const float scale = 1.0f / sqrtf(squares / static_cast<float>(head_dim) + params.eps);
 #pragma unroll
       for (int i = 0; i < kLaneSize; ++i) values[i] = values[i] * scale * norm[i];
       cuda::round_values<T>(values);
@@ -102,17 +122,30 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   if (params.rope != nullptr) {
-    const bool is_first = lane < kHalfLanes;
+    if (params.interleaved) {
+      if (rotates) {
 #pragma unroll
-    for (int i = 0; i < kLaneSize; ++i) {
-      const float other = __shfl_xor_sync(cuda::kFullWarp, values[i], kHalfLanes);
-      if (!turns) continue;
-      const float first = is_first ? values[i] : other;
-      const float second = is_first ? other : values[i];
-      values[i] = is_first ? first * cosines[i] - second * sines[i]
-                           : second * cosines[i] + first * sines[i];
+        for (int i = 0; i < kLaneSize; i += 2) {
+          const float first = values[i];
+          const float second = values[i + 1];
+          values[i] = first * cosines[i / 2] - second * sines[i / 2];
+          values[i + 1] = second * cosines[i / 2] + first * sines[i / 2];
+        }
+      }
+    } else {
+      const bool is_first = lane < pair_lanes;
+      const int partner = is_first ? lane + pair_lanes : rotates ? lane - pair_lanes : lane;
+#pragma unroll
+      for (int i = 0; i < kLaneSize; ++i) {
+        const float other = __shfl_sync(cuda::kFullWarp, values[i], partner, kLanes);
+        if (!rotates) continue;
+        const float first = is_first ? values[i] : other;
+        const float second = is_first ? other : values[i];
+        values[i] = is_first ? first * cosines[i] - second * sines[i]
+                             : second * cosines[i] + first * sines[i];
+      }
     }
-    if (turns) cuda::round_values<T>(values);
+    if (rotates) cuda::round_values<T>(values);
   }
 
   if (!active) return;
@@ -161,15 +194,17 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
 
   if (params.rope != nullptr && kind != HeadKind::kValue) {
-    const int32_t half = head_dim / 2;
-    const float* angles = params.rope + int64_t{positions[token]} * head_dim;
-    for (int32_t i = threadIdx.x; i < half; i += kThreads) {
+    const int32_t pairs = params.rope_pairs;
+    const float* angles = params.rope + int64_t{positions[token]} * (2 * pairs);
+    for (int32_t i = threadIdx.x; i < pairs; i += kThreads) {
       const float c = angles[i];
-      const float s = angles[half + i];
-      const float first = values[i];
-      const float second = values[half + i];
-      values[i] = rounded<T>(first * c - second * s);
-      values[half + i] = rounded<T>(second * c + first * s);
+      const float s = angles[pairs + i];
+      float& low = values[params.interleaved ? 2 * i : i];
+      float& high = values[params.interleaved ? 2 * i + 1 : pairs + i];
+      const float first = low;
+      const float second = high;
+      low = rounded<T>(first * c - second * s);
+      high = rounded<T>(second * c + first * s);
     }
     __syncthreads();
   }
@@ -201,6 +236,9 @@ void launch_qkv_prepare(const QkvPrepareParams& params, const KvCacheLayer& cach
                         const int32_t* slots, const StepContext& ctx) {
   const HeadShape& shape = params.shape;
   const int32_t lanes = shape.head_dim / kLaneSize;
+  // Half-split pairs are in two lanes at the same place, interleaved ones in one.
+  const bool divides = params.rope == nullptr ||
+                       params.rope_pairs % (params.interleaved ? kLaneSize / 2 : kLaneSize) == 0;
   // Nobody asks for the query heads if only the cache is written.
   const int32_t first_head = params.out == nullptr ? shape.num_heads : 0;
   const int32_t heads = shape.num_heads + 2 * shape.num_kv_heads - first_head;
@@ -209,20 +247,24 @@ void launch_qkv_prepare(const QkvPrepareParams& params, const KvCacheLayer& cach
     cuda::launch(kOp, ctx, kernel, grid, kThreads, 0, params, cache, ctx.infer.positions, slots,
                  first_head);
   };
-  const bool aligned = all_aligned(params, cache);
-  if (aligned && lanes == 2) {
-    run(qkv_prepare_kernel<T, 2>, kThreads / 2);
-  } else if (aligned && lanes == 4) {
-    run(qkv_prepare_kernel<T, 4>, kThreads / 4);
-  } else if (aligned && lanes == 8) {
-    run(qkv_prepare_kernel<T, 8>, kThreads / 8);
-  } else if (aligned && lanes == 16) {
-    run(qkv_prepare_kernel<T, 16>, kThreads / 16);
-  } else if (aligned && lanes == 32) {
-    run(qkv_prepare_kernel<T, 32>, kThreads / 32);
-  } else {
-    run(qkv_prepare_any_kernel<T>, 1);
+  if (!divides || lanes < 2 || !all_aligned(params, cache)) {
+    return run(qkv_prepare_any_kernel<T>, 1);
   }
+  switch (lanes) {
+    case 2:
+      return run(qkv_prepare_kernel<T, 2, true>, kThreads / 2);
+    case 4:
+      return run(qkv_prepare_kernel<T, 4, true>, kThreads / 4);
+    case 8:
+      return run(qkv_prepare_kernel<T, 8, true>, kThreads / 8);
+    case 16:
+      return run(qkv_prepare_kernel<T, 16, true>, kThreads / 16);
+    case 32:
+      return run(qkv_prepare_kernel<T, 32, true>, kThreads / 32);
+  }
+  if (lanes < 8) return run(qkv_prepare_kernel<T, 8, false>, kThreads / 8);
+  if (lanes < 16) return run(qkv_prepare_kernel<T, 16, false>, kThreads / 16);
+  run(qkv_prepare_kernel<T, 32, false>, kThreads / 32);
 }
 
 }  // namespace
@@ -236,6 +278,9 @@ void qkv_prepare_cuda(const QkvPrepareParams& params, const StepContext& ctx) {
   check((params.q_norm == nullptr) == (params.k_norm == nullptr), kOp,
         "q_norm and k_norm must be given together");
   check(params.out != nullptr || params.cache != nullptr, kOp, "neither out nor cache is given");
+  check(
+      params.rope == nullptr || (params.rope_pairs > 0 && 2 * params.rope_pairs <= shape.head_dim),
+      kOp, "rope_pairs is ", params.rope_pairs, "; it must be in [1, ", shape.head_dim / 2, "]");
   KvCacheLayer cache;
   const int32_t* slots = nullptr;
   if (params.cache != nullptr) {

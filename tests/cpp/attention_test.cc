@@ -14,6 +14,7 @@ struct Config {
   HeadShape shape;
   int block_size = 16;
   int window = 0;
+  float softcap = 0.0f;
 };
 
 // Requests with their histories in a paged cache whose blocks are dealt out in a scattered order.
@@ -113,7 +114,7 @@ class Scene {
     Tensor out(dtype_, static_cast<int64_t>(positions.size()) * config_.shape.q_cols());
     out.fill(kNaN);
     paged_attention_cpu({qkv.data(), out.data(), config_.shape, dtype_, scale(), config_.window,
-                         &cache_, 1, nullptr},
+                         config_.softcap, &cache_, 1, nullptr},
                         step.ctx);
     return out;
   }
@@ -133,7 +134,9 @@ class Scene {
           score += double{qkv.get(column(position, h) + i)} *
                    double{qkv.get(column(p, shape.num_heads + kv_head) + i)};
         }
-        scores.push_back(score * scale());
+        score *= scale();
+        if (config_.softcap > 0.0f) score = config_.softcap * std::tanh(score / config_.softcap);
+        scores.push_back(score);
       }
       const double highest = *std::max_element(scores.begin(), scores.end());
       double sum = 0.0;
@@ -182,9 +185,10 @@ class Scene {
 };
 
 const Config kConfigs[] = {
-    {{4, 2, 128}, 16, 0}, {{3, 1, 64}, 16, 0},  {{2, 2, 40}, 16, 0},
-    {{8, 1, 256}, 32, 0}, {{6, 2, 8}, 8, 0},    {{4, 2, 32}, 16, 50},
-    {{2, 1, 24}, 16, 1},  {{70, 1, 16}, 16, 0}, {{2, 1, 72}, 1, 70},
+    {{4, 2, 128}, 16, 0},      {{3, 1, 64}, 16, 0},         {{2, 2, 40}, 16, 0},
+    {{8, 1, 256}, 32, 0},      {{6, 2, 8}, 8, 0},           {{4, 2, 32}, 16, 50},
+    {{2, 1, 24}, 16, 1},       {{70, 1, 16}, 16, 0},        {{2, 1, 72}, 1, 70},
+    {{4, 2, 96}, 16, 0, 2.0f}, {{2, 1, 80}, 16, 33, 50.0f},
 };
 
 TEST_CASE("paged attention agrees with float64, and whole, chunked and decoded prompts are equal") {

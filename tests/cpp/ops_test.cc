@@ -26,12 +26,12 @@ struct Weight {
 };
 
 Tensor run_linear(const Tensor& x, const Weight& weight, const float* bias, int64_t rows,
-                  DType out_dtype, bool silu_mul, int num_threads = 2) {
+                  DType out_dtype, Activation activation = Activation::kNone, int num_threads = 2) {
   Step step(static_cast<int>(rows), num_threads);
-  const int64_t cols = silu_mul ? weight.view.rows / 2 : weight.view.rows;
+  const int64_t cols = activation != Activation::kNone ? weight.view.rows / 2 : weight.view.rows;
   Tensor out(out_dtype, rows * cols);
   out.fill(kNaN);
-  linear_cpu({x.data(), weight.view, bias, out.data(), x.dtype(), out_dtype, silu_mul, false},
+  linear_cpu({x.data(), weight.view, bias, out.data(), x.dtype(), out_dtype, activation, false},
              step.ctx);
   return out;
 }
@@ -58,7 +58,7 @@ TEST_CASE("linear agrees with float64") {
           const std::vector<float> bias = random_floats(shape.out, 3);
           const float* biases[] = {nullptr, bias.data()};
           for (const float* b : biases) {
-            const Tensor out = run_linear(x, weight, b, shape.rows, out_dtype, false);
+            const Tensor out = run_linear(x, weight, b, shape.rows, out_dtype);
             for (int64_t r = 0; r < shape.rows; ++r) {
               for (int64_t n = 0; n < shape.out; ++n) {
                 double sum = b == nullptr ? 0.0 : b[n];
@@ -91,16 +91,16 @@ TEST_CASE("linear gives a row the same bits in any batch and on any number of th
       for (int64_t in : {77, 96}) {
         const Weight weight(dtype, kOut, in, 4);
         const Tensor x = random_tensor(dtype, kRows * in, 5);
-        const Tensor all = run_linear(x, weight, nullptr, kRows, dtype, false);
-        CHECK(run_linear(x, weight, nullptr, kRows, dtype, false, 1) == all);
-        CHECK(run_linear(x, weight, nullptr, kRows, dtype, false, 3) == all);
+        const Tensor all = run_linear(x, weight, nullptr, kRows, dtype);
+        CHECK(run_linear(x, weight, nullptr, kRows, dtype, Activation::kNone, 1) == all);
+        CHECK(run_linear(x, weight, nullptr, kRows, dtype, Activation::kNone, 3) == all);
         for (int64_t rows = 1; rows <= 64; ++rows) {
           CAPTURE(rows);
           const int64_t first = kRows - rows;
           Tensor part(dtype, rows * in);
           std::memcpy(part.data(), x.at(first * in),
                       static_cast<size_t>(part.at(part.count()) - part.at(0)));
-          const Tensor out = run_linear(part, weight, nullptr, rows, dtype, false);
+          const Tensor out = run_linear(part, weight, nullptr, rows, dtype);
           REQUIRE(out.same_bits(all, 0, first * kOut, rows * kOut));
         }
       }
@@ -108,7 +108,7 @@ TEST_CASE("linear gives a row the same bits in any batch and on any number of th
   }
 }
 
-TEST_CASE("linear with silu_mul equals linear and silu_mul bit for bit") {
+TEST_CASE("linear with an activation equals linear and gated_mul bit for bit") {
   for (CpuIsa isa : supported_isas()) {
     const IsaScope scope(isa);
     CAPTURE(cpu_isa_name(isa));
@@ -121,11 +121,13 @@ TEST_CASE("linear with silu_mul equals linear and silu_mul bit for bit") {
           const std::vector<float> bias = random_floats(2 * half, 8);
           const float* biases[] = {nullptr, bias.data()};
           for (const float* b : biases) {
-            const Tensor both = run_linear(x, weight, b, rows, dtype, false);
+            const Tensor both = run_linear(x, weight, b, rows, dtype);
             Step step(static_cast<int>(rows));
             Tensor expected(dtype, rows * half);
-            silu_mul_cpu({both.data(), expected.data(), half, dtype}, step.ctx);
-            CHECK(run_linear(x, weight, b, rows, dtype, true) == expected);
+            for (Activation activation : {Activation::kSilu, Activation::kGeluTanh}) {
+              gated_mul_cpu({both.data(), expected.data(), half, dtype, activation}, step.ctx);
+              CHECK(run_linear(x, weight, b, rows, dtype, activation) == expected);
+            }
           }
         }
       }
@@ -142,11 +144,11 @@ TEST_CASE("linear keeps NaN and infinity in their rows") {
       for (int64_t in : {31, 64}) {
         const Weight weight(dtype, kOut, in, 9);
         const Tensor clean = random_tensor(dtype, kRows * in, 10);
-        const Tensor expected = run_linear(clean, weight, nullptr, kRows, dtype, false);
+        const Tensor expected = run_linear(clean, weight, nullptr, kRows, dtype);
         for (float bad : {kNaN, kInf, -kInf}) {
           Tensor x = clean;
           for (int64_t k = 0; k < in; ++k) x.set(4 * in + k, k % 2 == 0 ? bad : kNaN);
-          const Tensor out = run_linear(x, weight, nullptr, kRows, dtype, false);
+          const Tensor out = run_linear(x, weight, nullptr, kRows, dtype);
           CHECK(out.same_bits(expected, 0, 0, 4 * kOut));
           CHECK(out.same_bits(expected, 5 * kOut, 5 * kOut, 4 * kOut));
           for (int64_t n = 0; n < kOut; ++n) CHECK(std::isnan(out.get(4 * kOut + n)));
@@ -161,8 +163,8 @@ TEST_CASE("linear refuses arguments that do not fit") {
   const Weight weight(DType::kF32, 24, 8, 1);
   Tensor x(DType::kF32, 8);
   Tensor out(DType::kF32, 24);
-  LinearParams good{x.data(),    weight.view, nullptr, out.data(),
-                    DType::kF32, DType::kF32, false,   false};
+  LinearParams good{x.data(),    weight.view, nullptr,           out.data(),
+                    DType::kF32, DType::kF32, Activation::kNone, false};
   linear_cpu(good, step.ctx);
   LinearParams bad = good;
   bad.dtype = bad.out_dtype = DType::kBF16;
@@ -171,7 +173,7 @@ TEST_CASE("linear refuses arguments that do not fit") {
   bad.out_dtype = DType::kBF16;
   CHECK_THROWS_AS(linear_cpu(bad, step.ctx), Error);
   bad = good;
-  bad.silu_mul = true;
+  bad.activation = Activation::kSilu;
   CHECK_THROWS_AS(linear_cpu(bad, step.ctx), Error);
   bad = good;
   bad.weight.layout = WeightLayout::kRowMajor;
@@ -225,7 +227,7 @@ TEST_CASE("pack_panels and embedding: every source dtype, written in pieces, rea
       step.ctx.infer.token_ids = ids.data();
       Tensor out(dtype, (kRows + 2) * kCols);
       out.fill(kNaN);
-      embedding_cpu({view, out.data(), dtype}, step.ctx);
+      embedding_cpu({view, out.data(), dtype, 1.0f}, step.ctx);
       for (int64_t t = 0; t < kRows; ++t) {
         REQUIRE(out.same_bits(expected, t * kCols, ids[static_cast<size_t>(t)] * kCols, kCols));
       }
@@ -233,7 +235,7 @@ TEST_CASE("pack_panels and embedding: every source dtype, written in pieces, rea
 
       Tensor from_rows(dtype, (kRows + 2) * kCols);
       embedding_cpu({WeightView{expected.data(), dtype, WeightLayout::kRowMajor, kRows, kCols},
-                     from_rows.data(), dtype},
+                     from_rows.data(), dtype, 1.0f},
                     step.ctx);
       CHECK(from_rows == out);
     }
@@ -249,7 +251,19 @@ TEST_CASE("pack_panels and embedding: every source dtype, written in pieces, rea
       Error);
 }
 
-TEST_CASE("silu_mul is accurate over the whole range, the same in every lane") {
+TEST_CASE("gated_mul is accurate over the whole range, the same in every lane") {
+  struct Case {
+    Activation activation;
+    double (*z)(double);
+    double lowest;  // below, exp(-z) overflows float32 and the quotient is 0
+    double ulps;    // an error of z is one of exp(-z) as many times over as z is large
+  };
+  const Case cases[] = {
+      // exp within 2 ulp, a sum and a quotient.
+      {Activation::kSilu, [](double v) { return v; }, -88.0, 3.0},
+      {Activation::kGeluTanh,
+       [](double v) { return std::sqrt(8.0 / M_PI) * (v + 0.044715 * v * v * v); }, -9.9, 200.0},
+  };
   for (CpuIsa isa : supported_isas()) {
     const IsaScope scope(isa);
     CAPTURE(cpu_isa_name(isa));
@@ -261,37 +275,68 @@ TEST_CASE("silu_mul is accurate over the whole range, the same in every lane") {
       x.set(i, gates[static_cast<size_t>(i)]);
       x.set(count + i, 1.0f);
     }
-    Step step(1);
-    Tensor out(DType::kF32, count);
-    silu_mul_cpu({x.data(), out.data(), count, DType::kF32}, step.ctx);
-    double worst = 0.0;
-    for (int64_t i = 0; i < count; ++i) {
-      const double v = gates[static_cast<size_t>(i)];
-      // Below this exp(-v) overflows float32 and the quotient is 0.
-      if (v < -88.0) {
-        CHECK(std::abs(out.get(i)) < 1e-35);
-        continue;
+    for (const Case& c : cases) {
+      Step step(1);
+      Tensor out(DType::kF32, count);
+      gated_mul_cpu({x.data(), out.data(), count, DType::kF32, c.activation}, step.ctx);
+      double worst = 0.0;
+      for (int64_t i = 0; i < count; ++i) {
+        const double v = gates[static_cast<size_t>(i)];
+        if (v < c.lowest) {
+          CHECK(std::abs(out.get(i)) < 1e-35);
+          continue;
+        }
+        const double expected = v / (1.0 + std::exp(-c.z(v)));
+        worst = std::max(worst, std::abs(out.get(i) - expected) / std::abs(expected));
       }
-      const double expected = v / (1.0 + std::exp(-v));
-      worst = std::max(worst, std::abs(out.get(i) - expected) / std::abs(expected));
-    }
-    // exp within 2 ulp, a sum and a quotient.
-    CHECK(worst <= 3.0 * std::ldexp(1.0, -23));
+      CHECK(worst <= c.ulps * std::ldexp(1.0, -23));
 
-    // One element by itself is the tail of a vector.
-    for (int64_t i = 0; i < count; i += 97) {
-      const float alone[2] = {x.get(i), 1.0f};
-      float result = 0.0f;
-      silu_mul_cpu({alone, &result, 1, DType::kF32}, step.ctx);
-      REQUIRE(float_to_bits(result) == float_to_bits(out.get(i)));
+      // One element by itself is the tail of a vector.
+      for (int64_t i = 0; i < count; i += 97) {
+        const float alone[2] = {x.get(i), 1.0f};
+        float result = 0.0f;
+        gated_mul_cpu({alone, &result, 1, DType::kF32, c.activation}, step.ctx);
+        REQUIRE(float_to_bits(result) == float_to_bits(out.get(i)));
+      }
+      const float special[] = {kNaN, kInf, 0.0f, -1000.0f, 1.0f, 1.0f, 1.0f, 1.0f};
+      float results[4];
+      gated_mul_cpu({special, results, 4, DType::kF32, c.activation}, step.ctx);
+      CHECK(std::isnan(results[0]));
+      CHECK(results[1] == kInf);
+      CHECK(results[2] == 0.0f);
+      CHECK(results[3] == 0.0f);
     }
-    const float special[] = {kNaN, kInf, 0.0f, -1000.0f, 1.0f, 1.0f, 1.0f, 1.0f};
-    float results[4];
-    silu_mul_cpu({special, results, 4, DType::kF32}, step.ctx);
-    CHECK(std::isnan(results[0]));
-    CHECK(results[1] == kInf);
-    CHECK(results[2] == 0.0f);
-    CHECK(results[3] == 0.0f);
+  }
+}
+
+TEST_CASE("soft_cap is accurate near 0 and far from it") {
+  for (CpuIsa isa : supported_isas()) {
+    const IsaScope scope(isa);
+    CAPTURE(cpu_isa_name(isa));
+    std::vector<float> values;
+    for (float v = 1e-30f; v < 1e4f; v *= 1.013f) {
+      values.push_back(v);
+      values.push_back(-v);
+    }
+    for (float v : {0.0f, kInf, -kInf, kNaN}) values.push_back(v);
+    const auto count = static_cast<int64_t>(values.size());
+    Step step(1);
+    step.ctx.sizes.num_logits = 1;
+    std::vector<float> out(values.size());
+    for (float cap : {1.0f, 30.0f}) {
+      soft_cap_cpu({values.data(), out.data(), count, cap}, step.ctx);
+      double worst = 0.0;
+      for (size_t i = 0; i + 4 < values.size(); ++i) {
+        const double expected = cap * std::tanh(double{values[i]} / cap);
+        worst = std::max(worst, std::abs(out[i] - expected) / std::abs(expected));
+      }
+      CHECK(worst <= 6.0 * std::ldexp(1.0, -23));
+      CHECK(out[values.size() - 4] == 0.0f);
+      CHECK(out[values.size() - 3] == cap);
+      CHECK(out[values.size() - 2] == -cap);
+      CHECK(std::isnan(out.back()));
+    }
+    CHECK_THROWS_AS(soft_cap_cpu({values.data(), out.data(), count, 0.0f}, step.ctx), Error);
   }
 }
 
@@ -426,9 +471,19 @@ TEST_CASE("qkv_prepare: the fused op equals its parts, the parts agree with floa
 
         const Tensor qkv = random_tensor(dtype, kTokens * cols, 19);
         Tensor fused = qkv;
-        const QkvPrepareParams all{fused.data(),  fused.data(),  shape, dtype,
-                                   q_norm.data(), k_norm.data(), 1e-6f, rope.data(),
-                                   kMaxPosition,  &cache,        1};
+        const QkvPrepareParams all{fused.data(),
+                                   fused.data(),
+                                   shape,
+                                   dtype,
+                                   q_norm.data(),
+                                   k_norm.data(),
+                                   1e-6f,
+                                   rope.data(),
+                                   head_dim / 2,
+                                   false,
+                                   kMaxPosition,
+                                   &cache,
+                                   1};
         qkv_prepare_cpu(all, step.ctx);
 
         Tensor normed(dtype, kTokens * cols), rotated(dtype, kTokens * cols);

@@ -46,7 +46,7 @@ Program small_model() {
   std::vector<float> inv_freq(kHeadDim / 2);
   for (size_t i = 0; i < inv_freq.size(); ++i) inv_freq[i] = 1.0f / static_cast<float>(1 + i);
   const int32_t rope = program.rope_table({inv_freq, 1.0f});
-  int32_t x = program.embedding(embed);
+  int32_t x = program.embedding(embed, 1.0f);
   program.begin_layer(0);
   const HeadShape heads{kHeads, kKvHeads, kHeadDim};
   const int32_t normed = program.rms_norm(x, vector(program, "norm1", kHidden), 1e-6f);
@@ -61,9 +61,10 @@ Program small_model() {
   const int32_t normed2 = program.rms_norm(x, vector(program, "norm2", kHidden), 1e-6f);
   const int32_t gate_up =
       program.linear(normed2, matrix(program, "gate_up", 2 * 80, kHidden), -1, -1, false);
-  x = program.linear(program.silu_mul(gate_up), matrix(program, "down", kHidden, 80), -1, x, true);
+  x = program.linear(program.gated_mul(gate_up, Activation::kSilu),
+                     matrix(program, "down", kHidden, 80), -1, x, true);
   program.end_layer();
-  program.logits(program.rms_norm(x, vector(program, "norm", kHidden), 1e-6f), embed);
+  program.logits(program.rms_norm(x, vector(program, "norm", kHidden), 1e-6f), embed, 0.0f);
   program.fuse();
   return program;
 }

@@ -30,9 +30,10 @@ void bind_program(nb::module_& m) {
       .def(
           "weight",
           [](Program& self, const std::string& name, bool is_vector, int64_t cols,
-             const std::vector<std::pair<std::string, int64_t>>& segments) {
+             const std::vector<std::pair<std::string, int64_t>>& segments, float offset) {
             WeightSpec spec;
             spec.name = name;
+            spec.offset = offset;
             spec.kind = is_vector ? WeightKind::kVector : WeightKind::kMatrix;
             spec.cols = cols;
             for (const auto& [tensor, rows] : segments) {
@@ -44,7 +45,9 @@ void bind_program(nb::module_& m) {
             return self.weight(std::move(spec));
           },
           nb::arg("name"), nb::arg("is_vector"), nb::arg("cols"), nb::arg("segments"),
-          "Declares a weight [sum of segment rows, cols]; segments are (tensor name, rows).")
+          nb::arg("offset") = 0.0f,
+          "Declares a weight [sum of segment rows, cols]; segments are (tensor name, rows).\n"
+          "`offset` is added to the values of a vector when they are loaded.")
       .def(
           "input",
           [](Program& self, const std::string& name, int64_t cols, bool logits_rows) {
@@ -52,23 +55,29 @@ void bind_program(nb::module_& m) {
           },
           nb::arg("name"), nb::arg("cols"), nb::arg("logits_rows") = false)
       .def("output", &Program::output, nb::arg("value"))
-      .def("embedding", &Program::embedding, nb::arg("table"))
+      .def("embedding", &Program::embedding, nb::arg("table"), nb::arg("scale") = 1.0f)
       .def("rms_norm", &Program::rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"))
       .def("add", &Program::add, nb::arg("a"), nb::arg("b"))
       .def("linear", &Program::linear, nb::arg("x"), nb::arg("weight"), nb::arg("bias") = -1,
            nb::arg("residual") = -1, nb::arg("row_parallel") = false)
-      .def("silu_mul", &Program::silu_mul, nb::arg("x"))
+      .def(
+          "silu_mul", [](Program& self, int32_t x) { return self.gated_mul(x, Activation::kSilu); },
+          nb::arg("x"))
+      .def(
+          "gelu_mul",
+          [](Program& self, int32_t x) { return self.gated_mul(x, Activation::kGeluTanh); },
+          nb::arg("x"))
       .def(
           "rope_table",
-          [](Program& self, std::vector<float> inv_freq, float factor) {
-            return self.rope_table({std::move(inv_freq), factor});
+          [](Program& self, std::vector<float> inv_freq, float factor, bool interleaved) {
+            return self.rope_table({std::move(inv_freq), factor, interleaved});
           },
-          nb::arg("inv_freq"), nb::arg("factor") = 1.0f)
+          nb::arg("inv_freq"), nb::arg("factor") = 1.0f, nb::arg("interleaved") = false)
       .def(
           "attention",
           [](Program& self, int32_t qkv, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
              int32_t kv_layer, float scale, int32_t window, int32_t rope, int32_t q_norm,
-             int32_t k_norm, float eps) {
+             int32_t k_norm, float eps, float softcap) {
             Program::AttentionSpec spec;
             spec.heads = {num_heads, num_kv_heads, head_dim};
             spec.scale = scale;
@@ -78,14 +87,15 @@ void bind_program(nb::module_& m) {
             spec.q_norm = q_norm;
             spec.k_norm = k_norm;
             spec.eps = eps;
+            spec.softcap = softcap;
             return self.attention(qkv, spec);
           },
           nb::arg("qkv"), nb::kw_only(), nb::arg("num_heads"), nb::arg("num_kv_heads"),
           nb::arg("head_dim"), nb::arg("kv_layer"), nb::arg("scale"), nb::arg("window") = 0,
           nb::arg("rope") = -1, nb::arg("q_norm") = -1, nb::arg("k_norm") = -1,
-          nb::arg("eps") = 0.0f)
+          nb::arg("eps") = 0.0f, nb::arg("softcap") = 0.0f)
       .def("gather_rows", &Program::gather_rows, nb::arg("x"))
-      .def("logits", &Program::logits, nb::arg("x"), nb::arg("weight"))
+      .def("logits", &Program::logits, nb::arg("x"), nb::arg("weight"), nb::arg("softcap") = 0.0f)
       .def("begin_layer", &Program::begin_layer, nb::arg("layer"))
       .def("end_layer", &Program::end_layer)
       .def("fuse", &Program::fuse,
@@ -97,7 +107,7 @@ void bind_program(nb::module_& m) {
       .def_prop_ro("op_names",
                    [](const Program& self) {
                      std::vector<std::string> names;
-                     for (const Op& op : self.ops()) names.emplace_back(op_name(op.kind));
+                     for (const Op& op : self.ops()) names.emplace_back(op_name(op));
                      return names;
                    })
       .def_prop_ro(

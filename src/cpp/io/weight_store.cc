@@ -30,7 +30,7 @@ std::vector<WeightView> stored_weights(const Program& program, WeightLayout line
                        .cols = spec.cols});
   }
   for (const Op& op : program.ops()) {
-    if (op.kind == OpKind::kLinear || op.kind == OpKind::kLinearSiluMul) {
+    if (op.kind == OpKind::kLinear || op.kind == OpKind::kLinearGatedMul) {
       weights[op.weights[0]].layout = linear_layout;
     }
   }
@@ -103,12 +103,17 @@ void WeightStore::store_rows(int32_t weight, int64_t row_start, int64_t rows, co
   }
   const int64_t count = rows * view.cols;
   const size_t bytes = static_cast<size_t>(count) * dtype_size(view.dtype);
-  if (dtype == view.dtype) {
+  const float offset = program_->weights()[weight].offset;
+  if (dtype == view.dtype && offset == 0.0f) {
     device_->copy_in(row_address(weight, row_start), source, bytes);
     return;
   }
   const auto converted = std::make_unique<char[]>(bytes);
   convert_elements(source, dtype, converted.get(), view.dtype, count);
+  if (offset != 0.0f) {  // a vector, in float32
+    float* values = reinterpret_cast<float*>(converted.get());
+    for (int64_t i = 0; i < count; ++i) values[i] += offset;
+  }
   device_->copy_in(row_address(weight, row_start), converted.get(), bytes);
 }
 
@@ -161,14 +166,18 @@ void WeightStore::load(const MappedFile& file, std::span<const TensorSource> ten
   for (const TensorSource& tensor : tensors) {
     check_segment(tensor.weight, tensor.segment, tensor.dtype);
   }
-  const bool staged = device_->type() != DeviceType::kCpu;
-  if (staged) load_staged(file, tensors, progress);
+  // Copies that are staged do not touch values; those few that an offset is added to go alone.
+  std::vector<TensorSource> staged, alone;
   for (const TensorSource& tensor : tensors) {
-    if (!staged) {
-      load_mapped(file, tensor);
-      const int64_t rows = program_->weights()[tensor.weight].segments[tensor.segment].rows;
-      progress(static_cast<size_t>(rows * views_[tensor.weight].cols) * dtype_size(tensor.dtype));
-    }
+    const bool plain = program_->weights()[tensor.weight].offset == 0.0f;
+    (device_->type() != DeviceType::kCpu && plain ? staged : alone).push_back(tensor);
+  }
+  if (!staged.empty()) load_staged(file, staged, progress);
+  for (const TensorSource& tensor : staged) loaded_[tensor.weight][tensor.segment] = true;
+  for (const TensorSource& tensor : alone) {
+    load_mapped(file, tensor);
+    const int64_t rows = program_->weights()[tensor.weight].segments[tensor.segment].rows;
+    progress(static_cast<size_t>(rows * views_[tensor.weight].cols) * dtype_size(tensor.dtype));
     loaded_[tensor.weight][tensor.segment] = true;
   }
 }

@@ -152,13 +152,14 @@ void add_values(const float* probs, const char* const* values, int begin, int en
 
 // Scores of one row to probabilities relative to the row's running maximum. Lanes outside
 // [begin, end) become 0. Returns by what the row's earlier sums must be scaled.
-MRV1_INLINE float softmax_chunk(float* scores, int begin, int end, float scale, float* row_max,
-                                float* row_sum) {
+MRV1_INLINE float softmax_chunk(float* scores, int begin, int end, float scale, float softcap,
+                                float* row_max, float* row_sum) {
   const Vec minus_infinity = set1(bits_to_float(0xff800000u));
   const int num_vecs = (end + kLanes - 1) / kLanes;
   Vec highest = minus_infinity;
   for (int i = 0; i < num_vecs; ++i) {
-    Vec s = mul(load(scores + i * kLanes), set1(scale));
+    Vec s = load(scores + i * kLanes);
+    s = softcap > 0.0f ? soft_cap(s, scale / softcap, softcap) : mul(s, set1(scale));
     const int low = begin - i * kLanes;
     const int high = end - i * kLanes;
     if (low > 0 || high < kLanes) {
@@ -271,7 +272,7 @@ void attention(const AttentionTile& tile) {
       same_range = same_range && begins[r] == begins[0] && ends[r] == ends[0];
       if (begins[r] >= ends[r]) continue;
       const float factor = softmax_chunk(s.probs + r * kAttentionChunk, begins[r], ends[r],
-                                         tile.scale, s.row_max + r, s.row_sum + r);
+                                         tile.scale, tile.softcap, s.row_max + r, s.row_sum + r);
       for (int64_t i = 0; i < dim; i += kLanes) {
         store(s.acc + r * dim + i, mul(load(s.acc + r * dim + i), set1(factor)));
       }

@@ -6,12 +6,14 @@
 
 namespace mrv1 {
 
-// out[t] = table[token_ids[t]] for the step's tokens, token_ids from the step's infer_params.
-// Ids outside [0, table.rows) give a zero row: admission has refused them, only padding is left.
+// out[t] = scale * table[token_ids[t]] for the step's tokens, token_ids from the step's
+// infer_params. The product is made in float32 and rounded to dtype. Ids outside [0, table.rows)
+// give a zero row: admission has refused them, only padding is left.
 struct EmbeddingParams {
   WeightView table;  // [vocab, cols], any layout: a tied embedding is gathered from the packed copy
   void* out;         // [tokens, cols] of `dtype`
   DType dtype;
+  float scale;  // 1 leaves rows as they are
 };
 
 void embedding_cpu(const EmbeddingParams& params, const StepContext& ctx);

@@ -29,11 +29,7 @@ void gather(const EmbeddingParams& params, const StepContext& ctx) {
           for (int64_t c = 0; c < table.cols; ++c) {
             const From value =
                 data[row_major ? id * table.cols + c : panel_index(table.dtype, table.cols, id, c)];
-            if constexpr (std::is_same_v<From, To>) {
-              row[c] = value;
-            } else {
-              row[c] = from_float<To>(to_float(value));
-            }
+            row[c] = from_float<To>(to_float(value) * params.scale);
           }
         }
       });

@@ -20,7 +20,7 @@ namespace mrv1 {
 struct WorkspaceLimits {
   int64_t vocab_size, head_dim;
   int64_t max_tokens, max_logits;
-  int64_t silu_mul_rows;  // weight rows of the largest linear with silu_mul, 0 if there is none
+  int64_t gated_rows;  // weight rows of the largest linear with an activation, 0 if there is none
   int num_threads;
 };
 
@@ -31,7 +31,8 @@ struct Kernels {
   void (*rms_norm)(const RmsNormParams&, const StepContext&);
   void (*linear)(const LinearParams&, const StepContext&);
   void (*add)(const AddParams&, const StepContext&);
-  void (*silu_mul)(const SiluMulParams&, const StepContext&);
+  void (*gated_mul)(const GatedMulParams&, const StepContext&);
+  void (*soft_cap)(const SoftCapParams&, const StepContext&);
   void (*gather_rows)(const GatherRowsParams&, const StepContext&);
   void (*qkv_prepare)(const QkvPrepareParams&, const StepContext&);
   void (*plan_attention)(const AttentionPlan&, const StepContext&);

@@ -1,6 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "ops/activation.h"
 #include "ops/weight_view.h"
 #include "state/step_context.h"
 
@@ -8,18 +9,21 @@ namespace mrv1 {
 
 // out = x weight^T (+ bias): [rows, weight.cols] x [weight.rows, weight.cols] -> [rows,
 // weight.rows]. Products are summed in float32; the order over columns is the same for every number
-// of rows, so that a row's result does not depend on what else is in the batch. With silu_mul the
-// weight stacks gate over up and out = silu(gate) * up: [rows, weight.rows / 2]; gate and up are
-// rounded to dtype first, so that the fused form equals its parts bit for bit.
+// of rows, so that a row's result does not depend on what else is in the batch. With an
+// activation the weight stacks gate over up and out = activation(gate) * up: [rows, weight.rows /
+// 2]; gate and up are rounded to dtype first, so that the fused form equals its parts bit for bit.
 struct LinearParams {
-  const void* x;      // [rows, weight.cols] of dtype
-  WeightView weight;  // dtype equal to `dtype`; kPanel16 on the CPU, kRowMajor on CUDA
-  const float* bias;  // [weight.rows] or null
-  void* out;          // of out_dtype
-  DType dtype;        // float32 or bfloat16
-  DType out_dtype;    // dtype, or float32
-  bool silu_mul;      // weight.rows / 2 must be a multiple of 16
-  bool logits_rows;   // rows are the step's logits rows instead of its tokens
+  const void* x;          // [rows, weight.cols] of dtype
+  WeightView weight;      // dtype equal to `dtype`; kPanel16 on the CPU, kRowMajor on CUDA
+  const float* bias;      // [weight.rows] or null
+  void* out;              // of out_dtype
+  DType dtype;            // float32 or bfloat16
+  DType out_dtype;        // dtype, or float32
+  Activation activation;  // but kNone: weight.rows / 2 must be a multiple of 16
+  bool logits_rows;       // rows are the step's logits rows instead of its tokens
+
+  bool gated() const { return activation != Activation::kNone; }
+  int64_t out_cols() const { return gated() ? weight.rows / 2 : weight.rows; }
 };
 
 void linear_cpu(const LinearParams& params, const StepContext& ctx);

@@ -34,11 +34,11 @@ void check_params(const LinearParams& params) {
         dtype_name(params.out_dtype), ", must be float32 or ", dtype_name(params.dtype));
   check(weight.rows > 0 && weight.cols > 0, kOp, "weight is [", weight.rows, ", ", weight.cols,
         "], must not be empty");
-  if (params.silu_mul) {
+  if (params.gated()) {
     check(weight.rows % (2 * kPanelRows) == 0, kOp, "weight has ", weight.rows,
-          " rows, must be a multiple of ", 2 * kPanelRows, " with silu_mul");
+          " rows, must be a multiple of ", 2 * kPanelRows, " with an activation");
     check(params.out_dtype == params.dtype, kOp, "out dtype is ", dtype_name(params.out_dtype),
-          ", must be ", dtype_name(params.dtype), " with silu_mul");
+          ", must be ", dtype_name(params.dtype), " with an activation");
   }
 }
 
@@ -73,13 +73,13 @@ void linear_cpu(const LinearParams& params, const StepContext& ctx) {
   const int64_t panel_bytes = kPanelRows * panel_cols(weight.dtype, weight.cols) * size;
   const char* panels = static_cast<const char*>(weight.data);
 
-  // A group of panels is computed together. With silu_mul it is as many of gate as of up, and its
-  // outputs are counted in panels of gate.
-  const int64_t out_cols = params.silu_mul ? weight.rows / 2 : weight.rows;
+  // A group of panels is computed together. With an activation it is as many of gate as of up, and
+  // its outputs are counted in panels of gate.
+  const int64_t out_cols = params.out_cols();
   const int64_t out_panels = (out_cols + kPanelRows - 1) / kPanelRows;
   const bool narrow = rows > kStreamingRows && kMaxPanels * panel_bytes > kCachedPanelBytes;
   const int group_panels = narrow ? kMaxPanels / 2 : kMaxPanels;
-  const int group_outs = params.silu_mul ? group_panels / 2 : group_panels;
+  const int group_outs = params.gated() ? group_panels / 2 : group_panels;
   const int64_t num_groups = (out_panels + group_outs - 1) / group_outs;
   const int64_t row_items = (rows + kRowsPerItem - 1) / kRowsPerItem;
 
@@ -92,12 +92,12 @@ void linear_cpu(const LinearParams& params, const StepContext& ctx) {
     LinearBlock block;
     block.x_stride = weight.cols;
     block.cols = weight.cols;
-    block.num_panels = params.silu_mul ? 2 * num_outs : num_outs;
+    block.num_panels = params.gated() ? 2 * num_outs : num_outs;
     block.out = sums;
     block.out_stride = kMaxPanels * kPanelRows;
     for (int p = 0; p < num_outs; ++p) {
       block.panels[p] = panels + (first + p) * panel_bytes;
-      if (params.silu_mul) {
+      if (params.gated()) {
         block.panels[num_outs + p] = panels + (out_panels + first + p) * panel_bytes;
       }
     }
@@ -109,9 +109,9 @@ void linear_cpu(const LinearParams& params, const StepContext& ctx) {
       for (int64_t r = 0; r < block.rows; ++r) {
         const float* sum = sums + r * block.out_stride;
         char* out = static_cast<char*>(params.out) + ((row + r) * out_cols + col) * out_size;
-        if (params.silu_mul) {
-          ops.store_silu_mul_row(sum, sum + num_outs * kPanelRows, bias,
-                                 bias == nullptr ? nullptr : bias + out_cols, out, num_cols);
+        if (params.gated()) {
+          ops.store_gated_mul_row(params.activation, sum, sum + num_outs * kPanelRows, bias,
+                                  bias == nullptr ? nullptr : bias + out_cols, out, num_cols);
         } else {
           store_row(sum, bias, out, num_cols);
         }

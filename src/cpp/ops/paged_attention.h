@@ -9,25 +9,31 @@ namespace mrv1 {
 // Causal attention of the step's tokens over the paged cache, the step's own keys and values
 // included (they are written before). Query head h reads key/value head h / (heads / kv_heads).
 // A token at position p of batch row b sees positions [max(0, p - window + 1), p]; window 0 means
-// no limit. Softmax is in float32. On the CPU, and on a GPU if ctx.batch_invariant, positions are
-// summed in fixed chunks in ascending order, so that a token's result does not depend on the batch
-// or on how the prompt was cut into chunks; else how they are summed follows from the batch alone.
+// no limit. Blocks that lie wholly before what a row's tokens see may be replaced by the null
+// block. A score is scale * q k; with a soft cap it becomes softcap * tanh(score / softcap) (Gemma
+// 2). Softmax is in float32. On the CPU, and on a GPU if ctx.batch_invariant, positions are summed
+// in fixed chunks in ascending order, so that a token's result does not depend on the batch or on
+// how the prompt was cut into chunks; else how they are summed follows from the batch alone.
 // Padding and masked tokens (token_batch -1) give zero rows.
 //
 // How the work is split over a GPU is decided by plan_attention, once for all layers that share a
-// geometry: on the device, from seq_lens, into fixed buffers, so that it is part of a captured
-// step.
+// geometry, whatever KV groups they are in: on the device, from seq_lens, into fixed buffers, so
+// that it is part of a captured step.
 struct AttentionPlan {
   HeadShape shape;
   DType dtype = DType::kF32;
   int32_t window = 0;
-  int32_t kv_group = 0;
+  float softcap = 0.0f;
+  int32_t first_group = 0, num_groups = 1;  // KV groups of its layers, one after the other
   int32_t max_requests = 0, max_tokens = 0;
   void* data = nullptr;  // device memory, attention_plan_bytes() long, zeros at first
 
-  bool serves(const HeadShape& heads, int32_t of_window, int32_t of_group) const {
+  bool serves(const HeadShape& heads, int32_t of_window, float of_softcap) const {
     return shape.num_heads == heads.num_heads && shape.num_kv_heads == heads.num_kv_heads &&
-           shape.head_dim == heads.head_dim && window == of_window && kv_group == of_group;
+           shape.head_dim == heads.head_dim && window == of_window && softcap == of_softcap;
+  }
+  bool has_group(int32_t group) const {
+    return group >= first_group && group - first_group < num_groups;
   }
 };
 
@@ -38,6 +44,7 @@ struct PagedAttentionParams {
   DType dtype;
   float scale;  // of the scores, usually 1 / sqrt(head_dim)
   int32_t window;
+  float softcap;              // 0: none
   const KvCacheLayer* cache;  // cache dtype equals dtype
   int32_t kv_group;           // whose block table
   const AttentionPlan* plan;  // that serves this geometry; computed earlier in the same step

@@ -37,6 +37,7 @@ void check_params(const PagedAttentionParams& params, const StepContext& ctx) {
   check(params.kv_group >= 0 && params.kv_group < ctx.rows.num_groups, kOp, "kv_group is ",
         params.kv_group, ", must be in [0, ", ctx.rows.num_groups, ")");
   check(params.window >= 0, kOp, "window is ", params.window, ", must not be negative");
+  check(params.softcap >= 0.0f, kOp, "softcap is ", params.softcap, ", must not be negative");
   const int64_t needed = thread_bytes(shape.head_dim) * ctx.pool->num_threads();
   check_internal(static_cast<int64_t>(ctx.workspace_bytes) >= needed, kOp, "workspace has ",
                  ctx.workspace_bytes, " bytes, needs ", needed);
@@ -88,6 +89,7 @@ void paged_attention_cpu(const PagedAttentionParams& params, const StepContext& 
     tile.token_stride = cache.token_stride;
     tile.block_size = cache.block_size;
     tile.scale = params.scale;
+    tile.softcap = params.softcap;
     tile.window = params.window;
     tile.scratch = static_cast<char*>(ctx.workspace) + thread * thread_bytes(shape.head_dim);
     const char* q = static_cast<const char*>(params.qkv) +

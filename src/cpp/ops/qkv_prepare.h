@@ -8,9 +8,10 @@ namespace mrv1 {
 
 // What stands between the QKV projection and attention, each part optional, always in this order:
 // 1. QK-norm: each q and k head is RMS-normalised over head_dim and scaled by q_norm or k_norm.
-// 2. RoPE on q and k heads, half-split ("rotate half", Su et al. 2021 in the layout of HF Llama):
-//    with c, s = cos, sin of the token's position and i < head_dim / 2,
-//    out[i] = x[i] c[i] - x[i + d/2] s[i], out[i + d/2] = x[i + d/2] c[i] + x[i] s[i].
+// 2. RoPE (Su et al. 2021) on the first 2 * rope_pairs elements of q and k heads; the others pass
+//    through. With c, s = cos, sin of the token's position, the two elements a, b of pair i become
+//    a c[i] - b s[i] and b c[i] + a s[i]. They lie at i and i + rope_pairs (half-split, "rotate
+//    half": HF Llama), or at 2 i and 2 i + 1 (interleaved: HF ERNIE 4.5).
 // 3. Cache write: k and v heads go to the slot of the token; slot -1 writes nothing.
 // The unfused program runs three of these with one part each; the fused one runs all in one.
 // All arithmetic in float32; a value is rounded to dtype after each part, so that fused and unfused
@@ -23,7 +24,9 @@ struct QkvPrepareParams {
   const float* q_norm;  // [head_dim] or null: no QK-norm
   const float* k_norm;  // [head_dim] or null
   float eps;
-  const float* rope;  // [max_position, head_dim]: cos of d/2 angles, then sin; null: no RoPE
+  const float* rope;   // [max_position, 2 * rope_pairs]: cosines, then sines; null: no RoPE
+  int32_t rope_pairs;  // at most head_dim / 2
+  bool interleaved;
   int64_t max_position;
   const KvCacheLayer* cache;  // null: no cache write; cache dtype equals dtype
   int32_t kv_group;           // whose slot mapping

@@ -22,6 +22,8 @@ void check_params(const QkvPrepareParams& params, const StepContext& ctx) {
   check(params.out != nullptr || params.cache != nullptr, kOp,
         "out and cache are null, one must be given");
   if (params.rope != nullptr) {
+    check(params.rope_pairs > 0 && 2 * params.rope_pairs <= shape.head_dim, kOp, "rope_pairs is ",
+          params.rope_pairs, ", must be in [1, ", shape.head_dim / 2, "]");
     for (int32_t t = 0; t < ctx.sizes.num_tokens; ++t) {
       const int32_t position = ctx.infer.positions[t];
       check(position >= 0 && position < params.max_position, kOp, "position of token ", t, " is ",
@@ -71,7 +73,13 @@ void qkv_prepare_cpu(const QkvPrepareParams& params, const StepContext& ctx) {
     }
     if (head < first_value && params.rope != nullptr) {
       const int64_t position = ctx.infer.positions[token];
-      ops.rope_head(from, params.rope + position * shape.head_dim, to, shape.head_dim);
+      const int64_t turned = int64_t{2} * params.rope_pairs;
+      ops.rope_head(from, params.rope + position * turned, to, params.rope_pairs,
+                    params.interleaved);
+      if (from != to) {
+        std::memcpy(to + turned * size, from + turned * size,
+                    static_cast<size_t>(head_bytes - turned * size));
+      }
       from = to;
     }
     if (params.out != nullptr && from != to) {

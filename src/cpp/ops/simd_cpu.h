@@ -325,16 +325,17 @@ MRV1_INLINE float reduce_max(const Vec& x) {
   return lanes[0];
 }
 
-// exp(x) within 2 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, and the Taylor polynomial of degree 7
-// of exp(r), whose remainder is below 0.1 ulp there. Overflows to infinity, underflows through the
-// subnormals to 0; NaN stays NaN.
-MRV1_INLINE Vec exp(const Vec& x) {
+// x = n ln 2 + r with |r| <= ln 2 / 2, and q such that exp(r) = 1 + q r: the Taylor polynomial of
+// degree 7, whose remainder is below 0.1 ulp there.
+struct ReducedExp {
+  Vec n, r, q;
+};
+MRV1_INLINE ReducedExp reduce_exp(const Vec& x) {
   // Adding 1.5 * 2^23 leaves the nearest whole number in the low bits of the mantissa.
   const Vec shift = set1(12582912.0f);
-  const Vec bounded = min(max(x, set1(-105.0f)), set1(89.0f));
-  const Vec n = sub(fma(bounded, set1(1.44269504088896341f), shift), shift);
+  const Vec n = sub(fma(x, set1(1.44269504088896341f), shift), shift);
   // ln 2 in two parts, the first short enough for n times it to be exact.
-  Vec r = fnma(n, set1(0.693359375f), bounded);
+  Vec r = fnma(n, set1(0.693359375f), x);
   r = fnma(n, set1(-2.12194440054690583e-4f), r);
   Vec p = set1(1.0f / 5040);
   p = fma(p, r, set1(1.0f / 720));
@@ -342,14 +343,39 @@ MRV1_INLINE Vec exp(const Vec& x) {
   p = fma(p, r, set1(1.0f / 24));
   p = fma(p, r, set1(1.0f / 6));
   p = fma(p, r, set1(0.5f));
-  p = fma(p, r, set1(1.0f));
-  p = fma(p, r, set1(1.0f));
-  return keep_nan(x, scale_pow2(p, n));
+  return {n, r, fma(p, r, set1(1.0f))};
 }
 
-// silu(gate) * up, silu(v) = v / (1 + exp(-v)).
-MRV1_INLINE Vec silu_mul(const Vec& gate, const Vec& up) {
-  const Vec denominator = add(set1(1.0f), exp(sub(set1(0.0f), gate)));
+// exp(x) within 2 ulp. Overflows to infinity, underflows through the subnormals to 0; NaN stays
+// NaN.
+MRV1_INLINE Vec exp(const Vec& x) {
+  const ReducedExp e = reduce_exp(min(max(x, set1(-105.0f)), set1(89.0f)));
+  return keep_nan(x, scale_pow2(fma(e.q, e.r, set1(1.0f)), e.n));
+}
+
+// tanh(x) within 4 ulp: m / (m + 2) with m = exp(2 x) - 1 = 2^n q r + (2^n - 1), which is accurate
+// near 0, too. Past 10 it is 1 in float32. NaN stays NaN.
+MRV1_INLINE Vec tanh(const Vec& x) {
+  const ReducedExp e = reduce_exp(min(max(add(x, x), set1(-20.0f)), set1(20.0f)));
+  const Vec power = scale_pow2(set1(1.0f), e.n);
+  const Vec m = fma(power, mul(e.q, e.r), sub(power, set1(1.0f)));
+  return keep_nan(x, div(m, add(m, set1(2.0f))));
+}
+
+// cap * tanh(x * scale), scale being 1 / cap times what x is scaled by.
+MRV1_INLINE Vec soft_cap(const Vec& x, float scale, float cap) {
+  return mul(tanh(mul(x, set1(scale))), set1(cap));
+}
+
+// activation(gate) * up.
+template <Activation kActivation>
+MRV1_INLINE Vec gated_mul(const Vec& gate, const Vec& up) {
+  Vec z = gate;
+  if constexpr (kActivation == Activation::kGeluTanh) {
+    const Vec cube = mul(mul(gate, gate), gate);
+    z = mul(fma(cube, set1(kGeluCubic), gate), set1(kGeluScale));
+  }
+  const Vec denominator = add(set1(1.0f), exp(sub(set1(0.0f), z)));
   return mul(div(gate, denominator), up);
 }
 

@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "core/dtype.h"
+#include "ops/activation.h"
 
 namespace mrv1 {
 
@@ -47,6 +48,7 @@ struct AttentionTile {
   int64_t block_stride, token_stride;
   int block_size;
   float scale;
+  float softcap;  // 0: none
   int window;
   void* scratch;  // attention_scratch_bytes(head_dim), aligned to 64 bytes
 };
@@ -73,14 +75,18 @@ struct TypedVectorOps {
   void (*linear)(const LinearBlock& block);
   // out = acc + bias (bias may be null), rounded to the dtype.
   void (*store_row)(const float* acc, const float* bias, void* out, int64_t n);
-  // out = silu(gate + bias) * (up + bias), the sums rounded to the dtype before silu.
-  void (*store_silu_mul_row)(const float* gate, const float* up, const float* gate_bias,
-                             const float* up_bias, void* out, int64_t n);
-  void (*silu_mul_row)(const void* gate, const void* up, void* out, int64_t n);
+  // out = activation(gate + bias) * (up + bias), the sums rounded to the dtype before that.
+  void (*store_gated_mul_row)(Activation activation, const float* gate, const float* up,
+                              const float* gate_bias, const float* up_bias, void* out, int64_t n);
+  void (*gated_mul_row)(Activation activation, const void* gate, const void* up, void* out,
+                        int64_t n);
+  void (*soft_cap_row)(const void* x, float cap, void* out, int64_t n);
   void (*add_row)(const void* a, const void* b, void* out, int64_t n);
   void (*norm_row)(const NormRow& row);
-  // One head; cos_sin holds head_dim / 2 cosines, then sines.
-  void (*rope_head)(const void* x, const float* cos_sin, void* out, int64_t head_dim);
+  // The first 2 * pairs elements of a head; cos_sin holds a cosine for each pair, then the sines.
+  // Pairs are (i, i + pairs), or (2 i, 2 i + 1) if interleaved.
+  void (*rope_head)(const void* x, const float* cos_sin, void* out, int64_t pairs,
+                    bool interleaved);
   void (*attention)(const AttentionTile& tile);
 };
 

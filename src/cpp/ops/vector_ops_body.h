@@ -298,9 +298,9 @@ void store_row(const float* acc, const float* bias, void* out, int64_t n) {
   });
 }
 
-template <typename T>
-void store_silu_mul_row(const float* gate, const float* up, const float* gate_bias,
-                        const float* up_bias, void* out, int64_t n) {
+template <typename T, Activation kActivation>
+void store_gated_mul_elements(const float* gate, const float* up, const float* gate_bias,
+                              const float* up_bias, void* out, int64_t n) {
   T* to = static_cast<T*>(out);
   for_each_vec(n, [&](int64_t i, int lanes) {
     Vec g = load_up_to(gate + i, lanes);
@@ -309,19 +309,45 @@ void store_silu_mul_row(const float* gate, const float* up, const float* gate_bi
       g = add(g, load_up_to(gate_bias + i, lanes));
       u = add(u, load_up_to(up_bias + i, lanes));
     }
-    store_up_to(to + i, silu_mul(round_to<T>(g), round_to<T>(u)), lanes);
+    store_up_to(to + i, gated_mul<kActivation>(round_to<T>(g), round_to<T>(u)), lanes);
   });
+}
+
+template <typename T>
+void store_gated_mul_row(Activation activation, const float* gate, const float* up,
+                         const float* gate_bias, const float* up_bias, void* out, int64_t n) {
+  const auto run = activation == Activation::kSilu
+                       ? store_gated_mul_elements<T, Activation::kSilu>
+                       : store_gated_mul_elements<T, Activation::kGeluTanh>;
+  run(gate, up, gate_bias, up_bias, out, n);
 }
 
 // ---- elementwise, norm, RoPE ----
 
-template <typename T>
-void silu_mul_row(const void* gate, const void* up, void* out, int64_t n) {
+template <typename T, Activation kActivation>
+void gated_mul_elements(const void* gate, const void* up, void* out, int64_t n) {
   const T* g = static_cast<const T*>(gate);
   const T* u = static_cast<const T*>(up);
   T* to = static_cast<T*>(out);
   for_each_vec(n, [&](int64_t i, int lanes) {
-    store_up_to(to + i, silu_mul(load_up_to(g + i, lanes), load_up_to(u + i, lanes)), lanes);
+    store_up_to(to + i, gated_mul<kActivation>(load_up_to(g + i, lanes), load_up_to(u + i, lanes)),
+                lanes);
+  });
+}
+
+template <typename T>
+void gated_mul_row(Activation activation, const void* gate, const void* up, void* out, int64_t n) {
+  const auto run = activation == Activation::kSilu ? gated_mul_elements<T, Activation::kSilu>
+                                                   : gated_mul_elements<T, Activation::kGeluTanh>;
+  run(gate, up, out, n);
+}
+
+template <typename T>
+void soft_cap_row(const void* x, float cap, void* out, int64_t n) {
+  const T* from = static_cast<const T*>(x);
+  T* to = static_cast<T*>(out);
+  for_each_vec(n, [&](int64_t i, int lanes) {
+    store_up_to(to + i, soft_cap(load_up_to(from + i, lanes), 1.0f / cap, cap), lanes);
   });
 }
 
@@ -364,17 +390,33 @@ void norm_row(const NormRow& row) {
 }
 
 template <typename T>
-void rope_head(const void* x, const float* cos_sin, void* out, int64_t head_dim) {
-  const int64_t half = head_dim / 2;
+void rope_head(const void* x, const float* cos_sin, void* out, int64_t pairs, bool interleaved) {
   const T* from = static_cast<const T*>(x);
   T* to = static_cast<T*>(out);
-  for_each_vec(half, [&](int64_t i, int lanes) {
+  for_each_vec(pairs, [&](int64_t i, int lanes) {
     const Vec c = load_up_to(cos_sin + i, lanes);
-    const Vec s = load_up_to(cos_sin + half + i, lanes);
-    const Vec a = load_up_to(from + i, lanes);
-    const Vec b = load_up_to(from + half + i, lanes);
-    store_up_to(to + i, fnma(b, s, mul(a, c)), lanes);
-    store_up_to(to + half + i, fma(a, s, mul(b, c)), lanes);
+    const Vec s = load_up_to(cos_sin + pairs + i, lanes);
+    if (!interleaved) {
+      const Vec a = load_up_to(from + i, lanes);
+      const Vec b = load_up_to(from + pairs + i, lanes);
+      store_up_to(to + i, fnma(b, s, mul(a, c)), lanes);
+      store_up_to(to + pairs + i, fma(a, s, mul(b, c)), lanes);
+      return;
+    }
+    T first[kLanes] = {};
+    T second[kLanes] = {};
+    for (int lane = 0; lane < lanes; ++lane) {
+      first[lane] = from[2 * (i + lane)];
+      second[lane] = from[2 * (i + lane) + 1];
+    }
+    const Vec a = load(first);
+    const Vec b = load(second);
+    store(first, fnma(b, s, mul(a, c)));
+    store(second, fma(a, s, mul(b, c)));
+    for (int lane = 0; lane < lanes; ++lane) {
+      to[2 * (i + lane)] = first[lane];
+      to[2 * (i + lane) + 1] = second[lane];
+    }
   });
 }
 
@@ -388,8 +430,8 @@ namespace {
 
 template <typename T>
 constexpr TypedVectorOps typed_vector_ops() {
-  return {linear<T>,  store_row<T>, store_silu_mul_row<T>, silu_mul_row<T>,
-          add_row<T>, norm_row<T>,  rope_head<T>,          attention<T>};
+  return {linear<T>,  store_row<T>, store_gated_mul_row<T>, gated_mul_row<T>, soft_cap_row<T>,
+          add_row<T>, norm_row<T>,  rope_head<T>,           attention<T>};
 }
 
 }  // namespace

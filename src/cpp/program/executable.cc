@@ -32,13 +32,13 @@ std::vector<AttentionPlan> attention_plans(const Program& program, const PlanLim
   for (const Op& op : program.ops()) {
     if (op.kind != OpKind::kPagedAttention) continue;
     const auto serves = [&](const AttentionPlan& plan) {
-      return plan.serves(op.heads, op.window, 0);
+      return plan.serves(op.heads, op.window, op.softcap);
     };
     if (std::any_of(plans.begin(), plans.end(), serves)) continue;
     plans.push_back({.shape = op.heads,
                      .dtype = program.dtype(),
                      .window = op.window,
-                     .kv_group = 0,
+                     .softcap = op.softcap,
                      .max_requests = static_cast<int32_t>(limits.max_requests),
                      .max_tokens = static_cast<int32_t>(limits.max_tokens)});
   }
@@ -67,8 +67,8 @@ WorkspaceLimits Executable::workspace_limits(const Program& program, const PlanL
     sizes.head_dim = std::max<int64_t>(sizes.head_dim, heads.head_dim);
   }
   for (const Op& op : program.ops()) {
-    if (op.kind != OpKind::kLinearSiluMul) continue;
-    sizes.silu_mul_rows = std::max(sizes.silu_mul_rows, program.weights()[op.weights[0]].rows);
+    if (op.kind != OpKind::kLinearGatedMul) continue;
+    sizes.gated_rows = std::max(sizes.gated_rows, program.weights()[op.weights[0]].rows);
   }
   sizes.max_tokens = limits.max_tokens;
   sizes.max_logits = limits.max_logits;
@@ -118,7 +118,7 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
   const bool logits_rows = result != nullptr && result->space == RowSpace::kLogits;
   switch (op.kind) {
     case OpKind::kEmbedding:
-      return EmbeddingParams{weights[op.weights[0]], out(0), dtype};
+      return EmbeddingParams{weights[op.weights[0]], out(0), dtype, op.scale};
     case OpKind::kRmsNorm:
       return RmsNormParams{in(0),        nullptr, vector(0), out(0),     nullptr,
                            result->cols, op.eps,  dtype,     logits_rows};
@@ -128,12 +128,20 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
     case OpKind::kAdd:
       return AddParams{in(0), in(1), out(0), result->cols, dtype};
     case OpKind::kLinear:
-    case OpKind::kLinearSiluMul:
-      return LinearParams{
-          in(0), weights[op.weights[0]], op.weights.size() > 1 ? vector(1) : nullptr, out(0),
-          dtype, result->dtype,          op.kind == OpKind::kLinearSiluMul,           logits_rows};
-    case OpKind::kSiluMul:
-      return SiluMulParams{in(0), out(0), result->cols, dtype};
+    case OpKind::kLinearGatedMul:
+      return LinearParams{in(0),
+                          weights[op.weights[0]],
+                          op.weights.size() > 1 ? vector(1) : nullptr,
+                          out(0),
+                          dtype,
+                          result->dtype,
+                          op.activation,
+                          logits_rows};
+    case OpKind::kGatedMul:
+      return GatedMulParams{in(0), out(0), result->cols, dtype, op.activation};
+    case OpKind::kSoftCap:
+      return SoftCapParams{static_cast<const float*>(in(0)), static_cast<float*>(out(0)),
+                           result->cols, op.softcap};
     case OpKind::kGatherRows:
       return GatherRowsParams{in(0), out(0), result->cols, dtype};
     case OpKind::kQkNorm:
@@ -152,6 +160,8 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
       }
       if (op.rope >= 0) {
         params.rope = static_cast<const float*>(ropes_[op.rope].data());
+        params.rope_pairs = static_cast<int32_t>(program.ropes()[op.rope].inv_freq.size());
+        params.interleaved = program.ropes()[op.rope].interleaved;
         params.max_position = max_position_;
       }
       params.cache = op.kv_layer >= 0 ? &kv[op.kv_layer] : nullptr;
@@ -159,15 +169,15 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
       return params;
     }
     case OpKind::kPagedAttention:
-      return PagedAttentionParams{in(0),     out(0),           op.heads, dtype,      op.scale,
-                                  op.window, &kv[op.kv_layer], 0,        plan_of(op)};
+      return PagedAttentionParams{in(0),     out(0),     op.heads,         dtype, op.scale,
+                                  op.window, op.softcap, &kv[op.kv_layer], 0,     plan_of(op)};
   }
-  fail(ErrorKind::kInternal, "executable", "no kernel for ", op_name(op.kind));
+  fail(ErrorKind::kInternal, "executable", "no kernel for ", op_name(op));
 }
 
 const AttentionPlan* Executable::plan_of(const Op& op) const {
   for (const AttentionPlan& plan : attention_plans_) {
-    if (plan.serves(op.heads, op.window, 0)) return &plan;
+    if (plan.serves(op.heads, op.window, op.softcap)) return &plan;
   }
   fail(ErrorKind::kInternal, "executable", "no attention plan for an op");
 }
@@ -190,7 +200,8 @@ void Executable::run(const StepContext& ctx, size_t first, size_t last) const {
     void operator()(const RmsNormParams& params) const { kernels.rms_norm(params, ctx); }
     void operator()(const LinearParams& params) const { kernels.linear(params, ctx); }
     void operator()(const AddParams& params) const { kernels.add(params, ctx); }
-    void operator()(const SiluMulParams& params) const { kernels.silu_mul(params, ctx); }
+    void operator()(const GatedMulParams& params) const { kernels.gated_mul(params, ctx); }
+    void operator()(const SoftCapParams& params) const { kernels.soft_cap(params, ctx); }
     void operator()(const GatherRowsParams& params) const { kernels.gather_rows(params, ctx); }
     void operator()(const QkvPrepareParams& params) const { kernels.qkv_prepare(params, ctx); }
     void operator()(const PagedAttentionParams& params) const {

@@ -49,9 +49,10 @@ Op fuse_qkv_prepare(Chain chain) {
   return op;
 }
 
-Op fuse_linear_silu(Chain chain) {
+Op fuse_linear_gate(Chain chain) {
   Op op = *chain[0];
-  op.kind = OpKind::kLinearSiluMul;
+  op.kind = OpKind::kLinearGatedMul;
+  op.activation = chain[1]->activation;
   op.outputs = chain[1]->outputs;
   return op;
 }
@@ -77,11 +78,11 @@ const std::array<Pattern, 4>& patterns() {
        true,
        norm_reads_tokens,
        fuse_add_norm},
-      {"linear + silu_mul",
-       {OpKind::kLinear, OpKind::kSiluMul},
+      {"linear + gated_mul",
+       {OpKind::kLinear, OpKind::kGatedMul},
        false,
        gate_up_aligned,
-       fuse_linear_silu},
+       fuse_linear_gate},
   }};
   return table;
 }

@@ -19,6 +19,7 @@ bool works_in_place(OpKind kind) {
     case OpKind::kRope:
     case OpKind::kQkvPrepare:
     case OpKind::kAddRmsNorm:
+    case OpKind::kSoftCap:
       return true;
     default:
       return false;

@@ -8,8 +8,9 @@
 
 namespace mrv1 {
 
-std::string_view op_name(OpKind kind) {
-  switch (kind) {
+std::string_view op_name(const Op& op) {
+  const bool silu = op.activation == Activation::kSilu;
+  switch (op.kind) {
     case OpKind::kEmbedding:
       return "embedding";
     case OpKind::kRmsNorm:
@@ -18,8 +19,8 @@ std::string_view op_name(OpKind kind) {
       return "add";
     case OpKind::kLinear:
       return "linear";
-    case OpKind::kSiluMul:
-      return "silu_mul";
+    case OpKind::kGatedMul:
+      return silu ? "silu_mul" : "gelu_mul";
     case OpKind::kQkNorm:
       return "qk_norm";
     case OpKind::kRope:
@@ -30,15 +31,26 @@ std::string_view op_name(OpKind kind) {
       return "paged_attention";
     case OpKind::kGatherRows:
       return "gather_rows";
+    case OpKind::kSoftCap:
+      return "soft_cap";
     case OpKind::kAddRmsNorm:
       return "add_rms_norm";
     case OpKind::kQkvPrepare:
       return "qkv_prepare";
-    case OpKind::kLinearSiluMul:
-      return "linear_silu_mul";
+    case OpKind::kLinearGatedMul:
+      return silu ? "linear_silu_mul" : "linear_gelu_mul";
   }
   return "?";
 }
+
+namespace {
+
+void check_softcap(float softcap, std::string_view op) {
+  check(std::isfinite(softcap) && softcap >= 0.0f, op,
+        "softcap must be positive, or 0 for none, not ", softcap);
+}
+
+}  // namespace
 
 Program::Program(DType dtype) : dtype_(dtype) {
   check(dtype == DType::kF32 || dtype == DType::kBF16, "program",
@@ -85,6 +97,10 @@ int32_t Program::weight(WeightSpec spec) {
         "], at most 2^31 rows or columns and 2^48 bytes are allowed");
   check(spec.kind == WeightKind::kMatrix || spec.cols == 1, "weight", "'", spec.name,
         "' is a vector and must have 1 column, not ", spec.cols);
+  check(std::isfinite(spec.offset), "weight", "offset of '", spec.name, "' must be finite, not ",
+        spec.offset);
+  check(spec.kind == WeightKind::kVector || spec.offset == 0.0f, "weight", "'", spec.name,
+        "' is a matrix and must have offset 0, not ", spec.offset);
   int64_t row = 0;
   for (const WeightSegment& segment : spec.segments) {
     check(segment.row_start == row && segment.rows > 0 && segment.rows <= spec.rows - row, "weight",
@@ -122,11 +138,12 @@ void Program::output(int32_t id) {
   outputs_.push_back(id);
 }
 
-int32_t Program::embedding(int32_t table) {
+int32_t Program::embedding(int32_t table, float scale) {
   const WeightSpec& spec = weight_spec(table, "embedding");
   check(spec.kind == WeightKind::kMatrix, "embedding", "'", spec.name, "' must be a matrix");
-  return emit({.kind = OpKind::kEmbedding, .weights = {table}}, RowSpace::kTokens, spec.cols,
-              dtype_);
+  check(std::isfinite(scale), "embedding", "scale must be finite, not ", scale);
+  return emit({.kind = OpKind::kEmbedding, .weights = {table}, .scale = scale}, RowSpace::kTokens,
+              spec.cols, dtype_);
 }
 
 int32_t Program::rms_norm(int32_t x, int32_t weight, float eps) {
@@ -165,11 +182,13 @@ int32_t Program::linear(int32_t x, int32_t weight, int32_t bias, int32_t residua
   return residual < 0 ? out : add(out, residual);
 }
 
-int32_t Program::silu_mul(int32_t x) {
-  const Value in = value(x, "silu_mul");
-  check(in.cols % 2 == 0, "silu_mul", "x needs an even number of columns, has ", in.cols);
-  check(in.space == RowSpace::kTokens, "silu_mul", "x must have one row a token");
-  return emit({.kind = OpKind::kSiluMul, .inputs = {x}}, in.space, in.cols / 2, dtype_);
+int32_t Program::gated_mul(int32_t x, Activation activation) {
+  check(activation != Activation::kNone, "gated_mul", "there is no activation");
+  Op op{.kind = OpKind::kGatedMul, .inputs = {x}, .activation = activation};
+  const Value in = value(x, op_name(op));
+  check(in.cols % 2 == 0, op_name(op), "x needs an even number of columns, has ", in.cols);
+  check(in.space == RowSpace::kTokens, op_name(op), "x must have one row a token");
+  return emit(std::move(op), in.space, in.cols / 2, dtype_);
 }
 
 int32_t Program::rope_table(RopeSpec spec) {
@@ -197,6 +216,8 @@ int32_t Program::attention(int32_t qkv, const AttentionSpec& spec) {
   check(in.cols == heads.qkv_cols() && in.space == RowSpace::kTokens, "attention", "qkv has ",
         in.cols, " columns, the heads need ", heads.qkv_cols());
   check(spec.window >= 0, "attention", "window must not be negative");
+  check(std::isfinite(spec.scale), "attention", "scale must be finite, not ", spec.scale);
+  check_softcap(spec.softcap, "attention");
   check((spec.q_norm < 0) == (spec.k_norm < 0), "attention",
         "q_norm and k_norm go together: give both or none");
   check(spec.kv_layer >= 0 && spec.kv_layer < 65536, "attention", "kv layer ", spec.kv_layer,
@@ -212,8 +233,9 @@ int32_t Program::attention(int32_t qkv, const AttentionSpec& spec) {
   if (spec.rope >= 0) {
     check(spec.rope < static_cast<int32_t>(ropes_.size()), "attention", "no rope table ",
           spec.rope);
-    check(static_cast<int32_t>(ropes_[spec.rope].inv_freq.size()) * 2 == heads.head_dim,
-          "attention", "rope table ", spec.rope, " is not made for head_dim ", heads.head_dim);
+    check(static_cast<int32_t>(ropes_[spec.rope].inv_freq.size()) * 2 <= heads.head_dim,
+          "attention", "rope table ", spec.rope, " has ", ropes_[spec.rope].inv_freq.size(),
+          " frequencies, head_dim ", heads.head_dim, " takes at most ", heads.head_dim / 2);
   }
 
   if (new_layer) kv_layers_.resize(spec.kv_layer + 1);
@@ -241,6 +263,7 @@ int32_t Program::attention(int32_t qkv, const AttentionSpec& spec) {
                .heads = heads,
                .scale = spec.scale,
                .window = spec.window,
+               .softcap = spec.softcap,
                .kv_layer = spec.kv_layer},
               in.space, heads.q_cols(), dtype_);
 }
@@ -251,12 +274,17 @@ int32_t Program::gather_rows(int32_t x) {
   return emit({.kind = OpKind::kGatherRows, .inputs = {x}}, RowSpace::kLogits, in.cols, in.dtype);
 }
 
-int32_t Program::logits(int32_t x, int32_t weight) {
+int32_t Program::logits(int32_t x, int32_t weight, float softcap) {
   check(logits_ < 0, "logits", "the program has its logits already");
   check_matrix(weight, value(x, "logits").cols, "logits");
+  check_softcap(softcap, "logits");
   const int32_t rows = gather_rows(x);
   logits_ = emit({.kind = OpKind::kLinear, .inputs = {rows}, .weights = {weight}},
                  RowSpace::kLogits, weights_[weight].rows, DType::kF32);
+  if (softcap > 0.0f) {
+    logits_ = emit({.kind = OpKind::kSoftCap, .inputs = {logits_}, .softcap = softcap},
+                   RowSpace::kLogits, weights_[weight].rows, DType::kF32);
+  }
   output(logits_);
   return logits_;
 }
@@ -307,7 +335,7 @@ std::string Program::dump(std::string_view format) const {
       out << "  in" << id << " [label=\"" << values_[id].name << "\", shape=ellipse];\n";
     }
     for (size_t i = 0; i < ops_.size(); ++i) {
-      out << "  op" << i << " [label=\"" << op_name(ops_[i].kind);
+      out << "  op" << i << " [label=\"" << op_name(ops_[i]);
       for (int32_t id : ops_[i].weights) out << "\\n" << weights_[id].name;
       out << "\"];\n";
       for (int32_t id : ops_[i].inputs) {
@@ -336,7 +364,7 @@ std::string Program::dump(std::string_view format) const {
     const Op& op = ops_[i];
     for (size_t k = 0; k < op.outputs.size(); ++k) out << (k ? ", %" : "%") << op.outputs[k];
     if (!op.outputs.empty()) out << " = ";
-    out << op_name(op.kind) << "(";
+    out << op_name(op) << "(";
     bool first = true;
     for (int32_t id : op.inputs) {
       out << (first ? "%" : ", %") << id;

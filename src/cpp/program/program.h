@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "ops/activation.h"
 #include "ops/kv_cache.h"
 
 namespace mrv1 {
@@ -29,18 +30,18 @@ enum class OpKind {
   kRmsNorm,
   kAdd,
   kLinear,
-  kSiluMul,
+  kGatedMul,
   kQkNorm,
   kRope,
   kCacheWrite,
   kPagedAttention,
   kGatherRows,
+  kSoftCap,
   // Made by the fusion pass only.
   kAddRmsNorm,  // outputs: sum, normed
   kQkvPrepare,  // QK-norm (optional), RoPE and cache write in one
-  kLinearSiluMul,
+  kLinearGatedMul,
 };
-std::string_view op_name(OpKind kind);
 
 // One op: operands by index into the program's values and weights, and its attributes. Attributes
 // an op does not use keep their defaults.
@@ -51,13 +52,17 @@ struct Op {
   std::vector<int32_t> weights = {};
   float eps = 0.0f;
   HeadShape heads = {};
-  float scale = 0.0f;         // attention
-  int32_t window = 0;         // attention; 0 = none
-  int32_t kv_layer = -1;      // cache_write, attention
-  int32_t rope = -1;          // index of a rope table
-  int32_t layer = -1;         // decoder layer the op belongs to, -1 outside
+  float scale = 0.0f;                         // attention, embedding
+  int32_t window = 0;                         // attention; 0 = none
+  float softcap = 0.0f;                       // attention, soft_cap; 0 = none
+  Activation activation = Activation::kNone;  // gated_mul, linear_gated_mul
+  int32_t kv_layer = -1;                      // cache_write, attention
+  int32_t rope = -1;                          // index of a rope table
+  int32_t layer = -1;                         // decoder layer the op belongs to, -1 outside
   bool row_parallel = false;  // linear: its output is a partial sum under tensor parallelism
 };
+// The name of its kind, with the activation in it: silu_mul, linear_gelu_mul.
+std::string_view op_name(const Op& op);
 
 // A segment of a weight: rows that one tensor of the checkpoint supplies.
 struct WeightSegment {
@@ -82,12 +87,15 @@ struct WeightSpec {
   int64_t rows = 0;
   int64_t cols = 1;
   std::vector<WeightSegment> segments;
+  float offset = 0.0f;  // of a vector: added to its values when they are loaded
 };
 
 // Rotary angles: position p turns pair i by p * inv_freq[i]; cos and sin are multiplied by factor.
+// QkvPrepareParams says which elements of a head are a pair.
 struct RopeSpec {
-  std::vector<float> inv_freq;  // head_dim / 2, at most kMaxHeadDim / 2
+  std::vector<float> inv_freq;  // one a pair, at most head_dim / 2: the rest passes through
   float factor = 1.0f;
+  bool interleaved = false;
 };
 
 // Where the list can be cut: attention (piecewise graphs), stage (pipeline), collective (tensor and
@@ -112,16 +120,17 @@ class Program {
 
   // --- wiring: values are returned by index ----------------------------------------------------
   int32_t input(std::string name, int64_t cols, RowSpace space);  // set by the caller, for tests
-  int32_t embedding(int32_t table);
+  int32_t embedding(int32_t table, float scale);
   int32_t rms_norm(int32_t x, int32_t weight, float eps);
   int32_t add(int32_t a, int32_t b);
   int32_t linear(int32_t x, int32_t weight, int32_t bias, int32_t residual, bool row_parallel);
-  int32_t silu_mul(int32_t x);
+  int32_t gated_mul(int32_t x, Activation activation);
   int32_t rope_table(RopeSpec spec);
   struct AttentionSpec {
     HeadShape heads;
     float scale = 0.0f;
-    int32_t window = 0;
+    float softcap = 0.0f;  // 0 = none
+    int32_t window = 0;    // 0 = none
     int32_t kv_layer = 0;
     int32_t rope = -1;
     int32_t q_norm = -1, k_norm = -1;  // weights, both or none
@@ -129,8 +138,9 @@ class Program {
   };
   int32_t attention(int32_t qkv, const AttentionSpec& spec);
   int32_t gather_rows(int32_t x);
-  // The end of a language model: rows that are sampled, through the head, in float32.
-  int32_t logits(int32_t x, int32_t weight);
+  // The end of a language model: rows that are sampled, through the head, in float32, and kept
+  // within (-softcap, softcap) if it is not 0.
+  int32_t logits(int32_t x, int32_t weight, float softcap);
   void output(int32_t value);  // keeps a value readable after a run
 
   void begin_layer(int32_t layer);
