@@ -425,7 +425,7 @@ with_mrv1 = threads()
 import numpy  # its linear algebra may have threads of its own
 assert threads() == with_mrv1, thread_names()
 assert not [name for name in thread_names() if "mrv1" in name]
-for name in ("torch", "transformers", "tokenizers", "tqdm"):
+for name in ("torch", "transformers", "tokenizers", "tqdm", "jinja2"):
     assert name not in sys.modules, name
 """,
     )

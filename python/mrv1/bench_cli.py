@@ -128,7 +128,7 @@ def add_bench(
         "time of a decode step on a GPU goes",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", metavar="DIR", help="a model directory")
+    what.add_argument("--model", metavar="MODEL", help="a directory, or a name in the local cache")
     what.add_argument("--shape", choices=NAMES, help="sizes of a public model, random weights")
     parser.add_argument(
         "--batch",
@@ -253,6 +253,7 @@ def _set_defaults(options: argparse.Namespace) -> None:
 def _source(options: argparse.Namespace) -> tuple[str, str | None, dict[str, object]]:
     """What --model, --shape, --layers and --save ask for: a name, and a directory or a config."""
     from mrv1 import shapes
+    from mrv1.hub import find_model
     from mrv1.random_model import save_random_model
 
     if options.model is not None or options.shape == shapes.DEMO:
@@ -266,7 +267,8 @@ def _source(options: argparse.Namespace) -> tuple[str, str | None, dict[str, obj
         if options.model is None:
             return shapes.DEMO, str(shapes.demo_model()), {}
         # Records are published; where a directory lies is nobody's business.
-        return Path(options.model).resolve().name, options.model, {}
+        root = find_model(options.model)
+        return Path(options.model).resolve().name, str(root), {}
     name, config = shapes.shape_config(options.shape, options.layers)
     if options.save is None:
         return name, None, config

@@ -1,5 +1,5 @@
 # Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
-"""The command `mrv1`: generate, bench, env.
+"""The command `mrv1`: generate, chat, bench, env.
 
 Exit status: 0; 1 for an error that mrv1 names, as one line on stderr, or a request that failed; 2
 for wrong usage; 130 after Ctrl-C.
@@ -13,7 +13,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
 
 from mrv1._version import __version__
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mrv1 {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
     _add_generate(commands.add_parser("generate", help="continue prompts with a model"))
+    _add_chat(commands.add_parser("chat", help="talk to a model"))
     add_bench(commands.add_parser("bench", help="measure speed"), _add_device_options)
     env = commands.add_parser("env", help="print what a bug report needs")
     env.set_defaults(run=_run_env)
@@ -92,10 +93,19 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.description = "Continues each prompt. Text goes to stdout, all else to stderr."
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text; - takes stdin")
-    parser.add_argument("--model", metavar="DIR", help="model directory (default: the demo model)")
+    parser.add_argument(
+        "--model", help="directory, or name in the local cache (default: the demo model)"
+    )
     parser.add_argument(
         "--max-tokens", type=int, default=_MAX_TOKENS, help="tokens a prompt (default: %(default)s)"
     )
+    _add_sampling_options(parser)
+    _add_device_options(parser)
+    parser.set_defaults(run=_run_generate)
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", help="branch, tag or commit of a name (default: main)")
     parser.add_argument(
         "--temperature", type=float, help="0 is greedy (default: the model's, else 0.8)"
     )
@@ -104,24 +114,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-p", type=float, default=0.0, help="(default: off)")
     parser.add_argument("--seed", type=int, help="makes the output repeatable")
     parser.add_argument("--stop", action="append", metavar="STR", help="ends the text; repeatable")
-    _add_device_options(parser)
-    parser.set_defaults(run=_run_generate)
 
 
 def _run_generate(options: argparse.Namespace) -> int:
-    from mrv1.llm import LLM
     from mrv1.shapes import demo_model
 
     prompts = [_read_stdin() if prompt == "-" else prompt for prompt in options.prompts]
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
-    clean = for_terminal if sys.stdout.isatty() else str
-    with LLM(
-        demo_model() if options.model is None else options.model,
-        progress=False if options.no_progress else None,
-        device=options.device,
-        dtype=options.dtype,
-    ) as llm:
+    clean = _make_clean()
+    with _open_llm(demo_model() if options.model is None else options.model, options) as llm:
         params = _sampling_params(options, llm)
         results: dict[int, GenerationResult] = {}
         try:
@@ -138,15 +138,37 @@ def _run_generate(options: argparse.Namespace) -> int:
     return EXIT_ERROR if any(result.error is not None for result in ordered) else 0
 
 
+def _open_llm(model: str | os.PathLike[str], options: argparse.Namespace) -> LLM:
+    from mrv1.llm import LLM
+
+    return LLM(
+        model,
+        revision=options.revision,
+        progress=False if options.no_progress else None,
+        device=options.device,
+        dtype=options.dtype,
+    )
+
+
+def _make_clean() -> Callable[[str], str]:
+    """Makes stdout take any text; returns what prepares a text for it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
+    return for_terminal if sys.stdout.isatty() else str
+
+
 def _read_stdin() -> str:
     """All of stdin but a newline at its end, which a shell adds."""
+    return _decode_input(sys.stdin.buffer.read()).removesuffix("\n")
+
+
+def _decode_input(data: bytes) -> str:
     try:
-        text = sys.stdin.buffer.read().decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidArgumentError(
             field="stdin", allowed=f"UTF-8: {error.reason} at byte {error.start}"
         ) from None
-    return text.removesuffix("\n")
 
 
 def for_terminal(text: str) -> str:
@@ -223,6 +245,65 @@ def _print_statistics(results: list[GenerationResult]) -> None:
 
 def _seconds(count: int, rate: float) -> float:
     return count / rate if rate > 0 else 0.0
+
+
+# --- chat ----------------------------------------------------------------------------------------
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Answers each line of stdin, with the lines and answers before it, by the chat template of "
+        "the model. Answers go to stdout, all else to stderr; ends with the input or Ctrl-C."
+    )
+    parser.add_argument("--model", required=True, help="directory, or name in the local cache")
+    parser.add_argument("--system", metavar="TEXT", help="what the conversation begins with")
+    parser.add_argument(
+        "--max-tokens", type=int, help="tokens an answer (default: what the model's length leaves)"
+    )
+    _add_sampling_options(parser)
+    _add_device_options(parser)
+    parser.set_defaults(run=_run_chat)
+
+
+def _run_chat(options: argparse.Namespace) -> int:
+    clean = _make_clean()
+    messages = []
+    if options.system is not None:
+        messages.append({"role": "system", "content": options.system})
+    with _open_llm(options.model, options) as llm:
+        params = _sampling_params(options, llm)
+        for line in _lines():
+            messages.append({"role": "user", "content": line})
+            prompt = llm.tokenizer.encode_chat(messages)
+            answer = None
+            with contextlib.closing(llm.stream(prompt, params)) as chunks:
+                for chunk in chunks:
+                    sys.stdout.write(clean(chunk.text))
+                    sys.stdout.flush()
+                    answer = chunk.result
+            assert answer is not None
+            print(flush=True)
+            if answer.error is not None:
+                print(f"the answer failed: {answer.error}", file=sys.stderr)
+                return EXIT_ERROR
+            messages.append({"role": "assistant", "content": answer.text})
+    return 0
+
+
+def _lines() -> Generator[str, None, None]:
+    """Yields the lines of stdin that are not blank; asks for each on a terminal."""
+    asks = sys.stdin.isatty()
+    while True:
+        if asks:
+            print("> ", end="", file=sys.stderr, flush=True)
+        data = sys.stdin.buffer.readline()
+        if not data:
+            if asks:
+                print(file=sys.stderr)
+            return
+        line = _decode_input(data).strip()
+        if line:
+            yield line
 
 
 # --- env -----------------------------------------------------------------------------------------

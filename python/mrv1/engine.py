@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from mrv1 import _core
 from mrv1._closing import Closing
 from mrv1.errors import InvalidArgumentError, Mrv1Error, RequestError
+from mrv1.hub import find_model
 from mrv1.loader import (
     LoadedModel,
     RunnerKwargs,
@@ -70,7 +71,9 @@ class Engine(Closing):
     Methods may be called from several threads; one step runs at a time.
 
     Args:
-        model: A Hugging Face model directory, with tokenizer.json.
+        model: A Hugging Face model directory, with tokenizer.json, or the name of a model in the
+            local Hugging Face cache ("org/name").
+        revision: Branch, tag or commit of a name; None is "main".
         progress: Whether to show a progress bar while loading; None shows it on a terminal.
         **options: Fields of `RunnerOptions`.
     """
@@ -79,12 +82,14 @@ class Engine(Closing):
         self,
         model: str | os.PathLike[str],
         *,
+        revision: str | None = None,
         progress: bool | None = None,
         **options: Unpack[RunnerKwargs],
     ) -> None:
-        self.model: LoadedModel = load_model(model, RunnerOptions(**options), progress=progress)
+        root = find_model(model, revision)
+        self.model: LoadedModel = load_model(root, RunnerOptions(**options), progress=progress)
         try:
-            tokenizer = Tokenizer.from_dir(model, self.model.config.vocab_size)
+            tokenizer = Tokenizer.from_dir(root, self.model.config.vocab_size)
         except Mrv1Error:
             self.model.runner.close()
             self.model.device.close()

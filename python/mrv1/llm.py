@@ -14,10 +14,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mrv1._closing import Closing
-from mrv1.config import model_root
 from mrv1.engine import Engine, FinishReason, RequestUpdate
 from mrv1.errors import ClosedError, ForkError, InternalError, RequestError
 from mrv1.loader import LoadedModel, RunnerKwargs
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from typing_extensions import Unpack
+
+    from mrv1.chat_template import ChatOptions, Conversation
 
     # A text or token ids, or several of either. One union of what a sequence holds, not one of
     # sequences: type checkers take a list of both kinds only so.
@@ -150,14 +151,16 @@ class LLM(Closing):
 
     Args:
         model: A Hugging Face model directory: config.json, tokenizer.json, safetensors, and
-            generation_config.json if there is one.
+            generation_config.json if there is one. Or the name of a model in the local Hugging
+            Face cache ("org/name"); nothing is downloaded. A path that exists wins over a name.
+        revision: Branch, tag or commit of a name; None is "main".
         progress: Whether to show progress bars for loading and long batches; None shows them on a
             terminal, unless MRV1_NO_PROGRESS is set.
         **options: Fields of `RunnerOptions`: device, dtype, max_num_seqs, max_model_len, ...
 
     Raises:
         InvalidArgumentError: An argument, or a variable of the environment, is not allowed.
-        ConfigError, WeightError: The directory is damaged or not supported.
+        ConfigError, WeightError: The directory is damaged, not supported, or nowhere.
         OutOfMemoryError: Too little memory, saying for what.
         DeviceError: No such device.
 
@@ -170,11 +173,12 @@ class LLM(Closing):
         self,
         model: str | os.PathLike[str],
         *,
+        revision: str | None = None,
         progress: bool | None = None,
         **options: Unpack[RunnerKwargs],
     ) -> None:
         self._progress = progress
-        self.engine = Engine(model_root(model), progress=progress, **options)
+        self.engine = Engine(model, revision=revision, progress=progress, **options)
         self._numbers = itertools.count()
         self._jobs: dict[str, _Job] = {}
         # Held from a step until its updates have reached their jobs.
@@ -262,6 +266,42 @@ class LLM(Closing):
             self._forget(jobs)
             raise
         return chunks
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> list[GenerationResult]:
+        """Generates the answer to a conversation or to many, by the directory's chat template.
+
+        Args:
+            messages: Messages with "role" and "content", or a list of such conversations.
+            sampling_params: As for `generate`.
+            progress: As for `generate`.
+            **options: chat_template, add_generation_prompt, continue_final_message, tools and
+                chat_template_kwargs, as for `ChatTemplates.render`.
+
+        Returns:
+            One result a conversation, in order. A single one gives a list of one.
+
+        Raises:
+            RequestError: The template refuses a conversation, or as `generate`; none was started.
+            ConfigError: The directory has no chat template, or one that is not valid.
+            ClosedError: The LLM was closed.
+
+        Example:
+            >>> llm.chat([{"role": "user", "content": "Who are you?"}])[0].text
+        """
+        # What is no list of conversations is one, or refused as one.
+        several = (
+            isinstance(messages, Sequence) and messages and isinstance(messages[0], list | tuple)
+        )
+        many = cast("Sequence[Conversation]", messages if several else [messages])
+        prompts = [self.tokenizer.encode_chat(chat, **options) for chat in many]
+        return self.generate(prompts, sampling_params, progress=progress)
 
     def _stream(self, jobs: list[_Job]) -> Generator[StreamChunk, None, None]:
         try:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from mrv1 import _core
 from mrv1._closing import Closing
 from mrv1.errors import InternalError, InvalidArgumentError
+from mrv1.hub import find_model
 from mrv1.loader import (
     LoadedModel,
     RunnerKwargs,
@@ -187,7 +188,8 @@ class ModelRunner(Closing):
     stopped in a step is masked in later steps until it is freed. One thread at a time.
 
     Args:
-        model: A Hugging Face model directory.
+        model: A Hugging Face model directory, or the name of a model in its local cache.
+        revision: Branch, tag or commit of a name; None is "main".
         progress: Whether to show a progress bar while loading; None shows it on a terminal.
         **options: Fields of `RunnerOptions`.
 
@@ -201,10 +203,12 @@ class ModelRunner(Closing):
         self,
         model: str | os.PathLike[str],
         *,
+        revision: str | None = None,
         progress: bool | None = None,
         **options: Unpack[RunnerKwargs],
     ) -> None:
-        self.model: LoadedModel = load_model(model, RunnerOptions(**options), progress=progress)
+        root = find_model(model, revision)
+        self.model: LoadedModel = load_model(root, RunnerOptions(**options), progress=progress)
         self._native = self.model.runner
         self._unread: collections.deque[int] = collections.deque()
 

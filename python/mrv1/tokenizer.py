@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from mrv1._files import FileError, read_file
+from mrv1.chat_template import ChatTemplates
 from mrv1.errors import ClosedError, ConfigError, InvalidArgumentError, RequestError
 from mrv1.sampling_params import MAX_INT32, SamplingParams
+from mrv1.tokenizer_config import TokenizerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     import tokenizers
+    from typing_extensions import Unpack
+
+    from mrv1.chat_template import ChatOptions, Conversation
 
 TOKENIZER_NAME: Final = "tokenizer.json"
 MAX_FILE_BYTES: Final = 256 << 20
@@ -72,6 +77,32 @@ def _check_id(token_id: object) -> int:
     return result
 
 
+def _add_tokens(
+    backend: tokenizers.Tokenizer, config: TokenizerConfig, vocab_size: int | None
+) -> None:
+    """Adds what tokenizer_config.json says about tokens, as transformers does.
+
+    Tokens keep their ids: one is added where it has its place in the vocabulary or comes next.
+    """
+    import tokenizers
+
+    named = set(config.special_tokens.values())
+    present = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for token_id, info in sorted(config.added_tokens.items()):
+        token = tokenizers.AddedToken(
+            **{**info._asdict(), "special": info.special or info.content in named}
+        )
+        known = backend.token_to_id(info.content)
+        if known is None and token_id == backend.get_vocab_size(with_added_tokens=True):
+            known = token_id if vocab_size is None or token_id < vocab_size else None
+        if known == token_id and repr(present.get(info.content)) != repr(token):
+            backend.add_tokens([token])
+            present[info.content] = token
+    for text in sorted(named - set(present)):
+        if text and backend.token_to_id(text) is not None:
+            backend.add_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
+
+
 class Tokenizer:
     """The tokenizer of a model directory.
 
@@ -79,15 +110,23 @@ class Tokenizer:
         backend: The tokenizer of the `tokenizers` library. Its truncation and padding are turned
             off: tokenizer.json may ask for them, and prompts must not change silently.
         path: File that errors name, or None.
+        config: Chat templates and named tokens; none by default.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, path: str | os.PathLike[str] | None = None
+        self,
+        backend: tokenizers.Tokenizer,
+        path: str | os.PathLike[str] | None = None,
+        config: TokenizerConfig | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._path = path
+        self._chat = ChatTemplates(
+            TokenizerConfig() if config is None else config,
+            None if path is None else Path(path).parent,
+        )
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         kinds = _decoder_kinds(backend)
@@ -101,14 +140,16 @@ class Tokenizer:
     def from_dir(
         cls, directory: str | os.PathLike[str], vocab_size: int | None = None
     ) -> Tokenizer:
-        """Reads tokenizer.json of a model directory.
+        """Reads tokenizer.json of a model directory, and tokenizer_config.json if there is one.
+
+        Tokens that only tokenizer_config.json names are added, and those that it calls special are.
 
         Args:
             directory: The directory.
             vocab_size: The model's vocabulary size to check against, or None.
 
         Raises:
-            ConfigError: The file is missing or damaged, or holds ids that the model has not.
+            ConfigError: A file is missing or damaged, or holds ids that the model has not.
         """
         import tokenizers
 
@@ -120,7 +161,9 @@ class Tokenizer:
         except Exception as error:
             # The library raises plain Exception for whatever is wrong with the content.
             raise ConfigError(f"is not a valid tokenizer: {error}", path=path) from error
-        tokenizer = cls(backend, path)
+        config = TokenizerConfig.from_dir(directory)
+        _add_tokens(backend, config, vocab_size)
+        tokenizer = cls(backend, path, config)
         if vocab_size is not None:
             tokenizer.check_vocab_size(vocab_size)
         return tokenizer
@@ -164,6 +207,33 @@ class Tokenizer:
                 allowed="a character that UTF-8 can encode",
             ) from None
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def render_chat(self, messages: Conversation, **options: Unpack[ChatOptions]) -> str:
+        """Returns the text of a conversation by the directory's chat template.
+
+        Args:
+            messages: Messages with "role" and "content".
+            **options: As for `ChatTemplates.render`.
+
+        Raises:
+            RequestError: The messages are none, or the template refuses them.
+            ConfigError: The directory has no chat template, or one that is not valid.
+        """
+        return self._chat.render(messages, **options)
+
+    def encode_chat(self, messages: Conversation, **options: Unpack[ChatOptions]) -> list[int]:
+        """Returns the token ids of a conversation: a prompt for `LLM.stream` or `Engine`.
+
+        The template spells out the token that begins a sequence, so that no other is added.
+
+        Args:
+            messages: Messages with "role" and "content".
+            **options: As for `ChatTemplates.render`.
+
+        Raises:
+            RequestError, ConfigError: As `render_chat`.
+        """
+        return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of token ids. Ids of no token have no text.
