@@ -673,6 +673,11 @@ class ModelRunner:
 
     def free_row(self, row: int, generation: int = -1) -> None: ...
 
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """
+        Makes KV blocks equal to others, pairs (source, target), in stream order.
+        """
+
     def last_step(self, row: int) -> int: ...
 
     @overload

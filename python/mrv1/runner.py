@@ -268,6 +268,28 @@ class ModelRunner(Closing):
         ids = [_index(f"block_ids[{place}]", block) for place, block in enumerate(block_ids)]
         self._native.append_blocks(_index("row", row), ids, _generation(row))
 
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Makes KV blocks equal to others, in all layers: before a row writes a shared block.
+
+        The copies come after the steps launched before, and before those launched later.
+
+        Args:
+            copies: Pairs (source, target) of block ids. No target may be named twice or be a
+                source.
+
+        Raises:
+            InvalidArgumentError: A block id is out of range, or a target is named elsewhere.
+        """
+        self._native.copy_blocks(
+            [
+                (
+                    _index(f"copies[{place}] source", source),
+                    _index(f"copies[{place}] target", target),
+                )
+                for place, (source, target) in enumerate(copies)
+            ]
+        )
+
     def free_row(self, row: int) -> None:
         """Ends a row, finished or not. It may be given to another request at once.
 

@@ -295,6 +295,15 @@ void bind_runner(nb::module_& m) {
           nb::arg("row"), nb::arg("generation") = kAnyGeneration,
           nb::call_guard<nb::gil_scoped_release>())
       .def(
+          "copy_blocks",
+          [](const RunnerHandle& self, const std::vector<std::pair<int32_t, int32_t>>& copies) {
+            std::vector<BlockCopy> pairs;
+            for (const auto& [source, target] : copies) pairs.push_back({source, target});
+            self->copy_blocks(pairs);
+          },
+          nb::arg("copies"), nb::call_guard<nb::gil_scoped_release>(),
+          "Makes KV blocks equal to others, pairs (source, target), in stream order.")
+      .def(
           "last_step", [](const RunnerHandle& self, int32_t row) { return self->last_step({row}); },
           nb::arg("row"))
       .def(

@@ -102,6 +102,8 @@ void Engine::add(RequestSpec spec, std::span<const int32_t> slots) {
     added.row.seed += i;
     added.max_total_len = static_cast<int32_t>(
         std::min<int64_t>(int64_t{length} + added.row.max_tokens, config.max_model_len));
+    added.row.token_ids.reserve(std::min(added.max_total_len, length + kReservedOutputs));
+    for (auto& blocks : added.blocks) blocks.reserve(blocks_for(added.max_total_len));
     added.num_cached_tokens = -1;
     reset_progress(added);
     ++num_requests_;
@@ -206,7 +208,7 @@ void Engine::leave_row(Request& running) {
   if (running.last_step <= retired_) {
     release_blocks(running.blocks);
   } else {
-    draining_.push_back({running.last_step, running.blocks});
+    draining_.push_back({running.last_step, running.blocks});  // the slot keeps its capacity
     for (auto& blocks : running.blocks) blocks.clear();
   }
   reset_progress(running);

@@ -384,7 +384,10 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
   if (!batch.empty()) {
     const StepSizes exact{static_cast<int32_t>(batch.size()), static_cast<int32_t>(tokens),
                           samples};
-    shape = ladder_.choose(entries_, exact);
+    {
+      std::lock_guard lock(side_mutex_);
+      shape = ladder_.choose(entries_, exact);
+    }
     // Until there are graphs, the same kernels are launched one by one.
     if (!captured_) shape.mode = StepMode::kEager;
     if (shape.mode == StepMode::kEager) {
@@ -405,6 +408,9 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
     newest_sizes_ = shape.sizes;
     newest_entries_ = static_cast<int32_t>(batch.size());
     newest_batch_step_ = step;
+  }
+  std::lock_guard lock(side_mutex_);
+  if (!batch.empty()) {
     ++stats_.batches;
     ++stats_.steps_by_mode[static_cast<int>(shape.mode)];
   }
@@ -427,10 +433,13 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShap
   slot.delivered = true;  // execute() asks for delivery; changes alone have nothing to say
   slot.error.clear();
   slot.injected.clear();
-  if (!entries.empty()) slot.injected.swap(injected_failure_);
-  ++stats_.steps;
-  stats_.control_bytes += slot.control->bytes;
-  stats_.output_bytes += kOutputHeaderBytes + entries.size() * sizeof(OutputEntry);
+  {
+    std::lock_guard lock(side_mutex_);
+    if (!entries.empty()) slot.injected.swap(injected_failure_);
+    ++stats_.steps;
+    stats_.control_bytes += slot.control->bytes;
+    stats_.output_bytes += kOutputHeaderBytes + entries.size() * sizeof(OutputEntry);
+  }
   device_->submit(&ModelRunner::run_step, &slot);
   return step;
 }
@@ -509,7 +518,11 @@ CaptureReport ModelRunner::capture_graphs() {
 }
 
 RunnerStats ModelRunner::stats() const {
-  RunnerStats stats = stats_;
+  RunnerStats stats;
+  {
+    std::lock_guard lock(side_mutex_);
+    stats = stats_;
+  }
   stats.device = device_->counters();
   return stats;
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -68,7 +69,8 @@ struct CaptureReport {
 
 // Owns rows, block tables, buffers and the step; knows nothing of requests waiting or of text. The
 // host side keeps upper bounds only: what a row really computed is in the device's row state.
-// One thread at a time may call it. Steps run in order on the device's stream; execute() returns as
+// One thread at a time may call it, but for stats(), take_miss() and fail_next_step(), which any
+// thread may call at any time. Steps run in order on the device's stream; execute() returns as
 // soon as the step is queued, so a caller can run ahead by up to kSlots steps.
 class ModelRunner {
  public:
@@ -114,7 +116,10 @@ class ModelRunner {
   // and no step is in flight.
   CaptureReport capture_graphs();
   // Why steps do not run in the mode that was asked for, each reason once.
-  GraphLadder::Miss take_miss() { return ladder_.take_miss(); }
+  GraphLadder::Miss take_miss() {
+    std::lock_guard lock(side_mutex_);
+    return ladder_.take_miss();
+  }
 
   // Launches a step; returns its number. Each row at most once; the rows of a step that failed are
   // in an unknown state and must be freed. Decode rows take 1 token, prefill and extend rows up to
@@ -151,7 +156,10 @@ class ModelRunner {
   void fill_kv_random(uint64_t seed);
 
   // Makes the next step fail with this message after it is launched: for testing error paths.
-  void fail_next_step(std::string message) { injected_failure_ = std::move(message); }
+  void fail_next_step(std::string message) {
+    std::lock_guard lock(side_mutex_);
+    injected_failure_ = std::move(message);
+  }
 
  private:
   struct Slot {
@@ -211,6 +219,7 @@ class ModelRunner {
   StepSizes newest_sizes_;
   int32_t newest_entries_ = 0;
   RunnerStats stats_;
+  mutable std::mutex side_mutex_;  // of stats_, injected_failure_ and the ladder's miss
   std::string injected_failure_;
   std::string failed_copy_;  // by the stream: fails the next step
   uint64_t newest_batch_step_ = 0;

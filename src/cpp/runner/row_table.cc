@@ -156,6 +156,7 @@ RowHandle RowTable::add(const RowSpec& spec) {
                  .blocks = std::move(blocks),
                  .stop_offset = stop_offset,
                  .stop_count = stop_count};
+  host.blocks.reserve((host.max_total_len + config_.block_size - 1) / config_.block_size);
 
   NewRow command{};
   command.row = row;
