@@ -52,8 +52,8 @@ class Case:
     options: dict[str, object] = dataclasses.field(default_factory=dict)
 
 
-def run(device: _core.Device, case: Case) -> Array:
-    """Runs a case; poisons the output buffer first, so that unwritten elements show."""
+def session_of(device: _core.Device, case: Case) -> _core.ProgramSession:
+    """A session that holds what a case starts from."""
     session = _core.ProgramSession(
         device,
         case.program,
@@ -62,14 +62,19 @@ def run(device: _core.Device, case: Case) -> Array:
     for weight, values in case.weights.items():
         session.load_weight(weight, values.astype(np.float32))
     session.set_options(**case.options)
-    poison = np.full(case.expected.size, np.nan, np.float32)
-    session.set_value(case.output, poison)
     for value, data in case.inputs.items():
         session.set_value(value, data.astype(np.float32))
     for name, data in case.ints.items():
         session.set_ints(name, np.ascontiguousarray(data, dtype=np.int32))
     for side, data in enumerate(case.cache):
         session.set_cache(0, bool(side), data.astype(np.float32).reshape(-1))
+    return session
+
+
+def run(device: _core.Device, case: Case) -> Array:
+    """Runs a case; poisons the output buffer first, so that unwritten elements show."""
+    session = session_of(device, case)
+    session.set_value(case.output, np.full(case.expected.size, np.nan, np.float32))
     session.run(case.requests, case.rows, case.logits_rows)
     out = session.value(case.output, case.logits_rows or case.rows).astype(np.float64)
     session.close()
@@ -547,15 +552,7 @@ def qkv_case(
 
 
 def run_qkv(device: _core.Device, case: Case) -> tuple[Array, list[Array]]:
-    session = _core.ProgramSession(device, case.program, max_tokens=case.rows, **case.limits)
-    for weight, values in case.weights.items():
-        session.load_weight(weight, values.astype(np.float32))
-    for value, data in case.inputs.items():
-        session.set_value(value, data.astype(np.float32))
-    for name, data in case.ints.items():
-        session.set_ints(name, np.ascontiguousarray(data, dtype=np.int32))
-    for side, data in enumerate(case.cache):
-        session.set_cache(0, bool(side), data.astype(np.float32).reshape(-1))
+    session = session_of(device, case)
     session.run(1, case.rows)
     out = session.value(case.output, case.rows)
     caches = [session.cache(0, bool(side)).reshape(case.cache[0].shape) for side in range(2)]
@@ -709,3 +706,42 @@ def test_linear_row_does_not_depend_on_the_batch(
     first = int(rng.integers(0, rows))
     np.testing.assert_array_equal(whole[first : first + 1], linear_of(data[first : first + 1]))
     np.testing.assert_array_equal(whole[: first + 1], linear_of(data[: first + 1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=EXAMPLES)
+@given(draw=st.data(), seed=st.integers(0, 2**32 - 1))
+def test_attention_of_a_request_does_not_depend_on_batch_or_chunks(
+    native_device: _core.Device, dtype: str, draw: st.DataObject, seed: int
+) -> None:
+    case = paged_attention(draw, np.random.default_rng(seed), dtype)
+    case.options = {"batch_invariant": True}
+    whole = run(native_device, case)
+    starts, lengths = case.ints["query_start_loc"], case.ints["seq_lens"]
+    row = draw.draw(st.integers(0, len(lengths) - 1))
+    first, end = int(starts[row]), int(starts[row + 1])
+    split = draw.draw(st.integers(first, end))
+    ((qkv, data),) = case.inputs.items()
+    session = session_of(native_device, case)
+    parts = []
+    # The request by itself, its tokens in two steps: the second reads what the first has written.
+    for begin, stop in ((first, split), (split, end)):
+        count = stop - begin
+        if count == 0:
+            continue
+        session.set_value(qkv, data[begin:stop].astype(np.float32))
+        ints = {
+            "counts": [1, count, 0, int(count == 1), int(count > 1), 0],
+            "row": [row],
+            "query_start_loc": [0, count],
+            "seq_lens": [lengths[row] - (end - stop)],
+            "token_batch": [0] * count,
+            "positions": case.ints["positions"][begin:stop],
+            "slot_mapping": case.ints["slot_mapping"][begin:stop],
+        }
+        for name, values in ints.items():
+            session.set_ints(name, np.asarray(values, dtype=np.int32))
+        session.run(1, count)
+        parts.append(session.value(case.output, count))
+    session.close()
+    np.testing.assert_array_equal(np.concatenate(parts), whole[first:end])
