@@ -15,6 +15,8 @@ namespace {
 constexpr std::string_view kWhere = "engine";
 // Outputs that a request's history has room for from the start; longer ones grow it.
 constexpr int32_t kReservedOutputs = 4096;
+// Requests ahead whose memory is asked for: between two steps other threads have used the caches.
+constexpr size_t kPrefetch = 8;
 
 RequestEnd end_of(FinishReason reason) {
   switch (reason) {
@@ -37,6 +39,7 @@ Engine::Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching)
       enable_prefix_caching_(enable_prefix_caching),
       block_size_(runner_->config().block_size),
       windows_{0},
+      has_windows_(std::any_of(windows_.begin(), windows_.end(), [](int32_t w) { return w > 0; })),
       pool_(runner_->config().num_blocks, block_size_, static_cast<int32_t>(windows_.size())) {
   const size_t rows = runner_->config().max_num_seqs;
   running_.reserve(rows);
@@ -113,6 +116,7 @@ void Engine::add(RequestSpec spec, std::span<const int32_t> slots) {
       added.state = RequestState::kHeld;
       added.first_sample = slots[0];
       request(slots[0]).held.push_back(slot);
+      request(slots[0]).has_held = true;
     }
   }
 }
@@ -143,6 +147,7 @@ void Engine::remove(int32_t slot, bool spoilt) {
       return;
     case RequestState::kHeld:
       std::erase(request(ended.first_sample).held, slot);
+      request(ended.first_sample).has_held = !request(ended.first_sample).held.empty();
       break;
     case RequestState::kWaiting:
       waiting_.erase({ended.urgency, slot});
@@ -173,12 +178,14 @@ void Engine::end_all(RequestEnd reason, std::string_view error, EventBatch& out)
 
 // The first sample ended before it had computed the prompt: the next one does.
 void Engine::promote_held(Request& first) {
-  if (first.held.empty()) return;
+  if (!first.has_held) return;
+  first.has_held = false;
   const int32_t slot = first.held.front();
   Request& next = request(slot);
   next.held.assign(first.held.begin() + 1, first.held.end());
   for (const int32_t held : next.held) request(held).first_sample = slot;
   first.held.clear();
+  next.has_held = !next.held.empty();
   next.first_sample = -1;
   enqueue(slot);
 }
@@ -266,6 +273,7 @@ void Engine::fork_held(Request& first) {
     enqueue(slot);
   }
   first.held.clear();
+  first.has_held = false;
 }
 
 // Lets go of blocks that no later query of the row can read.
@@ -337,6 +345,11 @@ void Engine::fail_touched(std::string_view error, EventBatch& out) {
   if (out.events.size() == before) end_all(RequestEnd::kError, error, out);
 }
 
+void Engine::prefetch(int32_t slot) const {
+  const auto* line = reinterpret_cast<const char*>(requests_[slot].get());
+  for (int i = 0; i < 3; ++i) __builtin_prefetch(line + 64 * i, 1);
+}
+
 void Engine::take_in(EventBatch& out) {
   InFlight& oldest = in_flight_[first_in_flight_];
   first_in_flight_ = (first_in_flight_ + 1) % kRunAhead;
@@ -352,6 +365,7 @@ void Engine::take_in(EventBatch& out) {
   }
   retired_ = oldest.step;
   for (size_t i = 0; i < oldest.requests.size(); ++i) {
+    if (i + kPrefetch < oldest.requests.size()) prefetch(oldest.requests[i + kPrefetch].slot);
     const Planned& planned = oldest.requests[i];
     // Ended since, perhaps with another request in the slot: nothing for it here.
     if (!has_request(planned.slot)) continue;
@@ -385,8 +399,8 @@ void Engine::take_in_entry(const Planned& planned, const OutputEntry& entry, Eve
   }
   running.num_computed = entry.num_computed;
   keep_filled_blocks(running);
-  if (!running.held.empty() && running.num_computed >= running.row.prompt_len) fork_held(running);
-  drop_below_window(running);
+  if (running.has_held && running.num_computed >= running.row.prompt_len) fork_held(running);
+  if (has_windows_) drop_below_window(running);
   if (entry.token < 0) return;
   running.row.token_ids.push_back(entry.token);
   emit(running, {&entry.token, 1}, reason, "", out);

@@ -93,6 +93,7 @@ class Engine {
   // engine.cc: steps, and what comes of them.
   bool launch(EventBatch& out);
   void take_in(EventBatch& out);
+  void prefetch(int32_t slot) const;
   void take_in_entry(const Planned& planned, const OutputEntry& entry, EventBatch& out);
   void keep_filled_blocks(Request& running);
   void fork_held(Request& first);
@@ -120,6 +121,7 @@ class Engine {
   const bool enable_prefix_caching_;
   const int32_t block_size_;
   const std::vector<int32_t> windows_;  // [group] 0 = full
+  const bool has_windows_;
   BlockPool pool_;
   std::vector<std::unique_ptr<Request>> requests_;  // by slot
   int32_t num_requests_ = 0;

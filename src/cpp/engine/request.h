@@ -72,29 +72,32 @@ enum class RequestState : uint8_t {
   kRunning,  // has a row
 };
 
-// What the engine knows of a request, in a dense slot that is used again.
-struct Request {
-  int32_t slot = -1;
+// What the engine knows of a request, in a dense slot that is used again. What a decode step
+// touches comes first, in two cache lines.
+struct alignas(64) Request {
   RequestState state = RequestState::kNone;
   bool use_prefix_cache = true;
-  bool forked = false;  // waiting, with blocks of the first sample
-  Urgency urgency;
+  bool forked = false;    // waiting, with blocks of the first sample
+  bool has_held = false;  // `held` is not empty
+  int32_t slot = -1;
   RowHandle handle;
   int32_t prefill_target = 0;  // tokens known at admission
   int32_t num_launched = 0;    // upper bound of the tokens computed once all steps have retired
   int32_t num_computed = 0;    // tokens computed by retired steps
   int32_t capacity = 0;        // tokens that the blocks hold
   int32_t max_total_len = 0;
+  int32_t num_kept = 0;               // leading blocks that were offered to the prefix cache
+  int32_t num_cached_tokens = -1;     // -1: not admitted yet
+  int32_t prefix = BlockPool::kRoot;  // pinned: of the first num_kept blocks
   uint64_t last_step = 0;
+  Urgency urgency;
+  RowSpec row;  // token_ids comes first in it, and grows with the outputs
+
   std::vector<std::vector<int32_t>> blocks;  // [group]; equally many, 0 where dropped
   std::vector<int32_t> num_dropped;          // [group] leading blocks below the window
-  int32_t prefix = BlockPool::kRoot;         // pinned: of the first num_kept blocks
-  int32_t num_kept = 0;                      // leading blocks that were offered to the cache
-  int32_t num_cached_tokens = -1;            // -1: not admitted yet
   int32_t first_sample = -1;                 // held: the slot of the one that computes the prompt
   std::vector<int32_t> held;                 // slots of samples that wait for this one's prompt
   CacheScope scope;
-  RowSpec row;  // token_ids grows with the outputs
 };
 
 }  // namespace mrv1
