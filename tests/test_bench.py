@@ -232,7 +232,7 @@ def test_mix_runs_every_request_to_its_end(device: str) -> None:
         timing = measure_mix(engine, requests)
         stats = engine.stats()
         engine.check_idle()
-    # The warm-up's prompt is the first 16 tokens.
+    # The warm-up's prompt has 16 tokens.
     assert stats["prefill_tokens"] == 16 + 25
     assert timing.tokens is not None
     assert 1 < timing.tokens <= 12 / 9
@@ -571,7 +571,7 @@ def test_fill_kv_random_is_what_attention_reads(models_dir: Path, device: str) -
         spec.token_ids = list(range(20, 40))
         spec.prompt_len = 20
         spec.num_computed = 19
-        spec.block_ids = [1, 2]
+        spec.block_ids = [[1, 2]]
         row, _ = model.runner.add_row(spec)
         model.runner.result(model.runner.execute([(row, 1)]))
         values = model.runner.logits(0)

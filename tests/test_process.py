@@ -206,7 +206,7 @@ def generate(runner):
     tokens = []
     spec = _core.RowSpec()
     spec.token_ids = list(range(5, 105))
-    spec.prompt_len, spec.max_tokens, spec.block_ids = 100, 100, list(range(1, 17))
+    spec.prompt_len, spec.max_tokens, spec.block_ids = 100, 100, [list(range(1, 17))]
     spec.temperature = 0.0
     row, _ = runner.add_row(spec)
     steps = [runner.execute([(row, 100)])]

@@ -201,6 +201,10 @@ class Program:
         """(name, is_vector, cols, [(tensor, rows)]) of each weight."""
 
     @property
+    def kv_layout(self) -> tuple[list[int], list[tuple[int, int]]]:
+        """Window of each KV group (0: none), and (group, slot) of each kv layer."""
+
+    @property
     def cuts(self) -> list[tuple[str, int]]:
         """(kind, op index) of each place where the list can be cut."""
 
@@ -536,10 +540,10 @@ class RowSpec:
     def stop_ids(self, arg: Sequence[int], /) -> None: ...
 
     @property
-    def block_ids(self) -> list[int]: ...
+    def block_ids(self) -> list[list[int]]: ...
 
     @block_ids.setter
-    def block_ids(self, arg: Sequence[int], /) -> None: ...
+    def block_ids(self, arg: Sequence[Sequence[int]], /) -> None: ...
 
 class FinishReason(enum.Enum):
     NONE = 0
@@ -669,7 +673,13 @@ class ModelRunner:
 
     def add_row(self, spec: RowSpec) -> tuple[int, int]: ...
 
-    def append_blocks(self, row: int, block_ids: Sequence[int], generation: int = -1) -> None: ...
+    def append_blocks(self, row: int, group: int, block_ids: Sequence[int], generation: int = -1) -> None: ...
+
+    def drop_blocks(self, row: int, group: int, first: int, count: int, generation: int = -1) -> None: ...
+
+    @property
+    def kv_windows(self) -> list[int]:
+        """Window of each KV group, 0 for none."""
 
     def free_row(self, row: int, generation: int = -1) -> None: ...
 

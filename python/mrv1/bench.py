@@ -134,6 +134,22 @@ class OpCost:
     operations: int
 
 
+def row_blocks(runner: _core.ModelRunner, index: int, count: int) -> list[list[int]]:
+    """The block table of one of many rows of `count` blocks each, as `RowSpec.block_ids` has it.
+
+    Raises:
+        InvalidArgumentError: The model's layers have different windows: rows then need blocks of
+            several KV groups, which only `mix` gives them.
+    """
+    if len(runner.kv_windows) > 1:
+        raise InvalidArgumentError(
+            "layers of this model see different windows",
+            field="figure",
+            allowed="mix or op for such a model",
+        )
+    return [list(range(1 + index * count, 1 + (index + 1) * count))]
+
+
 def measure_rates(device: _core.Device, dtype: str, read_bytes: int | None = None) -> Rates:
     """Measures read bandwidth (best of 10) and arithmetic rate (best of 5) of a device.
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mrv1 import _core
-from mrv1.bench import Timing
+from mrv1.bench import Timing, row_blocks
 from mrv1.errors import InternalError
 from mrv1.llm import peak_memory_mb
 from mrv1.loader import LoadedModel, RunnerOptions
@@ -100,7 +100,7 @@ class DecodeRun:
             spec.num_computed = length - 1
             spec.temperature = 0.0
             spec.max_tokens = MAX_INT32
-            spec.block_ids = list(range(1 + index * blocks, 1 + (index + 1) * blocks))
+            spec.block_ids = row_blocks(self._runner, index, blocks)
             row, _ = self._runner.add_row(spec)
             self._rows.append(row)
         self._batch = [(row, 1) for row in self._rows]

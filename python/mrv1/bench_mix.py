@@ -79,9 +79,9 @@ def measure_mix(engine: Engine, requests: Sequence[MixRequest]) -> Timing:
         requests: The workload.
     """
     first = requests[0]
-    warmup = MixRequest(
-        first.prompt_token_ids[:_WARMUP_TOKENS], min(first.max_tokens, _WARMUP_TOKENS)
-    )
+    # Of a prompt that none of them begins with, so that the prefix cache is of no use to them.
+    length = min(len(first.prompt_token_ids), _WARMUP_TOKENS)
+    warmup = MixRequest([0] * length, min(first.max_tokens, _WARMUP_TOKENS))
     _run(engine, [warmup])
     steps = engine.stats()["steps"]
     host_ns = engine.model.runner.stats()["host_ns"]

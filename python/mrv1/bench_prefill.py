@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mrv1 import _core
-from mrv1.bench import Timing
+from mrv1.bench import Timing, row_blocks
 from mrv1.errors import InternalError
 from mrv1.llm import peak_memory_mb
 from mrv1.loader import LoadedModel, RunnerOptions
@@ -81,7 +81,7 @@ def measure_prefill(model: LoadedModel, batch: int, context: int, repeats: int) 
         spec.prompt_len = context
         spec.temperature = 0.0
         spec.max_tokens = 1
-        spec.block_ids = list(range(1 + index * blocks, 1 + (index + 1) * blocks))
+        spec.block_ids = row_blocks(runner, index, blocks)
         specs.append(spec)
     chunks = prefill_chunks(batch, context, model.max_num_batched_tokens)
     _run(runner, specs, chunks[:1])

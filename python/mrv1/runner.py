@@ -9,7 +9,7 @@ import operator
 import os
 import secrets
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 from mrv1 import _core
 from mrv1._closing import Closing
@@ -27,6 +27,9 @@ from mrv1.sampling_params import MAX_INT32, SamplingParams
 if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
+
+# Block ids of a row: of the one KV group there is, or of each.
+BlockIds: TypeAlias = "Sequence[int] | Sequence[Sequence[int]]"
 
 _ANY_GENERATION = -1
 # Smaller ones would be 0 in float32; they keep one token all the same.
@@ -144,6 +147,20 @@ class PendingStep:
             self._unread.append(self.step)
 
 
+def _by_group(block_ids: BlockIds) -> Sequence[Sequence[int]]:
+    """Block ids of one KV group, or of each."""
+    if any(isinstance(item, Sequence) for item in block_ids):
+        return cast("Sequence[Sequence[int]]", block_ids)
+    return (cast("Sequence[int]", block_ids),)
+
+
+def _by_group(block_ids: BlockIds) -> Sequence[Sequence[int]]:
+    """Block ids of one KV group, or of each."""
+    if any(isinstance(item, Sequence) for item in block_ids):
+        return cast("Sequence[Sequence[int]]", block_ids)
+    return (cast("Sequence[int]", block_ids),)
+
+
 def make_row_spec(
     token_ids: Sequence[int],
     params: SamplingParams,
@@ -151,13 +168,15 @@ def make_row_spec(
     eos_token_ids: Sequence[int],
     prompt_len: int | None = None,
     num_computed: int = 0,
-    block_ids: Sequence[int] = (),
+    block_ids: BlockIds = (),
 ) -> _core.RowSpec:
     """Translates a request into what the native side takes."""
     spec = _core.RowSpec()
     try:
         spec.token_ids = [operator.index(token) for token in token_ids]
-        spec.block_ids = [operator.index(block) for block in block_ids]
+        spec.block_ids = [
+            [operator.index(block) for block in blocks] for blocks in _by_group(block_ids)
+        ]
     except (TypeError, OverflowError) as error:
         raise InvalidArgumentError(
             f"token_ids and block_ids hold integers of 32 bits: {error}"
@@ -227,7 +246,7 @@ class ModelRunner(Closing):
         token_ids: Sequence[int],
         params: SamplingParams | None = None,
         *,
-        block_ids: Sequence[int] = (),
+        block_ids: BlockIds = (),
         prompt_len: int | None = None,
         num_computed: int = 0,
     ) -> RowHandle:
@@ -236,7 +255,8 @@ class ModelRunner(Closing):
         Args:
             token_ids: The prompt; to resume a preempted request, the prompt and its outputs.
             params: Of sampling and stopping; stop strings are the caller's to find.
-            block_ids: First KV blocks of the row.
+            block_ids: First KV blocks of the row; for a model with several KV groups, a sequence
+                for each. 0 stands for a block below the group's window that was given back.
             prompt_len: How many of token_ids are the prompt; all if None.
             num_computed: Leading tokens whose KV blocks are filled already.
 
@@ -258,15 +278,48 @@ class ModelRunner(Closing):
         )
         return RowHandle(*self._native.add_row(spec))
 
-    def append_blocks(self, row: int, block_ids: Sequence[int]) -> None:
-        """Gives a row further KV blocks.
+    @property
+    def kv_windows(self) -> list[int]:
+        """Window of each KV group, 0 for none.
+
+        Layers that see the same positions share a group. A row needs blocks of each group, from
+        one pool of ids.
+        """
+        return self._native.kv_windows
+
+    def append_blocks(self, row: int, block_ids: Sequence[int], group: int = 0) -> None:
+        """Gives a row further KV blocks of a group.
 
         Raises:
             InvalidArgumentError: The row is not the handle's any more, or a block id is out of
                 range or in the row already.
         """
         ids = [_index(f"block_ids[{place}]", block) for place, block in enumerate(block_ids)]
-        self._native.append_blocks(_index("row", row), ids, _generation(row))
+        self._native.append_blocks(
+            _index("row", row), _index("group", group), ids, _generation(row)
+        )
+
+    def drop_blocks(self, row: int, first: int, count: int, group: int = 0) -> None:
+        """Takes blocks from a row that lie wholly below its group's window.
+
+        They may be reused once all steps up to `last_step(row)` have finished.
+
+        Args:
+            row: The row.
+            first: Place of the first of them among the row's blocks of the group.
+            count: How many.
+            group: The KV group.
+
+        Raises:
+            InvalidArgumentError: A token that is still to be computed may see one of them.
+        """
+        self._native.drop_blocks(
+            _index("row", row),
+            _index("group", group),
+            _index("first", first),
+            _index("count", count),
+            _generation(row),
+        )
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Makes KV blocks equal to others, in all layers: before a row writes a shared block.

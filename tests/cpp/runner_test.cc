@@ -42,8 +42,8 @@ int32_t add_request(ModelRunner& runner, int32_t row, float temperature) {
   spec.top_k = temperature > 0 ? 20 : 0;
   spec.seed = 11;
   spec.max_tokens = 200;
-  spec.block_ids.resize(16);
-  std::iota(spec.block_ids.begin(), spec.block_ids.end(), 1 + row * 16);
+  std::vector<int32_t>& blocks = spec.block_ids.emplace_back(16);
+  std::iota(blocks.begin(), blocks.end(), 1 + row * 16);
   return runner.add_row(spec).row;
 }
 

@@ -128,6 +128,18 @@ void bind_program(nb::module_& m) {
           },
           "(name, is_vector, cols, [(tensor, rows)]) of each weight.")
       .def_prop_ro(
+          "kv_layout",
+          [](const Program& self) {
+            const KvLayout layout = self.kv_layout();
+            std::vector<int32_t> windows;
+            for (const KvGroup& group : layout.groups) windows.push_back(group.window);
+            std::vector<std::pair<int32_t, int32_t>> layers;
+            for (const KvPlace& place : layout.layers) layers.emplace_back(place.group, place.slot);
+            return nb::make_tuple(windows, layers);
+          },
+          nb::sig("def kv_layout(self) -> tuple[list[int], list[tuple[int, int]]]"),
+          "Window of each KV group (0: none), and (group, slot) of each kv layer.")
+      .def_prop_ro(
           "cuts",
           [](const Program& self) {
             std::vector<std::pair<std::string, int32_t>> cuts;

@@ -283,10 +283,25 @@ void bind_runner(nb::module_& m) {
           nb::arg("spec"), nb::call_guard<nb::gil_scoped_release>())
       .def(
           "append_blocks",
-          [](const RunnerHandle& self, int32_t row, const std::vector<int32_t>& block_ids,
-             int32_t generation) { self->append_blocks({row, generation}, block_ids); },
-          nb::arg("row"), nb::arg("block_ids"), nb::arg("generation") = kAnyGeneration,
-          nb::call_guard<nb::gil_scoped_release>())
+          [](const RunnerHandle& self, int32_t row, int32_t group,
+             const std::vector<int32_t>& block_ids,
+             int32_t generation) { self->append_blocks({row, generation}, group, block_ids); },
+          nb::arg("row"), nb::arg("group"), nb::arg("block_ids"),
+          nb::arg("generation") = kAnyGeneration, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "drop_blocks",
+          [](const RunnerHandle& self, int32_t row, int32_t group, int32_t first, int32_t count,
+             int32_t generation) { self->drop_blocks({row, generation}, group, first, count); },
+          nb::arg("row"), nb::arg("group"), nb::arg("first"), nb::arg("count"),
+          nb::arg("generation") = kAnyGeneration, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro(
+          "kv_windows",
+          [](const RunnerHandle& self) {
+            std::vector<int32_t> windows;
+            for (const KvGroup& group : self->kv_layout().groups) windows.push_back(group.window);
+            return windows;
+          },
+          "Window of each KV group, 0 for none.")
       .def(
           "free_row",
           [](const RunnerHandle& self, int32_t row, int32_t generation) {

@@ -32,13 +32,19 @@ RequestEnd end_of(FinishReason reason) {
   return RequestEnd::kNone;
 }
 
+std::vector<int32_t> group_windows(const ModelRunner& runner) {
+  std::vector<int32_t> windows;
+  for (const KvGroup& group : runner.kv_layout().groups) windows.push_back(group.window);
+  return windows;
+}
+
 }  // namespace
 
 Engine::Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching)
     : runner_(std::move(runner)),
       enable_prefix_caching_(enable_prefix_caching),
       block_size_(runner_->config().block_size),
-      windows_{0},
+      windows_(group_windows(*runner_)),
       has_windows_(std::any_of(windows_.begin(), windows_.end(), [](int32_t w) { return w > 0; })),
       pool_(runner_->config().num_blocks, block_size_, static_cast<int32_t>(windows_.size())) {
   const size_t rows = runner_->config().max_num_seqs;
@@ -204,7 +210,7 @@ void Engine::reset_progress(Request& request) {
 // --- rows and blocks ---------------------------------------------------------------------------
 
 void Engine::append_to_row(const Request& running, int32_t group, int32_t from) {
-  runner_->append_blocks(running.handle, std::span(running.blocks[group]).subspan(from));
+  runner_->append_blocks(running.handle, group, std::span(running.blocks[group]).subspan(from));
 }
 
 // Gives row and blocks back: the row at once, as steps in flight keep its generation, the blocks
@@ -287,6 +293,7 @@ void Engine::drop_below_window(Request& running) {
       if (block != 0) pool_.release(block);
       block = 0;
     }
+    runner_->drop_blocks(running.handle, group, dropped, first - dropped);
     dropped = first;
   }
 }

@@ -263,7 +263,7 @@ void Engine::place_row(int32_t slot, size_t place) {
   head.num_launched = head.num_computed;
   head.capacity = num_blocks(head) * block_size_;
   head.row.num_computed = head.num_computed;
-  head.row.block_ids = head.blocks[0];
+  head.row.block_ids = head.blocks;
   head.handle = runner_->add_row(head.row);
   if (head.num_cached_tokens < 0) head.num_cached_tokens = head.num_computed;
   head.last_step = 0;

@@ -29,16 +29,20 @@ std::vector<float> rope_values(const RopeSpec& spec, int64_t positions) {
 // One plan for each geometry of attention in the program, without memory.
 std::vector<AttentionPlan> attention_plans(const Program& program, const PlanLimits& limits) {
   std::vector<AttentionPlan> plans;
+  const KvLayout layout = program.kv_layout();
   for (const Op& op : program.ops()) {
     if (op.kind != OpKind::kPagedAttention) continue;
     const auto serves = [&](const AttentionPlan& plan) {
       return plan.serves(op.heads, op.window, op.softcap);
     };
     if (std::any_of(plans.begin(), plans.end(), serves)) continue;
+    const auto [first_group, num_groups] = layout.groups_of(op.window);
     plans.push_back({.shape = op.heads,
                      .dtype = program.dtype(),
                      .window = op.window,
                      .softcap = op.softcap,
+                     .first_group = first_group,
+                     .num_groups = num_groups,
                      .max_requests = static_cast<int32_t>(limits.max_requests),
                      .max_tokens = static_cast<int32_t>(limits.max_tokens)});
   }
@@ -79,7 +83,10 @@ WorkspaceLimits Executable::workspace_limits(const Program& program, const PlanL
 Executable::Executable(const Program& program, const PlanLimits& limits, Device& device,
                        std::span<const WeightView> weights, std::span<const KvCacheLayer> kv,
                        int64_t max_position)
-    : device_(&device), plan_(plan_buffers(program, limits)), max_position_(max_position) {
+    : device_(&device),
+      plan_(plan_buffers(program, limits)),
+      kv_layout_(program.kv_layout()),
+      max_position_(max_position) {
   check_internal(weights.size() == program.weights().size(), "executable", "weights missing");
   check_internal(kv.size() >= program.kv_layers().size(), "executable", "kv layers missing");
   arena_ = device.allocate(plan_.arena_bytes, "activations");
@@ -164,13 +171,23 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
         params.interleaved = program.ropes()[op.rope].interleaved;
         params.max_position = max_position_;
       }
-      params.cache = op.kv_layer >= 0 ? &kv[op.kv_layer] : nullptr;
-      params.kv_group = 0;
+      if (op.kv_layer >= 0) {
+        params.cache = &kv[op.kv_layer];
+        params.kv_group = kv_layout_.layers[op.kv_layer].group;
+      }
       return params;
     }
     case OpKind::kPagedAttention:
-      return PagedAttentionParams{in(0),     out(0),     op.heads,         dtype, op.scale,
-                                  op.window, op.softcap, &kv[op.kv_layer], 0,     plan_of(op)};
+      return PagedAttentionParams{.qkv = in(0),
+                                  .out = out(0),
+                                  .shape = op.heads,
+                                  .dtype = dtype,
+                                  .scale = op.scale,
+                                  .window = op.window,
+                                  .softcap = op.softcap,
+                                  .cache = &kv[op.kv_layer],
+                                  .kv_group = kv_layout_.layers[op.kv_layer].group,
+                                  .plan = plan_of(op)};
   }
   fail(ErrorKind::kInternal, "executable", "no kernel for ", op_name(op));
 }

@@ -55,6 +55,7 @@ class Executable {
   Plan plan_;
   Buffer arena_;
   std::vector<Buffer> ropes_;
+  KvLayout kv_layout_;
   std::vector<AttentionPlan> attention_plans_;  // one for each geometry of attention
   std::vector<Buffer> attention_buffers_;
   int64_t max_position_;

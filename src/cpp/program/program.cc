@@ -238,8 +238,12 @@ int32_t Program::attention(int32_t qkv, const AttentionSpec& spec) {
           " frequencies, head_dim ", heads.head_dim, " takes at most ", heads.head_dim / 2);
   }
 
-  if (new_layer) kv_layers_.resize(spec.kv_layer + 1);
+  if (new_layer) {
+    kv_layers_.resize(spec.kv_layer + 1);
+    kv_windows_.resize(spec.kv_layer + 1);
+  }
   kv_layers_[spec.kv_layer] = heads;
+  kv_windows_[spec.kv_layer] = spec.window;
   int32_t x = qkv;
   if (spec.q_norm >= 0) {
     x = emit({.kind = OpKind::kQkNorm,
@@ -287,6 +291,20 @@ int32_t Program::logits(int32_t x, int32_t weight, float softcap) {
   }
   output(logits_);
   return logits_;
+}
+
+KvLayout Program::kv_layout() const {
+  KvLayout layout = mrv1::kv_layout(kv_windows_);
+  if (layout.groups.size() > 1) {
+    const HeadShape& first = kv_layers_.front();
+    for (const HeadShape& heads : kv_layers_) {
+      check(heads.num_kv_heads == first.num_kv_heads && heads.head_dim == first.head_dim, "program",
+            "layers with different windows must have equal key/value heads, not ",
+            heads.num_kv_heads, " of ", heads.head_dim, " and ", first.num_kv_heads, " of ",
+            first.head_dim);
+    }
+  }
+  return layout;
 }
 
 void Program::begin_layer(int32_t layer) {

@@ -10,6 +10,7 @@
 #include "core/dtype.h"
 #include "ops/activation.h"
 #include "ops/kv_cache.h"
+#include "program/kv_layout.h"
 
 namespace mrv1 {
 
@@ -162,6 +163,9 @@ class Program {
   int32_t logits_value() const { return logits_; }
   // Cache geometry per kv layer.
   const std::vector<HeadShape>& kv_layers() const { return kv_layers_; }
+  // Groups of kv layers and the places of their blocks. kInvalidArgument if layers of several
+  // groups differ in their heads: they could not share blocks.
+  KvLayout kv_layout() const;
   std::vector<Cut> cuts() const;
   // One line an op. format "text" or "dot" (Graphviz).
   std::string dump(std::string_view format) const;
@@ -182,6 +186,7 @@ class Program {
   std::vector<RopeSpec> ropes_;
   std::vector<int32_t> inputs_, outputs_;
   std::vector<HeadShape> kv_layers_;
+  std::vector<int32_t> kv_windows_;  // by kv layer
   int32_t logits_ = -1;
   int32_t layer_ = -1;
 };

@@ -53,18 +53,19 @@ ProgramSession::ProgramSession(std::shared_ptr<Device> device, Program program,
   infer.token_batch = ints(limits.max_tokens);
   infer.token_ids = ints(limits.max_tokens);
   infer.positions = ints(limits.max_tokens);
-  infer.slot_mapping = ints(limits.max_tokens);
+  const auto groups = static_cast<int64_t>(std::max<size_t>(1, program_.kv_layout().groups.size()));
+  infer.slot_mapping = ints(groups * limits.max_tokens);
   infer.logits_indices = ints(limits.max_logits);
   infer.logits_batch = ints(limits.max_logits);
   infer.row_lengths = nullptr;
   RowState& rows = ctx_.rows;
   rows.num_rows = limits.max_requests;
-  rows.num_groups = 1;
+  rows.num_groups = static_cast<int32_t>(groups);
   rows.block_size = limits.block_size;
   rows.max_blocks = limits.max_blocks;
   rows.max_model_len = static_cast<int32_t>(std::min<int64_t>(
       int64_t{limits.max_blocks} * limits.block_size, std::numeric_limits<int32_t>::max()));
-  rows.block_table = ints(int64_t{limits.max_requests} * limits.max_blocks);
+  rows.block_table = ints(groups * limits.max_requests * limits.max_blocks);
   ctx_.device = device_.get();
   ctx_.pool = device_->pool();
   ctx_.stream = device_->stream();
@@ -160,10 +161,10 @@ void ProgramSession::set_ints(const std::string& name, const std::vector<int32_t
       {"token_batch", infer.token_batch, tokens},
       {"token_ids", infer.token_ids, tokens},
       {"positions", infer.positions, tokens},
-      {"slot_mapping", infer.slot_mapping, tokens},
+      {"slot_mapping", infer.slot_mapping, ctx_.rows.num_groups * tokens},
       {"logits_indices", infer.logits_indices, logits},
       {"logits_batch", infer.logits_batch, logits},
-      {"block_table", ctx_.rows.block_table, requests * limits_.max_blocks},
+      {"block_table", ctx_.rows.block_table, ctx_.rows.num_groups * requests * limits_.max_blocks},
   };
   for (const Target& target : targets) {
     if (name != target.name) continue;

@@ -40,8 +40,8 @@ class ProgramSession {
   };
   DeviceValue device_value(int32_t value);
   // name: counts (the six of InferCounts), row, query_start_loc, seq_lens, token_batch, token_ids,
-  // positions, slot_mapping, logits_indices, logits_batch, or block_table ([max_requests,
-  // max_blocks]).
+  // positions, slot_mapping ([KV groups, max_tokens]), logits_indices, logits_batch, or block_table
+  // ([KV groups, max_requests, max_blocks]).
   void set_ints(const std::string& name, const std::vector<int32_t>& data);
   // Keys (or values) of a layer, [num_blocks, kv_heads, block_size, head_dim].
   void set_cache(int32_t layer, bool values, const std::vector<float>& data);

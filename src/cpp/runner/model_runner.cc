@@ -22,8 +22,8 @@ uint64_t nanoseconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count();
 }
 
-size_t control_slot_bytes(const RunnerConfig& config) {
-  return round_up(RowTable::record_bytes(config), kSlotAlignment);
+size_t control_slot_bytes(const RunnerConfig& config, size_t groups) {
+  return round_up(RowTable::record_bytes(config, groups), kSlotAlignment);
 }
 
 size_t output_slot_bytes(const RunnerConfig& config) {
@@ -35,9 +35,9 @@ int32_t vocab_size(const Program& program) {
 }
 
 // Sizes of the int32 arrays of InferParams, in the order allocate_state() makes them.
-int64_t infer_ints(const RunnerConfig& config) {
+int64_t infer_ints(const RunnerConfig& config, int64_t groups) {
   const int64_t requests = config.max_num_seqs, tokens = config.max_num_batched_tokens;
-  int64_t ints = requests * 5 + 1 + tokens * 4 + requests * 2 + sizeof(InferCounts) / 4;
+  int64_t ints = requests * 5 + 1 + tokens * (3 + groups) + requests * 2 + sizeof(InferCounts) / 4;
   if (config.infer_param_view) {
     ints += 3 * requests + 8 * requests + 3 * (requests + 1) +
             requests * max_blocks_per_row(config) + tokens + 7;
@@ -69,13 +69,18 @@ MemoryPlan ModelRunner::plan_memory(const Program& program, const RunnerConfig& 
       Executable::bytes(program, limits, device, config.max_model_len) +
       device.kernels().workspace_bytes(Executable::workspace_limits(program, limits, device));
   const int64_t rows = config.max_num_seqs;
+  const KvLayout layout = program.kv_layout();
+  const auto groups = static_cast<int64_t>(layout.groups.size());
   plan.state =
       rows * (sizeof(Row) + sizeof(SamplingRow)) +
-      rows * (int64_t{config.max_model_len} + max_blocks_per_row(config)) * 4 +
-      int64_t{config.max_stop_ids} * 4 + infer_ints(config) * 4 + staged_bytes(config) +
+      rows * (int64_t{config.max_model_len} + groups * max_blocks_per_row(config)) * 4 +
+      int64_t{config.max_stop_ids} * 4 + infer_ints(config, groups) * 4 + staged_bytes(config) +
       sizeof(uint64_t) +
-      kSlots * static_cast<int64_t>(control_slot_bytes(config) + output_slot_bytes(config));
-  for (const HeadShape& heads : program.kv_layers()) {
+      kSlots * static_cast<int64_t>(control_slot_bytes(config, groups) + output_slot_bytes(config));
+  // Layers of one slot share their memory.
+  for (size_t i = 0; i < layout.layers.size(); ++i) {
+    if (layout.layers[i].group != 0) continue;
+    const HeadShape& heads = program.kv_layers()[i];
     plan.per_block += 2 * kv_cache_layer(program.dtype(), 1, config.block_size, heads).bytes();
   }
   return plan;
@@ -146,6 +151,7 @@ ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
       program_(std::move(program)),
       config_(checked_config(program_, config, *device_)),
       weights_(program_, *device_),
+      kv_layout_(program_.kv_layout()),
       memory_plan_(plan_memory(program_, config_, *device_)) {
   device_->linear_context();  // a missing library is reported here, not in a step
   allocate_kv();
@@ -170,16 +176,23 @@ void ModelRunner::allocate_kv() {
   kv_buffer_ = device_->allocate(static_cast<size_t>(memory_plan_.per_block * config_.num_blocks),
                                  "KV cache");
   char* next = static_cast<char*>(kv_buffer_.data());
-  for (const HeadShape& heads : program_.kv_layers()) {
-    KvCacheLayer layer =
-        kv_cache_layer(program_.dtype(), config_.num_blocks, config_.block_size, heads);
-    layer.key = next;
-    layer.value = next + layer.bytes();
-    next += 2 * layer.bytes();
+  std::vector<char*> slots;
+  for (size_t i = 0; i < kv_layout_.layers.size(); ++i) {
+    KvCacheLayer layer = kv_cache_layer(program_.dtype(), config_.num_blocks, config_.block_size,
+                                        program_.kv_layers()[i]);
+    const auto slot = static_cast<size_t>(kv_layout_.layers[i].slot);
+    if (slot == slots.size()) {
+      slots.push_back(next);
+      next += 2 * layer.bytes();
+    }
+    layer.key = slots[slot];
+    layer.value = slots[slot] + layer.bytes();
     kv_.push_back(layer);
   }
   std::vector<CacheArray> arrays;
-  for (const KvCacheLayer& layer : kv_) {
+  for (size_t i = 0; i < kv_.size(); ++i) {
+    if (kv_layout_.layers[i].group != 0) continue;  // it shares its slot with a layer of group 0
+    const KvCacheLayer& layer = kv_[i];
     const int64_t block_bytes = layer.block_stride * static_cast<int64_t>(dtype_size(layer.dtype));
     arrays.push_back({layer.key, block_bytes});
     arrays.push_back({layer.value, block_bytes});
@@ -209,7 +222,7 @@ void ModelRunner::allocate_state() {
   const int64_t rows = config_.max_num_seqs, tokens = config_.max_num_batched_tokens;
   RowState& state = ctx_.rows;
   state.num_rows = config_.max_num_seqs;
-  state.num_groups = 1;
+  state.num_groups = static_cast<int32_t>(kv_layout_.groups.size());
   state.block_size = config_.block_size;
   state.max_blocks = max_blocks_per_row(config_);
   state.max_model_len = config_.max_model_len;
@@ -217,7 +230,8 @@ void ModelRunner::allocate_state() {
   state.rows = state_array<Row>(rows, "rows");
   state.sampling = state_array<SamplingRow>(rows, "sampling rows");
   state.tokens = state_array<int32_t>(rows * config_.max_model_len, "token history");
-  state.block_table = state_array<int32_t>(rows * state.max_blocks, "block tables");
+  state.block_table =
+      state_array<int32_t>(state.num_groups * rows * state.max_blocks, "block tables");
   state.stop_ids = state_array<int32_t>(std::max(1, config_.max_stop_ids), "stop ids");
 
   InferParams& infer = ctx_.infer;
@@ -233,7 +247,7 @@ void ModelRunner::allocate_state() {
   infer.token_batch = state_array<int32_t>(tokens, "infer params");
   infer.token_ids = state_array<int32_t>(tokens, "infer params");
   infer.positions = state_array<int32_t>(tokens, "infer params");
-  infer.slot_mapping = state_array<int32_t>(tokens, "infer params");
+  infer.slot_mapping = state_array<int32_t>(state.num_groups * tokens, "infer params");
   infer.logits_indices = state_array<int32_t>(rows, "infer params");
   infer.logits_batch = state_array<int32_t>(rows, "infer params");
   infer.row_lengths = nullptr;
@@ -275,12 +289,13 @@ void ModelRunner::allocate_state() {
   workspace_ = device_->allocate(ctx_.workspace_bytes, "workspace");
   ctx_.workspace = workspace_.data();
 
-  rows_ = std::make_unique<RowTable>(config_, state.vocab_size, [this] { submit({}, {}); });
+  rows_ = std::make_unique<RowTable>(config_, state.vocab_size, kv_layout_.groups,
+                                     [this] { submit({}, {}); });
   entries_.reserve(rows);
 }
 
 void ModelRunner::allocate_rings() {
-  control_slot_bytes_ = control_slot_bytes(config_);
+  control_slot_bytes_ = control_slot_bytes(config_, kv_layout_.groups.size());
   output_slot_bytes_ = output_slot_bytes(config_);
   control_buffer_ = device_->allocate_mapped(control_slot_bytes_ * kSlots, "control ring");
   output_buffer_ = device_->allocate_mapped(output_slot_bytes_ * kSlots, "output ring");
@@ -319,7 +334,7 @@ void ModelRunner::copy_blocks(std::span<const BlockCopy> copies) {
     auto task =
         std::make_unique<Task>(Task{this,
                                     {.arrays = static_cast<const CacheArray*>(cache_arrays_.data()),
-                                     .num_arrays = static_cast<int32_t>(2 * kv_.size()),
+                                     .num_arrays = 2 * kv_layout_.num_slots,
                                      .num_blocks = config_.num_blocks,
                                      .count = static_cast<int32_t>(piece.size()),
                                      .copies = {}}});
@@ -352,11 +367,13 @@ int32_t ModelRunner::checked_tokens(const BatchItem& item, const HostRow& row) c
     check(row.num_launched < row.max_total_len - 1, where, "row ", item.row,
           " has reached its length of ", row.max_total_len, " tokens");
   }
-  const auto blocks = static_cast<int32_t>(row.blocks.size());
-  check(row.num_launched + item.num_tokens <= blocks * config_.block_size, where, "row ", item.row,
-        " needs ",
-        (row.num_launched + item.num_tokens + config_.block_size - 1) / config_.block_size,
-        " blocks for this step, has ", blocks);
+  for (const std::vector<int32_t>& held : row.blocks) {
+    const auto blocks = static_cast<int32_t>(held.size());
+    check(row.num_launched + item.num_tokens <= blocks * config_.block_size, where, "row ",
+          item.row, " needs ",
+          (row.num_launched + item.num_tokens + config_.block_size - 1) / config_.block_size,
+          " blocks for this step, has ", blocks);
+  }
   return item.num_tokens;
 }
 
@@ -655,6 +672,11 @@ std::vector<std::pair<std::string, std::vector<int32_t>>> ModelRunner::infer_par
   add("token_ids", infer.token_ids, sizes.num_tokens);
   add("positions", infer.positions, sizes.num_tokens);
   add("slot_mapping", infer.slot_mapping, sizes.num_tokens);
+  for (int32_t group = 1; group < ctx_.rows.num_groups; ++group) {
+    all.emplace_back(
+        concat("slot_mapping.", group),
+        read_ints(infer.slot_mapping + int64_t{group} * infer.max_tokens, sizes.num_tokens));
+  }
   add("logits_indices", infer.logits_indices, sizes.num_logits);
   add("logits_batch", infer.logits_batch, sizes.num_logits);
   add("entry_batch", infer.entry_batch, newest_entries_);

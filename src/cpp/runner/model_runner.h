@@ -29,7 +29,7 @@ struct MemoryPlan {
   int64_t weights = 0;
   int64_t activations = 0;  // arena, rope tables, workspace
   int64_t state = 0;        // rows, history, block tables, infer_params, rings
-  int64_t per_block = 0;    // one KV block over all layers
+  int64_t per_block = 0;    // one KV block, for the layers of a group
   int64_t total(int64_t num_blocks) const {
     return weights + activations + state + per_block * num_blocks;
   }
@@ -99,8 +99,15 @@ class ModelRunner {
   RowHandle add_row(const RowSpec& spec) { return rows_->add(spec); }
   // Calls that name a generation are refused once the row has been given to another request.
   // Block ids that the row already holds are refused; rows may share blocks.
-  void append_blocks(RowHandle row, std::span<const int32_t> block_ids) {
-    rows_->append_blocks(row, block_ids);
+  // A block serves one KV group (Program::kv_layout).
+  void append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids) {
+    rows_->append_blocks(row, group, block_ids);
+  }
+  // Makes blocks [first, first + count) of a group null, all of whose positions lie below the
+  // window of every token that is still to be launched. They may be reused once every step up to
+  // last_step(row) has retired.
+  void drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t count) {
+    rows_->drop_blocks(row, group, first, count);
   }
   // The row may be given to another request at once: steps in flight keep their generation. Its
   // blocks may be reused once every step up to last_step(row) has retired.
@@ -151,6 +158,7 @@ class ModelRunner {
   int32_t free_rows() const { return rows_->free_rows(); }
   RunnerStats stats() const;
   const MemoryPlan& memory_plan() const { return memory_plan_; }
+  const KvLayout& kv_layout() const { return kv_layout_; }
 
   // Fills the KV cache with values uniform in [-1, 1): timing without a prefill.
   void fill_kv_random(uint64_t seed);
@@ -198,6 +206,7 @@ class ModelRunner {
   RunnerConfig config_;
   WeightStore weights_;
   Buffer kv_buffer_;
+  KvLayout kv_layout_;
   std::vector<KvCacheLayer> kv_;
   Buffer cache_arrays_;  // CacheArray of keys and values of each layer
   std::unique_ptr<Executable> executable_;

@@ -16,16 +16,19 @@ constexpr size_t kControlPayloadBytes = size_t{256} << 10;
 
 }  // namespace
 
-size_t RowTable::record_bytes(const RunnerConfig& config) {
+size_t RowTable::record_bytes(const RunnerConfig& config, size_t num_groups) {
   const size_t per_row = sizeof(FreeRow) + sizeof(NewRow) + 2 * sizeof(TokenWrite) +
-                         2 * sizeof(BlockWrite) + sizeof(StopWrite) + sizeof(BatchEntry);
+                         2 * num_groups * sizeof(BlockWrite) + sizeof(StopWrite) +
+                         sizeof(BatchEntry);
   return sizeof(ControlHeader) + config.max_num_seqs * per_row + kControlPayloadBytes;
 }
 
-RowTable::RowTable(const RunnerConfig& config, int32_t vocab_size, std::function<void()> send)
+RowTable::RowTable(const RunnerConfig& config, int32_t vocab_size, std::vector<KvGroup> groups,
+                   std::function<void()> send)
     : config_(config),
       vocab_size_(vocab_size),
       max_blocks_(max_blocks_per_row(config)),
+      groups_(std::move(groups)),
       send_(std::move(send)),
       rows_(config.max_num_seqs),
       block_marks_(config.num_blocks, 0) {
@@ -46,10 +49,22 @@ HostRow& RowTable::checked(RowHandle handle, const char* where) {
   return rows_[row];
 }
 
-void RowTable::check_blocks(std::span<const int32_t> held, std::span<const int32_t> block_ids,
-                            const char* where) {
+void RowTable::check_group(int32_t group, const char* where) const {
+  check(group >= 0 && group < static_cast<int32_t>(groups_.size()), where, "KV group ", group,
+        " is outside [0, ", groups_.size(), ")");
+}
+
+int32_t RowTable::lowest_seen(int32_t group, int32_t position) const {
+  const int32_t window = groups_[group].window;
+  return window > 0 ? std::max(0, position - window + 1) : 0;
+}
+
+void RowTable::check_blocks(std::span<const std::vector<int32_t>> held,
+                            std::span<const int32_t> block_ids, const char* where) {
   ++block_mark_;
-  for (int32_t block : held) block_marks_[block] = block_mark_;
+  for (const std::vector<int32_t>& blocks : held) {
+    for (int32_t block : blocks) block_marks_[block] = block_mark_;
+  }
   for (int32_t block : block_ids) {
     check(block > 0 && block < config_.num_blocks, where, "block id ", block, " is outside [1, ",
           config_.num_blocks, ")");
@@ -124,9 +139,20 @@ void RowTable::check_spec(const RowSpec& spec) {
         spec.stop_ids.size(), " ids, all rows together hold ", config_.max_stop_ids);
   check(length < max_total_length(spec), where, "token_ids holds ", length - spec.prompt_len,
         " outputs already, max_tokens is ", spec.max_tokens);
-  check(spec.block_ids.size() <= static_cast<size_t>(max_blocks_), where, "a row holds ",
-        max_blocks_, " blocks, not ", spec.block_ids.size());
-  if (!spec.block_ids.empty()) check_blocks({}, spec.block_ids, where);
+  check(spec.block_ids.size() <= groups_.size(), where, "block_ids is for ", spec.block_ids.size(),
+        " KV groups, there are ", groups_.size());
+  std::vector<int32_t> all;
+  for (size_t group = 0; group < spec.block_ids.size(); ++group) {
+    const std::vector<int32_t>& blocks = spec.block_ids[group];
+    check(blocks.size() <= static_cast<size_t>(max_blocks_), where, "a row holds ", max_blocks_,
+          " blocks, not ", blocks.size());
+    const auto first_seen = static_cast<size_t>(
+        lowest_seen(static_cast<int32_t>(group), spec.num_computed) / config_.block_size);
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      if (blocks[i] != 0 || i >= first_seen) all.push_back(blocks[i]);
+    }
+  }
+  if (!all.empty()) check_blocks({}, all, where);
 }
 
 bool RowTable::can_add(const RowSpec& spec) const {
@@ -146,8 +172,9 @@ RowHandle RowTable::add(const RowSpec& spec) {
   free_rows_.pop_back();
   HostRow& host = rows_[row];
   const int32_t generation = host.generation + 1;
-  std::vector<int32_t> blocks = std::move(host.blocks);  // keeps its capacity
-  blocks.clear();
+  std::vector<std::vector<int32_t>> blocks = std::move(host.blocks);  // they keep their capacity
+  blocks.resize(groups_.size());
+  for (std::vector<int32_t>& held : blocks) held.clear();
   host = HostRow{.active = true,
                  .generation = generation,
                  .prefill_target = static_cast<int32_t>(spec.token_ids.size()),
@@ -184,19 +211,46 @@ RowHandle RowTable::add(const RowSpec& spec) {
   staged_.new_row(command);
   stage_tokens(row, spec.token_ids);
   stage_stop_ids(stop_offset, spec.stop_ids);
-  append_blocks({row, generation}, spec.block_ids);
+  for (size_t group = 0; group < spec.block_ids.size(); ++group) {
+    add_blocks(row, static_cast<int32_t>(group), spec.block_ids[group]);
+  }
   host.staged_for = record_;
   return {row, generation};
 }
 
-void RowTable::append_blocks(RowHandle row, std::span<const int32_t> block_ids) {
-  HostRow& host = checked(row, "append_blocks");
-  check(host.blocks.size() + block_ids.size() <= static_cast<size_t>(max_blocks_), "append_blocks",
-        "row ", row.row, " holds ", host.blocks.size(), " of ", max_blocks_, " blocks, ",
-        block_ids.size(), " more do not fit");
-  check_blocks(host.blocks, block_ids, "append_blocks");
-  stage_blocks(row.row, static_cast<int32_t>(host.blocks.size()), block_ids);
-  host.blocks.insert(host.blocks.end(), block_ids.begin(), block_ids.end());
+void RowTable::append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids) {
+  const char* where = "append_blocks";
+  const HostRow& host = checked(row, where);
+  check_group(group, where);
+  const size_t held = host.blocks[group].size();
+  check(held + block_ids.size() <= static_cast<size_t>(max_blocks_), where, "row ", row.row,
+        " holds ", held, " of ", max_blocks_, " blocks, ", block_ids.size(), " more do not fit");
+  check_blocks(host.blocks, block_ids, where);
+  add_blocks(row.row, group, block_ids);
+}
+
+void RowTable::add_blocks(int32_t row, int32_t group, std::span<const int32_t> block_ids) {
+  HostRow& host = rows_[row];
+  std::vector<int32_t>& held = host.blocks[group];
+  stage_blocks(row, group, static_cast<int32_t>(held.size()), block_ids);
+  held.insert(held.end(), block_ids.begin(), block_ids.end());
+  host.staged_for = record_;
+}
+
+void RowTable::drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t count) {
+  const char* where = "drop_blocks";
+  HostRow& host = checked(row, where);
+  check_group(group, where);
+  std::vector<int32_t>& held = host.blocks[group];
+  // Steps in flight have the table as their own record left it.
+  const int32_t lowest = lowest_seen(group, host.num_launched);
+  check(first >= 0 && count >= 0 && first <= static_cast<int32_t>(held.size()) - count, where,
+        "blocks [", first, ", ", first + count, ") are outside the row's ", held.size());
+  check(count == 0 || int64_t{first + count} * config_.block_size <= lowest, where, "blocks [",
+        first, ", ", first + count, ") reach past position ", lowest, ", the first that KV group ",
+        group, " still reads");
+  std::fill_n(held.begin() + first, count, 0);
+  stage_blocks(row.row, group, first, std::span(held).subspan(first, count));
   host.staged_for = record_;
 }
 
@@ -222,7 +276,8 @@ uint64_t RowTable::last_step(RowHandle handle) const {
 
 void RowTable::make_room(size_t bytes) {
   // Commands are padded to 16 bytes in the record; 64 covers the array ends.
-  if (staged_.record_bytes(config_.max_num_seqs) + bytes + 64 > record_bytes(config_)) {
+  if (staged_.record_bytes(config_.max_num_seqs) + bytes + 64 >
+      record_bytes(config_, groups_.size())) {
     send_();
   }
 }
@@ -236,12 +291,13 @@ void RowTable::stage_tokens(int32_t row, std::span<const int32_t> tokens) {
   }
 }
 
-void RowTable::stage_blocks(int32_t row, int32_t start, std::span<const int32_t> blocks) {
+void RowTable::stage_blocks(int32_t row, int32_t group, int32_t start,
+                            std::span<const int32_t> blocks) {
   constexpr size_t kPiece = kControlPayloadBytes / 2 / sizeof(int32_t);
   for (size_t i = 0; i < blocks.size(); i += kPiece) {
     const auto piece = blocks.subspan(i, std::min(kPiece, blocks.size() - i));
     make_room(sizeof(BlockWrite) + piece.size_bytes());
-    staged_.write_blocks(0, row, start + static_cast<int32_t>(i), piece);
+    staged_.write_blocks(group, row, start + static_cast<int32_t>(i), piece);
   }
 }
 

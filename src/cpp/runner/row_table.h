@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "program/kv_layout.h"
 #include "runner/control_writer.h"
 #include "runner/runner_config.h"
 
@@ -20,7 +21,7 @@ struct HostRow {
   int32_t prefill_target = 0;
   int32_t num_launched = 0;  // upper bound of num_computed after the steps launched so far
   int32_t max_total_len = 0;
-  std::vector<int32_t> blocks = {};
+  std::vector<std::vector<int32_t>> blocks = {};  // by KV group; 0 where dropped
   int32_t stop_offset = 0, stop_count = 0;
   uint64_t last_step = 0;
   uint64_t staged_for = 0;  // step whose record carries the newest change of the row
@@ -32,17 +33,19 @@ struct HostRow {
 class RowTable {
  public:
   // Bytes that a record of the runner can take.
-  static size_t record_bytes(const RunnerConfig& config);
+  static size_t record_bytes(const RunnerConfig& config, size_t num_groups);
 
   // `send` must carry the staged changes away at once, by write() with no entries: called when they
   // fill a record, or must come before what is staged next.
-  RowTable(const RunnerConfig& config, int32_t vocab_size, std::function<void()> send);
+  RowTable(const RunnerConfig& config, int32_t vocab_size, std::vector<KvGroup> groups,
+           std::function<void()> send);
 
   // See ModelRunner.
   void check_spec(const RowSpec& spec);
   bool can_add(const RowSpec& spec) const;
   RowHandle add(const RowSpec& spec);
-  void append_blocks(RowHandle row, std::span<const int32_t> block_ids);
+  void append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids);
+  void drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t count);
   void free(RowHandle row);
 
   // Throws kInvalidArgument unless the row is in use, by the handle's request if it names one.
@@ -57,19 +60,24 @@ class RowTable {
 
  private:
   int32_t max_total_length(const RowSpec& spec) const;
-  // The ids are in range, and neither repeated nor among `held`.
-  void check_blocks(std::span<const int32_t> held, std::span<const int32_t> block_ids,
+  void check_group(int32_t group, const char* where) const;
+  // The ids are in range, and neither repeated nor among those that the groups hold.
+  void check_blocks(std::span<const std::vector<int32_t>> held, std::span<const int32_t> block_ids,
                     const char* where);
+  // The first position of a group that a token at `position` sees.
+  int32_t lowest_seen(int32_t group, int32_t position) const;
+  void add_blocks(int32_t row, int32_t group, std::span<const int32_t> block_ids);
   // Sends what is staged if `bytes` more would not fit.
   void make_room(size_t bytes);
   void stage_tokens(int32_t row, std::span<const int32_t> tokens);
-  void stage_blocks(int32_t row, int32_t start, std::span<const int32_t> blocks);
+  void stage_blocks(int32_t row, int32_t group, int32_t start, std::span<const int32_t> blocks);
   void stage_stop_ids(int32_t offset, std::span<const int32_t> ids);
   int32_t allocate_stop_ids(int32_t count);
   void release_stop_ids(int32_t offset, int32_t count);
 
   const RunnerConfig& config_;
   const int32_t vocab_size_, max_blocks_;
+  const std::vector<KvGroup> groups_;
   const std::function<void()> send_;
   std::vector<HostRow> rows_;
   std::vector<uint32_t> block_marks_;  // by block: newest check_blocks() call that saw it

@@ -40,8 +40,10 @@ struct RowSpec {
   uint64_t seed = 0;
   int32_t max_tokens = 1;  // outputs counted from prompt_len
   int32_t min_tokens = 0;
-  std::vector<int32_t> stop_ids;   // EOS and stop tokens
-  std::vector<int32_t> block_ids;  // first blocks; more by append_blocks
+  std::vector<int32_t> stop_ids;  // EOS and stop tokens
+  // First blocks of each KV group; more by append_blocks. Leading ones whose positions no token
+  // sees any more may be 0.
+  std::vector<std::vector<int32_t>> block_ids;
 };
 
 // Stands for whatever request holds the row now, where a caller does not name a generation.
