@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from mrv1 import _core, loader
+from mrv1.builder import Builder, Weight
 from mrv1.errors import WeightError
 from mrv1.loader import RunnerOptions, load_model
 from mrv1.progress import format_phases
 from serving_tools import LLAMA, Tensors, copy_model, greedy, make_prompt, open_runner, run_to_end
 
+Array = np.ndarray
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -135,6 +137,49 @@ def test_what_progress_raises_ends_the_loading(device: str) -> None:
         told: list[int] = []
         native.load_tensors(file, tensors, told.append)
         assert sum(told) == info.nbytes
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_an_offset_is_added_when_a_vector_is_loaded(
+    tmp_path: Path, native_device: _core.Device, name: str
+) -> None:
+    rng = np.random.default_rng(5)
+    norms = rng.standard_normal(24).astype(DTYPES[name])
+    config = _core.RunnerConfig()
+    config.max_num_seqs = config.max_num_batched_tokens = 4
+    config.max_model_len, config.num_blocks = 16, 3
+
+    def logits(stored: Array, kind: str, offset: float) -> Array:
+        # Two segments, at an odd place in the file.
+        file = tmp_path / f"{offset}"
+        file.write_bytes(b"?" + stored.tobytes())
+        p = Builder("float32")
+        table = p.matrix("embed", 30, 8)
+        joined = p.fused_vector(("a", 8), ("b", 16), offset=offset)
+        x = p.linear(p.embedding(table), p.matrix("up", 24, 8))
+        x = p.attention(
+            p.rms_norm(x, joined, 1e-6), num_heads=1, num_kv_heads=1, head_dim=8, kv_layer=0
+        )
+        p.logits(x, table)
+        runner = _core.ModelRunner(native_device, p.program, config)
+        for weight in (table, Weight(joined.index + 1)):
+            runner.fill_random(weight.index, 1, 1.0)
+        told: list[int] = []
+        places = [(joined.index, 0, 1, kind), (joined.index, 1, 1 + 8 * stored.itemsize, kind)]
+        runner.load_tensors(_core.MappedFile(str(file)), places, told.append)
+        runner.check_weights()
+        assert sum(told) == stored.nbytes
+        spec = _core.RowSpec()
+        spec.token_ids, spec.prompt_len, spec.block_ids = [3, 4, 5], 3, [[1]]
+        row, _ = runner.add_row(spec)
+        assert not runner.result(runner.execute([(row, 3)])).error
+        values = runner.logits(0)
+        runner.close()
+        return values
+
+    kinds = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    added = norms.astype(np.float32) + np.float32(1.0)
+    np.testing.assert_array_equal(logits(norms, kinds[name], 1.0), logits(added, "float32", 0.0))
 
 
 def test_phases_of_a_start(device: str, caplog: pytest.LogCaptureFixture) -> None:
