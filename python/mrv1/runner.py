@@ -154,13 +154,6 @@ def _by_group(block_ids: BlockIds) -> Sequence[Sequence[int]]:
     return (cast("Sequence[int]", block_ids),)
 
 
-def _by_group(block_ids: BlockIds) -> Sequence[Sequence[int]]:
-    """Block ids of one KV group, or of each."""
-    if any(isinstance(item, Sequence) for item in block_ids):
-        return cast("Sequence[Sequence[int]]", block_ids)
-    return (cast("Sequence[int]", block_ids),)
-
-
 def make_row_spec(
     token_ids: Sequence[int],
     params: SamplingParams,

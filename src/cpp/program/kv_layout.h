@@ -31,8 +31,8 @@ struct KvLayout {
 };
 
 // Layers with one window make one or several groups of as many layers as the rarest window has:
-// groups of unlike sizes would leave slots of their blocks unused. Groups with one window follow each
-// other, and the first group of all has a layer in every slot. Windows by kv layer.
+// groups of unlike sizes would leave slots of their blocks unused. Groups with one window follow
+// each other, and the first group of all has a layer in every slot. Windows by kv layer.
 KvLayout kv_layout(std::span<const int32_t> windows);
 
 }  // namespace mrv1
