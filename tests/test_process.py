@@ -284,6 +284,14 @@ engine = Engine(MODEL, **SIZES)
 engine.add_request("a", [5] * 300, GREEDY)
 engine.step()
 """,
+    "engine thread in flight": "from mrv1 import _core"
+    """
+from mrv1.runner import make_row_spec
+runner = ModelRunner(MODEL, **SIZES)
+engine = _core.Engine(runner.model.runner)
+for name in "abc":
+    engine.add_request(name, make_row_spec([5] * 300, GREEDY, eos_token_ids=()), n=2)
+""",
     "reference cycle": "llm = LLM(MODEL, **SIZES); run(llm); llm.me = llm; del llm",
     "in a thread": """
 import threading
@@ -388,6 +396,59 @@ llm.close()
 runner.close()
 # NumPy's linear algebra ends its own threads at a fork.
 assert threads() <= base and not [n for n in thread_names() if "mrv1" in n], thread_names()
+""",
+    )
+
+
+def test_engine_thread_ends_with_its_engine(device: str) -> None:
+    """By close, by being dropped, and not at all in a forked child."""
+    run_child(
+        device,
+        """
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+from mrv1 import _core
+from mrv1.runner import make_row_spec
+
+def engine_threads():
+    return thread_names().count("mrv1-engine")
+
+runner = ModelRunner(MODEL, **SIZES)
+spec = make_row_spec([5] * 100, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True),
+                     eos_token_ids=())
+for way in ("close", "drop", "runner first"):
+    engine = _core.Engine(runner.model.runner)
+    assert engine_threads() == 1
+    for name in "abcdef":
+        engine.add_request(name, spec, n=2)
+    engine.wait_outputs(5.0)
+    child = os.fork()
+    if child == 0:
+        try:
+            for use in (lambda: engine.step(), lambda: engine.add_request("z", spec),
+                        lambda: engine.wait_outputs(1.0), lambda: engine.abort("a"),
+                        lambda: engine.check_idle(), lambda: engine.stats()):
+                try:
+                    use()
+                    os._exit(3)
+                except ForkError:
+                    pass
+            engine.close()
+            del engine
+            gc.collect()
+        except BaseException:
+            os._exit(4)
+        sys.exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert engine.wait_outputs(5.0)
+    if way == "close":
+        engine.close()
+    elif way == "runner first":
+        runner.close()
+        engine.close()
+    del engine
+    gc.collect()
+    assert engine_threads() == 0
 """,
     )
 

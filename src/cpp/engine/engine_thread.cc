@@ -26,6 +26,7 @@ EngineThread::EngineThread(std::shared_ptr<ModelRunner> runner, const EngineOpti
   if (!options_.background) return;
   try {
     thread_ = std::thread([this] { run(); });
+    pthread_setname_np(thread_.native_handle(), "mrv1-engine");
   } catch (const std::system_error& error) {
     fail(ErrorKind::kDevice, kWhere, "cannot start the engine's thread: ", error.what());
   }
@@ -189,7 +190,6 @@ void EngineThread::free_slot(int32_t slot) {
 // --- the engine's thread -----------------------------------------------------------------------
 
 void EngineThread::run() {
-  pthread_setname_np(pthread_self(), "mrv1-engine");
   for (;;) {
     {
       std::unique_lock lock(mutex_);
