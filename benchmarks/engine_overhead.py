@@ -7,8 +7,8 @@
   for the device left out. Outputs are taken by another thread meanwhile, as a server does.
 - add: CPU time of adding a request whose token ids are native already, by blocks of its prompt: the
   median of 200. The engine takes it over at once, in the same thread.
-- first_token: milliseconds from adding a request of --shared + --new tokens to its first token, with
-  nothing in the prefix cache and with the shared tokens there; the medians of 5 in turns.
+- first_token: milliseconds from adding a request of --shared + --new tokens to its first token,
+  with nothing in the prefix cache and with the shared tokens there; the medians of 5 in turns.
 """
 
 from __future__ import annotations

@@ -6,9 +6,11 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <map>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "core/error.h"
@@ -52,8 +54,9 @@ struct Life {
 // Steps an engine, checks it after each step, and keeps what came by slot.
 class Harness {
  public:
-  explicit Harness(const RunnerConfig& config, bool caching = true)
-      : engine(small_runner(config), caching) {}
+  explicit Harness(const RunnerConfig& config, bool caching = true,
+                   const std::vector<int32_t>& windows = {0})
+      : engine(small_runner(config, windows), caching) {}
 
   void add(RequestSpec spec, const std::vector<int32_t>& slots) {
     engine.check(spec);
@@ -103,8 +106,10 @@ class Harness {
   std::vector<int32_t> ended;  // slots in order
 };
 
-std::vector<int32_t> alone(RequestSpec spec, uint64_t sample = 0) {
-  Harness harness(tiny_config(96), false);
+// Nothing is shared or preempted. One group holds all layers' blocks if no window drops any.
+std::vector<int32_t> alone(RequestSpec spec, uint64_t sample = 0,
+                           const std::vector<int32_t>& windows = {0}) {
+  Harness harness(tiny_config(160), false, windows);
   spec.row.seed += sample;
   harness.add(std::move(spec), {0});
   harness.finish();
@@ -270,6 +275,74 @@ TEST_CASE("samples end well when the first one goes, or memory runs out") {
   for (int32_t slot = 0; slot < 4; ++slot) CHECK(tight.lives[slot].tokens == alone(grows, slot));
 }
 
+TEST_CASE("windowed groups give blocks back while they run") {
+  const std::vector<int32_t> windows{9, 0};
+  Harness harness(tiny_config(60), true, windows);
+  harness.add(request_of(prompt_of(10, 1), 70), {0});
+  int32_t least = 60;
+  while (harness.engine.has_work()) {
+    harness.step();
+    least = std::min(least, harness.engine.stats().free_blocks);
+  }
+  // 79 computed tokens have 20 blocks in the full group; the window, 9 positions and what two steps
+  // in flight may still name, has at most 5.
+  CHECK(least >= 59 - 20 - 5);
+  CHECK(harness.lives[0].tokens == alone(request_of(prompt_of(10, 1), 70), 0, windows));
+  harness.engine.check_idle();
+}
+
+TEST_CASE("all layers windowed: a request longer than the cache ends") {
+  const std::vector<int32_t> windows{6};
+  for (const int32_t budget : {4, 32}) {
+    RunnerConfig config = tiny_config(9);  // 32 tokens
+    config.max_num_batched_tokens = budget;
+    Harness harness(config, true, windows);
+    for (int32_t slot = 0; slot < 3; ++slot) {
+      harness.add(request_of(prompt_of(50, slot), 40), {slot});
+    }
+    harness.finish();
+    for (int32_t slot = 0; slot < 3; ++slot) {
+      CHECK(harness.lives[slot].tokens == alone(request_of(prompt_of(50, slot), 40), 0, windows));
+    }
+  }
+}
+
+TEST_CASE("a hit needs all blocks of full groups and the window's of others") {
+  const std::vector<int32_t> windows{6, 0};
+  Harness harness(tiny_config(80), true, windows);
+  const auto prompt = prompt_of(41, 2);
+  harness.add(request_of(prompt, 20), {0});
+  harness.finish();
+  // The window has dropped the blocks of the prompt, but they stay cached while nobody needs them.
+  harness.add(request_of(prompt, 20), {1});
+  harness.step();
+  harness.finish();
+  CHECK(harness.lives[1].num_cached_tokens == 40);
+  CHECK(harness.lives[1].tokens == harness.lives[0].tokens);
+  // Blocks that the window left behind were given back first, so they are taken first: what is
+  // left of the prompt in the windowed group is its end.
+  harness.add(request_of(prompt_of(60, 9), 20), {2});
+  harness.finish();
+  harness.add(request_of(prompt, 20), {3});
+  harness.finish();
+  CHECK(harness.lives[3].num_cached_tokens > 0);
+  CHECK(harness.lives[3].tokens == harness.lives[0].tokens);
+}
+
+TEST_CASE("samples share a prompt in windowed groups too") {
+  const std::vector<int32_t> windows{5, 0, 5};
+  for (const int32_t length : {1, 4, 8, 9, 31}) {
+    CAPTURE(length);
+    Harness harness(tiny_config(110), length % 2 == 0, windows);
+    harness.add(request_of(prompt_of(length, 5), 12), {0, 1, 2});
+    harness.finish();
+    for (int32_t slot = 0; slot < 3; ++slot) {
+      CHECK(harness.lives[slot].tokens ==
+            alone(request_of(prompt_of(length, 5), 12), slot, windows));
+    }
+  }
+}
+
 TEST_CASE("a failed step ends its requests and leaves nothing in the cache") {
   Harness harness(tiny_config(60));
   harness.add(request_of(prompt_of(20, 1), 5), {0});
@@ -318,13 +391,16 @@ TEST_CASE("a steady decode step allocates nothing") {
 }
 
 TEST_CASE("random lives under memory pressure") {
-  std::map<std::pair<int, int>, std::vector<int32_t>> known;
+  std::map<std::tuple<bool, int, int>, std::vector<int32_t>> known;
   uint64_t preemptions = 0, hits = 0;
   for (uint32_t seed = 0; seed < 12; ++seed) {
     std::mt19937 random(seed);
-    RunnerConfig config = tiny_config(static_cast<int32_t>(26 + random() % 30));
+    const bool windowed = seed % 3 == 0;
+    const std::vector<int32_t> windows = windowed ? std::vector<int32_t>{7, 0} : std::vector{0};
+    const uint32_t blocks = (windowed ? 40 : 26) + random() % 30;
+    RunnerConfig config = tiny_config(static_cast<int32_t>(blocks));
     config.max_num_batched_tokens = static_cast<int32_t>(4 + random() % 30);
-    Harness harness(config, seed % 4 != 0);
+    Harness harness(config, seed % 4 != 1, windows);
     struct Wish {
       int kind;
       uint64_t sample;
@@ -344,8 +420,9 @@ TEST_CASE("random lives under memory pressure") {
         }
         if (wish.aborted) return true;
         CHECK(life.end == RequestEnd::kLength);
-        auto [place, fresh] = known.try_emplace({wish.kind, static_cast<int>(wish.sample)});
-        if (fresh) place->second = alone(spec_of(wish.kind), wish.sample);
+        auto [place, fresh] =
+            known.try_emplace({windowed, wish.kind, static_cast<int>(wish.sample)});
+        if (fresh) place->second = alone(spec_of(wish.kind), wish.sample, windows);
         CHECK(life.tokens == place->second);
         return true;
       });

@@ -1,10 +1,11 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
-// A random model of one layer, small enough to run in tests of what is around it.
+// A random model, small enough to run in tests of what is around it.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "program/program.h"
@@ -17,38 +18,44 @@ int64_t count_allocations();
 
 constexpr int32_t kVocab = 96, kHidden = 64, kHeads = 2, kKvHeads = 1, kHeadDim = 32;
 
-inline int32_t matrix(Program& program, const char* name, int64_t rows, int64_t cols) {
+inline int32_t matrix(Program& program, const std::string& name, int64_t rows, int64_t cols) {
   return program.weight({name, WeightKind::kMatrix, rows, cols, {{name, 0, rows}}});
 }
 
-inline int32_t vector(Program& program, const char* name, int64_t size) {
+inline int32_t vector(Program& program, const std::string& name, int64_t size) {
   return program.weight({name, WeightKind::kVector, size, 1, {{name, 0, size}}});
 }
 
-inline Program small_model() {
+// A layer a window; 0 = all positions.
+inline Program small_model(const std::vector<int32_t>& windows) {
   Program program(DType::kBF16);
   const int32_t embed = matrix(program, "embed", kVocab, kHidden);
   std::vector<float> inv_freq(kHeadDim / 2);
   for (size_t i = 0; i < inv_freq.size(); ++i) inv_freq[i] = 1.0f / static_cast<float>(1 + i);
   const int32_t rope = program.rope_table({inv_freq, 1.0f});
   int32_t x = program.embedding(embed, 1.0f);
-  program.begin_layer(0);
   const HeadShape heads{kHeads, kKvHeads, kHeadDim};
-  const int32_t normed = program.rms_norm(x, vector(program, "norm1", kHidden), 1e-6f);
-  const int32_t qkv =
-      program.linear(normed, matrix(program, "qkv", heads.qkv_cols(), kHidden), -1, -1, false);
-  Program::AttentionSpec spec;
-  spec.heads = heads;
-  spec.scale = 0.2f;
-  spec.rope = rope;
-  const int32_t mixed = program.attention(qkv, spec);
-  x = program.linear(mixed, matrix(program, "o", kHidden, heads.q_cols()), -1, x, true);
-  const int32_t normed2 = program.rms_norm(x, vector(program, "norm2", kHidden), 1e-6f);
-  const int32_t gate_up =
-      program.linear(normed2, matrix(program, "gate_up", 2 * 80, kHidden), -1, -1, false);
-  x = program.linear(program.gated_mul(gate_up, Activation::kSilu),
-                     matrix(program, "down", kHidden, 80), -1, x, true);
-  program.end_layer();
+  for (size_t layer = 0; layer < windows.size(); ++layer) {
+    const auto named = [&](const char* name) { return name + std::to_string(layer); };
+    program.begin_layer(static_cast<int32_t>(layer));
+    const int32_t normed = program.rms_norm(x, vector(program, named("norm1"), kHidden), 1e-6f);
+    const int32_t qkv = program.linear(
+        normed, matrix(program, named("qkv"), heads.qkv_cols(), kHidden), -1, -1, false);
+    Program::AttentionSpec spec;
+    spec.heads = heads;
+    spec.scale = 0.2f;
+    spec.window = windows[layer];
+    spec.kv_layer = static_cast<int32_t>(layer);
+    spec.rope = rope;
+    const int32_t mixed = program.attention(qkv, spec);
+    x = program.linear(mixed, matrix(program, named("o"), kHidden, heads.q_cols()), -1, x, true);
+    const int32_t normed2 = program.rms_norm(x, vector(program, named("norm2"), kHidden), 1e-6f);
+    const int32_t gate_up =
+        program.linear(normed2, matrix(program, named("gate_up"), 2 * 80, kHidden), -1, -1, false);
+    x = program.linear(program.gated_mul(gate_up, Activation::kSilu),
+                       matrix(program, named("down"), kHidden, 80), -1, x, true);
+    program.end_layer();
+  }
   program.logits(program.rms_norm(x, vector(program, "norm", kHidden), 1e-6f), embed, 0.0f);
   program.fuse();
   return program;
@@ -65,9 +72,10 @@ inline RunnerConfig small_config() {
   return config;
 }
 
-inline std::shared_ptr<ModelRunner> small_runner(const RunnerConfig& config = small_config()) {
+inline std::shared_ptr<ModelRunner> small_runner(const RunnerConfig& config = small_config(),
+                                                 const std::vector<int32_t>& windows = {0}) {
   std::shared_ptr<Device> device = make_cpu_device(2);
-  auto runner = std::make_shared<ModelRunner>(device, small_model(), config);
+  auto runner = std::make_shared<ModelRunner>(device, small_model(windows), config);
   for (size_t i = 0; i < runner->program().weights().size(); ++i) {
     runner->weights().fill_random(static_cast<int32_t>(i), 7, 0.2f);
   }

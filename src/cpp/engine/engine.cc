@@ -210,7 +210,8 @@ void Engine::reset_progress(Request& request) {
 // --- rows and blocks ---------------------------------------------------------------------------
 
 void Engine::append_to_row(const Request& running, int32_t group, int32_t from) {
-  runner_->append_blocks(running.handle, group, std::span(running.blocks[group]).subspan(from));
+  runner_->append_blocks(running.handle, group, std::span(running.blocks[group]).subspan(from),
+                         /*distinct=*/true);
 }
 
 // Gives row and blocks back: the row at once, as steps in flight keep its generation, the blocks
@@ -238,6 +239,13 @@ void Engine::release_blocks(std::vector<std::vector<int32_t>>& groups) {
 }
 
 void Engine::release_drained() {
+  if (!dropped_.empty()) {
+    std::erase_if(dropped_, [&](const Dropped& dropped) {
+      if (dropped.last_step > retired_) return false;
+      pool_.release(dropped.block);
+      return true;
+    });
+  }
   if (draining_.empty()) return;
   std::erase_if(draining_, [&](Draining& ended) {
     if (ended.last_step > retired_) return false;
@@ -282,7 +290,8 @@ void Engine::fork_held(Request& first) {
   first.has_held = false;
 }
 
-// Lets go of blocks that no later query of the row can read.
+// Lets go of blocks that no later query of the row can read. Steps in flight do not read them
+// either, but still have them in their tables.
 void Engine::drop_below_window(Request& running) {
   for (int32_t group = 0; group < num_groups(); ++group) {
     int32_t& dropped = running.num_dropped[group];
@@ -290,7 +299,7 @@ void Engine::drop_below_window(Request& running) {
     if (first <= dropped) continue;
     for (int32_t index = dropped; index < first; ++index) {
       int32_t& block = running.blocks[group][index];
-      if (block != 0) pool_.release(block);
+      if (block != 0) dropped_.push_back({running.last_step, block});
       block = 0;
     }
     runner_->drop_blocks(running.handle, group, dropped, first - dropped);
@@ -407,7 +416,7 @@ void Engine::take_in_entry(const Planned& planned, const OutputEntry& entry, Eve
   running.num_computed = entry.num_computed;
   keep_filled_blocks(running);
   if (running.has_held && running.num_computed >= running.row.prompt_len) fork_held(running);
-  if (has_windows_) drop_below_window(running);
+  if (has_windows_ && reason == RequestEnd::kNone) drop_below_window(running);
   if (entry.token < 0) return;
   running.row.token_ids.push_back(entry.token);
   emit(running, {&entry.token, 1}, reason, "", out);
@@ -441,8 +450,8 @@ EngineStats Engine::stats() const {
 }
 
 void Engine::check_idle() const {
-  check_internal(num_requests_ == 0 && num_in_flight_ == 0 && draining_.empty(), kWhere,
-                 "requests are still running");
+  check_internal(num_requests_ == 0 && num_in_flight_ == 0 && draining_.empty() && dropped_.empty(),
+                 kWhere, "requests are still running");
   check_internal(pool_.free() == pool_.total(), kWhere, pool_.total() - pool_.free(),
                  " blocks leaked");
   check_internal(runner_->free_rows() == runner_->config().max_num_seqs, kWhere, "rows leaked");
@@ -458,6 +467,7 @@ void Engine::check_invariants() const {
     }
   };
   for (const Draining& ended : draining_) count(ended.blocks);
+  for (const Dropped& dropped : dropped_) ++references[dropped.block];
   int32_t present = 0, held = 0;
   for (const auto& pointer : requests_) {
     if (pointer == nullptr) continue;

@@ -38,9 +38,12 @@ class Engine {
   // requests that it touched.
   void step(EventBatch& out);
   // Whether step() has something to do.
-  bool has_work() const { return num_requests_ > 0 || num_in_flight_ > 0 || !draining_.empty(); }
+  bool has_work() const {
+    return num_requests_ > 0 || num_in_flight_ > 0 || !draining_.empty() || !dropped_.empty();
+  }
 
   EngineStats stats() const;
+  uint64_t device_wait_cpu_ns() const { return stats_.device_wait_cpu_ns; }
   // Throws kInternal unless rows and blocks are all back; call when nothing runs.
   void check_idle() const;
   // Throws kInternal unless lists, blocks and rows agree. Slow: for tests.
@@ -62,6 +65,10 @@ class Engine {
   struct Draining {
     uint64_t last_step;
     std::vector<std::vector<int32_t>> blocks;
+  };
+  struct Dropped {
+    uint64_t last_step;
+    int32_t block;
   };
   // Leading tokens that need no computing.
   struct Hit {
@@ -130,6 +137,7 @@ class Engine {
   std::vector<int32_t> running_;  // by urgency
   std::vector<int32_t> forked_;   // waiting ones that hold blocks
   int32_t num_held_ = 0;
+  std::vector<Dropped> dropped_;    // blocks below windows, until no step in flight has them
   std::vector<Draining> draining_;  // blocks of ended requests that a launched step may write
 
   std::array<InFlight, kRunAhead> in_flight_;  // a ring

@@ -204,8 +204,8 @@ void EngineThread::run() {
 }
 
 void EngineThread::turn(bool step) {
-  const uint64_t start = thread_cpu_ns();
-  const uint64_t waited = engine_.stats().device_wait_cpu_ns;
+  const uint64_t start = step ? thread_cpu_ns() : 0;
+  const uint64_t waited = engine_.device_wait_cpu_ns();
   try {
     carry_out_commands();
     if (step) engine_.step(events_);
@@ -213,7 +213,7 @@ void EngineThread::turn(bool step) {
     engine_.end_all(RequestEnd::kError, error.what(), events_);
   }
   publish();
-  cpu_ns_ += thread_cpu_ns() - start - (engine_.stats().device_wait_cpu_ns - waited);
+  if (step) cpu_ns_ += thread_cpu_ns() - start - (engine_.device_wait_cpu_ns() - waited);
 }
 
 void EngineThread::carry_out_commands() {

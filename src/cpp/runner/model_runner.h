@@ -99,9 +99,12 @@ class ModelRunner {
   RowHandle add_row(const RowSpec& spec) { return rows_->add(spec); }
   // Calls that name a generation are refused once the row has been given to another request.
   // Block ids that the row already holds are refused; rows may share blocks.
-  // A block serves one KV group (Program::kv_layout).
-  void append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids) {
-    rows_->append_blocks(row, group, block_ids);
+  // A block serves one KV group (Program::kv_layout). With `distinct` the caller has seen to it
+  // that the row does not hold the blocks yet; else that is checked, which takes time for all it
+  // holds.
+  void append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids,
+                     bool distinct = false) {
+    rows_->append_blocks(row, group, block_ids, distinct);
   }
   // Makes blocks [first, first + count) of a group null, all of whose positions lie below the
   // window of every token that is still to be launched. They may be reused once every step up to

@@ -183,7 +183,9 @@ RowHandle RowTable::add(const RowSpec& spec) {
                  .blocks = std::move(blocks),
                  .stop_offset = stop_offset,
                  .stop_count = stop_count};
-  host.blocks.reserve((host.max_total_len + config_.block_size - 1) / config_.block_size);
+  for (std::vector<int32_t>& held : host.blocks) {
+    held.reserve((host.max_total_len + config_.block_size - 1) / config_.block_size);
+  }
 
   NewRow command{};
   command.row = row;
@@ -218,14 +220,15 @@ RowHandle RowTable::add(const RowSpec& spec) {
   return {row, generation};
 }
 
-void RowTable::append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids) {
+void RowTable::append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids,
+                             bool distinct) {
   const char* where = "append_blocks";
   const HostRow& host = checked(row, where);
   check_group(group, where);
   const size_t held = host.blocks[group].size();
   check(held + block_ids.size() <= static_cast<size_t>(max_blocks_), where, "row ", row.row,
         " holds ", held, " of ", max_blocks_, " blocks, ", block_ids.size(), " more do not fit");
-  check_blocks(host.blocks, block_ids, where);
+  if (!distinct) check_blocks(host.blocks, block_ids, where);
   add_blocks(row.row, group, block_ids);
 }
 

@@ -44,7 +44,8 @@ class RowTable {
   void check_spec(const RowSpec& spec);
   bool can_add(const RowSpec& spec) const;
   RowHandle add(const RowSpec& spec);
-  void append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids);
+  void append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids,
+                     bool distinct);
   void drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t count);
   void free(RowHandle row);
 
