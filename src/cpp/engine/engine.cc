@@ -201,7 +201,8 @@ void Engine::reset_progress(Request& request) {
   request.prefix = BlockPool::kRoot;
   request.num_kept = 0;
   request.num_computed = 0;
-  request.num_launched = 0;
+  request.num_launched = request.num_certain = 0;
+  request.most_in_flight = request.least_in_flight = 0;
   request.capacity = 0;
   request.forked = false;
   std::fill(request.num_dropped.begin(), request.num_dropped.end(), 0);
@@ -338,9 +339,13 @@ bool Engine::launch(EventBatch& out) {
     ++num_in_flight_;
     for (const Planned& planned : next.requests) {
       Request& running = request(planned.slot);
-      (running.num_launched < running.prefill_target ? stats_.prefill_tokens
-                                                     : stats_.decode_tokens) += planned.tokens;
+      const bool prefill = running.num_launched < running.prefill_target;
+      (prefill ? stats_.prefill_tokens : stats_.decode_tokens) += planned.tokens;
+      const int32_t least = planned.least();
       running.num_launched += planned.tokens;
+      running.num_certain += least;
+      running.most_in_flight += planned.tokens;
+      running.least_in_flight += least;
       running.last_step = next.step;
     }
     ++stats_.steps;
@@ -414,6 +419,10 @@ void Engine::take_in_entry(const Planned& planned, const OutputEntry& entry, Eve
     return;
   }
   running.num_computed = entry.num_computed;
+  running.most_in_flight -= planned.tokens;
+  running.least_in_flight -= planned.least();
+  running.num_launched = entry.num_computed + running.most_in_flight;
+  running.num_certain = entry.num_computed + running.least_in_flight;
   keep_filled_blocks(running);
   if (running.has_held && running.num_computed >= running.row.prompt_len) fork_held(running);
   if (has_windows_ && reason == RequestEnd::kNone) drop_below_window(running);
@@ -501,9 +510,9 @@ void Engine::check_invariants() const {
       case RequestState::kRunning:
         check_internal(std::count(running_.begin(), running_.end(), each.slot) == 1, kWhere,
                        "slot ", each.slot, " runs but is not listed");
-        check_internal(
-            each.num_launched <= each.capacity && each.capacity == num_blocks(each) * block_size_,
-            kWhere, "slot ", each.slot, " has launched past its blocks");
+        check_internal(std::min(each.num_launched, each.max_total_len - 1) <= each.capacity &&
+                           each.capacity == num_blocks(each) * block_size_,
+                       kWhere, "slot ", each.slot, " has launched past its blocks");
         break;
     }
   }

@@ -57,6 +57,10 @@ class Engine {
   struct Planned {
     int32_t slot, tokens;
     RowHandle handle;
+    bool decode;  // drafts may be among its tokens
+
+    // Tokens that are computed for certain, unless the row stops.
+    int32_t least() const { return decode ? 1 : tokens; }
   };
   struct InFlight {
     uint64_t step = 0;

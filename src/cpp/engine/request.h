@@ -82,9 +82,14 @@ struct alignas(64) Request {
   int32_t slot = -1;
   RowHandle handle;
   int32_t prefill_target = 0;  // tokens known at admission
-  int32_t num_launched = 0;    // upper bound of the tokens computed once all steps have retired
-  int32_t num_computed = 0;    // tokens computed by retired steps
-  int32_t capacity = 0;        // tokens that the blocks hold
+  // Bounds of the tokens computed once all launched steps have retired. They differ by drafts that
+  // steps in flight may reject.
+  int32_t num_launched = 0;  // at most
+  int32_t num_certain = 0;   // at least, unless the row stops
+  int32_t num_computed = 0;  // tokens computed by retired steps
+  // What the steps in flight add to num_computed, at most and at least.
+  int32_t most_in_flight = 0, least_in_flight = 0;
+  int32_t capacity = 0;  // tokens that the blocks hold
   int32_t max_total_len = 0;
   int32_t num_kept = 0;               // leading blocks that were offered to the prefix cache
   int32_t num_cached_tokens = -1;     // -1: not admitted yet

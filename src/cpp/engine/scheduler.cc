@@ -38,9 +38,9 @@ int32_t Engine::missing_blocks(const Request& request) const {
   return missing_blocks(request.prefill_target, num_blocks(request));
 }
 
-// Tokens that a decoding request takes in a step.
+// Tokens that a decoding request takes in a step: one, unless those in flight will end it.
 int32_t Engine::decode_tokens(const Request& request) const {
-  return std::min(1, request.max_total_len - 1 - request.num_launched);
+  return request.num_certain < request.max_total_len - 1 ? 1 : 0;
 }
 
 // One pass over running and waiting requests, the most urgent first, so that whoever lacks blocks
@@ -92,17 +92,19 @@ void Engine::plan_running(int32_t slot, size_t place) {
   tokens = cover(running, tokens, place);
   if (tokens <= 0) return;
   budget -= tokens;
-  planned_.push_back({slot, tokens, running.handle});
+  planned_.push_back({slot, tokens, running.handle, !prefill});
   batch_.push_back({running.handle.row, tokens, running.handle.generation});
 }
 
-// Gives the request blocks for its next tokens; returns for how many it has them.
+// Gives the request blocks for its next tokens; returns for how many it has them. The last token of
+// its length is never computed, whatever may have been launched.
 int32_t Engine::cover(Request& running, int32_t tokens, size_t place) {
-  if (running.num_launched + tokens <= running.capacity) return tokens;
+  const int32_t goal = std::min(running.num_launched + tokens, running.max_total_len - 1);
+  if (goal <= running.capacity) return tokens;
   const bool prefill = running.num_launched < running.prefill_target;
   if (prefill) promised_ -= missing_blocks(running);
   const int32_t held = num_blocks(running);
-  const int32_t needed = blocks_for(running.num_launched + tokens);
+  const int32_t needed = blocks_for(goal);
   while (num_blocks(running) < needed) {
     if (pool_.free() >= num_groups()) {
       for (auto& blocks : running.blocks) blocks.push_back(pool_.take());
@@ -122,7 +124,7 @@ int32_t Engine::cover(Request& running, int32_t tokens, size_t place) {
       append_to_row(running, group, held);
     }
   }
-  return std::min(tokens, running.capacity - running.num_launched);
+  return goal <= running.capacity ? tokens : running.capacity - running.num_launched;
 }
 
 // --- admission ---------------------------------------------------------------------------------
@@ -260,7 +262,7 @@ void Engine::own_last_block(Request& sample) {
 
 void Engine::place_row(int32_t slot, size_t place) {
   Request& head = request(slot);
-  head.num_launched = head.num_computed;
+  head.num_launched = head.num_certain = head.num_computed;
   head.capacity = num_blocks(head) * block_size_;
   head.row.num_computed = head.num_computed;
   head.row.block_ids = head.blocks;
