@@ -417,7 +417,9 @@ TABLE = {
     "rms_norm": Row(rms_norm, {"float32": 2e-6, "bfloat16": 4e-3}),
     "add": Row(add, {"float32": 1e-7, "bfloat16": 4e-3}),
     "linear": Row(linear, {"float32": 3e-6, "bfloat16": 4e-3}),
-    **{op: Row(gated_mul(op), {"float32": 3e-6, "bfloat16": 4e-3}) for op in ACTIVATIONS},
+    "silu_mul": Row(gated_mul("silu_mul"), {"float32": 2e-6, "bfloat16": 4e-3}),
+    # Where the gate is far below 0 this is exp(z), and an error of z counts |z| times over.
+    "gelu_mul": Row(gated_mul("gelu_mul"), {"float32": 2e-5, "bfloat16": 4e-3}),
     "logits": Row(logits, {"float32": 3e-6, "bfloat16": 3e-6}),
     "paged_attention": Row(paged_attention, {"float32": 5e-6, "bfloat16": 6e-3}),
 }

@@ -436,7 +436,19 @@ TEST_CASE("qkv_prepare: the fused op equals its parts, the parts agree with floa
     const IsaScope scope(isa);
     CAPTURE(cpu_isa_name(isa));
     for (DType dtype : kDTypes) {
-      for (int head_dim : {8, 40, 64, 256}) {
+      struct Case {
+        int head_dim, pairs;
+        bool interleaved;
+      };
+      for (auto [head_dim, pairs, interleaved] : {Case{8, 4, false},
+                                                  {8, 4, true},
+                                                  {40, 20, false},
+                                                  {40, 15, true},
+                                                  {64, 32, false},
+                                                  {64, 24, false},
+                                                  {96, 48, true},
+                                                  {256, 128, false},
+                                                  {256, 16, true}}) {
         const HeadShape shape{6, 2, head_dim};
         const int64_t cols = shape.qkv_cols();
         Step step(kTokens);
@@ -448,13 +460,13 @@ TEST_CASE("qkv_prepare: the fused op equals its parts, the parts agree with floa
         step.ctx.infer.positions = positions.data();
         step.ctx.infer.slot_mapping = slots.data();
         step.ctx.infer.max_tokens = 16;
-        std::vector<float> rope(static_cast<size_t>(kMaxPosition * head_dim));
+        const int turned = 2 * pairs;  // elements of a head
+        std::vector<float> rope(static_cast<size_t>(kMaxPosition * turned));
         for (int p = 0; p < kMaxPosition; ++p) {
-          for (int i = 0; i < head_dim / 2; ++i) {
-            const double angle = p * std::pow(10000.0, -2.0 * i / head_dim);
-            rope[static_cast<size_t>(p * head_dim + i)] = static_cast<float>(std::cos(angle));
-            rope[static_cast<size_t>(p * head_dim + head_dim / 2 + i)] =
-                static_cast<float>(std::sin(angle));
+          for (int i = 0; i < pairs; ++i) {
+            const double angle = p * std::pow(10000.0, -2.0 * i / turned);
+            rope[static_cast<size_t>(p * turned + i)] = static_cast<float>(std::cos(angle));
+            rope[static_cast<size_t>(p * turned + pairs + i)] = static_cast<float>(std::sin(angle));
           }
         }
         const std::vector<float> q_norm = random_floats(head_dim, 17);
@@ -479,8 +491,8 @@ TEST_CASE("qkv_prepare: the fused op equals its parts, the parts agree with floa
                                    k_norm.data(),
                                    1e-6f,
                                    rope.data(),
-                                   head_dim / 2,
-                                   false,
+                                   pairs,
+                                   interleaved,
                                    kMaxPosition,
                                    &cache,
                                    1};
@@ -529,16 +541,18 @@ TEST_CASE("qkv_prepare: the fused op equals its parts, the parts agree with floa
                                       (h < 6 ? q_norm : k_norm)[static_cast<size_t>(i)];
               REQUIRE(std::abs(normed.get(at + i) - expected) <= std::abs(expected) * roundoff);
             }
-            for (int i = 0; i < head_dim / 2; ++i) {
-              const size_t angle =
-                  static_cast<size_t>(positions[static_cast<size_t>(t)] * head_dim);
+            for (int i = 0; i < pairs; ++i) {
+              const size_t angle = static_cast<size_t>(positions[static_cast<size_t>(t)] * turned);
               const double c = rope[angle + static_cast<size_t>(i)];
-              const double s = rope[angle + static_cast<size_t>(head_dim / 2 + i)];
-              const double a = normed.get(at + i), b = normed.get(at + head_dim / 2 + i);
+              const double s = rope[angle + static_cast<size_t>(pairs + i)];
+              const int64_t first = at + (interleaved ? 2 * i : i);
+              const int64_t second = interleaved ? first + 1 : first + pairs;
+              const double a = normed.get(first), b = normed.get(second);
               const double bound = (std::abs(a) + std::abs(b)) * roundoff;
-              REQUIRE(std::abs(fused.get(at + i) - (a * c - b * s)) <= bound);
-              REQUIRE(std::abs(fused.get(at + head_dim / 2 + i) - (b * c + a * s)) <= bound);
+              REQUIRE(std::abs(fused.get(first) - (a * c - b * s)) <= bound);
+              REQUIRE(std::abs(fused.get(second) - (b * c + a * s)) <= bound);
             }
+            REQUIRE(fused.same_bits(normed, at + turned, at + turned, head_dim - turned));
           }
           for (int h = 0; h < 2 && t != 7; ++h) {
             const int64_t slot = 15 - t;
