@@ -181,12 +181,23 @@ __global__ void __launch_bounds__(kThreads)
                       : kind == HeadKind::kKey ? params.k_norm
                                                : nullptr;
   if (norm != nullptr) {
-    float squares = 0.0f;
-    for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) {
-      squares = fmaf(values[i], values[i], squares);
+    // In the order of the other kernel, which takes the norm alone where RoPE is launched by itself.
+    __shared__ float sum;
+    __syncthreads();
+    if (threadIdx.x < cuda::kWarpSize) {
+      float squares = 0.0f;
+      const int32_t first = static_cast<int32_t>(threadIdx.x) * kLaneSize;
+      for (int32_t i = first; i < min(first + kLaneSize, head_dim); ++i) {
+        squares = fmaf(values[i], values[i], squares);
+      }
+#pragma unroll
+      for (int offset = cuda::kWarpSize / 2; offset > 0; offset /= 2) {
+        squares += __shfl_xor_sync(cuda::kFullWarp, squares, offset);
+      }
+      if (threadIdx.x == 0) sum = squares;
     }
-    const float mean = cuda::whole_block_sum(squares) / static_cast<float>(head_dim);
-    const float scale = 1.0f / sqrtf(mean + params.eps);
+    __syncthreads();
+    const float scale = 1.0f / sqrtf(sum / static_cast<float>(head_dim) + params.eps);
     for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) {
       values[i] = rounded<T>(values[i] * scale * norm[i]);
     }
