@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads)
                       : kind == HeadKind::kKey ? params.k_norm
                                                : nullptr;
   if (norm != nullptr) {
-    // In the order of the other kernel, which takes the norm alone where RoPE is launched by itself.
+    // In the other kernel's order: it takes the norm where RoPE is launched by itself.
     __shared__ float sum;
     __syncthreads();
     if (threadIdx.x < cuda::kWarpSize) {
