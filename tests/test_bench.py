@@ -235,7 +235,8 @@ def test_mix_runs_every_request_to_its_end(device: str) -> None:
     # The warm-up's prompt has 16 tokens.
     assert stats["prefill_tokens"] == 16 + 25
     assert timing.tokens is not None
-    assert 1 < timing.tokens <= 12 / 9
+    # The first may have ended before the other came.
+    assert 1 <= timing.tokens <= 12 / 9
     assert (model.max_num_seqs, model.max_model_len) == (2, 23)
 
 

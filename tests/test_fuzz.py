@@ -351,6 +351,7 @@ PARAM_VALUES: tuple[Any, ...] = (
     100,
 )
 GOOD_VALUES: dict[str, tuple[Any, ...]] = {
+    "n": (1, 3, np.int32(2)),
     "temperature": (0, 0.7, 1e-9, np.float32(2)),
     "top_p": (1, 0.5, np.float64(1e-300)),
     "top_k": (-1, 0, 50),

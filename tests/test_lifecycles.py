@@ -439,6 +439,7 @@ class EngineMachine(RuleBasedStateMachine):
             num_kv_blocks=blocks,
             pad_requests=rows if padded else 0,
             pad_tokens=budget if padded else 0,
+            background=False,
         )
 
     @rule(name=st.sampled_from(NAMES), data=st.data())

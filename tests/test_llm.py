@@ -62,7 +62,7 @@ def llm(shared: LLM) -> Iterator[LLM]:
     gc.collect()
     assert not shared.engine.has_unfinished()
     shared.engine.check_idle()
-    assert not shared._jobs and not shared.engine._requests
+    assert not shared.engine._pump.requests
 
 
 # --- prompts and results -------------------------------------------------------------------------
@@ -228,6 +228,7 @@ def test_stream_that_is_left_aborts_its_requests(llm: LLM, read: int) -> None:
     del stream
     gc.collect()
     assert not llm.engine.has_unfinished()
+    llm.engine.check_idle()
     assert llm.engine.stats()["free_blocks"] == free
 
 
@@ -452,15 +453,14 @@ def test_log_level_is_set_only_where_the_variable_is(
 def test_bad_prompts_start_nothing(llm: LLM, prompts: Any, message: str) -> None:
     other = llm.stream(make_prompt(9, 9), greedy(20))
     tokens = list(next(other).token_ids)
-    before = llm.engine.stats()
     if isinstance(prompts, str) and not prompts:
         # This family's tokenizer begins every text with <s>, so that no text is empty.
         assert len(llm.generate("", greedy(1))[0].prompt_token_ids) == 1
     else:
         with pytest.raises(RequestError, match=message):
             llm.generate(prompts, greedy(4))
-        after = llm.engine.stats()
-        assert after["waiting"] == 0 and after["running"] == before["running"]
+        # Nothing is left but the other one, which goes on by itself.
+        assert len(llm.engine._pump.requests) <= 1
     for chunk in other:
         tokens += chunk.token_ids
     assert tokens == llm.generate([make_prompt(9, 9)], greedy(20))[0].token_ids
@@ -696,14 +696,16 @@ def test_options_and_keywords_have_the_same_fields() -> None:
 # --- a failing step ------------------------------------------------------------------------------
 
 
-def test_failed_step_is_the_result_of_its_requests(llm: LLM) -> None:
-    stream = llm.stream([make_prompt(5, 1)], greedy(8))
-    next(stream)
-    llm.model.runner.fail_next_step("sparks")
-    last = list(stream)[-1].result
-    assert last is not None and last.finish_reason == "error"
-    assert "sparks" in (last.error or "")
-    assert llm.generate([make_prompt(5, 1)], greedy(8))[0].finish_reason == "length"
+def test_failed_step_is_the_result_of_its_requests(device: str) -> None:
+    with open_llm(device, background=False) as llm:
+        stream = llm.stream([make_prompt(5, 1)], greedy(8))
+        next(stream)
+        llm.model.runner.fail_next_step("sparks")
+        last = list(stream)[-1].result
+        assert last is not None and last.finish_reason == "error"
+        assert "sparks" in (last.error or "")
+        assert llm.generate([make_prompt(5, 1)], greedy(8))[0].finish_reason == "length"
+        llm.engine.check_idle()
 
 
 def test_close_ends_everything(device: str) -> None:
@@ -768,6 +770,7 @@ for wait in (*(0.0005 * i for i in range(24)), 0.02, 0.1, 0.3):
     assert again == expected
 llm.close()
 del llm
+time.sleep(0.05)  # a thread that was joined is gone for the system a moment later
 print("threads", tasks() - before)
 sys.stdout.flush()
 llm = LLM(sys.argv[1], device=sys.argv[2], dtype="float32", num_threads=2, num_kv_blocks=256)

@@ -17,7 +17,7 @@ import pytest
 from serving_tools import LLAMA, MODELS
 
 PRELUDE = """
-import gc, os, pathlib, sys
+import gc, os, pathlib, sys, time
 from mrv1 import LLM, Engine, ModelRunner, SamplingParams
 from mrv1.errors import *
 
@@ -30,8 +30,12 @@ def thread_names():
                   for task in pathlib.Path("/proc/self/task").iterdir())
 
 def threads():
+    # A thread that was joined is gone for Python, and a moment later for the system.
+    before, names = None, thread_names()
+    while names != before:
+        time.sleep(0.01)
+        before, names = names, thread_names()
     # On a GPU only our own, since the driver keeps its threads until the end.
-    names = thread_names()
     return len(names if DEVICE == "cpu" else [name for name in names if name.startswith("mrv1")])
 
 def memory_kib():

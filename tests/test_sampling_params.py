@@ -21,6 +21,7 @@ INF = float("inf")
 
 def test_defaults_are_those_of_vllm() -> None:
     assert dataclasses.asdict(SamplingParams()) == {
+        "n": 1,
         "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 0,
@@ -45,6 +46,7 @@ def test_fields_and_parameters_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("field", "given", "stored"),
     [
+        ("n", np.int64(3), 3),
         ("temperature", 0, 0.0),
         ("temperature", 9e-6, 0.0),
         ("temperature", 1e-5, 1e-5),
@@ -97,6 +99,7 @@ def test_accepted(field: str, given: Any, stored: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "given", "named", "allowed"),
     [
+        *[("n", v, "n", "an integer in [1,") for v in (0, -1, 2**31, 1.0, True, "2", None)],
         *[("temperature", v, "temperature", "in [0, 3.4e+38]") for v in (-0.1, -1, 1e39)],
         *[
             ("temperature", v, "temperature", "a finite number")
@@ -156,7 +159,7 @@ def test_an_integer_too_long_to_print_is_refused(field: str) -> None:
 
 
 def test_unknown_or_positional_parameters_are_type_errors() -> None:
-    for name in ("n", "best_of", "presence_penalty", "max_new_tokens"):
+    for name in ("best_of", "presence_penalty", "max_new_tokens"):
         with pytest.raises(TypeError, match=name):
             SamplingParams(**{name: 1})  # type: ignore[arg-type]
     with pytest.raises(TypeError):

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 from mrv1._version import __version__
 
 if TYPE_CHECKING:
-    from mrv1.engine import Engine, RequestUpdate
-    from mrv1.llm import LLM, GenerationResult, StreamChunk
+    from mrv1.engine import Engine
+    from mrv1.llm import LLM, CompletionOutput, GenerationResult, StreamChunk
     from mrv1.loader import RunnerOptions
+    from mrv1.output_pump import RequestUpdate
     from mrv1.runner import ModelRunner, PendingStep, RowHandle, RowOutput
     from mrv1.sampling_params import SamplingParams
 
 __all__ = [
     "LLM",
+    "CompletionOutput",
     "Engine",
     "GenerationResult",
     "ModelRunner",
@@ -32,10 +34,11 @@ __all__ = [
 # Public name -> module. Loaded on first use, so that importing the package costs nothing.
 _HOMES = {
     "LLM": "mrv1.llm",
+    "CompletionOutput": "mrv1.llm",
     "GenerationResult": "mrv1.llm",
     "StreamChunk": "mrv1.llm",
     "Engine": "mrv1.engine",
-    "RequestUpdate": "mrv1.engine",
+    "RequestUpdate": "mrv1.output_pump",
     "RunnerOptions": "mrv1.loader",
     "ModelRunner": "mrv1.runner",
     "PendingStep": "mrv1.runner",

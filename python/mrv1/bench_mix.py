@@ -83,11 +83,13 @@ def measure_mix(engine: Engine, requests: Sequence[MixRequest]) -> Timing:
     length = min(len(first.prompt_token_ids), _WARMUP_TOKENS)
     warmup = MixRequest([0] * length, min(first.max_tokens, _WARMUP_TOKENS))
     _run(engine, [warmup])
+    engine.check_idle()  # counts are complete
     steps = engine.stats()["steps"]
     host_ns = engine.model.runner.stats()["host_ns"]
     start = time.perf_counter()
     tokens = _run(engine, requests)
     seconds = time.perf_counter() - start
+    engine.check_idle()
     steps = engine.stats()["steps"] - steps
     host_ns = engine.model.runner.stats()["host_ns"] - host_ns
     return Timing(

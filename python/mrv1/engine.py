@@ -3,78 +3,51 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import os
-import threading
+import time
+import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mrv1 import _core
 from mrv1._closing import Closing
-from mrv1.errors import InvalidArgumentError, Mrv1Error, RequestError
+from mrv1.errors import ClosedError, InternalError, InvalidArgumentError, Mrv1Error, RequestError
 from mrv1.hub import find_model
-from mrv1.loader import (
-    LoadedModel,
-    RunnerKwargs,
-    RunnerOptions,
-    load_model,
-    report_notices,
-)
+from mrv1.loader import LoadedModel, RunnerKwargs, RunnerOptions, load_model
+from mrv1.output_pump import FinishReason, OutputPump, Request, RequestUpdate
 from mrv1.runner import make_row_spec
-from mrv1.sampling_params import SamplingParams
-from mrv1.tokenizer import IncrementalDetokenizer, StreamPiece, Tokenizer
+from mrv1.sampling_params import MAX_INT32, SamplingParams
+from mrv1.tokenizer import IncrementalDetokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+    from mrv1.output_pump import Callback
 
-_ENDS: dict[_core.RequestEnd, FinishReason] = {
-    _core.RequestEnd.STOP: "stop",
-    _core.RequestEnd.LENGTH: "length",
-    _core.RequestEnd.ABORT: "abort",
-    _core.RequestEnd.ERROR: "error",
-}
+__all__ = ["Engine", "FinishReason", "RequestUpdate"]
 
-
-@dataclasses.dataclass(frozen=True)
-class RequestUpdate:
-    """News of one request.
-
-    Attributes:
-        request_id: The request.
-        text: Text that is new; may be empty, since text that could become a stop string, or half
-            of a character, is held back.
-        token_ids: Tokens that are new: none or one.
-        finish_reason: Why the request ended with this update; None while it runs.
-        stop_reason: What stopped it: a stop string, or a token id of stop_token_ids; None for EOS.
-        error: What went wrong, with finish_reason "error".
-    """
-
-    request_id: str
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    error: str | None = None
-
-
-class _Request:
-    def __init__(self, params: SamplingParams, detokenizer: IncrementalDetokenizer | None) -> None:
-        self.params = params
-        self.detokenizer = detokenizer
+# Time that steps in flight have to retire before an engine counts as not idle.
+_IDLE_WAIT_S = 10.0
+_IDLE_POLL_S = 0.0005
 
 
 class Engine(Closing):
-    """Continuous batching over one model; see src/cpp/engine/README.md for the rules.
+    """Continuous batching over one model; see docs/serving.md, and src/cpp/engine/README.md.
 
-    Methods may be called from several threads; one step runs at a time.
+    A native thread schedules and launches steps. An output thread makes text, looks for stop
+    strings and calls callbacks. Methods may be called from any thread, and from callbacks.
+
+    With `background=False` there are no such threads: each `step` launches one step and does the
+    rest on the thread that calls it.
 
     Args:
         model: A Hugging Face model directory, with tokenizer.json, or the name of a model in the
             local Hugging Face cache ("org/name").
         revision: Branch, tag or commit of a name; None is "main".
         progress: Whether to show a progress bar while loading; None shows it on a terminal.
+        enable_prefix_caching: Whether equal beginnings of prompts share computed KV blocks.
+        background: Whether threads of the engine's own run it.
         **options: Fields of `RunnerOptions`.
     """
 
@@ -84,73 +57,108 @@ class Engine(Closing):
         *,
         revision: str | None = None,
         progress: bool | None = None,
+        enable_prefix_caching: bool = True,
+        background: bool = True,
         **options: Unpack[RunnerKwargs],
     ) -> None:
+        native_options = _engine_options(enable_prefix_caching, background)
         root = find_model(model, revision)
         self.model: LoadedModel = load_model(root, RunnerOptions(**options), progress=progress)
         try:
             tokenizer = Tokenizer.from_dir(root, self.model.config.vocab_size)
         except Mrv1Error:
-            self.model.runner.close()
-            self.model.device.close()
+            _Release(None, self.model)()
             raise
-        self._start(tokenizer)
+        self._start(tokenizer, native_options)
 
     @classmethod
-    def from_model(cls, model: LoadedModel, tokenizer: Tokenizer) -> Engine:
+    def from_model(
+        cls,
+        model: LoadedModel,
+        tokenizer: Tokenizer,
+        *,
+        enable_prefix_caching: bool = True,
+        background: bool = True,
+    ) -> Engine:
         """An engine over a model that is loaded already; closing the engine closes the model."""
+        options = _engine_options(enable_prefix_caching, background)
         engine = cls.__new__(cls)
         engine.model = model
-        engine._start(tokenizer)
+        engine._start(tokenizer, options)
         return engine
 
-    def _start(self, tokenizer: Tokenizer) -> None:
+    def _start(self, tokenizer: Tokenizer, options: _core.EngineOptions) -> None:
         self.tokenizer = tokenizer
-        options = _core.EngineOptions(background=False)
+        self.background = options.background
+        self._process = os.getpid()
         self._native = _core.Engine(self.model.runner, options)
-        self._requests: dict[str, _Request] = {}
-        self._lock = threading.RLock()
+        self._pump = OutputPump(self.model.runner, self._native, background=self.background)
+        # For an engine that nobody closes, at the latest when the interpreter ends.
+        self._finalizer = weakref.finalize(self, self._pump.abandon)
 
     def add_request(
         self,
         request_id: str,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        callback: Callback | None = None,
+        cache_salt: str | None = None,
+        skip_prefix_cache: bool = False,
     ) -> list[int]:
         """Queues a request; returns its prompt's token ids.
 
         Args:
             request_id: The caller's name for it, unique among the requests whose last update
-                `step` has not returned yet.
+                was not delivered yet.
             prompt: Text, or token ids.
             params: Sampling parameters; the defaults if None.
+            priority: A lower one is more urgent; equal ones run in order of arrival.
+            callback: Takes each update of the request, in order, on the output thread; `step` does
+                not return them then. An exception in it ends the request with an error. It should
+                not take long, as all requests wait for it.
+            cache_salt: Requests share cached blocks only where it is equal.
+            skip_prefix_cache: Neither take blocks from the prefix cache nor leave any there.
 
         Raises:
             RequestError: It cannot be admitted, now or ever; other requests are unhurt.
+            ClosedError: The engine was closed.
         """
         if not isinstance(request_id, str):
             raise RequestError(field="request_id", value=request_id, allowed="a string")
         if params is None:
             params = SamplingParams()
-        if not isinstance(params, SamplingParams):
-            raise RequestError(
-                request_id=request_id, field="params", value=params, allowed="SamplingParams"
-            )
+        _check_arguments(request_id, params, priority, callback, cache_salt, skip_prefix_cache)
+        self._check_open()
         token_ids = self.check_prompt(request_id, prompt)
         model = self.model
         params.validate_for(model.config.vocab_size, model.max_model_len, request_id)
+        if params.n > model.max_num_seqs:
+            raise RequestError(
+                request_id=request_id,
+                field="n",
+                value=params.n,
+                allowed=f"at most max_num_seqs = {model.max_num_seqs}",
+            )
         spec = make_row_spec(
             token_ids,
             params,
             eos_token_ids=model.config.eos_token_ids,
         )
-        detokenizer = IncrementalDetokenizer(self.tokenizer, params) if params.detokenize else None
-        with self._lock:
-            try:
-                self._native.add_request(request_id, spec)
-            except (RequestError, InvalidArgumentError) as error:
-                raise RequestError(str(error), request_id=request_id) from None
-            self._requests[request_id] = _Request(params, detokenizer)
+        detokenizers = None
+        if params.detokenize:
+            detokenizers = [IncrementalDetokenizer(self.tokenizer, params) for _ in range(params.n)]
+        try:
+            self._pump.add(
+                Request(request_id, params, callback, detokenizers),
+                spec,
+                priority=int(priority),
+                cache_salt=_salt_number(cache_salt),
+                skip_prefix_cache=skip_prefix_cache,
+            )
+        except (RequestError, InvalidArgumentError) as error:
+            raise RequestError(str(error), request_id=request_id) from None
         return token_ids
 
     def check_prompt(self, request_id: str, prompt: str | Sequence[int]) -> list[int]:
@@ -203,84 +211,139 @@ class Engine(Closing):
         return token_ids
 
     def has_unfinished(self) -> bool:
-        """Whether `step` has anything to do."""
-        with self._lock:
-            return self._native.has_unfinished()
+        """Whether the last update of a request was not returned by `step`, or called back, yet.
 
-    def abort(self, request_id: str) -> bool:
-        """Ends a request; its last update comes with the next `step`. False if it has ended."""
-        with self._lock:
-            return self._native.abort(request_id)
+        Without `background` also whether a step is still in flight.
+        """
+        native = self._check_open()
+        return self._pump.has_unfinished or (native and not self.background)
+
+    def abort(self, request_id: str, *, report: bool = True) -> bool:
+        """Ends a request. False if it has ended, or there is none of that name.
+
+        Args:
+            request_id: Its name.
+            report: Whether its last update, with finish_reason "abort", is still delivered. Without
+                it the name is free at once; a callback that runs may still return after that.
+        """
+        self._check_open()
+        return self._pump.abort(request_id, report=report)
 
     def step(self) -> list[RequestUpdate]:
-        """Launches the next step and returns the news of the oldest one that was running.
+        """Waits for news and returns them; [] at once if nothing is unfinished.
 
-        A request's last update has a finish_reason. The list may be empty.
+        The list may also be empty because callbacks, or other threads in `step`, got the news. A
+        request's last update is `finished`. Ctrl-C ends the wait and loses nothing.
+
+        Without `background`: launches the next step, and returns the news of the oldest one that
+        was running.
         """
-        with self._lock:
-            updates = []
-            for output in self._native.step():
-                update = self._update(output)
-                if update is not None:
-                    updates.append(update)
-                    if update.finish_reason is not None:
-                        del self._requests[update.request_id]
-            if not self._requests:
-                # A stop string may have ended the last request: bring its row and blocks home.
-                self._native.step()
-            report_notices(self.model.runner)
-            return updates
+        self._check_open()
+        return self._pump.wait() if self.background else self._pump.step()
 
-    def _update(self, output: _core.RequestOutput) -> RequestUpdate | None:
-        request = self._requests.get(output.id)
-        if request is None:
-            return None
-        reason = _ENDS.get(output.end)
-        token_ids = tuple(output.token_ids)
-        stop_reason: str | int | None = None
-        if reason == "stop" and token_ids[-1] in request.params.stop_token_ids:
-            stop_reason = token_ids[-1]
-        text = ""
-        if request.detokenizer is not None:
-            pieces: list[StreamPiece] = []
-            if token_ids and reason != "stop":
-                pieces.append(request.detokenizer.push(token_ids[-1]))
-            if reason is not None and not any(piece.stopped for piece in pieces):
-                pieces.append(request.detokenizer.finish())
-            text = "".join(piece.text for piece in pieces)
-            stopped = next((piece.stopped for piece in pieces if piece.stopped is not None), None)
-            if stopped is not None:
-                if reason is None:
-                    self._native.abort(output.id, report=False)
-                if reason in (None, "length", "stop"):
-                    reason, stop_reason = "stop", stopped
-        return RequestUpdate(
-            request_id=output.id,
-            text=text,
-            token_ids=token_ids,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            error=output.error or None,
-        )
+    def _check_open(self) -> bool:
+        """Whether the native engine has work; refuses a closed engine, and one of another process.
+
+        No lock of this process is taken before: in a forked child it might be held for ever.
+        """
+        has_work = self._native.has_unfinished()
+        if self._pump.stopping:
+            raise ClosedError("engine is closed")
+        return has_work
 
     def stats(self) -> dict[str, int]:
         """Counts by name, as of `_core.Engine.stats`."""
-        with self._lock:
-            counts: dict[str, int] = self._native.stats()
-            return counts
+        return self._native.stats()
 
     def check_idle(self) -> None:
-        """Checks that no request has left a row or block behind.
+        """Checks that no request has left a row or block behind, once steps in flight have ended.
 
         Raises:
             InternalError: Something runs, or leaked.
         """
-        with self._lock:
-            self._native.check_idle()
+        self._check_open()
+        if self._pump.has_unfinished:
+            raise InternalError(f"unfinished requests: {', '.join(list(self._pump.requests)[:8])}")
+        end = time.monotonic() + _IDLE_WAIT_S
+        while self.background and self._native.has_unfinished() and time.monotonic() < end:
+            time.sleep(_IDLE_POLL_S)
+        self._native.check_idle()
 
     def close(self) -> None:
-        """Frees memory and threads. Using the engine afterwards raises ClosedError."""
-        with self._lock:
+        """Ends all requests with an abort, delivers that, and frees memory and threads.
+
+        Using the engine afterwards raises ClosedError. A callback may call it: the engine is then
+        closed when the callback has returned.
+        """
+        if os.getpid() != self._process:
+            _Release(self._native, self.model)()  # a forked child lets go of its parent's engine
+            return
+        self._pump.close(_Release(self._native, self.model))
+
+
+class _Release:
+    """Closes what an engine is made of; does not keep the engine itself alive."""
+
+    def __init__(self, native: _core.Engine | None, model: LoadedModel) -> None:
+        self._native = native
+        self._model = model
+
+    def __call__(self) -> None:
+        if self._native is not None:
             self._native.close()
-            self.model.runner.close()
-            self.model.device.close()
+        self._model.runner.close()
+        self._model.device.close()
+
+
+def _engine_options(enable_prefix_caching: object, background: object) -> _core.EngineOptions:
+    for field, value in (
+        ("enable_prefix_caching", enable_prefix_caching),
+        ("background", background),
+    ):
+        if not isinstance(value, bool):
+            raise InvalidArgumentError(field=field, value=value, allowed="True or False")
+    return _core.EngineOptions(bool(enable_prefix_caching), bool(background))
+
+
+def _check_arguments(
+    request_id: str,
+    params: object,
+    priority: object,
+    callback: object,
+    cache_salt: object,
+    skip_prefix_cache: object,
+) -> None:
+    """Checks the types of what `add_request` takes."""
+    is_priority = isinstance(priority, int) and not isinstance(priority, bool)
+    for field, value, good, allowed in (
+        ("params", params, isinstance(params, SamplingParams), "SamplingParams"),
+        (
+            "priority",
+            priority,
+            is_priority and -MAX_INT32 <= priority <= MAX_INT32,  # type: ignore[operator]
+            f"an integer in [-{MAX_INT32}, {MAX_INT32}]",
+        ),
+        ("callback", callback, callback is None or callable(callback), "None or a function"),
+        (
+            "cache_salt",
+            cache_salt,
+            cache_salt is None or (isinstance(cache_salt, str) and cache_salt),
+            "None or a string that is not empty",
+        ),
+        (
+            "skip_prefix_cache",
+            skip_prefix_cache,
+            isinstance(skip_prefix_cache, bool),
+            "True or False",
+        ),
+    ):
+        if not good:
+            raise RequestError(request_id=request_id, field=field, value=value, allowed=allowed)
+
+
+def _salt_number(salt: str | None) -> int:
+    """64 bits for a salt; 0 for none."""
+    if salt is None:
+        return 0
+    digest = hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1

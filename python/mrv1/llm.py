@@ -8,18 +8,19 @@ import dataclasses
 import itertools
 import numbers
 import os
+import queue
 import resource
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, cast
 
 from mrv1._closing import Closing
-from mrv1.engine import Engine, FinishReason, RequestUpdate
+from mrv1.engine import Engine
 from mrv1.errors import ClosedError, ForkError, InternalError, RequestError
 from mrv1.loader import LoadedModel, RunnerKwargs
+from mrv1.output_pump import FinishReason, RequestUpdate
 from mrv1.progress import progress_bar
 from mrv1.sampling_params import SamplingParams
 from mrv1.tokenizer import Tokenizer
@@ -46,22 +47,74 @@ _LONG_BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
+class CompletionOutput:
+    """One sample of a prompt.
+
+    Attributes:
+        index: Which sample, below the request's n.
+        text: What was generated, without EOS and stop tokens, up to the stop string that ended it;
+            with it under include_stop_str_in_output. Empty without detokenize.
+        token_ids: All tokens generated, the one that stopped the sample included. A stop string
+            ends them with the token that completed it.
+        finish_reason: "stop" (EOS, a stop token or a stop string), "length", "abort" or "error".
+        stop_reason: The stop string, or the id of stop_token_ids, that ended it; None for EOS.
+        error: What went wrong, with finish_reason "error".
+        num_cached_tokens: Tokens of the prompt that were not computed for this sample.
+        num_draft_tokens: Tokens that were drafted for it.
+        num_accepted_tokens: Drafted tokens that turned out to be its tokens.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    error: str | None
+    num_cached_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Tokens of a request.
+
+    Attributes:
+        prompt_tokens: Of the prompt, once whatever n is.
+        completion_tokens: Of all samples; what a stop string cut off does not count.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Both together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclasses.dataclass(frozen=True)
 class GenerationResult:
     """One finished request.
 
     Attributes:
         request_id: "llm-" and its number among this LLM's requests.
         prompt_token_ids: Of the prompt.
-        text: What was generated, without EOS and stop tokens, up to the stop string that ended it;
-            with it under include_stop_str_in_output. Empty without detokenize.
-        token_ids: All tokens generated, the one that stopped the request included.
-        finish_reason: "stop" (EOS, a stop token or a stop string), "length", "abort" or "error".
-        stop_reason: The stop string, or the id of stop_token_ids, that ended it; None for EOS.
-        error: What went wrong, with finish_reason "error".
+        text: Of the first sample, as are token_ids, finish_reason, stop_reason and error; see
+            `CompletionOutput`.
+        token_ids: See text.
+        finish_reason: See text.
+        stop_reason: See text.
+        error: See text.
         prompt_tokens_per_s: Prompt tokens over the time from submission to the first token,
             waiting included.
         generation_tokens_per_s: Tokens after the first over the time from the first to the last.
         peak_memory_mb: Highest resident memory of this process so far, in 10^6 bytes.
+        outputs: All n samples, in order.
+        usage: Tokens of the prompt and of all samples.
+        num_cached_tokens: Tokens of the prompt that the prefix cache had.
+        num_draft_tokens: Tokens that were drafted, for all samples.
+        num_accepted_tokens: Drafted tokens that turned out to be tokens of their samples.
     """
 
     request_id: str
@@ -74,6 +127,18 @@ class GenerationResult:
     prompt_tokens_per_s: float
     generation_tokens_per_s: float
     peak_memory_mb: float
+    outputs: list[CompletionOutput]
+    usage: Usage
+    num_cached_tokens: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Share of the drafted tokens that were accepted; None where none was drafted."""
+        if self.num_draft_tokens == 0:
+            return None
+        return self.num_accepted_tokens / self.num_draft_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +150,16 @@ class StreamChunk:
         text: New text, possibly empty.
         token_ids: New tokens.
         result: The whole result, with a prompt's last chunk.
+        sample: Which sample of the prompt, below n.
+        finish_reason: Why the sample ended, with its last chunk.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     result: GenerationResult | None = None
+    sample: int = 0
+    finish_reason: FinishReason | None = None
 
 
 def peak_memory_mb() -> float:
@@ -98,45 +167,95 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-class _Job:
-    """One request on its way: what has come in, and what a consumer has not yet taken."""
+class _Sample:
+    __slots__ = ("last", "text", "token_ids")
 
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
-        self.prompt_token_ids: list[int] = []
+    def __init__(self) -> None:
         self.text: list[str] = []
         self.token_ids: list[int] = []
-        self.unread: deque[RequestUpdate] = deque()
-        self.start = time.perf_counter()
-        self.first = self.last = 0.0
-        self.end: RequestUpdate | None = None
+        self.last: RequestUpdate | None = None
+
+    def output(self) -> CompletionOutput:
+        last = self.last
+        assert last is not None
+        assert last.finish_reason is not None
+        return CompletionOutput(
+            index=last.index,
+            text="".join(self.text),
+            token_ids=self.token_ids,
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+            error=last.error,
+            num_cached_tokens=last.num_cached_tokens,
+            num_draft_tokens=last.num_draft_tokens,
+            num_accepted_tokens=last.num_accepted_tokens,
+        )
+
+
+class _Job:
+    """One request on its way.
+
+    Its updates are taken by the thread that makes them, so that an interrupt of whoever waits
+    loses none.
+
+    Args:
+        request_id: Its name in the engine.
+        index: Which prompt of its call it is.
+        arrivals: Told of each update.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        index: int,
+        arrivals: queue.SimpleQueue[tuple[_Job, RequestUpdate]],
+    ) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.prompt_token_ids: list[int] = []
+        self.finished = False
+        self._arrivals = arrivals
+        self._samples: dict[int, _Sample] = {}
+        self._start = time.perf_counter()
+        self._first = self._last = 0.0
 
     def take(self, update: RequestUpdate) -> None:
+        """The callback of the request."""
+        sample = self._samples.get(update.index)
+        if sample is None:
+            sample = self._samples[update.index] = _Sample()
         if update.token_ids:
-            self.last = time.perf_counter()
-            self.first = self.first or self.last
-        self.text.append(update.text)
-        self.token_ids.extend(update.token_ids)
-        self.unread.append(update)
+            self._last = time.perf_counter()
+            self._first = self._first or self._last
+            sample.token_ids.extend(update.token_ids)
+        if update.text:
+            sample.text.append(update.text)
         if update.finish_reason is not None:
-            self.end = update
+            sample.last = update
+            self.finished = update.finished
+        self._arrivals.put((self, update))
 
     def result(self) -> GenerationResult:
-        assert self.end is not None
-        assert self.end.finish_reason is not None
-        count = len(self.token_ids)
-        waited, ran = self.first - self.start, self.last - self.first
+        outputs = [self._samples[index].output() for index in sorted(self._samples)]
+        first = outputs[0]
+        count = sum(len(output.token_ids) for output in outputs)
+        waited, ran = self._first - self._start, self._last - self._first
         return GenerationResult(
             request_id=self.request_id,
             prompt_token_ids=self.prompt_token_ids,
-            text="".join(self.text),
-            token_ids=self.token_ids,
-            finish_reason=self.end.finish_reason,
-            stop_reason=self.end.stop_reason,
-            error=self.end.error,
+            text=first.text,
+            token_ids=first.token_ids,
+            finish_reason=first.finish_reason,
+            stop_reason=first.stop_reason,
+            error=first.error,
             prompt_tokens_per_s=len(self.prompt_token_ids) / waited if waited > 0 else 0.0,
             generation_tokens_per_s=(count - 1) / ran if ran > 0 else 0.0,
             peak_memory_mb=peak_memory_mb(),
+            outputs=outputs,
+            usage=Usage(len(self.prompt_token_ids), count),
+            num_cached_tokens=first.num_cached_tokens,
+            num_draft_tokens=sum(output.num_draft_tokens for output in outputs),
+            num_accepted_tokens=sum(output.num_accepted_tokens for output in outputs),
         )
 
 
@@ -146,8 +265,7 @@ class LLM(Closing):
     Methods may be called from several threads; their requests share the steps.
 
     Attributes:
-        engine: What runs the requests, to look at (`stats`). The LLM calls its `step`, and drops
-            the updates of requests that someone else added.
+        engine: What runs the requests; it can take requests of others too.
 
     Args:
         model: A Hugging Face model directory: config.json, tokenizer.json, safetensors, and
@@ -156,6 +274,8 @@ class LLM(Closing):
         revision: Branch, tag or commit of a name; None is "main".
         progress: Whether to show progress bars for loading and long batches; None shows them on a
             terminal, unless MRV1_NO_PROGRESS is set.
+        enable_prefix_caching: As for `Engine`.
+        background: As for `Engine`. Without it the threads that wait for results step the engine.
         **options: Fields of `RunnerOptions`: device, dtype, max_num_seqs, max_model_len, ...
 
     Raises:
@@ -175,14 +295,21 @@ class LLM(Closing):
         *,
         revision: str | None = None,
         progress: bool | None = None,
+        enable_prefix_caching: bool = True,
+        background: bool = True,
         **options: Unpack[RunnerKwargs],
     ) -> None:
         self._progress = progress
-        self.engine = Engine(model, revision=revision, progress=progress, **options)
+        self.engine = Engine(
+            model,
+            revision=revision,
+            progress=progress,
+            enable_prefix_caching=enable_prefix_caching,
+            background=background,
+            **options,
+        )
         self._numbers = itertools.count()
-        self._jobs: dict[str, _Job] = {}
-        # Held from a step until its updates have reached their jobs.
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # held by whoever steps, without `background`
 
     @property
     def model(self) -> LoadedModel:
@@ -218,21 +345,23 @@ class LLM(Closing):
             ClosedError: The LLM was closed.
         """
         jobs: list[_Job] = []
+        arrivals: queue.SimpleQueue[tuple[_Job, RequestUpdate]] = queue.SimpleQueue()
         try:
-            self._submit(jobs, prompts, sampling_params)
+            self._submit(jobs, arrivals, prompts, sampling_params)
             shown = progress if progress is not None else self._progress
             if len(jobs) < _LONG_BATCH and shown is None:
                 shown = False
             done = 0
             with progress_bar("Generating", len(jobs), unit="request", show=shown) as advance:
                 while done < len(jobs):
-                    self._pump(jobs)
-                    finished = sum(job.end is not None for job in jobs)
-                    advance(finished - done)
-                    done = finished
+                    _, update = self._next(arrivals)
+                    if update.finished:
+                        done += 1
+                        advance(1)
+            results = [job.result() for job in jobs]
         finally:
             self._forget(jobs)
-        return [job.result() for job in jobs]
+        return results
 
     def stream(
         self,
@@ -257,9 +386,10 @@ class LLM(Closing):
             ClosedError: The LLM was closed.
         """
         jobs: list[_Job] = []
+        arrivals: queue.SimpleQueue[tuple[_Job, RequestUpdate]] = queue.SimpleQueue()
         try:
-            self._submit(jobs, prompts, sampling_params)
-            chunks = self._stream(jobs)
+            self._submit(jobs, arrivals, prompts, sampling_params)
+            chunks = self._stream(jobs, arrivals)
             # Up to its first yield, which says nothing: one that never ran could not clean up.
             next(chunks)
         except BaseException:
@@ -303,23 +433,33 @@ class LLM(Closing):
         prompts = [self.tokenizer.encode_chat(chat, **options) for chat in many]
         return self.generate(prompts, sampling_params, progress=progress)
 
-    def _stream(self, jobs: list[_Job]) -> Generator[StreamChunk, None, None]:
+    def _stream(
+        self, jobs: list[_Job], arrivals: queue.SimpleQueue[tuple[_Job, RequestUpdate]]
+    ) -> Generator[StreamChunk, None, None]:
         try:
             yield StreamChunk(0, "", ())
-            while any(job.end is None or job.unread for job in jobs):
-                if not any(job.unread for job in jobs):
-                    self._pump(jobs)
-                for index, job in enumerate(jobs):
-                    while job.unread:
-                        update = job.unread.popleft()
-                        result = job.result() if update.finish_reason is not None else None
-                        yield StreamChunk(index, update.text, update.token_ids, result)
+            done = 0
+            while done < len(jobs):
+                job, update = self._next(arrivals)
+                result = None
+                if update.finished:
+                    done += 1
+                    result = job.result()
+                yield StreamChunk(
+                    job.index,
+                    update.text,
+                    update.token_ids,
+                    result,
+                    update.index,
+                    update.finish_reason,
+                )
         finally:
             self._forget(jobs)
 
     def _submit(
         self,
         jobs: list[_Job],
+        arrivals: queue.SimpleQueue[tuple[_Job, RequestUpdate]],
         prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> None:
@@ -343,42 +483,47 @@ class LLM(Closing):
                 field="sampling_params",
                 allowed="one, or one for each prompt",
             )
-        for prompt, chosen in zip(many, params, strict=True):
+        for index, (prompt, chosen) in enumerate(zip(many, params, strict=True)):
             # A job is there before its request is, so that an interrupt leaves no request behind.
             # The prefix keeps it apart from names that someone gives to requests of `engine`.
-            job = _Job(f"llm-{next(self._numbers)}")
+            job = _Job(f"llm-{next(self._numbers)}", index, arrivals)
             jobs.append(job)
-            self._jobs[job.request_id] = job
-            job.prompt_token_ids = self.engine.add_request(job.request_id, prompt, chosen)
+            job.prompt_token_ids = self.engine.add_request(
+                job.request_id, prompt, chosen, callback=job.take
+            )
 
-    def _pump(self, jobs: list[_Job]) -> None:
-        """Takes one step, unless all of these jobs have ended."""
-        with self._lock:
-            if all(job.end is not None for job in jobs):
-                return
-            if not self.engine.has_unfinished():
-                raise InternalError("the end of a request was lost, as by an interrupt in a step")
-            self._step()
-
-    def _step(self) -> None:
-        for update in self.engine.step():
-            job = self._jobs.get(update.request_id)
-            if job is not None:
-                job.take(update)
+    def _next(
+        self, arrivals: queue.SimpleQueue[tuple[_Job, RequestUpdate]]
+    ) -> tuple[_Job, RequestUpdate]:
+        """Waits for an update of the jobs that tell `arrivals`."""
+        # Refuses where the engine was closed, and in a forked child, where nobody would answer.
+        self.engine.has_unfinished()
+        if self.engine.background:
+            arrival = arrivals.get()
+            if arrival[1].finish_reason == "abort":
+                self.engine.has_unfinished()  # by a close() meanwhile
+            return arrival
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return arrivals.get_nowait()
+            with self._lock:
+                if arrivals.empty():
+                    if not self.engine.has_unfinished():
+                        raise InternalError("a request was lost, as by an interrupt in a step")
+                    self.engine.step()
 
     def _forget(self, jobs: list[_Job]) -> None:
         """Lets go of jobs, aborting those that still run (an error, an interrupt)."""
         if sys.is_finalizing():
             return  # a stream that nobody closed: the process takes everything with it
-        with self._lock:
-            for job in jobs:
-                self._jobs.pop(job.request_id, None)
-            # An LLM that was closed, or left in the parent by a fork, has nothing to abort.
-            with contextlib.suppress(ClosedError, ForkError):
-                running = [job for job in jobs if job.end is None]
-                # A sum, since each of them must be aborted.
-                if sum(self.engine.abort(job.request_id) for job in running):
-                    self._step()
+        # An LLM that was closed, or left in the parent by a fork, has nothing to abort.
+        with contextlib.suppress(ClosedError, ForkError):
+            left = [job for job in jobs if not job.finished]
+            for job in left:
+                self.engine.abort(job.request_id, report=False)
+            if left and not self.engine.background:
+                with self._lock:
+                    self.engine.step()  # brings their rows and blocks home
 
     def close(self) -> None:
         """Frees memory and threads. Using the LLM afterwards raises ClosedError."""

@@ -247,7 +247,8 @@ class ModelRunner(Closing):
 
         Args:
             token_ids: The prompt; to resume a preempted request, the prompt and its outputs.
-            params: Of sampling and stopping; stop strings are the caller's to find.
+            params: Of sampling and stopping; stop strings are the caller's to find. A row is one
+                sample: n must be 1.
             block_ids: First KV blocks of the row; for a model with several KV groups, a sequence
                 for each. 0 stands for a block below the group's window that was given back.
             prompt_len: How many of token_ids are the prompt; all if None.
@@ -260,6 +261,10 @@ class ModelRunner(Closing):
             params = SamplingParams()
         if not isinstance(params, SamplingParams):
             raise InvalidArgumentError(field="params", value=params, allowed="SamplingParams")
+        if params.n != 1:
+            raise InvalidArgumentError(
+                field="params.n", value=params.n, allowed="1: a row is one sample"
+            )
         params.validate_for(self.model.config.vocab_size, self.model.max_model_len)
         spec = make_row_spec(
             token_ids,

@@ -32,6 +32,8 @@ class SamplingParams:
     Numbers may be NumPy scalars; they are stored as Python's own. Instances can be shared.
 
     Attributes:
+        n: Samples of the prompt, each ended for itself; they share its computation. With a seed,
+            sample i draws as with seed + i. At least 1, at most the engine's max_num_seqs.
         temperature: Divides the logits; 0 draws the most likely token (greedy). In
             [0, 3.4e38]. Values below 1e-5 are stored as 0.
         top_p: Keeps the smallest set of most likely tokens whose probabilities sum to at least
@@ -54,6 +56,7 @@ class SamplingParams:
         detokenize: Whether text is made at all. Stop strings need it.
     """
 
+    n: int
     temperature: float
     top_p: float
     top_k: int
@@ -72,6 +75,7 @@ class SamplingParams:
     def __init__(
         self,
         *,
+        n: int = 1,
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -95,6 +99,7 @@ class SamplingParams:
         def store(field: str, value: object) -> None:
             object.__setattr__(self, field, value)
 
+        store("n", _integer("n", n, 1, MAX_INT32))
         checked = _number("temperature", temperature, f"in [0, {_MAX_FLOAT32:.2g}]")
         if not 0.0 <= checked <= _MAX_FLOAT32:
             raise RequestError(

@@ -110,6 +110,29 @@ TEST_CASE("waits end by wake, by the timeout and by stop") {
   engine.stop();
 }
 
+TEST_CASE("an abort without report drops what waits to be taken") {
+  for (const int32_t samples : {1, 3}) {
+    EngineThread engine(small_runner(), {});
+    engine.add_request(named("a", 9, 20, samples));
+    while (engine.stats().steps == 0 || engine.stats().running + engine.stats().waiting > 0) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    CHECK(!engine.abort("a", -1, /*report=*/false));  // it had ended
+    CHECK(engine.wait_outputs(10.0).empty());
+    // The next ones get the slots of those that nobody heard of.
+    engine.add_request(named("a", 9, 3, samples));
+    Tokens tokens;
+    while (engine.has_unfinished()) {
+      for (const RequestOutput& output : engine.wait_outputs(10.0)) {
+        auto& all = tokens[{output.id, output.index}];
+        all.insert(all.end(), output.token_ids.begin(), output.token_ids.end());
+      }
+    }
+    CHECK(tokens.size() == static_cast<size_t>(samples));
+    for (const auto& [name, all] : tokens) CHECK(all.size() == 3);
+  }
+}
+
 TEST_CASE("closing with work in flight that nobody reads") {
   for (int round = 0; round < 20; ++round) {
     EngineThread engine(small_runner(), {});

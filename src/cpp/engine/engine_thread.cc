@@ -97,6 +97,7 @@ bool EngineThread::abort(const std::string& id, int32_t index, bool report) {
       if (!report) {
         sample.id = nullptr;
         --name.unheard;
+        drop_outputs(slot);
       }
     }
     if (name.unheard == 0) names_.erase(place);
@@ -156,29 +157,34 @@ std::vector<RequestOutput> EngineThread::take_outputs() {
   for (const RequestEvent& event : outputs_.events) {
     const auto tokens = token;
     token += event.num_tokens;
+    if (event.slot < 0) continue;  // dropped
     const Sample& sample = samples_[event.slot];
-    const std::string* id = sample.id;
-    if (id != nullptr) {
-      RequestOutput& output = outputs.emplace_back();
-      output.id = *id;
-      output.index = sample.index;
-      output.token_ids.assign(tokens, token);
-      output.end = event.end;
-      if (event.error >= 0) output.error = std::move(outputs_.errors[event.error]);
-      output.num_cached_tokens = event.num_cached_tokens;
-      output.num_draft_tokens = event.num_draft_tokens;
-      output.num_accepted_tokens = event.num_accepted_tokens;
-    }
+    RequestOutput& output = outputs.emplace_back();
+    output.id = *sample.id;
+    output.index = sample.index;
+    output.token_ids.assign(tokens, token);
+    output.end = event.end;
+    if (event.error >= 0) output.error = std::move(outputs_.errors[event.error]);
+    output.num_cached_tokens = event.num_cached_tokens;
+    output.num_draft_tokens = event.num_draft_tokens;
+    output.num_accepted_tokens = event.num_accepted_tokens;
     if (event.end != RequestEnd::kNone) {
       free_slot(event.slot);
-      if (id != nullptr) {
-        const auto place = names_.find(*id);
-        if (--place->second.unheard == 0) names_.erase(place);
-      }
+      const auto place = names_.find(output.id);
+      if (--place->second.unheard == 0) names_.erase(place);
     }
   }
   outputs_.clear();
   return outputs;
+}
+
+// Nobody may hear what waits to be taken of a slot: the slot's next sample would be taken for it.
+void EngineThread::drop_outputs(int32_t slot) {
+  for (RequestEvent& event : outputs_.events) {
+    if (event.slot != slot) continue;
+    event.slot = -1;
+    if (event.end != RequestEnd::kNone) free_slot(slot);
+  }
 }
 
 void EngineThread::free_slot(int32_t slot) {

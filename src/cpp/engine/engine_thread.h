@@ -104,6 +104,7 @@ class EngineThread {
   void apply_now();
   std::vector<RequestOutput> take_outputs();
   int32_t new_slot();
+  void drop_outputs(int32_t slot);
   void free_slot(int32_t slot);
   template <typename Fn>
   void visit_engine(Fn&& fn);
