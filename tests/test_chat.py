@@ -195,9 +195,11 @@ def edit_json(path: Path, **fields: Any) -> None:
 
 def test_files_that_hold_templates(tmp_path: Path) -> None:
     root = copy_model(tmp_path / "model")
+    assert not Tokenizer.from_dir(root).has_chat_template
     with pytest.raises(ConfigError, match=r"model: has no chat template \(chat_template.jinja"):
         Tokenizer.from_dir(root).render_chat(HELLO)
     edit_json(root / "chat_template.json", chat_template="json {{ bos_token }}")
+    assert Tokenizer.from_dir(root).has_chat_template
     assert Tokenizer.from_dir(root).render_chat(HELLO) == "json <s>"
     config = root / "tokenizer_config.json"
     edit_json(config, chat_template="config {{ eos_token }}")

@@ -293,7 +293,9 @@ def test_reader_that_goes_away_is_no_traceback(model: str) -> None:
         assert b"Traceback" not in process.stderr.read()
 
 
-@pytest.mark.parametrize("name", ["generate", "stream", "own_scheduler", "interop"])
+@pytest.mark.parametrize(
+    "name", ["generate", "stream", "chat", "server_loop", "own_scheduler", "interop"]
+)
 def test_examples_run(name: str, model: str) -> None:
     example = str(ROOT / "examples" / f"{name}.py")
     asked = subprocess.run(

@@ -62,6 +62,11 @@ class ChatTemplates:
         self._directory = directory
         self._compiled: dict[str, jinja2.Template] = {}
 
+    @property
+    def is_present(self) -> bool:
+        """Whether the directory has any."""
+        return bool(self._config.chat_templates)
+
     def render(
         self,
         messages: Conversation,

@@ -208,6 +208,11 @@ class Tokenizer:
             ) from None
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the directory has a chat template."""
+        return self._chat.is_present
+
     def render_chat(self, messages: Conversation, **options: Unpack[ChatOptions]) -> str:
         """Returns the text of a conversation by the directory's chat template.
 
