@@ -215,12 +215,12 @@ def test_output_thread_that_fails_ends_every_wait(
             raise OSError("out of paper")
 
         monkeypatch.setattr("mrv1.output_pump.report_notices", fail)
-        for name in ("a", "b"):
-            engine.add_request(name, make_prompt(5, 1), greedy(400))
-        found = run(engine)
-        for name in ("a", "b"):
-            assert found[name][-1].finish_reason == "error"
-            assert "OSError: out of paper" in (found[name][-1].error or "")
+        engine.add_request("a", make_prompt(5, 1), greedy(400, n=3))
+        ends = [update for update in run(engine)["a"] if update.finish_reason is not None]
+        assert len(ends) == 3 and [update.finished for update in ends] == [False, False, True]
+        for update in ends:
+            assert update.finish_reason == "error"
+            assert "OSError: out of paper" in (update.error or "")
         with pytest.raises(Mrv1Error, match="out of paper"):
             engine.add_request("c", make_prompt(5, 1), greedy(4))
     assert any("output thread" in record.getMessage() for record in caplog.records)

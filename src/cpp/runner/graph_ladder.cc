@@ -94,7 +94,6 @@ void GraphLadder::note_miss(StepMode taken, std::span<const BatchEntry> entries,
     return;
   bool& reported = reported_[decode_only][static_cast<int>(taken)];
   if (std::exchange(reported, true)) return;
-  std::lock_guard lock(*miss_mutex_);
   miss_.decode_only = decode_only;
   miss_.text = concat("a batch of ", entries.size(), " requests with ", exact.num_tokens,
                       " tokens runs ", step_mode_name(taken), ": the largest captured sizes are ",
@@ -106,9 +105,6 @@ void GraphLadder::note_miss(StepMode taken, std::span<const BatchEntry> entries,
                       " tokens in pieces (said once)");
 }
 
-GraphLadder::Miss GraphLadder::take_miss() {
-  std::lock_guard lock(*miss_mutex_);
-  return std::exchange(miss_, {});
-}
+GraphLadder::Miss GraphLadder::take_miss() { return std::exchange(miss_, {}); }
 
 }  // namespace mrv1

@@ -2,8 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
-#include <mutex>
 #include <span>
 #include <string>
 #include <vector>
@@ -59,7 +57,7 @@ class GraphLadder {
     std::string text;          // empty: nothing new
     bool decode_only = false;  // a step of one token a request, which should not miss
   };
-  Miss take_miss();  // any thread
+  Miss take_miss();
 
   StepMode mode() const { return mode_; }
   const std::vector<CaptureSize>& full() const { return full_; }
@@ -72,8 +70,6 @@ class GraphLadder {
   std::vector<CaptureSize> full_;
   std::vector<int32_t> piecewise_;
   bool reported_[2][kNumStepModes] = {};  // by decode-only or not, and mode taken
-  // Whoever takes a miss may be another thread than the one that steps.
-  std::unique_ptr<std::mutex> miss_mutex_ = std::make_unique<std::mutex>();
   Miss miss_;
 };
 
