@@ -156,10 +156,15 @@ MRV1_INLINE float softmax_chunk(float* scores, int begin, int end, float scale, 
                                 float* row_max, float* row_sum) {
   const Vec minus_infinity = set1(bits_to_float(0xff800000u));
   const int num_vecs = (end + kLanes - 1) / kLanes;
+  if (softcap > 0.0f) {
+    for (int i = 0; i < num_vecs; ++i) {
+      store(scores + i * kLanes, soft_cap(load(scores + i * kLanes), scale / softcap, softcap));
+    }
+    scale = 1.0f;
+  }
   Vec highest = minus_infinity;
   for (int i = 0; i < num_vecs; ++i) {
-    Vec s = load(scores + i * kLanes);
-    s = softcap > 0.0f ? soft_cap(s, scale / softcap, softcap) : mul(s, set1(scale));
+    Vec s = mul(load(scores + i * kLanes), set1(scale));
     const int low = begin - i * kLanes;
     const int high = end - i * kLanes;
     if (low > 0 || high < kLanes) {
