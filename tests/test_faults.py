@@ -243,7 +243,7 @@ class Interrupt:
         self.sender = threading.Thread(target=self.send, args=(wait,))
         self.sender.start()
     def send(self, wait):
-        time.sleep(wait)
+        time.sleep(0.05 + wait)  # not while this thread is still being started
         os.kill(os.getpid(), signal.SIGINT)
 """
 
@@ -253,7 +253,7 @@ engine = Engine(MODEL, **SIZES)
 expected = None
 for turn in range(25):
     for index in range(6):
-        engine.add_request(str(index), [5, 6, 7 + index], greedy(40))
+        engine.add_request(str(index), [5, 6, 7 + index], greedy(400))
     found = {str(index): [] for index in range(6)}
     interrupt = Interrupt(0.002 * turn)
     hits = 0
@@ -270,7 +270,7 @@ for turn in range(25):
     # An interrupt in the wait loses nothing; one between the return and the caller's own code is
     # the caller's.
     lengths = [sum(len(u.token_ids) for u in updates) for updates in found.values()]
-    print("whole" if lengths == [40] * 6 else lengths, flush=True)
+    print("whole" if lengths == [400] * 6 else lengths, flush=True)
 """,
     "stream": """
 llm = LLM(MODEL, **SIZES)

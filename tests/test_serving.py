@@ -166,7 +166,7 @@ def test_callbacks_may_use_the_engine(opened: Open, background: bool) -> None:
     """One adds a request of the same name, aborts others, and looks around."""
     engine = opened(background=background)
     long, again = Taker(), Taker()
-    engine.add_request("long", make_prompt(5, 1), greedy(400), callback=long)
+    engine.add_request("long", make_prompt(5, 1), greedy(500), callback=long)
     second = [5, 6, 7]
 
     def callback(update: RequestUpdate) -> None:
@@ -179,7 +179,7 @@ def test_callbacks_may_use_the_engine(opened: Open, background: bool) -> None:
     drain(engine)
     assert len(again.tokens()) == 6
     assert long.done.wait(WAIT) and long.updates[-1].finish_reason == "abort"
-    assert len(long.tokens()) < 400
+    assert len(long.tokens()) < 500
 
 
 @BOTH
@@ -191,7 +191,8 @@ def test_abort_without_report_is_silent_and_frees_the_name(
         engine.add_request("a", make_prompt(5, turn), greedy(100))
         if turn % 3:
             engine.step()
-        assert engine.abort("a", report=False) and not engine.abort("a")
+        engine.abort("a", report=False)  # it may have ended, untaken
+        assert not engine.abort("a")
         prompt = make_prompt(6, turn)
         engine.add_request("a", prompt, greedy(5))
         assert tokens_of(drain(engine)["a"]) == reference(prompt, greedy(5))[0]
@@ -362,13 +363,15 @@ def test_results_tell_what_was_cached(device: str) -> None:
 
 @BOTH
 def test_close_ends_what_runs_with_an_abort(opened: Open, background: bool) -> None:
-    engine = opened(background=background)
-    takers = [Taker() for _ in range(12)]
+    engine = opened(background=background, max_num_seqs=1)
+    takers = [Taker() for _ in range(30)]  # work for seconds
     for index, taker in enumerate(takers):
         engine.add_request(str(index), make_prompt(5, index), greedy(400), callback=taker)
     engine.close()
     for taker in takers:
-        assert taker.done.is_set() and taker.updates[-1].finish_reason == "abort"
+        assert taker.done.is_set()
+    reasons = [taker.updates[-1].finish_reason for taker in takers]
+    assert reasons[-5:] == ["abort"] * 5 and set(reasons) <= {"abort", "length"}
     for use in (
         lambda: engine.add_request("a", [1], greedy(1)),
         engine.step,
@@ -382,7 +385,7 @@ def test_close_ends_what_runs_with_an_abort(opened: Open, background: bool) -> N
 
 
 def test_close_while_another_thread_waits(opened: Open) -> None:
-    engine = opened()
+    engine = opened(max_num_seqs=1)
     got: list[str] = []
 
     def work() -> None:
@@ -395,7 +398,8 @@ def test_close_while_another_thread_waits(opened: Open) -> None:
         except ClosedError:
             got.append("closed")
 
-    engine.add_request("a", make_prompt(5, 1), greedy(400))
+    for index in range(30):
+        engine.add_request(str(index), make_prompt(5, index), greedy(400))
     thread = threading.Thread(target=work)
     thread.start()
     engine.close()
@@ -404,17 +408,21 @@ def test_close_while_another_thread_waits(opened: Open) -> None:
 
 
 def test_a_callback_may_close_the_engine(opened: Open) -> None:
-    engine = opened()
-    other, done = Taker(), threading.Event()
+    engine = opened(max_num_seqs=1)
+    other, ready, done = Taker(), threading.Event(), threading.Event()
 
     def callback(update: RequestUpdate) -> None:
+        assert ready.wait(WAIT)
         if not update.finished:
             engine.close()
         else:
             done.set()
 
-    engine.add_request("other", make_prompt(5, 1), greedy(400), callback=other)
     engine.add_request("closes", make_prompt(5, 1), greedy(400), callback=callback)
+    for index in range(30):
+        engine.add_request(str(index), make_prompt(5, 1), greedy(400))
+    engine.add_request("other", make_prompt(5, 1), greedy(400), callback=other)
+    ready.set()
     assert done.wait(WAIT) and other.done.wait(WAIT)
     assert other.updates[-1].finish_reason == "abort"
     engine.close()
@@ -435,11 +443,12 @@ def test_engine_that_is_dropped_ends_its_thread(opened: Open) -> None:
 
 
 def test_llm_closed_while_another_thread_generates(device: str) -> None:
-    llm = LLM(LLAMA, device=device, dtype="float32", num_kv_blocks=64, num_threads=1)
+    sizes: dict[str, Any] = {"dtype": "float32", "num_kv_blocks": 64, "num_threads": 1}
+    llm = LLM(LLAMA, device=device, max_num_seqs=1, **sizes)
     started, ended = threading.Event(), []
 
     def work() -> None:
-        stream = llm.stream([make_prompt(5, 1)], greedy(400))
+        stream = llm.stream([make_prompt(5, index) for index in range(30)], greedy(400))
         next(stream)
         started.set()
         try:

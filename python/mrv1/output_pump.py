@@ -205,6 +205,7 @@ class OutputPump:
                 )
             except BaseException:  # an interrupt may come at any point of it
                 self._forget(request)
+                _wake(self._waiting)
                 self.native.abort(request.name, report=False)
                 raise
             _wake(self._idle)
@@ -317,7 +318,6 @@ class OutputPump:
     def _deliver(self) -> None:
         """Turns outputs into updates, and hands them to callbacks or lays them out for `wait`."""
         outputs, running = self._outputs, self._running
-        laid_out = False
         while outputs:
             output = outputs.popleft()
             request = running.get(output.id)
@@ -342,14 +342,13 @@ class OutputPump:
                     self._end(request)
             if request.callback is None:
                 self._news.append((request, update))
-                laid_out = True
             elif not request.dropped:
                 self._call(request, request.callback, update)
                 self._calls_last = False
         report_notices(self._runner)
-        if laid_out or self._waiting:
-            with self._lock:
-                _wake(self._waiting)
+        # Under the lock even if nobody seems to wait: somebody may be about to.
+        with self._lock:
+            _wake(self._waiting)
 
     def _end(self, request: Request) -> None:
         """A request has no more outputs; whoever gets its last update may use its id again."""
