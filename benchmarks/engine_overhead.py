@@ -1,7 +1,7 @@
 # Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 """What the engine itself takes: its thread in a decode step, adding a request, a shared prompt.
 
-    python benchmarks/engine_overhead.py --shape qwen3-0.6b --device cuda --json overhead.json
+    python benchmarks/engine_overhead.py --shape qwen3-8b --device cuda --json overhead.json
 
 - step: CPU time of the engine's thread for a decode step with --running requests, the time it waits
   for the device left out. Outputs are taken by another thread meanwhile, as a server does.
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--shared", type=int, default=8192, help="tokens (default: 8192)")
     parser.add_argument("--new", type=int, default=64, help="tokens (default: 64)")
     parser.add_argument("--json", help="write the record")
+    parser.add_argument("--commit", help="what the record names, outside of a checkout")
     arguments = parser.parse_args()
     if arguments.json is not None:
         bench.check_writable(arguments.json)
@@ -142,7 +143,7 @@ def main() -> None:
         "shape": shape,
         "device": device,
         "versions": bench.versions(),
-        "commit": commit(),
+        "commit": arguments.commit or commit(),
         "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         "running": arguments.running,
         "steps": arguments.steps,
