@@ -169,17 +169,15 @@ def test_failed_request_is_a_failed_command(
     original = LLM.stream
 
     def failing(llm: LLM, *arguments: Any) -> Any:
-        stream = original(llm, *arguments)
         llm.model.runner.fail_next_step("sparks")
-        return stream
+        return original(llm, *arguments)
 
     monkeypatch.setattr(LLM, "stream", failing)
     arguments = ["generate", "--model", model, "--device", "cpu", "hello", "there"]
     assert cli.main(arguments) == cli.EXIT_ERROR
     written = capsys.readouterr().err
-    assert "prompt 1 failed: " in written
-    assert "prompt 2 failed: " in written
-    assert "sparks" in written
+    # The other one is in that step too, or in none that fails.
+    assert "prompt 1 failed: " in written and "sparks" in written
 
 
 @pytest.mark.parametrize("command", ["generate", "env"])
