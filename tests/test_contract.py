@@ -251,7 +251,7 @@ def test_line_2_work_of_the_host_is_what_changed(opened: Open) -> None:
         )
     assert len(set(sizes)) == 1
     control, output, steps = sizes[0]
-    assert steps == 1 and control <= 128 + 16 * 3 and output == 64 + 32 * 3
+    assert steps == 1 and control <= 128 + 16 * 3 and output == 64 + (32 + 4) * 3
 
 
 # --- 3: slots and padding ------------------------------------------------------------------------
@@ -270,7 +270,9 @@ def check_padding(params: dict[str, np.ndarray], requests: int, tokens: int) -> 
     logits = int(params["counts"][2])
     assert (params["logits_batch"][logits:] == -1).all()
     assert (params["logits_indices"][logits:] == 0).all()
-    assert (params["sampled"][requests:] == -1).all()
+    assert (params["logits_place"][logits:] == 0).all()
+    assert (params["logits_start"][requests:] == -1).all()
+    assert (params["sampled"][logits:] == -1).all()
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])

@@ -221,11 +221,11 @@ def test_a_failed_step_leaves_the_graphs_usable(device: str, alone: list[list[in
 
 
 def test_default_sizes_are_dense_at_the_small_end() -> None:
-    sizes = _core.default_capture_sizes(256)
+    sizes = _core.capture_sizes(_core.default_capture_requests(256))
     assert sizes[:9] == [(n, 1) for n in (1, 2, 3, 4, 5, 6, 7, 8, 16)]
     assert sizes[-1] == (256, 1) and len(sizes) < 40
-    assert len(_core.default_capture_sizes(2**31 - 1)) < 120
-    assert _core.default_capture_sizes(3) == [(1, 1), (2, 1), (3, 1)]
+    assert len(_core.default_capture_requests(2**31 - 1)) < 120
+    assert _core.default_capture_requests(3) == [1, 2, 3]
     assert _core.default_piecewise_sizes(200) == [64, 128, 192, 200]
 
 

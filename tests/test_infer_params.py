@@ -74,6 +74,7 @@ def reference_params(
             "slot_mapping",
             "logits_indices",
             "logits_batch",
+            "logits_start",
         )
     }
     out["query_start_loc"] = [0]
@@ -89,13 +90,15 @@ def reference_params(
             out["positions"].append(0 if dead else position)
             out["slot_mapping"].append(-1 if dead else row.slot(position))
         out["query_start_loc"].append(len(out["token_ids"]))
-        if dead or row.computed + count >= row.target:
+        draws = dead or row.computed + count >= row.target
+        out["logits_start"].append(len(out["logits_indices"]) if draws else -1)
+        if draws:
             out["logits_indices"].append(len(out["token_ids"]) - 1)
             out["logits_batch"].append(-1 if dead else place)
     total, logits = len(out["token_ids"]), len(out["logits_indices"])
     kinds = [row.kind for row, _ in batch]
     out["counts"] = [len(batch), total, logits, *(kinds.count(kind) for kind in range(3))]
-    for name, fill in (("row", -1), ("seq_lens", 0)):
+    for name, fill in (("row", -1), ("seq_lens", 0), ("logits_start", -1)):
         out[name] += [fill] * (pad_requests - len(batch))
     out["query_start_loc"] += [total] * (pad_requests - len(batch))
     for name, fill in (
@@ -107,6 +110,7 @@ def reference_params(
         out[name] += [fill] * (pad_tokens - total)
     out["logits_indices"] += [0] * (pad_requests - logits)
     out["logits_batch"] += [-1] * (pad_requests - logits)
+    out["logits_place"] = [0] * max(pad_requests, logits)
     return out
 
 
@@ -297,12 +301,12 @@ def compare_batch(
     params = runner.infer_params()
     check_same(params, reference_params(rows, *padding))
 
-    # Tokens that were drawn are those that the outputs report, at the batch position of the entry.
+    # Tokens that were drawn are those that the outputs report, at the entry's logits row.
     places = params["entry_batch"]
     for entry, output in enumerate(outputs):
-        assert params["sampled"][places[entry]] == (
-            -1 if output.token_id is None else output.token_id
-        )
+        start = params["logits_start"][places[entry]]
+        drawn = -1 if start < 0 else params["sampled"][start]
+        assert drawn == (-1 if output.token_id is None else output.token_id)
         assert output.masked == rows[entry][0].stopped
 
     encoder, decoder, this_time = [0] * ROWS, [0] * ROWS, [0] * ROWS

@@ -216,7 +216,7 @@ def generate(runner):
     steps = [runner.execute([(row, 100)])]
     for _ in range(30):
         steps.append(runner.execute([(row, 1)]))
-        tokens.append(runner.result(steps.pop(0)).entries[0].token)
+        tokens.append(runner.result(steps.pop(0)).tokens(0)[0])
     runner.result(steps.pop())
     runner.free_row(row)
     return tokens

@@ -35,8 +35,9 @@ def run_batch(
     *,
     logits_batch: Sequence[int],
     batch_row: Sequence[int],
+    logits_place: Sequence[int] | None = None,
 ) -> list[int]:
-    """Samples a batch; `params` is the row table."""
+    """Samples a batch; `params` is the row table. One token a logits row."""
 
     def column(name: str, dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
         return np.array([getattr(p, name) for p in params], dtype)
@@ -45,6 +46,7 @@ def run_batch(
         open_device(device),
         np.ascontiguousarray(logits, np.float32),
         logits_batch=np.array(logits_batch, np.int32),
+        logits_place=np.array(logits_place or [0] * len(logits_batch), np.int32),
         batch_row=np.array(batch_row, np.int32),
         temperature=column("temperature", np.float32),
         top_k=column("top_k", np.int32),
@@ -271,26 +273,51 @@ def test_place_padding_and_batch_do_not_matter(device: str, data: st.DataObject)
     batch_row = [NO_TOKEN] * batch_size
     logits_batch = [-1] * num_logits
     matrix = np.full((num_logits, vocab), NAN, np.float32)
-    expected = [NO_TOKEN] * batch_size
+    expected = [NO_TOKEN] * num_logits
     masked = data.draw(st.integers(0, count - 1))  # keeps its logits row, but its row is -1
     for i, (row, place, line) in enumerate(zip(rows, places, lines, strict=True)):
         table[row] = params[i]
         batch_row[place] = -1 if i == masked else row
         logits_batch[line] = place
         matrix[line] = logits[i]
-        expected[place] = NO_TOKEN if i == masked else alone[i]
+        expected[line] = NO_TOKEN if i == masked else alone[i]
     tokens = run_batch(device, matrix, table, logits_batch=logits_batch, batch_row=batch_row)
     assert tokens == expected
 
 
-def test_positions_without_logits_get_no_token(device: str) -> None:
-    logits = make_logits("normal", 100, 0)[None]
+def test_logits_rows_of_padding_get_no_token(device: str) -> None:
+    logits = np.stack([make_logits("normal", 100, seed) for seed in range(3)])
     params = [RowParams(), RowParams()]
-    tokens = run_batch(device, logits, params, logits_batch=[1], batch_row=[0, 1, -1])
-    assert tokens == [NO_TOKEN, int(np.argmax(logits)), NO_TOKEN]
+    tokens = run_batch(device, logits, params, logits_batch=[-1, 1, 2], batch_row=[0, 1, -1])
+    assert tokens == [NO_TOKEN, int(np.argmax(logits[1])), NO_TOKEN]
     empty = np.zeros((0, 100), np.float32)
-    assert run_batch(device, empty, params, logits_batch=[], batch_row=[1]) == [NO_TOKEN]
+    assert run_batch(device, empty, params, logits_batch=[], batch_row=[1]) == []
     assert run_batch(device, empty, params, logits_batch=[], batch_row=[]) == []
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=60)
+def test_a_place_is_drawn_as_by_a_row_that_is_longer(device: str, data: st.DataObject) -> None:
+    """The rows of a request's drafts: each at its own position, with what applies there."""
+    vocab = data.draw(st.sampled_from((7, 257, 4097)))
+    count = data.draw(st.integers(1, 5))
+    logits = np.stack([make_logits(KINDS[i], vocab, i) for i in range(count)])
+    params = data.draw(row_params(vocab))
+    # The length below which stop ids are masked lies among the places.
+    params = dataclasses.replace(params, min_total_len=params.total_len + 2, stop_ids=(0, 1, 2))
+    expected = [
+        run_rows(
+            device,
+            logits[place : place + 1],
+            [dataclasses.replace(params, total_len=params.total_len + place)],
+        )[0]
+        for place in range(count)
+    ]
+    places = list(range(count))
+    got = run_batch(
+        device, logits, [params], logits_batch=[0] * count, batch_row=[0], logits_place=places
+    )
+    assert got == expected
 
 
 def test_draws_follow_the_distribution(device: str) -> None:

@@ -35,6 +35,7 @@ def test_defaults_are_those_of_vllm() -> None:
         "include_stop_str_in_output": False,
         "skip_special_tokens": True,
         "detokenize": True,
+        "num_speculative_tokens": None,
     }
 
 

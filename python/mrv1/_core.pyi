@@ -311,7 +311,7 @@ NO_TOKEN: int = -1
 
 ERROR_TOKEN: int = -2
 
-def sample(device: Device, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], *, logits_batch: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], batch_row: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], temperature: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], top_k: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], top_p: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], min_p: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], seed: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], total_len: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], min_total_len: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], stop_ids: Sequence[Sequence[int]]) -> NDArray[numpy.int32]:
+def sample(device: Device, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], *, logits_batch: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], logits_place: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], batch_row: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], temperature: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], top_k: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], top_p: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], min_p: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], seed: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], total_len: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], min_total_len: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], stop_ids: Sequence[Sequence[int]]) -> NDArray[numpy.int32]:
     """
     Runs the device's sampler once over a batch that is described by hand.
 
@@ -321,6 +321,7 @@ def sample(device: Device, logits: Annotated[NDArray[numpy.float32], dict(shape=
         device: where to run.
         logits: float32 [L, vocab]; left as it is.
         logits_batch: int32 [L], batch position of a logits row, -1 for padding.
+        logits_place: int32 [L], tokens by which the row is longer than total_len.
         batch_row: int32 [B], row of a batch position, -1 for padding and masked rows.
         temperature, top_p, min_p: float32 [R].
         top_k, total_len, min_total_len: int32 [R].
@@ -328,7 +329,7 @@ def sample(device: Device, logits: Annotated[NDArray[numpy.float32], dict(shape=
         stop_ids: R lists of token ids.
 
     Returns:
-        int32 [B]: token ids, NO_TOKEN or ERROR_TOKEN.
+        int32 [L]: token ids, NO_TOKEN or ERROR_TOKEN.
     """
 
 def fixed_point_weights(logits: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], temperature: float = 1.0) -> NDArray[numpy.uint64]:
@@ -368,10 +369,15 @@ class StepMode(enum.Enum):
 
     FULL = 2
 
-def default_capture_sizes(max_requests: int) -> list[tuple[int, int]]:
+def capture_sizes(requests: Sequence[int], num_speculative_tokens: int = 0, max_tokens: int = 2147483647) -> list[tuple[int, int]]:
     """
-    Sizes of whole steps, (requests, tokens per request), that leave little of a step unused.
+    Sizes of whole steps, (requests, tokens per request), for these numbers of decoding requests:
+    of one token each, and of 1 + num_speculative_tokens where that makes a difference and
+    max_tokens allows it.
     """
+
+def default_capture_requests(max_requests: int) -> list[int]:
+    """Numbers of requests that leave little of a step unused."""
 
 def default_piecewise_sizes(max_tokens: int) -> list[int]:
     """Numbers of tokens of steps in pieces, by the same rule."""
@@ -459,6 +465,33 @@ class RunnerConfig:
     def attention_backend(self, arg: AttentionBackend, /) -> None: ...
 
     @property
+    def num_speculative_tokens(self) -> int:
+        """Drafts that a decoding row may have in a step; 0 is off."""
+
+    @num_speculative_tokens.setter
+    def num_speculative_tokens(self, arg: int, /) -> None: ...
+
+    @property
+    def ngram(self) -> tuple[int, int]:
+        """Fewest and most tokens of the n-grams that drafts are looked up by."""
+
+    @ngram.setter
+    def ngram(self, arg: tuple[int, int], /) -> None: ...
+
+    @property
+    def force_tokens(self) -> bool:
+        """For testing: rows may carry tokens that take the place of those drawn."""
+
+    @force_tokens.setter
+    def force_tokens(self, arg: bool, /) -> None: ...
+
+    @property
+    def keep_hidden_states(self) -> bool: ...
+
+    @keep_hidden_states.setter
+    def keep_hidden_states(self, arg: bool, /) -> None: ...
+
+    @property
     def batch_invariant(self) -> bool: ...
 
     @batch_invariant.setter
@@ -534,6 +567,22 @@ class RowSpec:
     def min_tokens(self, arg: int, /) -> None: ...
 
     @property
+    def num_speculative_tokens(self) -> int:
+        """Drafts of a step at most; -1: as many as the runner allows."""
+
+    @num_speculative_tokens.setter
+    def num_speculative_tokens(self, arg: int, /) -> None: ...
+
+    @property
+    def forced_token_ids(self) -> list[int]:
+        """
+        Outputs, counted from prompt_len, whatever is drawn. Needs force_tokens.
+        """
+
+    @forced_token_ids.setter
+    def forced_token_ids(self, arg: Sequence[int], /) -> None: ...
+
+    @property
     def stop_ids(self) -> list[int]: ...
 
     @stop_ids.setter
@@ -575,7 +624,8 @@ class OutputEntry:
     def generation(self) -> int: ...
 
     @property
-    def token(self) -> int: ...
+    def num_tokens(self) -> int:
+        """New tokens."""
 
     @property
     def finish_reason(self) -> FinishReason: ...
@@ -585,6 +635,14 @@ class OutputEntry:
 
     @property
     def total_len(self) -> int: ...
+
+    @property
+    def num_drafts(self) -> int:
+        """Tokens that were proposed."""
+
+    @property
+    def num_accepted(self) -> int:
+        """Proposed tokens among the new ones."""
 
     @property
     def masked(self) -> bool: ...
@@ -614,6 +672,9 @@ class RowState:
     def last_token(self) -> int: ...
 
     @property
+    def num_drafts(self) -> int: ...
+
+    @property
     def finish_reason(self) -> FinishReason: ...
 
 class StepOutput:
@@ -638,6 +699,9 @@ class StepOutput:
 
     @property
     def entries(self) -> list[OutputEntry]: ...
+
+    def tokens(self, entry: int) -> list[int]:
+        """The new tokens of an entry."""
 
 class ModelRunner:
     """See mrv1.runner.ModelRunner."""
@@ -713,6 +777,16 @@ class ModelRunner:
     def device_logits(self, item: int) -> DeviceArray:
         """
         As logits, float32 [vocab] in memory of the device: a copy that later steps leave alone.
+        """
+
+    def hidden_states(self, item: int) -> NDArray[numpy.float32]:
+        """
+        What the head reads, for each token of an item of the newest step: float32 [tokens, hidden].
+        """
+
+    def device_hidden_states(self, item: int) -> DeviceArray:
+        """
+        The same in memory of the device and in the model's dtype: a copy that later steps leave alone.
         """
 
     def infer_params(self) -> dict[str, NDArray[numpy.int32]]: ...

@@ -117,7 +117,7 @@ def _run(
         output = runner.result(pending.popleft())
         if output.error:
             raise InternalError(f"step {output.step} failed: {output.error}")
-        return sum(entry.token >= 0 for entry in output.entries)
+        return sum(entry.num_tokens > 0 for entry in output.entries)
 
     start = time.perf_counter()
     try:

@@ -133,7 +133,12 @@ class Engine(Closing):
         self._check_open()
         token_ids = self.check_prompt(request_id, prompt)
         model = self.model
-        params.validate_for(model.config.vocab_size, model.max_model_len, request_id)
+        params.validate_for(
+            model.config.vocab_size,
+            model.max_model_len,
+            request_id,
+            max_speculative_tokens=model.num_speculative_tokens,
+        )
         if params.n > model.max_num_seqs:
             raise RequestError(
                 request_id=request_id,

@@ -20,6 +20,7 @@ from mrv1.models import FAMILIES
 from mrv1.progress import format_phases, is_shown, progress_bar
 from mrv1.safetensors_reader import TensorInfo, read_checkpoint
 from mrv1.sampling_params import MAX_INT32
+from mrv1.speculation import NgramConfig
 
 _LOG = logging.getLogger("mrv1")
 
@@ -73,8 +74,9 @@ class RunnerOptions:
         graph_mode: Fastest way that steps may reach the device: "eager" (kernel by kernel),
             "piecewise" (graphs between the attention ops), "full" (one graph a step) or "auto"
             ("full" on a GPU, "eager" on the CPU); MRV1_GRAPH_MODE.
-        capture_sizes: Sizes that whole steps are captured at: numbers of requests, or pairs
-            (requests, tokens of each). A step runs at the smallest that holds it.
+        capture_sizes: Sizes that whole steps are captured at: numbers of decoding requests, with
+            speculation or without, or pairs (requests, tokens of each) for other steps. A step runs
+            at the smallest that holds it.
         piecewise_sizes: Numbers of tokens that steps are captured at in pieces.
         attention_backend: Kernels of decode attention on a GPU, "native" or "flashinfer" (native
             again where the build or FlashInfer has no kernel for it); MRV1_ATTENTION_BACKEND.
@@ -83,6 +85,12 @@ class RunnerOptions:
         pad_requests: Steps are padded to at least this many requests; for testing.
         pad_tokens: Steps are padded to at least this many tokens; for testing.
         infer_param_view: Whether steps also compute the by-table-row view of the batch.
+        speculative_config: Speculative decoding, as a mapping with vLLM's names: "method" ("ngram",
+            the only one), "num_speculative_tokens" (draft tokens of a step, 1 to 15; 4 is a good
+            start), "prompt_lookup_max" and "prompt_lookup_min" (tokens of the longest and the
+            shortest n-gram that is looked up; 3 and 1). None is off. See `mrv1.speculation`.
+        keep_hidden_states: Whether `ModelRunner.hidden_states` can be read; takes memory.
+        force_tokens: Whether rows may carry tokens that take the place of those drawn; for testing.
     """
 
     device: str | None = None
@@ -105,6 +113,9 @@ class RunnerOptions:
     pad_requests: int = 0
     pad_tokens: int = 0
     infer_param_view: bool = False
+    speculative_config: Mapping[str, object] | None = None
+    keep_hidden_states: bool = False
+    force_tokens: bool = False
 
 
 class RunnerKwargs(TypedDict, total=False):
@@ -130,6 +141,9 @@ class RunnerKwargs(TypedDict, total=False):
     pad_requests: int
     pad_tokens: int
     infer_param_view: bool
+    speculative_config: Mapping[str, object] | None
+    keep_hidden_states: bool
+    force_tokens: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +160,7 @@ class LoadedModel:
         max_model_len: As `RunnerOptions`, resolved.
         block_size: As `RunnerOptions`.
         num_kv_blocks: As `RunnerOptions`, resolved.
+        num_speculative_tokens: Draft tokens of a step; 0 without speculation.
         startup: Seconds of each phase of the start, by name.
         startup_bytes: Bytes that a phase allocated, read or captured, for those that have some.
     """
@@ -159,6 +174,7 @@ class LoadedModel:
     max_model_len: int
     block_size: int
     num_kv_blocks: int
+    num_speculative_tokens: int
     startup: dict[str, float]
     startup_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -315,11 +331,15 @@ def make_runner(
     native.max_stop_ids = _MAX_STOP_IDS
     native.pad_requests = _integer("pad_requests", options.pad_requests, 0, native.max_num_seqs)
     native.pad_tokens = _integer("pad_tokens", options.pad_tokens, 0, native.max_num_batched_tokens)
-    if not isinstance(options.infer_param_view, bool):
-        raise InvalidArgumentError(
-            field="infer_param_view", value=options.infer_param_view, allowed="True or False"
-        )
-    native.infer_param_view = options.infer_param_view
+    for field in ("infer_param_view", "keep_hidden_states", "force_tokens"):
+        flag = getattr(options, field)
+        if not isinstance(flag, bool):
+            raise InvalidArgumentError(field=field, value=flag, allowed="True or False")
+        setattr(native, field, flag)
+    speculation = NgramConfig.from_options(options.speculative_config)
+    if speculation is not None:
+        native.num_speculative_tokens = speculation.num_speculative_tokens
+        native.ngram = (speculation.prompt_lookup_min, speculation.prompt_lookup_max)
     _set_graphs(native, kind, options)
     backend = _choice(
         "attention_backend", options.attention_backend, envs.ATTENTION_BACKEND, _BACKENDS
@@ -351,6 +371,7 @@ def make_runner(
         max_model_len=native.max_model_len,
         block_size=native.block_size,
         num_kv_blocks=native.num_blocks,
+        num_speculative_tokens=native.num_speculative_tokens,
         startup=startup,
         startup_bytes={"allocate": allocated},
     )
@@ -377,10 +398,15 @@ def _set_graphs(native: _core.RunnerConfig, kind: str, options: RunnerOptions) -
     sizes = options.capture_sizes
     if sizes is None:
         captures = mode == _core.StepMode.FULL
-        native.capture_sizes = _core.default_capture_sizes(native.max_num_seqs) if captures else []
+        requests = _core.default_capture_requests(native.max_num_seqs) if captures else []
+        native.capture_sizes = _decode_sizes(native, requests)
     else:
         _check_sequence("capture_sizes", sizes)
-        native.capture_sizes = [_capture_size(place, size) for place, size in enumerate(sizes)]
+        native.capture_sizes = [
+            pair
+            for place, size in enumerate(sizes)
+            for pair in _capture_size(native, f"capture_sizes[{place}]", size)
+        ]
     tokens = options.piecewise_sizes
     if tokens is None:
         pieces = mode != _core.StepMode.EAGER
@@ -399,14 +425,22 @@ def _check_sequence(field: str, value: object) -> None:
         raise InvalidArgumentError(field=field, value=value, allowed="a list of sizes")
 
 
-def _capture_size(place: int, size: int | tuple[int, int]) -> tuple[int, int]:
-    requests, tokens = size if isinstance(size, tuple) and len(size) == 2 else (size, 1)
-    field = f"capture_sizes[{place}]"
-    if isinstance(requests, tuple):
+def _decode_sizes(native: _core.RunnerConfig, requests: list[int]) -> list[tuple[int, int]]:
+    return _core.capture_sizes(
+        requests, native.num_speculative_tokens, native.max_num_batched_tokens
+    )
+
+
+def _capture_size(
+    native: _core.RunnerConfig, field: str, size: int | tuple[int, int]
+) -> list[tuple[int, int]]:
+    if not isinstance(size, tuple):
+        return _decode_sizes(native, [_positive(field, size, 0)])
+    if len(size) != 2:
         raise InvalidArgumentError(
             field=field, value=size, allowed="a number of requests or a pair (requests, tokens)"
         )
-    return _positive(field, requests, 0), _positive(field, tokens, 0)
+    return [(_positive(field, size[0], 0), _positive(field, size[1], 0))]
 
 
 def _integer(field: str, value: int, low: int, high: int) -> int:

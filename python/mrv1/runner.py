@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 BlockIds: TypeAlias = "Sequence[int] | Sequence[Sequence[int]]"
 
 _ANY_GENERATION = -1
+_ENGINE_DRAFTS = -1
 # Smaller ones would be 0 in float32; they keep one token all the same.
 _MIN_TOP_P = 1e-37
 
@@ -49,7 +50,10 @@ class RowOutput:
     Attributes:
         row: The row.
         generation: Of the row; tells its requests apart.
-        token_id: The token drawn, or None: an unfinished prefill chunk, or a masked row.
+        token_ids: New tokens: one and the drafts that were accepted before it; none for an
+            unfinished prefill chunk and for a masked row.
+        num_draft_tokens: Tokens that were proposed.
+        num_accepted_tokens: Proposed tokens among the new ones.
         finish_reason: "stop" (EOS or a stop token), "length" or "error" (the logits held no token
             to draw) when the row ended with this step.
         num_computed: Tokens in the cache now; 0 for a masked row.
@@ -58,10 +62,17 @@ class RowOutput:
 
     row: int
     generation: int
-    token_id: int | None
+    token_ids: tuple[int, ...]
     finish_reason: Literal["stop", "length", "error"] | None
     num_computed: int
     masked: bool
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    @property
+    def token_id(self) -> int | None:
+        """The newest token; None if there is no new one."""
+        return self.token_ids[-1] if self.token_ids else None
 
 
 class RowHandle(int):
@@ -130,12 +141,14 @@ class PendingStep:
                 RowOutput(
                     row=entry.row,
                     generation=entry.generation,
-                    token_id=None if entry.token < 0 else entry.token,
+                    token_ids=tuple(output.tokens(index)),
                     finish_reason=FINISH_REASONS.get(entry.finish_reason),
                     num_computed=entry.num_computed,
                     masked=entry.masked,
+                    num_draft_tokens=entry.num_drafts,
+                    num_accepted_tokens=entry.num_accepted,
                 )
-                for entry in output.entries
+                for index, entry in enumerate(output.entries)
             ]
         if self._error is not None:
             raise InternalError(self._error)
@@ -162,6 +175,7 @@ def make_row_spec(
     prompt_len: int | None = None,
     num_computed: int = 0,
     block_ids: BlockIds = (),
+    forced_token_ids: Sequence[int] = (),
 ) -> _core.RowSpec:
     """Translates a request into what the native side takes."""
     spec = _core.RowSpec()
@@ -170,9 +184,10 @@ def make_row_spec(
         spec.block_ids = [
             [operator.index(block) for block in blocks] for blocks in _by_group(block_ids)
         ]
+        spec.forced_token_ids = [operator.index(token) for token in forced_token_ids]
     except (TypeError, OverflowError) as error:
         raise InvalidArgumentError(
-            f"token_ids and block_ids hold integers of 32 bits: {error}"
+            f"token_ids, block_ids and forced_token_ids hold integers of 32 bits: {error}"
         ) from None
     spec.prompt_len = (
         len(spec.token_ids) if prompt_len is None else _index("prompt_len", prompt_len)
@@ -185,6 +200,8 @@ def make_row_spec(
     spec.seed = secrets.randbits(64) if params.seed is None else params.seed
     spec.max_tokens = MAX_INT32 if params.max_tokens is None else params.max_tokens
     spec.min_tokens = params.min_tokens
+    drafts = params.num_speculative_tokens
+    spec.num_speculative_tokens = _ENGINE_DRAFTS if drafts is None else drafts
     eos = () if params.ignore_eos else tuple(eos_token_ids)
     spec.stop_ids = list(dict.fromkeys((*eos, *params.stop_token_ids)))
     return spec
@@ -242,6 +259,7 @@ class ModelRunner(Closing):
         block_ids: BlockIds = (),
         prompt_len: int | None = None,
         num_computed: int = 0,
+        forced_token_ids: Sequence[int] = (),
     ) -> RowHandle:
         """Admits a request into a free row; nothing is computed yet.
 
@@ -253,6 +271,8 @@ class ModelRunner(Closing):
                 for each. 0 stands for a block below the group's window that was given back.
             prompt_len: How many of token_ids are the prompt; all if None.
             num_computed: Leading tokens whose KV blocks are filled already.
+            forced_token_ids: Outputs, counted from prompt_len, whatever is drawn; for testing, with
+                `force_tokens=True`.
 
         Raises:
             InvalidArgumentError: Something does not fit; the runner is as it was.
@@ -265,7 +285,11 @@ class ModelRunner(Closing):
             raise InvalidArgumentError(
                 field="params.n", value=params.n, allowed="1: a row is one sample"
             )
-        params.validate_for(self.model.config.vocab_size, self.model.max_model_len)
+        params.validate_for(
+            self.model.config.vocab_size,
+            self.model.max_model_len,
+            max_speculative_tokens=self.model.num_speculative_tokens,
+        )
         spec = make_row_spec(
             token_ids,
             params,
@@ -273,6 +297,7 @@ class ModelRunner(Closing):
             prompt_len=prompt_len,
             num_computed=num_computed,
             block_ids=block_ids,
+            forced_token_ids=forced_token_ids,
         )
         return RowHandle(*self._native.add_row(spec))
 
@@ -358,8 +383,13 @@ class ModelRunner(Closing):
 
         Args:
             batch: (row, tokens) pairs, each row once. A row whose prefill is not complete takes up
-                to what is left of it, a decoding row 1. A token is drawn for decoding rows and for
-                rows whose prefill is complete with this step.
+                to what is left of it. A decoding row takes 1, or with `speculative_config` up to
+                1 + num_speculative_tokens: its newest token and places for drafts, which the device
+                proposes. Tokens are drawn for decoding rows, and one for rows whose prefill is
+                complete with this step.
+
+        A decoding row with places for drafts needs blocks for as many tokens as its steps in flight
+        may compute, up to its length; results that are read lower this bound.
 
         Raises:
             InvalidArgumentError: Something does not fit; nothing was launched.
@@ -405,6 +435,30 @@ class ModelRunner(Closing):
             InvalidArgumentError: There is no such item, or no step yet.
         """
         return self._native.device_logits(item)
+
+    def hidden_states(self, item: int) -> np.ndarray:
+        """What the output head reads, for each token of one item of the newest step's batch.
+
+        The output of the final norm, [tokens, hidden_size], copied out as float32; waits for the
+        step. No rows if the item's row was masked. A decoding row has its newest token and the
+        drafts that were proposed.
+
+        Raises:
+            InvalidArgumentError: The runner was made without `keep_hidden_states=True`, which it
+                needs as the values take memory of their own; or there is no such item or step.
+        """
+        states: np.ndarray = self._native.hidden_states(item)
+        return states
+
+    def device_hidden_states(self, item: int) -> _core.DeviceArray:
+        """As `hidden_states`, in memory of the device and in the model's dtype, for DLPack.
+
+        A copy, which later steps leave alone. Readers in other streams are made to wait for it.
+
+        Raises:
+            InvalidArgumentError: As of `hidden_states`.
+        """
+        return self._native.device_hidden_states(item)
 
     def infer_params(self) -> dict[str, np.ndarray]:
         """The newest step's batch as the kernels saw it: int32 arrays by name; waits for it.

@@ -54,6 +54,9 @@ class SamplingParams:
         include_stop_str_in_output: Whether the text keeps the stop string at its end.
         skip_special_tokens: Whether the text leaves out special tokens.
         detokenize: Whether text is made at all. Stop strings need it.
+        num_speculative_tokens: Draft tokens that a step may propose for this request, where the
+            engine has a speculative_config; None is as many as the engine's, 0 is off. Output does
+            not depend on it, but for rounding. At most the engine's number.
     """
 
     n: int
@@ -70,6 +73,7 @@ class SamplingParams:
     include_stop_str_in_output: bool
     skip_special_tokens: bool
     detokenize: bool
+    num_speculative_tokens: int | None
 
     # Written out, since what is accepted is wider than what is stored.
     def __init__(
@@ -89,6 +93,7 @@ class SamplingParams:
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
         detokenize: bool = True,
+        num_speculative_tokens: int | None = None,
     ) -> None:
         """Checks and stores the parameters.
 
@@ -128,6 +133,10 @@ class SamplingParams:
         store("min_tokens", least)
         store("stop", _stop_strings(stop))
         store("stop_token_ids", _stop_token_ids(stop_token_ids))
+        drafts = num_speculative_tokens
+        if drafts is not None:
+            drafts = _integer("num_speculative_tokens", drafts, 0, MAX_INT32, "None or ")
+        store("num_speculative_tokens", drafts)
         for field, flag in (
             ("ignore_eos", ignore_eos),
             ("include_stop_str_in_output", include_stop_str_in_output),
@@ -143,7 +152,12 @@ class SamplingParams:
             )
 
     def validate_for(
-        self, vocab_size: int, max_model_len: int, request_id: str | None = None
+        self,
+        vocab_size: int,
+        max_model_len: int,
+        request_id: str | None = None,
+        *,
+        max_speculative_tokens: int = 0,
     ) -> None:
         """Checks what depends on the model.
 
@@ -151,11 +165,20 @@ class SamplingParams:
             vocab_size: Number of the model's token ids.
             max_model_len: Tokens, prompt included, that a request may have.
             request_id: The request that the error names.
+            max_speculative_tokens: Draft tokens that a step may propose, 0 without speculation.
 
         Raises:
-            RequestError: A stop token is not in the vocabulary, or min_tokens does not fit next to
-                a prompt of one token.
+            RequestError: A stop token is not in the vocabulary, min_tokens does not fit next to a
+                prompt of one token, or num_speculative_tokens is more than there can be.
         """
+        if (self.num_speculative_tokens or 0) > max_speculative_tokens:
+            raise RequestError(
+                request_id=request_id,
+                field="num_speculative_tokens",
+                value=self.num_speculative_tokens,
+                allowed=f"at most the engine's {max_speculative_tokens}"
+                + ("" if max_speculative_tokens else " (it has no speculative_config)"),
+            )
         for index, token_id in enumerate(self.stop_token_ids):
             if token_id >= vocab_size:
                 raise RequestError(

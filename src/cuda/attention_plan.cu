@@ -285,13 +285,14 @@ AttentionLaunch attention_launch(int32_t head_dim) {
   return launch;
 }
 
-// Rows of more than 16 query rows are known to be there only if there are more tokens than
+// Rows of more than 16 query rows are known to be there only if there are drafts, more tokens than
 // requests, or more heads than that share a key/value head. The narrow kernel computes others as
 // well, tile by tile, and is the faster one where it reads keys and values once.
 AttentionTiles attention_tiles(const AttentionPlan& plan, const StepContext& ctx) {
   if (ctx.batch_invariant) return AttentionTiles::kSplits;
-  const bool prompts = ctx.sizes.num_tokens > ctx.sizes.num_requests &&
-                       attention_route(plan, ctx).native_rows != AttentionRows::kDecode;
+  const bool prompts =
+      ctx.sizes.speculates || (ctx.sizes.num_tokens > ctx.sizes.num_requests &&
+                               attention_route(plan, ctx).native_rows != AttentionRows::kDecode);
   const bool many_heads = plan.shape.num_heads / plan.shape.num_kv_heads > kNarrowRows;
   return prompts || many_heads ? AttentionTiles::kWide : AttentionTiles::kNarrow;
 }
@@ -326,8 +327,9 @@ AttentionRoute attention_route(const AttentionPlan& plan, const StepContext& ctx
   AttentionRoute route;
   if (!is_planned(plan) || ctx.batch_invariant) return route;
   route.flashinfer_prefill = ctx.eager_attention && flashinfer_prefill_supports(plan, ctx);
+  // FlashInfer's decode kernels take one token a row.
   route.flashinfer_decode = ctx.attention_backend == AttentionBackend::kFlashInfer &&
-                            flashinfer_decode_supports(plan, ctx);
+                            !ctx.sizes.speculates && flashinfer_decode_supports(plan, ctx);
   route.native = !(route.flashinfer_prefill && route.flashinfer_decode);
   if (route.flashinfer_prefill) route.native_rows = AttentionRows::kDecode;
   if (route.flashinfer_decode) route.native_rows = AttentionRows::kPrefill;

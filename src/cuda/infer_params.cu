@@ -6,7 +6,9 @@
 // A thread takes a run of neighbouring entries, which is one entry up to 1,024 requests. Tokens of
 // entries with a single one, decode rows above all, are written by the entry's thread, which asks
 // for them before the scan; those of longer ones by all threads, each token finding its entry by
-// binary search. Many tokens, or more requests than threads, get a second kernel of many blocks.
+// binary search. A decode row with drafts is an entry of several tokens, as many as propose()
+// found; everything after the loads below sees the lengths that are live. Many tokens, or more
+// requests than threads, get a second kernel of many blocks.
 #include "block.cuh"
 #include "launch.h"
 #include "staged_record.h"
@@ -136,10 +138,14 @@ __device__ BatchEntry load_entry(const BatchEntry* entries, int32_t index) {
   return BatchEntry{words.x, words.y, words.z, words.w};
 }
 
-__device__ EntryState load_state(const BatchEntry& entry, const RowState& state) {
+__device__ EntryState load_state(BatchEntry entry, const RowState& state) {
   const Row& row = state.rows[entry.row];
   const int32_t num_computed = row.num_computed;  // asked for together with the rest
+  const int32_t num_drafts = row.num_drafts;
   const bool masked = is_masked(entry, row);
+  const int32_t num_tokens = live_tokens(entry, masked ? 0 : num_drafts);
+  entry.samples = live_samples(entry, masked ? 0 : num_drafts);
+  entry.num_tokens = num_tokens;
   return EntryState{entry, batch_class(row), masked ? -1 : entry.row, masked ? 0 : num_computed};
 }
 
@@ -171,7 +177,7 @@ __global__ void __launch_bounds__(kThreads)
     const EntryState at = load_state(run == 1 ? own : load_entry(entries, i), state);
     if (i == begin) first = at;
     sums.entries += field_unit(at.cls);
-    if (at.entry.samples != 0) sums.logits += field_unit(at.cls);
+    sums.logits += at.entry.samples * field_unit(at.cls);
     for (int c = 0; c < kClasses; ++c) sums.tokens[c] += c == at.cls ? at.entry.num_tokens : 0;
   }
   const bool writes_own = fill_tokens && begin < end && first.entry.num_tokens == 1;
@@ -209,12 +215,15 @@ __global__ void __launch_bounds__(kThreads)
       out.row_lengths[state.num_rows + at.row] = at.context;
       out.row_lengths[2 * state.num_rows + at.row] = length;
     }
-    if (at.entry.samples != 0) {
-      const int32_t logits = fields_before(total.logits, at.cls) + field(next.logits, at.cls);
-      out.logits_indices[logits] = start + length - 1;
-      out.logits_batch[logits] = at.row < 0 ? -1 : batch;
-      next.logits += field_unit(at.cls);
+    const int32_t samples = at.entry.samples;
+    const int32_t logits = fields_before(total.logits, at.cls) + field(next.logits, at.cls);
+    out.logits_start[batch] = samples > 0 ? logits : -1;
+    for (int32_t place = 0; place < samples; ++place) {
+      out.logits_indices[logits + place] = start + length - samples + place;
+      out.logits_batch[logits + place] = at.row < 0 ? -1 : batch;
+      out.logits_place[logits + place] = place;
     }
+    next.logits += samples * field_unit(at.cls);
     if (writes_own) {
       out.token_batch[start] = at.row < 0 ? -1 : batch;
       out.positions[start] = at.context;
@@ -243,10 +252,12 @@ __global__ void __launch_bounds__(kThreads)
     if (batch == sizes.num_requests) break;  // starts have one element more
     out.row[batch] = -1;
     out.seq_lens[batch] = 0;
+    out.logits_start[batch] = -1;
   }
   for (int32_t i = num_logits + thread; i < sizes.num_logits; i += kThreads) {
     out.logits_indices[i] = 0;
     out.logits_batch[i] = -1;
+    out.logits_place[i] = 0;
   }
   if (!fill_tokens) return;
   for (int32_t i = num_tokens + thread; i < sizes.num_tokens; i += kThreads) {

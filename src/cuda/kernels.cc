@@ -21,6 +21,7 @@ const Kernels& cuda_kernels() {
       .plan_attention = plan_attention_cuda,
       .paged_attention = paged_attention_cuda,
       .apply = apply_cuda,
+      .propose = propose_cuda,
       .infer_params = infer_params_cuda,
       .infer_param_view = infer_param_view_cuda,
       .sample = sample_cuda,

@@ -69,8 +69,8 @@ __device__ float best_logit(Best best) {
 
 // What the first kernel leaves about a logits row besides its best logits.
 struct RowPlan {
-  int32_t batch;  // -1 for padding
-  int32_t row;
+  int32_t place;      // by how many tokens the row is longer here
+  int32_t row;        // -1 for padding and masked rows
   uint32_t finished;  // splits of the second kernel that have weighed their tiles
   int32_t reserved;
 };
@@ -172,12 +172,11 @@ __device__ Best best_of_tile(const Quad<kVector> (&quads)[kTileQuads], int32_t t
   return result;
 }
 
-// Grid (splits of split_tiles, logits rows), a warp per tile. Also sets `sampled` to "no token" for
-// every batch position, and what the second kernel adds to to zero.
+// Grid (splits of split_tiles, logits rows), a warp per tile. Also sets `sampled` to "no token",
+// and what the second kernel adds to to zero. Nothing is read of padding.
 template <bool kVector>
 __global__ void __launch_bounds__(kScanThreads)
-    scan_kernel(SampleParams params, InferParams infer, int32_t num_requests, Scratch scratch,
-                int32_t split_tiles) {
+    scan_kernel(SampleParams params, InferParams infer, Scratch scratch, int32_t split_tiles) {
   cuda::launch_next();
   cuda::wait_for_previous();
   const int64_t row = blockIdx.y;
@@ -193,33 +192,28 @@ __global__ void __launch_bounds__(kScanThreads)
 #pragma unroll
     for (int quad = 0; quad < kTileQuads; ++quad) quads[quad].load(logits, tile, quad, vocab);
   };
-  load();
-  const int64_t block = row * gridDim.x + blockIdx.x;
-  for (int64_t i = block * kScanThreads + threadIdx.x; i < num_requests;
-       i += int64_t{gridDim.x} * gridDim.y * kScanThreads) {
-    infer.sampled[i] = kNoToken;
+  if (batch < 0) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      scratch.plans[row] = RowPlan{-1, -1, 0, 0};
+      infer.sampled[row] = kNoToken;
+    }
+    return;
   }
+  load();
   for (int32_t i = blockIdx.x * kScanThreads + threadIdx.x; i < kClasses / 2;
        i += gridDim.x * kScanThreads) {
     reinterpret_cast<ulonglong2*>(scratch.row_classes(row))[i] = make_ulonglong2(0, 0);
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    scratch.plans[row] = RowPlan{batch, batch < 0 ? -1 : infer.row[batch], 0, 0};
+    scratch.plans[row] = RowPlan{infer.logits_place[row], infer.row[batch], 0, 0};
+    infer.sampled[row] = kNoToken;
   }
-  if (batch < 0) return;
   while (tile < end_tile) {
     const Best best = best_of_tile<kVector>(quads, tile);
     if (threadIdx.x % cuda::kWarpSize == 0) scratch.row_bests(row)[tile] = best;
     tile += kScanWarps;
     load();
   }
-}
-
-__global__ void no_tokens_kernel(InferParams infer, int32_t num_requests) {
-  cuda::launch_next();
-  cuda::wait_for_previous();
-  const int32_t i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < num_requests) infer.sampled[i] = kNoToken;
 }
 
 __device__ WeightRule weight_rule(const Row& row, const SamplingRow& sampling, float max_logit) {
@@ -698,17 +692,17 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t tiles = scratch.tiles;
   RowPlan& plan = scratch.plans[logits_row];
   const Best* bests = scratch.row_bests(logits_row);
-  const int32_t batch = plan.batch;
   const int32_t index = plan.row;
-  if (batch < 0 || index < 0) return;
+  if (index < 0) return;
   Best best = threadIdx.x < tiles ? bests[threadIdx.x] : kNoBest;
-  const Row row = state.rows[index];
+  Row row = state.rows[index];
+  row.total_len += plan.place;
   const SamplingRow sampling = state.sampling[index];
   const bool is_greedy = !Temperature::applies(row, sampling);
   if (is_greedy && split != 0) return;
   best = cuda::block_max<kThreads>(best);
   const auto finish = [&](int32_t token) {
-    if (threadIdx.x == 0) infer.sampled[batch] = token;
+    if (threadIdx.x == 0) infer.sampled[logits_row] = token;
   };
   if (best == kNoBest || best == kNanBest) {
     if (split == 0) finish(kErrorToken);
@@ -818,12 +812,7 @@ void sample_cuda(const SampleParams& params, const StepContext& ctx) {
   check_internal(params.vocab_size > 0 && params.vocab_size <= kMaxSampledVocab, kOp,
                  "vocab_size is ", params.vocab_size, ", expected 1 to ", kMaxSampledVocab);
   const StepSizes& sizes = ctx.sizes;
-  if (sizes.num_requests == 0) return;
-  if (sizes.num_logits == 0) {
-    const auto blocks = static_cast<unsigned>((sizes.num_requests + kThreads - 1) / kThreads);
-    cuda::launch(kOp, ctx, no_tokens_kernel, blocks, kThreads, 0, ctx.infer, sizes.num_requests);
-    return;
-  }
+  if (sizes.num_logits == 0) return;
   const int64_t needed = scratch_bytes(params.vocab_size, sizes.num_logits);
   check_internal(static_cast<int64_t>(ctx.workspace_bytes) >= needed, kOp, "workspace has ",
                  ctx.workspace_bytes, " bytes, expected at least ", needed);
@@ -839,7 +828,7 @@ void sample_cuda(const SampleParams& params, const StepContext& ctx) {
                       reinterpret_cast<uintptr_t>(params.logits) % sizeof(float4) == 0;
   cuda::launch(kOp, ctx, vector ? scan_kernel<true> : scan_kernel<false>,
                dim3(splits(scan_tiles), sizes.num_logits), kScanThreads, 0, params, ctx.infer,
-               sizes.num_requests, scratch, scan_tiles);
+               scratch, scan_tiles);
   cuda::launch(kOp, ctx, finish_kernel, dim3(splits(finish_tiles), sizes.num_logits), kThreads, 0,
                params, ctx.rows, ctx.infer, scratch, finish_tiles);
 }

@@ -78,11 +78,11 @@ TEST_CASE("steps that run ahead give the tokens of steps that do not") {
     for (int i = 0; i < 60; ++i) {
       launched.push_back(runner->execute(std::vector<BatchItem>{{row, i == 0 ? 5 : 1}}));
       if (launched.size() - tokens.size() >= ahead) {
-        tokens.push_back(runner->result(launched[tokens.size()]).entries[0].token);
+        tokens.push_back(runner->result(launched[tokens.size()]).tokens(0)[0]);
       }
     }
     while (tokens.size() < launched.size()) {
-      tokens.push_back(runner->result(launched[tokens.size()]).entries[0].token);
+      tokens.push_back(runner->result(launched[tokens.size()]).tokens(0)[0]);
     }
     all.push_back(tokens);
   }
@@ -99,7 +99,8 @@ TEST_CASE("a failed step reports its error and the next one runs") {
   CHECK(failed.error.find("planned") != std::string::npos);
   runner->free_row({row});
   const int32_t other = add_request(*runner, 0, 0.0f);
-  CHECK(runner->result(runner->execute(std::vector<BatchItem>{{other, 5}})).entries[0].token >= 0);
+  CHECK(runner->result(runner->execute(std::vector<BatchItem>{{other, 5}})).entries[0].num_tokens ==
+        1);
 }
 
 }  // namespace mrv1

@@ -25,6 +25,12 @@ nb::dict plan_dict(const MemoryPlan& plan) {
   return dict;
 }
 
+std::vector<std::pair<int32_t, int32_t>> size_pairs(const std::vector<CaptureSize>& sizes) {
+  std::vector<std::pair<int32_t, int32_t>> pairs;
+  for (const CaptureSize& size : sizes) pairs.emplace_back(size.requests, size.tokens_per_request);
+  return pairs;
+}
+
 nb::dict ints_dict(const std::vector<std::pair<std::string, std::vector<int32_t>>>& all) {
   nb::dict dict;
   for (const auto& [name, values] : all) {
@@ -131,16 +137,17 @@ void bind_runner(nb::module_& m) {
       .value("PIECEWISE", StepMode::kPiecewise)
       .value("FULL", StepMode::kFull);
   m.def(
-      "default_capture_sizes",
-      [](int32_t max_requests) {
-        std::vector<std::pair<int32_t, int32_t>> sizes;
-        for (const CaptureSize& size : GraphLadder::default_full(max_requests)) {
-          sizes.emplace_back(size.requests, size.tokens_per_request);
-        }
-        return sizes;
+      "capture_sizes",
+      [](const std::vector<int32_t>& requests, int32_t num_speculative_tokens, int32_t max_tokens) {
+        return size_pairs(GraphLadder::full_sizes(requests, num_speculative_tokens, max_tokens));
       },
-      nb::arg("max_requests"),
-      "Sizes of whole steps, (requests, tokens per request), that leave little of a step unused.");
+      nb::arg("requests"), nb::arg("num_speculative_tokens") = 0, nb::arg("max_tokens") = INT32_MAX,
+      "Sizes of whole steps, (requests, tokens per request), for these numbers of decoding "
+      "requests:\n"
+      "of one token each, and of 1 + num_speculative_tokens where that makes a difference and\n"
+      "max_tokens allows it.");
+  m.def("default_capture_requests", &GraphLadder::default_requests, nb::arg("max_requests"),
+        "Numbers of requests that leave little of a step unused.");
   m.def("default_piecewise_sizes", &GraphLadder::default_piecewise, nb::arg("max_tokens"),
         "Numbers of tokens of steps in pieces, by the same rule.");
 
@@ -157,14 +164,7 @@ void bind_runner(nb::module_& m) {
       .def_rw("infer_param_view", &RunnerConfig::infer_param_view)
       .def_rw("graph_mode", &RunnerConfig::graph_mode)
       .def_prop_rw(
-          "capture_sizes",
-          [](const RunnerConfig& self) {
-            std::vector<std::pair<int32_t, int32_t>> sizes;
-            for (const CaptureSize& size : self.capture_sizes) {
-              sizes.emplace_back(size.requests, size.tokens_per_request);
-            }
-            return sizes;
-          },
+          "capture_sizes", [](const RunnerConfig& self) { return size_pairs(self.capture_sizes); },
           [](RunnerConfig& self, const std::vector<std::pair<int32_t, int32_t>>& sizes) {
             self.capture_sizes.clear();
             for (const auto& [requests, tokens] : sizes) {
@@ -174,6 +174,18 @@ void bind_runner(nb::module_& m) {
           "Pairs (requests, tokens per request) that whole steps are captured at.")
       .def_rw("piecewise_sizes", &RunnerConfig::piecewise_sizes)
       .def_rw("attention_backend", &RunnerConfig::attention_backend)
+      .def_rw("num_speculative_tokens", &RunnerConfig::num_speculative_tokens,
+              "Drafts that a decoding row may have in a step; 0 is off.")
+      .def_prop_rw(
+          "ngram",
+          [](const RunnerConfig& self) { return std::make_pair(self.ngram.min, self.ngram.max); },
+          [](RunnerConfig& self, std::pair<int32_t, int32_t> range) {
+            self.ngram = {range.first, range.second};
+          },
+          "Fewest and most tokens of the n-grams that drafts are looked up by.")
+      .def_rw("force_tokens", &RunnerConfig::force_tokens,
+              "For testing: rows may carry tokens that take the place of those drawn.")
+      .def_rw("keep_hidden_states", &RunnerConfig::keep_hidden_states)
       .def_rw("batch_invariant", &RunnerConfig::batch_invariant)
       .def_rw("sync_launches", &RunnerConfig::sync_launches);
 
@@ -189,6 +201,10 @@ void bind_runner(nb::module_& m) {
       .def_rw("seed", &RowSpec::seed)
       .def_rw("max_tokens", &RowSpec::max_tokens)
       .def_rw("min_tokens", &RowSpec::min_tokens)
+      .def_rw("num_speculative_tokens", &RowSpec::num_speculative_tokens,
+              "Drafts of a step at most; -1: as many as the runner allows.")
+      .def_rw("forced_token_ids", &RowSpec::forced_token_ids,
+              "Outputs, counted from prompt_len, whatever is drawn. Needs force_tokens.")
       .def_rw("stop_ids", &RowSpec::stop_ids)
       .def_rw("block_ids", &RowSpec::block_ids);
 
@@ -207,10 +223,12 @@ void bind_runner(nb::module_& m) {
   nb::class_<OutputEntry>(m, "OutputEntry", "What a step says about one item of its batch.")
       .def_ro("row", &OutputEntry::row)
       .def_ro("generation", &OutputEntry::generation)
-      .def_ro("token", &OutputEntry::token)
+      .def_ro("num_tokens", &OutputEntry::num_tokens, "New tokens.")
       .def_ro("finish_reason", &OutputEntry::finish_reason)
       .def_ro("num_computed", &OutputEntry::num_computed)
       .def_ro("total_len", &OutputEntry::total_len)
+      .def_ro("num_drafts", &OutputEntry::num_drafts, "Tokens that were proposed.")
+      .def_ro("num_accepted", &OutputEntry::num_accepted, "Proposed tokens among the new ones.")
       .def_prop_ro("masked", [](const OutputEntry& self) { return self.masked != 0; });
 
   nb::class_<Row>(m, "RowState", "A row as the device holds it.")
@@ -221,6 +239,7 @@ void bind_runner(nb::module_& m) {
       .def_ro("num_computed", &Row::num_computed)
       .def_ro("total_len", &Row::total_len)
       .def_ro("last_token", &Row::last_token)
+      .def_ro("num_drafts", &Row::num_drafts)
       .def_ro("finish_reason", &Row::finish_reason);
 
   nb::class_<StepOutput>(m, "StepOutput", "A retired step: entries in the batch's order.")
@@ -229,7 +248,16 @@ void bind_runner(nb::module_& m) {
       .def_ro("mode", &StepOutput::mode)
       .def_ro("begin_ns", &StepOutput::begin_ns, "Device clock when the step began.")
       .def_ro("end_ns", &StepOutput::end_ns, "Device clock when it ended.")
-      .def_ro("entries", &StepOutput::entries);
+      .def_ro("entries", &StepOutput::entries)
+      .def(
+          "tokens",
+          [](const StepOutput& self, size_t entry) {
+            check(entry < self.entries.size(), "tokens", "entry ", entry, " is outside [0, ",
+                  self.entries.size(), ")");
+            const std::span<const int32_t> tokens = self.tokens(entry);
+            return std::vector<int32_t>(tokens.begin(), tokens.end());
+          },
+          nb::arg("entry"), "The new tokens of an entry.");
 
   nb::class_<RunnerHandle>(m, "ModelRunner", "See mrv1.runner.ModelRunner.")
       .def(
@@ -360,6 +388,13 @@ void bind_runner(nb::module_& m) {
           nb::arg("item"))
       .def("device_logits", &device_logits, nb::arg("item"),
            "As logits, float32 [vocab] in memory of the device: a copy that later steps leave "
+           "alone.")
+      .def("hidden_states", &hidden_states, nb::arg("item"),
+           "What the head reads, for each token of an item of the newest step: float32 [tokens, "
+           "hidden].")
+      .def("device_hidden_states", &device_hidden_states, nb::arg("item"),
+           "The same in memory of the device and in the model's dtype: a copy that later steps "
+           "leave "
            "alone.")
       .def(
           "infer_params", [](const RunnerHandle& self) { return ints_dict(self->infer_params()); },

@@ -6,6 +6,8 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 namespace mrv1 {
 
 void load_tensors(const RunnerHandle& self, const MappedFile& file,
@@ -30,6 +32,36 @@ std::unique_ptr<DeviceArray> device_logits(const RunnerHandle& self, int32_t ite
   const Program& program = runner->program();
   const int64_t size = row == nullptr ? 0 : program.values()[program.logits_value()].cols;
   return copy_to_array(runner->shared_device(), row, {static_cast<size_t>(size)}, DType::kF32);
+}
+
+nb::ndarray<nb::numpy, float> hidden_states(const RunnerHandle& self, int32_t item) {
+  const std::shared_ptr<ModelRunner> runner = self.share();
+  std::vector<float> values;
+  ModelRunner::HiddenStates states;
+  {
+    nb::gil_scoped_release release;
+    states = runner->hidden_states(item);
+    values.resize(static_cast<size_t>(states.tokens * states.cols));
+    Device& device = runner->device();
+    if (states.dtype == DType::kF32) {
+      device.copy_out(values.data(), states.data, values.size() * sizeof(float));
+    } else {
+      std::vector<BFloat16> raw(values.size());
+      device.copy_out(raw.data(), states.data, raw.size() * sizeof(BFloat16));
+      std::transform(raw.begin(), raw.end(), values.begin(),
+                     [](BFloat16 value) { return to_float(value); });
+    }
+  }
+  return to_numpy(values, {static_cast<size_t>(states.tokens), static_cast<size_t>(states.cols)});
+}
+
+std::unique_ptr<DeviceArray> device_hidden_states(const RunnerHandle& self, int32_t item) {
+  const std::shared_ptr<ModelRunner> runner = self.share();
+  nb::gil_scoped_release release;
+  const ModelRunner::HiddenStates states = runner->hidden_states(item);
+  return copy_to_array(runner->shared_device(), states.data,
+                       {static_cast<size_t>(states.tokens), static_cast<size_t>(states.cols)},
+                       states.dtype);
 }
 
 }  // namespace mrv1

@@ -25,4 +25,8 @@ void load_tensors(const RunnerHandle& self, const MappedFile& file,
 // ModelRunner.device_logits
 std::unique_ptr<DeviceArray> device_logits(const RunnerHandle& self, int32_t item);
 
+// ModelRunner.hidden_states and ModelRunner.device_hidden_states
+nb::ndarray<nb::numpy, float> hidden_states(const RunnerHandle& self, int32_t item);
+std::unique_ptr<DeviceArray> device_hidden_states(const RunnerHandle& self, int32_t item);
+
 }  // namespace mrv1

@@ -28,11 +28,11 @@ Buffer copy_to_device(Device& device, const T* data, size_t count) {
 }
 
 nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsMatrix& logits,
-                                       const IntVector& logits_batch, const IntVector& batch_row,
-                                       const FloatVector& temperature, const IntVector& top_k,
-                                       const FloatVector& top_p, const FloatVector& min_p,
-                                       const SeedVector& seed, const IntVector& total_len,
-                                       const IntVector& min_total_len,
+                                       const IntVector& logits_batch, const IntVector& logits_place,
+                                       const IntVector& batch_row, const FloatVector& temperature,
+                                       const IntVector& top_k, const FloatVector& top_p,
+                                       const FloatVector& min_p, const SeedVector& seed,
+                                       const IntVector& total_len, const IntVector& min_total_len,
                                        const std::vector<std::vector<int32_t>>& stop_ids) {
   const size_t num_logits = logits.shape(0);
   const size_t vocab_size = logits.shape(1);
@@ -41,6 +41,8 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
   check(vocab_size > 0 && vocab_size <= static_cast<size_t>(kMaxSampledVocab), "sample",
         "logits have ", vocab_size, " columns, expected 1 to ", kMaxSampledVocab);
   check(logits_batch.shape(0) == num_logits, "sample", "logits_batch has ", logits_batch.shape(0),
+        " entries, expected ", num_logits);
+  check(logits_place.shape(0) == num_logits, "sample", "logits_place has ", logits_place.shape(0),
         " entries, expected ", num_logits);
   for (size_t size : {top_k.shape(0), top_p.shape(0), min_p.shape(0), seed.shape(0),
                       total_len.shape(0), min_total_len.shape(0), stop_ids.size()}) {
@@ -76,7 +78,7 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
     stops.insert(stops.end(), stop_ids[i].begin(), stop_ids[i].end());
   }
 
-  std::vector<int32_t> sampled(num_requests);
+  std::vector<int32_t> sampled(num_logits);
   {
     nb::gil_scoped_release release;
     const std::shared_ptr<Device> shared = handle.share();
@@ -86,10 +88,11 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
     const Buffer device_stops = copy_to_device(device, stops.data(), stops.size());
     const Buffer device_logits = copy_to_device(device, logits.data(), num_logits * vocab_size);
     const Buffer device_logits_batch = copy_to_device(device, logits_batch.data(), num_logits);
+    const Buffer device_logits_place = copy_to_device(device, logits_place.data(), num_logits);
     const Buffer device_batch_row = copy_to_device(device, batch_row.data(), num_requests);
     // Anything but a value that sample() writes, so that an entry it forgets is seen.
     std::fill(sampled.begin(), sampled.end(), INT32_MIN);
-    const Buffer device_sampled = copy_to_device(device, sampled.data(), num_requests);
+    const Buffer device_sampled = copy_to_device(device, sampled.data(), num_logits);
     WorkspaceLimits limits = {};
     limits.vocab_size = static_cast<int64_t>(vocab_size);
     limits.max_logits = static_cast<int64_t>(num_logits);
@@ -113,6 +116,7 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
     ctx.rows.stop_ids = static_cast<int32_t*>(device_stops.data());
     ctx.infer.row = static_cast<int32_t*>(device_batch_row.data());
     ctx.infer.logits_batch = static_cast<int32_t*>(device_logits_batch.data());
+    ctx.infer.logits_place = static_cast<int32_t*>(device_logits_place.data());
     ctx.infer.sampled = static_cast<int32_t*>(device_sampled.data());
     ctx.infer.max_requests = static_cast<int32_t>(num_requests);
     ctx.infer.max_tokens = static_cast<int32_t>(num_requests);
@@ -120,11 +124,11 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
     ctx.workspace = workspace.data();
     ctx.workspace_bytes = workspace.bytes();
     run_on_stream(device, [&] { device.kernels().sample(params, ctx); });
-    if (num_requests > 0) {
-      device.copy_out(sampled.data(), device_sampled.data(), num_requests * sizeof(int32_t));
+    if (num_logits > 0) {
+      device.copy_out(sampled.data(), device_sampled.data(), num_logits * sizeof(int32_t));
     }
   }
-  return to_numpy(sampled, {num_requests});
+  return to_numpy(sampled, {num_logits});
 }
 
 nb::ndarray<nb::numpy, uint64_t> fixed_point_weights(const FloatVector& logits, float temperature) {
@@ -149,22 +153,23 @@ void bind_sampling(nb::module_& m) {
   m.attr("NO_TOKEN") = kNoToken;
   m.attr("ERROR_TOKEN") = kErrorToken;
   m.def("sample", &sample, nb::arg("device"), nb::arg("logits"), nb::kw_only(),
-        nb::arg("logits_batch"), nb::arg("batch_row"), nb::arg("temperature"), nb::arg("top_k"),
-        nb::arg("top_p"), nb::arg("min_p"), nb::arg("seed"), nb::arg("total_len"),
-        nb::arg("min_total_len"), nb::arg("stop_ids"),
+        nb::arg("logits_batch"), nb::arg("logits_place"), nb::arg("batch_row"),
+        nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"),
+        nb::arg("seed"), nb::arg("total_len"), nb::arg("min_total_len"), nb::arg("stop_ids"),
         "Runs the device's sampler once over a batch that is described by hand.\n\n"
         "L logits rows, B batch positions, R rows of the row table.\n\n"
         "Args:\n"
         "    device: where to run.\n"
         "    logits: float32 [L, vocab]; left as it is.\n"
         "    logits_batch: int32 [L], batch position of a logits row, -1 for padding.\n"
+        "    logits_place: int32 [L], tokens by which the row is longer than total_len.\n"
         "    batch_row: int32 [B], row of a batch position, -1 for padding and masked rows.\n"
         "    temperature, top_p, min_p: float32 [R].\n"
         "    top_k, total_len, min_total_len: int32 [R].\n"
         "    seed: uint64 [R].\n"
         "    stop_ids: R lists of token ids.\n\n"
         "Returns:\n"
-        "    int32 [B]: token ids, NO_TOKEN or ERROR_TOKEN.");
+        "    int32 [L]: token ids, NO_TOKEN or ERROR_TOKEN.");
   m.def("fixed_point_weights", &fixed_point_weights, nb::arg("logits"),
         nb::arg("temperature") = 1.0f,
         "exp((logits - max) / temperature) as integers of 2^-45 units, as the sampler takes it.\n\n"

@@ -114,6 +114,7 @@ void Engine::add(RequestSpec spec, std::span<const int32_t> slots) {
     added.row.token_ids.reserve(std::min(added.max_total_len, length + kReservedOutputs));
     for (auto& blocks : added.blocks) blocks.reserve(blocks_for(added.max_total_len));
     added.num_cached_tokens = -1;
+    added.num_draft_tokens = added.num_accepted_tokens = 0;
     reset_progress(added);
     ++num_requests_;
     if (i == 0) {
@@ -399,14 +400,15 @@ void Engine::take_in(EventBatch& out) {
       continue;
     }
     try {
-      take_in_entry(planned, output_.entries[i], out);
+      take_in_entry(planned, output_.entries[i], output_.tokens(i), out);
     } catch (const std::exception& error) {
       if (has_request(planned.slot)) end(planned.slot, RequestEnd::kError, error.what(), out);
     }
   }
 }
 
-void Engine::take_in_entry(const Planned& planned, const OutputEntry& entry, EventBatch& out) {
+void Engine::take_in_entry(const Planned& planned, const OutputEntry& entry,
+                           std::span<const int32_t> tokens, EventBatch& out) {
   Request& running = request(planned.slot);
   if (entry.masked != 0) {
     // It ended in no step that was taken in, so the device never got it, or lost it.
@@ -423,12 +425,16 @@ void Engine::take_in_entry(const Planned& planned, const OutputEntry& entry, Eve
   running.least_in_flight -= planned.least();
   running.num_launched = entry.num_computed + running.most_in_flight;
   running.num_certain = entry.num_computed + running.least_in_flight;
+  running.num_draft_tokens += entry.num_drafts;
+  running.num_accepted_tokens += entry.num_accepted;
+  stats_.draft_tokens += entry.num_drafts;
+  stats_.accepted_tokens += entry.num_accepted;
   keep_filled_blocks(running);
   if (running.has_held && running.num_computed >= running.row.prompt_len) fork_held(running);
   if (has_windows_ && reason == RequestEnd::kNone) drop_below_window(running);
-  if (entry.token < 0) return;
-  running.row.token_ids.push_back(entry.token);
-  emit(running, {&entry.token, 1}, reason, "", out);
+  if (tokens.empty()) return;
+  running.row.token_ids.insert(running.row.token_ids.end(), tokens.begin(), tokens.end());
+  emit(running, tokens, reason, "", out);
   if (reason != RequestEnd::kNone) remove(planned.slot, false);
 }
 
@@ -439,6 +445,8 @@ void Engine::emit(const Request& request, std::span<const int32_t> tokens, Reque
   event.end = end;
   event.num_tokens = static_cast<int32_t>(tokens.size());
   event.num_cached_tokens = std::max(0, request.num_cached_tokens);
+  event.num_draft_tokens = request.num_draft_tokens;
+  event.num_accepted_tokens = request.num_accepted_tokens;
   if (!error.empty()) {
     event.error = static_cast<int32_t>(out.errors.size());
     out.errors.emplace_back(error);

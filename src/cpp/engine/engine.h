@@ -105,7 +105,8 @@ class Engine {
   bool launch(EventBatch& out);
   void take_in(EventBatch& out);
   void prefetch(int32_t slot) const;
-  void take_in_entry(const Planned& planned, const OutputEntry& entry, EventBatch& out);
+  void take_in_entry(const Planned& planned, const OutputEntry& entry,
+                     std::span<const int32_t> tokens, EventBatch& out);
   void keep_filled_blocks(Request& running);
   void fork_held(Request& first);
   void drop_below_window(Request& running);
@@ -152,6 +153,7 @@ class Engine {
   std::vector<Planned> planned_;
   std::vector<BatchItem> batch_;
   int32_t decode_budget_ = 0, prefill_budget_ = 0;
+  bool drafts_fit_ = true;
   int32_t promised_ = 0;       // blocks that running requests need for tokens known at admission
   int32_t touched_ = -1;       // slot that is worked on, in the batch or not yet
   bool wants_drain_ = false;   // a request must be preempted, so nothing may be in flight

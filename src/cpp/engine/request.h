@@ -100,8 +100,9 @@ struct alignas(64) Request {
 
   std::vector<std::vector<int32_t>> blocks;  // [group]; equally many, 0 where dropped
   std::vector<int32_t> num_dropped;          // [group] leading blocks below the window
-  int32_t first_sample = -1;                 // held: the slot of the one that computes the prompt
-  std::vector<int32_t> held;                 // slots of samples that wait for this one's prompt
+  int32_t num_draft_tokens = 0, num_accepted_tokens = 0;
+  int32_t first_sample = -1;  // held: the slot of the one that computes the prompt
+  std::vector<int32_t> held;  // slots of samples that wait for this one's prompt
   CacheScope scope;
 };
 

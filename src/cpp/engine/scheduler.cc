@@ -38,9 +38,14 @@ int32_t Engine::missing_blocks(const Request& request) const {
   return missing_blocks(request.prefill_target, num_blocks(request));
 }
 
-// Tokens that a decoding request takes in a step: one, unless those in flight will end it.
+// Tokens that a decoding request takes in a step: one and places for its drafts, unless those in
+// flight will end it.
 int32_t Engine::decode_tokens(const Request& request) const {
-  return request.num_certain < request.max_total_len - 1 ? 1 : 0;
+  const int32_t own = request.row.num_speculative_tokens;
+  const int32_t drafts = !drafts_fit_ ? 0
+                         : own < 0    ? runner_->config().num_speculative_tokens
+                                      : own;
+  return request.num_certain < request.max_total_len - 1 ? 1 + drafts : 0;
 }
 
 // One pass over running and waiting requests, the most urgent first, so that whoever lacks blocks
@@ -52,6 +57,7 @@ bool Engine::plan_batch() {
   touched_ = -1;
   wants_drain_ = false;
   promised_ = 0;
+  drafts_fit_ = true;
   int64_t decode = 0;
   for (const int32_t slot : running_) {
     const Request& running = request(slot);
@@ -62,6 +68,11 @@ bool Engine::plan_batch() {
     }
   }
   const int32_t limit = runner_->config().max_num_batched_tokens;
+  if (decode > limit) {
+    // Every decoding request gets its token before any gets drafts.
+    drafts_fit_ = false;
+    decode = limit;
+  }
   decode_budget_ = static_cast<int32_t>(std::min<int64_t>(decode, limit));
   prefill_budget_ = limit - decode_budget_;
 

@@ -13,6 +13,7 @@
 #include "state/infer_param_view.h"
 #include "state/infer_params.h"
 #include "state/output_ring.h"
+#include "state/propose.h"
 
 namespace mrv1 {
 
@@ -40,6 +41,7 @@ struct Kernels {
 
   // The phases of a step find rings, rows and infer_params in the context.
   void (*apply)(const StepContext&);
+  void (*propose)(const StepContext&);
   void (*infer_params)(const StepContext&);
   void (*infer_param_view)(const InferParamInputs&, const InferParamView&, const StepContext&);
   void (*sample)(const SampleParams&, const StepContext&);

@@ -27,6 +27,7 @@ const Kernels& cpu_kernels() {
       .plan_attention = [](const AttentionPlan&, const StepContext&) {},
       .paged_attention = paged_attention_cpu,
       .apply = apply_cpu,
+      .propose = propose_cpu,
       .infer_params = infer_params_cpu,
       .infer_param_view = infer_param_view_cpu,
       .sample = sample_cpu,

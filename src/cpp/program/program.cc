@@ -290,6 +290,7 @@ int32_t Program::logits(int32_t x, int32_t weight, float softcap) {
                    RowSpace::kLogits, weights_[weight].rows, DType::kF32);
   }
   output(logits_);
+  hidden_ = x;
   return logits_;
 }
 

@@ -161,6 +161,7 @@ class Program {
   const std::vector<int32_t>& inputs() const { return inputs_; }
   const std::vector<int32_t>& outputs() const { return outputs_; }
   int32_t logits_value() const { return logits_; }
+  int32_t hidden_value() const { return hidden_; }  // what logits() was given
   // Cache geometry per kv layer.
   const std::vector<HeadShape>& kv_layers() const { return kv_layers_; }
   // Groups of kv layers and the places of their blocks. kInvalidArgument if layers of several
@@ -188,6 +189,7 @@ class Program {
   std::vector<HeadShape> kv_layers_;
   std::vector<int32_t> kv_windows_;  // by kv layer
   int32_t logits_ = -1;
+  int32_t hidden_ = -1;
   int32_t layer_ = -1;
 };
 

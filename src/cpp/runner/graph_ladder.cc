@@ -22,8 +22,11 @@ const char* step_mode_name(StepMode mode) {
 }
 
 GraphLadder::GraphLadder(StepMode mode, std::vector<CaptureSize> full,
-                         std::vector<int32_t> piecewise)
-    : mode_(mode), full_(std::move(full)), piecewise_(std::move(piecewise)) {
+                         std::vector<int32_t> piecewise, int32_t max_drafts)
+    : mode_(mode),
+      max_drafts_(max_drafts),
+      full_(std::move(full)),
+      piecewise_(std::move(piecewise)) {
   std::sort(full_.begin(), full_.end(), [](const CaptureSize& a, const CaptureSize& b) {
     return std::make_tuple(a.tokens(), a.requests) < std::make_tuple(b.tokens(), b.requests);
   });
@@ -32,8 +35,19 @@ GraphLadder::GraphLadder(StepMode mode, std::vector<CaptureSize> full,
   piecewise_.erase(std::unique(piecewise_.begin(), piecewise_.end()), piecewise_.end());
 }
 
-std::vector<CaptureSize> GraphLadder::default_full(int32_t max_requests) {
+std::vector<CaptureSize> GraphLadder::full_sizes(std::span<const int32_t> requests,
+                                                 int32_t max_drafts, int32_t max_tokens) {
   std::vector<CaptureSize> sizes;
+  for (const int32_t count : requests) {
+    sizes.push_back({count, 1});
+    const CaptureSize drafted{count, 1 + max_drafts};
+    if (max_drafts > 0 && drafted.tokens() <= max_tokens) sizes.push_back(drafted);
+  }
+  return sizes;
+}
+
+std::vector<int32_t> GraphLadder::default_requests(int32_t max_requests) {
+  std::vector<int32_t> sizes;
   const auto step_after = [](int64_t requests) {
     return requests < 8     ? 1
            : requests < 64  ? 8
@@ -42,10 +56,15 @@ std::vector<CaptureSize> GraphLadder::default_full(int32_t max_requests) {
                             : requests / 4;
   };
   for (int64_t requests = 1; requests < max_requests; requests += step_after(requests)) {
-    sizes.push_back({static_cast<int32_t>(requests), 1});
+    sizes.push_back(static_cast<int32_t>(requests));
   }
-  sizes.push_back({max_requests, 1});
+  sizes.push_back(max_requests);
   return sizes;
+}
+
+StepSizes GraphLadder::sizes_of(const CaptureSize& size) const {
+  const int32_t per_request = std::min(size.tokens_per_request, 1 + max_drafts_);
+  return {size.requests, size.tokens(), size.requests * per_request, per_request > 1};
 }
 
 std::vector<int32_t> GraphLadder::default_piecewise(int32_t max_tokens) {
@@ -59,27 +78,31 @@ std::vector<int32_t> GraphLadder::default_piecewise(int32_t max_tokens) {
 }
 
 StepShape GraphLadder::choose(std::span<const BatchEntry> entries, StepSizes exact) {
+  exact.speculates = std::any_of(entries.begin(), entries.end(),
+                                 [](const BatchEntry& entry) { return entry.samples > 1; });
   // Eager steps take the sizes of whole steps too, to run what the graphs would.
   const size_t num_full = mode_ == StepMode::kPiecewise ? 0 : full_.size();
   for (size_t i = 0; i < num_full; ++i) {
     const CaptureSize& size = full_[i];
     if (size.requests < exact.num_requests || size.tokens() < exact.num_tokens) continue;
+    const StepSizes sizes = sizes_of(size);
+    // Steps of a token a request propose nothing.
+    if (exact.speculates && !sizes.speculates) continue;
     int64_t places = 0;
     for (const BatchEntry& entry : entries) {
       places += (entry.num_tokens + size.tokens_per_request - 1) / size.tokens_per_request;
     }
     if (places > size.requests) continue;
     const StepMode mode = mode_ == StepMode::kFull ? StepMode::kFull : StepMode::kEager;
-    return {mode, static_cast<int32_t>(i), true, {size.requests, size.tokens(), size.requests}};
+    return {mode, static_cast<int32_t>(i), true, sizes};
   }
   const auto bucket = std::lower_bound(piecewise_.begin(), piecewise_.end(), exact.num_tokens);
   if (bucket != piecewise_.end()) {
     const StepMode mode = mode_ == StepMode::kEager ? StepMode::kEager : StepMode::kPiecewise;
     note_miss(mode, entries, exact);
-    return {mode,
-            static_cast<int32_t>(bucket - piecewise_.begin()),
-            false,
-            {exact.num_requests, *bucket, exact.num_logits}};
+    StepSizes sizes = exact;
+    sizes.num_tokens = *bucket;
+    return {mode, static_cast<int32_t>(bucket - piecewise_.begin()), false, sizes};
   }
   note_miss(StepMode::kEager, entries, exact);
   return {StepMode::kEager, -1, false, exact};
@@ -87,7 +110,8 @@ StepShape GraphLadder::choose(std::span<const BatchEntry> entries, StepSizes exa
 
 void GraphLadder::note_miss(StepMode taken, std::span<const BatchEntry> entries,
                             const StepSizes& exact) {
-  const bool decode_only = exact.num_tokens == exact.num_requests;
+  // Every token of a decode row is sampled from.
+  const bool decode_only = exact.num_tokens == exact.num_logits;
   // A prompt in pieces is what the piecewise sizes are for.
   if (taken == mode_ || mode_ == StepMode::kEager ||
       (taken == StepMode::kPiecewise && !decode_only))

@@ -44,13 +44,21 @@ class GraphLadder {
   // that steps may use; with kEager they are padded to the captured sizes all the same, so that
   // they run the very kernels that the graphs would.
   GraphLadder() = default;
-  GraphLadder(StepMode mode, std::vector<CaptureSize> full, std::vector<int32_t> piecewise);
+  GraphLadder(StepMode mode, std::vector<CaptureSize> full, std::vector<int32_t> piecewise,
+              int32_t max_drafts);
 
-  // Sizes that leave little of a step unused: every number of requests at the small end, where
-  // padding costs most, then in growing steps up to the limits.
-  static std::vector<CaptureSize> default_full(int32_t max_requests);
+  // Whole steps of so many requests, for decode rows: of a token each, and of 1 + max_drafts each
+  // where rows may have drafts and max_tokens allows it. Whoever chooses sizes gives requests; that
+  // they come in pairs is decided here and nowhere else.
+  static std::vector<CaptureSize> full_sizes(std::span<const int32_t> requests, int32_t max_drafts,
+                                             int32_t max_tokens);
+  // Numbers of requests that leave little of a step unused: every one at the small end, where
+  // padding costs most, then in growing steps up to the limit.
+  static std::vector<int32_t> default_requests(int32_t max_requests);
   static std::vector<int32_t> default_piecewise(int32_t max_tokens);
 
+  // What a step of a size is launched for.
+  StepSizes sizes_of(const CaptureSize& size) const;
   StepShape choose(std::span<const BatchEntry> entries, StepSizes exact);
   // A batch that could not use the mode that was asked for; each kind of miss is told once.
   struct Miss {
@@ -67,6 +75,7 @@ class GraphLadder {
   void note_miss(StepMode taken, std::span<const BatchEntry> entries, const StepSizes& exact);
 
   StepMode mode_ = StepMode::kEager;
+  int32_t max_drafts_ = 0;
   std::vector<CaptureSize> full_;
   std::vector<int32_t> piecewise_;
   bool reported_[2][kNumStepModes] = {};  // by decode-only or not, and mode taken

@@ -27,8 +27,13 @@ size_t control_slot_bytes(const RunnerConfig& config, size_t groups) {
 }
 
 size_t output_slot_bytes(const RunnerConfig& config) {
-  return round_up(kOutputHeaderBytes + config.max_num_seqs * sizeof(OutputEntry), kSlotAlignment);
+  const size_t per_entry =
+      sizeof(OutputEntry) + (1 + config.num_speculative_tokens) * sizeof(int32_t);
+  return round_up(kOutputHeaderBytes + config.max_num_seqs * per_entry, kSlotAlignment);
 }
+
+// Token histories of a row: its own, and the forced tokens.
+int64_t history_rows(const RunnerConfig& config) { return config.force_tokens ? 2 : 1; }
 
 int32_t vocab_size(const Program& program) {
   return static_cast<int32_t>(program.values()[program.logits_value()].cols);
@@ -37,9 +42,10 @@ int32_t vocab_size(const Program& program) {
 // Sizes of the int32 arrays of InferParams, in the order allocate_state() makes them.
 int64_t infer_ints(const RunnerConfig& config, int64_t groups) {
   const int64_t requests = config.max_num_seqs, tokens = config.max_num_batched_tokens;
-  int64_t ints = requests * 5 + 1 + tokens * (3 + groups) + requests * 2 + sizeof(InferCounts) / 4;
+  int64_t ints = requests * 5 + 1 + tokens * (3 + groups) + int64_t{max_logits_rows(config)} * 4 +
+                 sizeof(InferCounts) / 4;
   if (config.infer_param_view) {
-    ints += 3 * requests + 8 * requests + 3 * (requests + 1) +
+    ints += 3 * requests + (8 + config.num_speculative_tokens) * requests + 3 * (requests + 1) +
             requests * max_blocks_per_row(config) + tokens + 7;
   }
   return ints;
@@ -54,12 +60,21 @@ int64_t staged_bytes(const RunnerConfig& config) {
 }  // namespace
 
 PlanLimits ModelRunner::plan_limits(const RunnerConfig& config) {
-  return {config.max_num_batched_tokens, config.max_num_seqs, config.max_num_seqs};
+  return {config.max_num_batched_tokens, max_logits_rows(config), config.max_num_seqs};
 }
 
-MemoryPlan ModelRunner::plan_memory(const Program& program, const RunnerConfig& config,
+Program ModelRunner::prepared(Program program, const RunnerConfig& config) {
+  if (config.keep_hidden_states) {
+    check(program.hidden_value() >= 0, "runner", "the program has no logits");
+    program.output(program.hidden_value());
+  }
+  return program;
+}
+
+MemoryPlan ModelRunner::plan_memory(const Program& wired, const RunnerConfig& config,
                                     Device& device) {
-  check_limits(program, config);
+  check_limits(wired, config);
+  const Program program = prepared(wired, config);
   MemoryPlan plan;
   for (const WeightView& weight : stored_weights(program, device.kernels().linear_layout)) {
     plan.weights += weight_bytes(weight);
@@ -73,7 +88,10 @@ MemoryPlan ModelRunner::plan_memory(const Program& program, const RunnerConfig& 
   const auto groups = static_cast<int64_t>(layout.groups.size());
   plan.state =
       rows * (sizeof(Row) + sizeof(SamplingRow)) +
-      rows * (int64_t{config.max_model_len} + groups * max_blocks_per_row(config)) * 4 +
+      rows *
+          (history_rows(config) * int64_t{config.max_model_len} +
+           groups * max_blocks_per_row(config)) *
+          4 +
       int64_t{config.max_stop_ids} * 4 + infer_ints(config, groups) * 4 + staged_bytes(config) +
       sizeof(uint64_t) +
       kSlots * static_cast<int64_t>(control_slot_bytes(config, groups) + output_slot_bytes(config));
@@ -112,6 +130,13 @@ void ModelRunner::check_limits(const Program& program, const RunnerConfig& confi
           " tokens; together 1 to max_num_batched_tokens = ", config.max_num_batched_tokens,
           " tokens are allowed");
   }
+  check(
+      config.num_speculative_tokens >= 0 && config.num_speculative_tokens <= kMaxSpeculativeTokens,
+      "runner", "num_speculative_tokens must be in [0, ", kMaxSpeculativeTokens, "], not ",
+      config.num_speculative_tokens);
+  check(config.ngram.min >= 1 && config.ngram.min <= config.ngram.max, "runner",
+        "the n-grams that are looked up must have 1 or more tokens, not ", config.ngram.min, " to ",
+        config.ngram.max);
   for (const int32_t tokens : config.piecewise_sizes) {
     check(tokens >= 1 && tokens <= config.max_num_batched_tokens, "runner",
           "piecewise_sizes asks for ", tokens,
@@ -148,7 +173,7 @@ RunnerConfig ModelRunner::checked_config(const Program& program, RunnerConfig co
 ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
                          const RunnerConfig& config)
     : device_(std::move(device)),
-      program_(std::move(program)),
+      program_(prepared(std::move(program), config)),
       config_(checked_config(program_, config, *device_)),
       weights_(program_, *device_),
       kv_layout_(program_.kv_layout()),
@@ -157,7 +182,8 @@ ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
   allocate_kv();
   executable_ = std::make_unique<Executable>(program_, plan_limits(config_), *device_,
                                              weights_.views(), kv_, config_.max_model_len);
-  ladder_ = GraphLadder(config_.graph_mode, config_.capture_sizes, config_.piecewise_sizes);
+  ladder_ = GraphLadder(config_.graph_mode, config_.capture_sizes, config_.piecewise_sizes,
+                        config_.num_speculative_tokens);
   allocate_state();
   allocate_rings();
   step_ = std::make_unique<Step>(program_, *executable_, *device_, ctx_);
@@ -229,7 +255,12 @@ void ModelRunner::allocate_state() {
   state.vocab_size = vocab_size(program_);
   state.rows = state_array<Row>(rows, "rows");
   state.sampling = state_array<SamplingRow>(rows, "sampling rows");
-  state.tokens = state_array<int32_t>(rows * config_.max_model_len, "token history");
+  state.tokens =
+      state_array<int32_t>(rows * history_rows(config_) * config_.max_model_len, "token history");
+  state.forced_tokens =
+      config_.force_tokens ? state.tokens + rows * config_.max_model_len : nullptr;
+  state.max_drafts = config_.num_speculative_tokens;
+  state.ngram = config_.ngram;
   state.block_table =
       state_array<int32_t>(state.num_groups * rows * state.max_blocks, "block tables");
   state.stop_ids = state_array<int32_t>(std::max(1, config_.max_stop_ids), "stop ids");
@@ -237,19 +268,21 @@ void ModelRunner::allocate_state() {
   InferParams& infer = ctx_.infer;
   infer.max_requests = config_.max_num_seqs;
   infer.max_tokens = config_.max_num_batched_tokens;
-  infer.max_logits = config_.max_num_seqs;
+  infer.max_logits = max_logits_rows(config_);
   infer.counts = state_array<InferCounts>(1, "infer params");
   infer.row = state_array<int32_t>(rows, "infer params");
   infer.query_start_loc = state_array<int32_t>(rows + 1, "infer params");
   infer.seq_lens = state_array<int32_t>(rows, "infer params");
   infer.entry_batch = state_array<int32_t>(rows, "infer params");
-  infer.sampled = state_array<int32_t>(rows, "infer params");
+  infer.logits_start = state_array<int32_t>(rows, "infer params");
   infer.token_batch = state_array<int32_t>(tokens, "infer params");
   infer.token_ids = state_array<int32_t>(tokens, "infer params");
   infer.positions = state_array<int32_t>(tokens, "infer params");
   infer.slot_mapping = state_array<int32_t>(state.num_groups * tokens, "infer params");
-  infer.logits_indices = state_array<int32_t>(rows, "infer params");
-  infer.logits_batch = state_array<int32_t>(rows, "infer params");
+  for (int32_t** array :
+       {&infer.logits_indices, &infer.logits_batch, &infer.logits_place, &infer.sampled}) {
+    *array = state_array<int32_t>(infer.max_logits, "infer params");
+  }
   infer.row_lengths = nullptr;
   if (config_.infer_param_view) {
     infer.row_lengths = state_array<int32_t>(3 * rows, "infer params");
@@ -260,14 +293,15 @@ void ModelRunner::allocate_state() {
                     config_.max_num_seqs,
                     state.max_blocks,
                     config_.block_size,
-                    1};
+                    1 + config_.num_speculative_tokens};
     InferParamView view{};
-    for (int32_t** array :
-         {&view.encoder_batch_map, &view.decoder_batch_map, &view.encoder_batch_idx,
-          &view.decoder_batch_idx, &view.prefix_len, &view.decoder_context_len,
-          &view.decoder_context_len_cache, &view.slot_mapping_dec}) {
+    for (int32_t** array : {&view.encoder_batch_map, &view.decoder_batch_map,
+                            &view.encoder_batch_idx, &view.decoder_batch_idx, &view.prefix_len,
+                            &view.decoder_context_len, &view.decoder_context_len_cache}) {
       *array = state_array<int32_t>(rows, "infer param view");
     }
+    view.slot_mapping_dec =
+        state_array<int32_t>(rows * view_inputs_.query_per_decode, "infer param view");
     for (int32_t** array : {&view.encoder_seq_lod, &view.decoder_seq_lod, &view.encoder_kv_lod}) {
       *array = state_array<int32_t>(rows + 1, "infer param view");
     }
@@ -313,6 +347,7 @@ void ModelRunner::allocate_rings() {
   slots_.resize(kSlots);
   for (int i = 0; i < kSlots; ++i) {
     slots_[i].runner = this;
+    if (config_.num_speculative_tokens > 0) slots_[i].marks.reserve(config_.max_num_seqs);
     slots_[i].control = reinterpret_cast<ControlHeader*>(
         static_cast<char*>(control_buffer_.host()) + control_slot_bytes_ * i);
     slots_[i].output = reinterpret_cast<OutputHeader*>(static_cast<char*>(output_buffer_.host()) +
@@ -355,28 +390,6 @@ void ModelRunner::copy_blocks(std::span<const BlockCopy> copies) {
 
 // --- the step ----------------------------------------------------------------------------------
 
-int32_t ModelRunner::checked_tokens(const BatchItem& item, const HostRow& row) const {
-  const char* where = "execute";
-  const int32_t left = row.prefill_target - row.num_launched;
-  if (left > 0) {
-    check(item.num_tokens >= 1 && item.num_tokens <= left, where, "row ", item.row, " takes 1 to ",
-          left, " prefill tokens, not ", item.num_tokens);
-  } else {
-    check(item.num_tokens == 1, where, "row ", item.row, " decodes 1 token a step, not ",
-          item.num_tokens);
-    check(row.num_launched < row.max_total_len - 1, where, "row ", item.row,
-          " has reached its length of ", row.max_total_len, " tokens");
-  }
-  for (const std::vector<int32_t>& held : row.blocks) {
-    const auto blocks = static_cast<int32_t>(held.size());
-    check(row.num_launched + item.num_tokens <= blocks * config_.block_size, where, "row ",
-          item.row, " needs ",
-          (row.num_launched + item.num_tokens + config_.block_size - 1) / config_.block_size,
-          " blocks for this step, has ", blocks);
-  }
-  return item.num_tokens;
-}
-
 uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
   const auto start = std::chrono::steady_clock::now();
   waited_ns_ = 0;
@@ -390,8 +403,9 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
     HostRow& row = rows_->checked({item.row, item.generation}, "execute");
     check(row.batch_mark != batch_mark_, "execute", "row ", item.row, " is in the batch twice");
     row.batch_mark = batch_mark_;
-    tokens += checked_tokens(item, row);
-    const bool draws = row.num_launched + item.num_tokens >= row.prefill_target;
+    rows_->check_tokens(item, row);
+    tokens += item.num_tokens;
+    const int32_t draws = RowTable::num_samples(item, row);
     samples += draws;
     entries_.push_back({item.row, row.generation, item.num_tokens, draws});
   }
@@ -417,9 +431,8 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
   const uint64_t step = submit(entries_, shape);
   slot_of(step).delivered = false;
   for (const BatchItem& item : batch) {
-    HostRow& row = rows_->at(item.row);
-    row.num_launched += item.num_tokens;
-    row.last_step = step;
+    rows_->launch(item, step);
+    if (config_.num_speculative_tokens > 0) slot_of(step).marks.push_back(rows_->mark(item.row));
   }
   if (!batch.empty()) {
     newest_sizes_ = shape.sizes;
@@ -450,12 +463,15 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShap
   slot.delivered = true;  // execute() asks for delivery; changes alone have nothing to say
   slot.error.clear();
   slot.injected.clear();
+  slot.marks.clear();
   {
     std::lock_guard lock(side_mutex_);
     if (!entries.empty()) slot.injected.swap(injected_failure_);
     ++stats_.steps;
     stats_.control_bytes += slot.control->bytes;
-    stats_.output_bytes += kOutputHeaderBytes + entries.size() * sizeof(OutputEntry);
+    stats_.output_bytes +=
+        kOutputHeaderBytes +
+        entries.size() * (sizeof(OutputEntry) + (1 + ctx_.rows.max_drafts) * sizeof(int32_t));
   }
   device_->submit(&ModelRunner::run_step, &slot);
   return step;
@@ -516,9 +532,9 @@ CaptureReport ModelRunner::capture_graphs() {
   const std::vector<CaptureSize>& full = ladder_.full();
   if (config_.graph_mode == StepMode::kFull) {
     for (size_t i = full.size(); i-- > 0;) {
-      const StepSizes sizes{full[i].requests, full[i].tokens(), full[i].requests};
+      const StepSizes sizes = ladder_.sizes_of(full[i]);
       warm_up({StepMode::kEager, -1, true, sizes});
-      run_on_stream(*device_, [&] { step_->capture_full(i, full[i]); });
+      run_on_stream(*device_, [&] { step_->capture_full(i, sizes); });
       ++report.full_graphs;
     }
   }
@@ -558,6 +574,12 @@ void ModelRunner::read_output(const Slot& slot, StepOutput& output) {
   output.end_ns = slot.output->end_ns;
   const OutputEntry* entries = output_entries(slot.output);
   output.entries.assign(entries, entries + slot.output->num_entries);
+  output.tokens_per_entry = 1 + ctx_.rows.max_drafts;
+  const int32_t* tokens = output_tokens(slot.output, ctx_.infer.max_requests);
+  output.token_ids.assign(tokens, tokens + output.entries.size() * output.tokens_per_entry);
+  for (size_t i = 0; i < std::min(output.entries.size(), slot.marks.size()); ++i) {
+    if (entries[i].masked == 0) rows_->retire(slot.marks[i], entries[i].num_computed);
+  }
 }
 
 void ModelRunner::keep_output(Slot& slot) {
@@ -636,16 +658,32 @@ std::vector<int32_t> ModelRunner::read_ints(const int32_t* data, int64_t count) 
   return values;
 }
 
-const float* ModelRunner::device_logits(int32_t item) {
+int32_t ModelRunner::batch_of(int32_t item, const char* where) {
   wait_newest();
-  check(item >= 0 && item < newest_entries_, "logits", "item ", item, " is outside [0, ",
+  check(item >= 0 && item < newest_entries_, where, "item ", item, " is outside [0, ",
         newest_entries_, ")");
-  const int32_t batch = read_ints(ctx_.infer.entry_batch, newest_entries_)[item];
-  const std::vector<int32_t> rows = read_ints(ctx_.infer.logits_batch, newest_sizes_.num_logits);
-  const auto it = std::find(rows.begin(), rows.end(), batch);
-  if (it == rows.end()) return nullptr;
+  return read_ints(ctx_.infer.entry_batch + item, 1)[0];
+}
+
+const float* ModelRunner::device_logits(int32_t item) {
+  const int32_t row = read_ints(ctx_.infer.logits_start + batch_of(item, "logits"), 1)[0];
+  if (row < 0 || read_ints(ctx_.infer.logits_batch + row, 1)[0] < 0) return nullptr;
   const auto* base = static_cast<const float*>(executable_->value(program_.logits_value()));
-  return base + (it - rows.begin()) * int64_t{ctx_.rows.vocab_size};
+  return base + row * int64_t{ctx_.rows.vocab_size};
+}
+
+ModelRunner::HiddenStates ModelRunner::hidden_states(int32_t item) {
+  const char* where = "hidden_states";
+  check(config_.keep_hidden_states, where, "the runner was made without keep_hidden_states");
+  const int32_t batch = batch_of(item, where);
+  const Value& value = program_.values()[program_.hidden_value()];
+  HiddenStates states{nullptr, 0, value.cols, value.dtype};
+  if (read_ints(ctx_.infer.row + batch, 1)[0] < 0) return states;
+  const std::vector<int32_t> start = read_ints(ctx_.infer.query_start_loc + batch, 2);
+  states.tokens = start[1] - start[0];
+  states.data = static_cast<const char*>(executable_->value(program_.hidden_value())) +
+                start[0] * value.cols * static_cast<int64_t>(dtype_size(value.dtype));
+  return states;
 }
 
 std::vector<float> ModelRunner::logits(int32_t item) {
@@ -679,8 +717,10 @@ std::vector<std::pair<std::string, std::vector<int32_t>>> ModelRunner::infer_par
   }
   add("logits_indices", infer.logits_indices, sizes.num_logits);
   add("logits_batch", infer.logits_batch, sizes.num_logits);
+  add("logits_place", infer.logits_place, sizes.num_logits);
+  add("logits_start", infer.logits_start, sizes.num_requests);
   add("entry_batch", infer.entry_batch, newest_entries_);
-  add("sampled", infer.sampled, sizes.num_requests);
+  add("sampled", infer.sampled, sizes.num_logits);
   if (view_) {
     const int64_t rows = config_.max_num_seqs;
     const InferParamView& view = *view_;
@@ -696,7 +736,7 @@ std::vector<std::pair<std::string, std::vector<int32_t>>> ModelRunner::infer_par
     add("decoder_context_len_cache", view.decoder_context_len_cache, rows);
     add("prefix_block_tables", view.prefix_block_tables, rows * ctx_.rows.max_blocks);
     add("slot_mapping_enc", view.slot_mapping_enc, config_.max_num_batched_tokens);
-    add("slot_mapping_dec", view.slot_mapping_dec, rows);
+    add("slot_mapping_dec", view.slot_mapping_dec, rows * view_inputs_.query_per_decode);
     add("len_info", view.len_info, 7);
   }
   return all;

@@ -35,12 +35,6 @@ struct MemoryPlan {
   }
 };
 
-struct BatchItem {
-  int32_t row;
-  int32_t num_tokens;
-  int32_t generation = kAnyGeneration;
-};
-
 // What a retired step says: one entry an item of the batch, in the caller's order.
 struct StepOutput {
   uint64_t step = 0;
@@ -49,6 +43,13 @@ struct StepOutput {
   // Device clock when the step began and ended, in nanoseconds; steps of one device compare.
   uint64_t begin_ns = 0, end_ns = 0;
   std::vector<OutputEntry> entries;
+  std::vector<int32_t> token_ids;  // [entries, tokens_per_entry]
+  int32_t tokens_per_entry = 1;
+
+  // The new tokens of an entry.
+  std::span<const int32_t> tokens(size_t entry) const {
+    return std::span(token_ids).subspan(entry * tokens_per_entry, entries[entry].num_tokens);
+  }
 };
 
 struct RunnerStats {
@@ -132,8 +133,8 @@ class ModelRunner {
   }
 
   // Launches a step; returns its number. Each row at most once; the rows of a step that failed are
-  // in an unknown state and must be freed. Decode rows take 1 token, prefill and extend rows up to
-  // what is left of their prefill target.
+  // in an unknown state and must be freed. Decode rows take 1 token and up to as many more as they
+  // may have drafts, prefill and extend rows up to what is left of their prefill target.
   uint64_t execute(std::span<const BatchItem> batch);
   // Waits for the step and hands its output over, once. A failed step has no entries but an error.
   StepOutput result(uint64_t step);
@@ -149,10 +150,19 @@ class ModelRunner {
   void discard(uint64_t step);
 
   // Logits of the newest step for one item of its batch, [vocab] float32, as the sampler left them
-  // (masked stop tokens are -inf); empty if the item drew no token. Waits for the step.
+  // (masked stop tokens are -inf); those after its last known token if there are drafts, too. Empty
+  // if the item drew no token. Waits for the step.
   std::vector<float> logits(int32_t item);
   // Where they lie on the device until the next execute(); null if there are none.
   const float* device_logits(int32_t item);
+  // What the head reads, for each token of one item of the newest step: [tokens, cols], on the
+  // device until the next execute(). No tokens if the row was masked. Needs keep_hidden_states.
+  struct HiddenStates {
+    const void* data = nullptr;
+    int64_t tokens = 0, cols = 0;
+    DType dtype = DType::kF32;
+  };
+  HiddenStates hidden_states(int32_t item);
   // infer_params of the newest step, copied to the host: name -> values. Waits for the step.
   std::vector<std::pair<std::string, std::vector<int32_t>>> infer_params();
   // Row state as the device holds it; waits.
@@ -180,11 +190,14 @@ class ModelRunner {
     uint64_t step = 0;      // newest step in this slot, 0 = never used
     bool delivered = true;  // its output was handed over or kept
     StepShape shape;
-    std::string error;     // set by the stream when the step failed
-    std::string injected;  // test failure
+    std::vector<RowTable::Mark> marks;  // of the batch's rows, if they speculate
+    std::string error;                  // set by the stream when the step failed
+    std::string injected;               // test failure
   };
 
   static void check_limits(const Program& program, const RunnerConfig& config);
+  // The program as the runner runs it: with the outputs that the configuration asks for.
+  static Program prepared(Program program, const RunnerConfig& config);
   static RunnerConfig checked_config(const Program& program, RunnerConfig config, Device& device);
   static void run_step(void* slot);
   void fail_step(Slot& slot, const char* what) noexcept;
@@ -193,7 +206,6 @@ class ModelRunner {
   void allocate_kv();
   void allocate_state();
   void allocate_rings();
-  int32_t checked_tokens(const BatchItem& item, const HostRow& row) const;
   uint64_t submit(std::span<const BatchEntry> entries, const StepShape& shape);
   void wait(const Slot& slot) const;
   void keep_output(Slot& slot);
@@ -202,6 +214,7 @@ class ModelRunner {
   template <typename T>
   T* state_array(int64_t count, const char* name);
   void wait_newest() const;
+  int32_t batch_of(int32_t item, const char* where);
   std::vector<int32_t> read_ints(const int32_t* data, int64_t count);
 
   std::shared_ptr<Device> device_;

@@ -132,6 +132,20 @@ void RowTable::check_spec(const RowSpec& spec) {
   check(spec.max_tokens >= 1, where, "max_tokens ", spec.max_tokens, " must be positive");
   check(spec.min_tokens >= 0 && spec.min_tokens <= spec.max_tokens, where, "min_tokens ",
         spec.min_tokens, " is outside [0, max_tokens = ", spec.max_tokens, "]");
+  check(spec.num_speculative_tokens >= -1 &&
+            spec.num_speculative_tokens <= config_.num_speculative_tokens,
+        where, "num_speculative_tokens ", spec.num_speculative_tokens, " is outside [0, ",
+        config_.num_speculative_tokens, "], what the runner was made for (-1: all)");
+  check(spec.forced_token_ids.empty() || config_.force_tokens, where,
+        "forced_token_ids need a runner with force_tokens");
+  check(
+      spec.forced_token_ids.size() <= static_cast<size_t>(config_.max_model_len - spec.prompt_len),
+      where, "forced_token_ids has ", spec.forced_token_ids.size(), " tokens; at most ",
+      config_.max_model_len - spec.prompt_len, " fit max_model_len ", config_.max_model_len);
+  for (int32_t token : spec.forced_token_ids) {
+    check(token >= 0 && token < vocab, where, "forced token id ", token, " is outside [0, ", vocab,
+          ")");
+  }
   for (int32_t token : spec.stop_ids) {
     check(token >= 0 && token < vocab, where, "stop id ", token, " is outside [0, ", vocab, ")");
   }
@@ -179,7 +193,11 @@ RowHandle RowTable::add(const RowSpec& spec) {
                  .generation = generation,
                  .prefill_target = static_cast<int32_t>(spec.token_ids.size()),
                  .num_launched = spec.num_computed,
+                 .num_certain = spec.num_computed,
                  .max_total_len = max_total_length(spec),
+                 .num_speculative_tokens = spec.num_speculative_tokens < 0
+                                               ? config_.num_speculative_tokens
+                                               : spec.num_speculative_tokens,
                  .blocks = std::move(blocks),
                  .stop_offset = stop_offset,
                  .stop_count = stop_count};
@@ -209,9 +227,14 @@ RowHandle RowTable::add(const RowSpec& spec) {
   sampling.seed = spec.seed;
   sampling.stop_offset = stop_offset;
   sampling.stop_count = stop_count;
+  sampling.num_speculative_tokens = host.num_speculative_tokens;
+  const auto forced = static_cast<int32_t>(spec.forced_token_ids.size());
+  sampling.forced_end = forced > 0 ? spec.prompt_len + forced : 0;
   make_room(sizeof(NewRow));
   staged_.new_row(command);
-  stage_tokens(row, spec.token_ids);
+  stage_tokens(row, 0, spec.token_ids);
+  // They lie behind the histories of all rows.
+  stage_tokens(config_.max_num_seqs + row, spec.prompt_len, spec.forced_token_ids);
   stage_stop_ids(stop_offset, spec.stop_ids);
   for (size_t group = 0; group < spec.block_ids.size(); ++group) {
     add_blocks(row, static_cast<int32_t>(group), spec.block_ids[group]);
@@ -285,12 +308,12 @@ void RowTable::make_room(size_t bytes) {
   }
 }
 
-void RowTable::stage_tokens(int32_t row, std::span<const int32_t> tokens) {
+void RowTable::stage_tokens(int32_t row, int32_t start, std::span<const int32_t> tokens) {
   constexpr size_t kPiece = kControlPayloadBytes / 2 / sizeof(int32_t);
-  for (size_t start = 0; start < tokens.size(); start += kPiece) {
-    const auto piece = tokens.subspan(start, std::min(kPiece, tokens.size() - start));
+  for (size_t i = 0; i < tokens.size(); i += kPiece) {
+    const auto piece = tokens.subspan(i, std::min(kPiece, tokens.size() - i));
     make_room(sizeof(TokenWrite) + piece.size_bytes());
-    staged_.write_tokens(row, static_cast<int32_t>(start), piece);
+    staged_.write_tokens(row, start + static_cast<int32_t>(i), piece);
   }
 }
 
@@ -311,6 +334,62 @@ void RowTable::stage_stop_ids(int32_t offset, std::span<const int32_t> ids) {
     make_room(sizeof(StopWrite) + piece.size_bytes());
     staged_.write_stop_ids(offset + static_cast<int32_t>(i), piece);
   }
+}
+
+void RowTable::check_tokens(const BatchItem& item, const HostRow& row) const {
+  const char* where = "execute";
+  const int32_t left = row.prefill_target - row.num_launched;
+  int32_t needed = row.num_launched + item.num_tokens;  // tokens that the cache must hold
+  if (left > 0) {
+    check(item.num_tokens >= 1 && item.num_tokens <= left, where, "row ", item.row, " takes 1 to ",
+          left, " prefill tokens, not ", item.num_tokens);
+  } else {
+    check(item.num_tokens >= 1 && item.num_tokens <= 1 + row.num_speculative_tokens, where, "row ",
+          item.row, " decodes ",
+          row.num_speculative_tokens > 0
+              ? concat("1 to ", 1 + row.num_speculative_tokens, " tokens")
+              : std::string("1 token"),
+          " a step, not ", item.num_tokens);
+    check(row.num_certain < row.max_total_len - 1, where, "row ", item.row,
+          " has reached its length of ", row.max_total_len, " tokens");
+    // The device proposes no drafts past the length, and the last token is never computed.
+    needed = std::min(needed, row.max_total_len - 1);
+  }
+  for (const std::vector<int32_t>& held : row.blocks) {
+    const auto blocks = static_cast<int32_t>(held.size());
+    check(needed <= blocks * config_.block_size, where, "row ", item.row, " needs ",
+          (needed + config_.block_size - 1) / config_.block_size, " blocks for this step, has ",
+          blocks);
+  }
+}
+
+int32_t RowTable::num_samples(const BatchItem& item, const HostRow& row) {
+  if (row.num_launched >= row.prefill_target) return item.num_tokens;
+  return row.num_launched + item.num_tokens >= row.prefill_target ? 1 : 0;
+}
+
+void RowTable::launch(const BatchItem& item, uint64_t step) {
+  HostRow& row = rows_[item.row];
+  const int32_t certain = row.num_launched >= row.prefill_target ? 1 : item.num_tokens;
+  row.num_launched += item.num_tokens;
+  row.num_certain += certain;
+  row.sum_launched += item.num_tokens;
+  row.sum_certain += certain;
+  row.last_step = step;
+}
+
+RowTable::Mark RowTable::mark(int32_t row) const {
+  const HostRow& host = rows_[row];
+  return {row, host.generation, host.sum_launched, host.sum_certain};
+}
+
+void RowTable::retire(const Mark& mark, int32_t num_computed) {
+  HostRow& row = rows_[mark.row];
+  if (!row.active || row.generation != mark.generation) return;
+  const auto most = static_cast<int32_t>(row.sum_launched - mark.sum_launched);
+  const auto least = static_cast<int32_t>(row.sum_certain - mark.sum_certain);
+  row.num_launched = std::min(row.num_launched, num_computed + most);
+  row.num_certain = std::max(row.num_certain, num_computed + least);
 }
 
 void RowTable::write(ControlHeader* record, uint64_t step, std::span<const BatchEntry> entries,

@@ -19,8 +19,14 @@ struct HostRow {
   bool active = false;
   int32_t generation = 0;
   int32_t prefill_target = 0;
-  int32_t num_launched = 0;  // upper bound of num_computed after the steps launched so far
+  // Bounds of num_computed after the steps launched so far. They differ for rows with drafts, by
+  // what steps may still compute whose results have not been read.
+  int32_t num_launched = 0;  // at most
+  int32_t num_certain = 0;   // at least, if the row has not stopped
+  // The same counts without what results have taken back, for retire().
+  uint64_t sum_launched = 0, sum_certain = 0;
   int32_t max_total_len = 0;
+  int32_t num_speculative_tokens = 0;
   std::vector<std::vector<int32_t>> blocks = {};  // by KV group; 0 where dropped
   int32_t stop_offset = 0, stop_count = 0;
   uint64_t last_step = 0;
@@ -55,6 +61,23 @@ class RowTable {
   uint64_t last_step(RowHandle row) const;
   int32_t free_rows() const { return static_cast<int32_t>(free_rows_.size()); }
 
+  // A step takes the row along. check_tokens() comes before.
+  void launch(const BatchItem& item, uint64_t step);
+  // Throws kInvalidArgument unless the row can compute that many tokens in a step, by what is
+  // known.
+  void check_tokens(const BatchItem& item, const HostRow& row) const;
+  // Logits rows that the item asks for.
+  static int32_t num_samples(const BatchItem& item, const HostRow& row);
+
+  // A step's place among the row's, to tell how far behind its result is.
+  struct Mark {
+    int32_t row = -1, generation = 0;
+    uint64_t sum_launched = 0, sum_certain = 0;
+  };
+  Mark mark(int32_t row) const;
+  // A result has said how many tokens the row had computed at the mark: tightens the bounds.
+  void retire(const Mark& mark, int32_t num_computed);
+
   // Writes the staged changes and a batch as a record, and forgets the changes.
   void write(ControlHeader* record, uint64_t step, std::span<const BatchEntry> entries,
              const StepSizes& padded);
@@ -70,7 +93,7 @@ class RowTable {
   void add_blocks(int32_t row, int32_t group, std::span<const int32_t> block_ids);
   // Sends what is staged if `bytes` more would not fit.
   void make_room(size_t bytes);
-  void stage_tokens(int32_t row, std::span<const int32_t> tokens);
+  void stage_tokens(int32_t row, int32_t start, std::span<const int32_t> tokens);
   void stage_blocks(int32_t row, int32_t group, int32_t start, std::span<const int32_t> blocks);
   void stage_stop_ids(int32_t offset, std::span<const int32_t> ids);
   int32_t allocate_stop_ids(int32_t count);

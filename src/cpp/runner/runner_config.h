@@ -1,6 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -26,6 +27,13 @@ struct RunnerConfig {
   std::vector<CaptureSize> capture_sizes;
   std::vector<int32_t> piecewise_sizes;  // tokens
   AttentionBackend attention_backend = AttentionBackend::kNative;
+  // Drafts that a decode row may have in a step, by prompt lookup (state/propose.h); 0 = none.
+  int32_t num_speculative_tokens = 0;
+  NgramRange ngram{1, 3};
+  // For testing: rows may carry tokens that take the place of those drawn.
+  bool force_tokens = false;
+  // Keep what hidden_states() reads.
+  bool keep_hidden_states = false;
   bool batch_invariant = false;  // see StepContext
   bool sync_launches = false;    // see StepContext
 };
@@ -40,7 +48,10 @@ struct RowSpec {
   uint64_t seed = 0;
   int32_t max_tokens = 1;  // outputs counted from prompt_len
   int32_t min_tokens = 0;
-  std::vector<int32_t> stop_ids;  // EOS and stop tokens
+  // Drafts of a step at most; -1 = the runner's num_speculative_tokens, which is also the most.
+  int32_t num_speculative_tokens = -1;
+  std::vector<int32_t> forced_token_ids;  // outputs, counted from prompt_len, whatever is drawn
+  std::vector<int32_t> stop_ids;          // EOS and stop tokens
   // First blocks of each KV group; more by append_blocks. Leading ones whose positions no token
   // sees any more may be 0.
   std::vector<std::vector<int32_t>> block_ids;
@@ -54,9 +65,23 @@ struct RowHandle {
   int32_t generation = kAnyGeneration;
 };
 
+// What a step is to compute of a row: of a prefill, that many tokens; of a decode row 1, or 1 + the
+// drafts that may be proposed.
+struct BatchItem {
+  int32_t row;
+  int32_t num_tokens;
+  int32_t generation = kAnyGeneration;
+};
+
 // Block ids that a row can hold.
 inline int32_t max_blocks_per_row(const RunnerConfig& config) {
   return (config.max_model_len + config.block_size - 1) / config.block_size;
+}
+
+// Logits rows of the largest step.
+inline int32_t max_logits_rows(const RunnerConfig& config) {
+  const int64_t rows = int64_t{config.max_num_seqs} * (1 + config.num_speculative_tokens);
+  return static_cast<int32_t>(std::min<int64_t>(rows, config.max_num_batched_tokens));
 }
 
 }  // namespace mrv1

@@ -33,6 +33,7 @@ void Step::run_front(const StepContext& ctx) const {
   const Kernels& kernels = device_.kernels();
   kernels.apply(ctx);
   if (ctx.sizes.num_requests == 0) return;
+  if (ctx.sizes.speculates) kernels.propose(ctx);
   kernels.infer_params(ctx);
   if (view_) kernels.infer_param_view(view_inputs_, *view_, ctx);
   executable_.plan_attention(ctx);
@@ -47,9 +48,8 @@ void Step::run_back(const StepContext& ctx) const {
   kernels.advance(ctx);
 }
 
-void Step::capture_full(size_t index, const CaptureSize& size) {
+void Step::capture_full(size_t index, const StepSizes& sizes) {
   if (full_.size() <= index) full_.resize(index + 1);
-  const StepSizes sizes{size.requests, size.tokens(), size.requests};
   full_[index] = device_.capture([this, sizes] {
     const StepContext ctx = context_for(sizes, /*eager_attention=*/false);
     run_front(ctx);

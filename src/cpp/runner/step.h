@@ -37,7 +37,7 @@ class Step {
 
   // Records the graphs of size `index` of the ladder. An eager run at that size must have come
   // before: libraries choose their kernels, and the driver loads code, on first use.
-  void capture_full(size_t index, const CaptureSize& size);
+  void capture_full(size_t index, const StepSizes& sizes);
   void capture_pieces(size_t index, int32_t tokens);
   void drop_graphs();
 

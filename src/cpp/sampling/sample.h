@@ -6,8 +6,10 @@
 namespace mrv1 {
 
 // Draws one token for every logits row whose batch position is live, and writes it to
-// infer.sampled; padding, masked rows and rows without a logits row get kNoToken, rows whose logits
-// hold nothing to draw (NaN, or all -inf) kErrorToken. Parameters come from the row's SamplingRow.
+// infer.sampled; padding and masked rows get kNoToken, rows whose logits hold nothing to draw (NaN,
+// or all -inf) kErrorToken. Parameters come from the row's SamplingRow. The token of place j, for a
+// row with drafts, is drawn as the row would draw it once j tokens longer: at that position, with
+// the processors that then apply.
 // The draw depends on the row's logits, parameters, seed and the position of the new token only:
 // never on the batch, on padding or on the place in the batch. See sampling/processors.h for the
 // order of processors and the exact rules.

@@ -359,19 +359,21 @@ void sample_cpu(const SampleParams& params, const StepContext& ctx) {
   check_internal(ctx.workspace_bytes >= static_cast<size_t>(needed), "sample", "workspace has ",
                  ctx.workspace_bytes, " bytes, expected at least ", needed);
   const InferParams& infer = ctx.infer;
-  std::fill(infer.sampled, infer.sampled + ctx.sizes.num_requests, kNoToken);
   const SampleLoops& loops = sample_loops(current_cpu_isa());
   ctx.pool->parallel_for(ctx.sizes.num_logits, 1, [&](int64_t begin, int64_t end, int thread) {
     const RowScratch scratch = carve(ctx.workspace, params.vocab_size, thread);
     for (int64_t i = begin; i < end; ++i) {
       const int32_t batch = infer.logits_batch[i];
+      infer.sampled[i] = kNoToken;
       if (batch < 0 || infer.row[batch] < 0) {
         continue;
       }
-      const int32_t row = infer.row[batch];
+      const int32_t index = infer.row[batch];
+      Row row = ctx.rows.rows[index];
+      row.total_len += infer.logits_place[i];
       RowSampler sampler(params.logits + i * params.vocab_size, params.vocab_size,
                          ctx.rows.stop_ids, scratch, loops);
-      infer.sampled[batch] = sample_row(sampler, ctx.rows.rows[row], ctx.rows.sampling[row]);
+      infer.sampled[i] = sample_row(sampler, row, ctx.rows.sampling[index]);
     }
   });
 }

@@ -31,7 +31,8 @@ struct NewRow {
 };
 static_assert(sizeof(NewRow) % 16 == 0);
 
-// Copies payload[payload_start, +count) to tokens[row, start...].
+// Copies payload[payload_start, +count) to tokens[row, start...]. Rows from num_rows on are those
+// of forced_tokens.
 struct TokenWrite {
   int32_t row, start, count, payload_start;
 };
@@ -51,10 +52,12 @@ struct FreeRow {
   int32_t row, generation;
 };
 
-// A row scheduled in this step. `num_tokens` is exact for prefill and extend rows and 1 for decode
-// rows; a row that is finished or has another generation is masked.
+// A row scheduled in this step, with the most tokens that it may compute: exact for prefill and
+// extend rows; for decode rows 1, or 1 + the most drafts that may be proposed. A row that is
+// finished or has another generation is masked.
 struct BatchEntry {
-  int32_t row, generation, num_tokens, samples;  // samples: 1 if a token is drawn for the row
+  // samples: 1 if a token is drawn for a prefill or extend row, num_tokens for a decode row.
+  int32_t row, generation, num_tokens, samples;
 };
 
 template <typename T>

@@ -21,6 +21,8 @@ struct InferCounts {
 // What the program and the sampler read about a batch: device addresses, written in place every
 // step by infer_params(). B = padded requests, T = padded tokens, L = padded logits rows.
 // Batch order: decode rows (finished ones among them), then extend, then prefill; stable inside.
+// A decode row has its last token and its drafts, as many as were proposed; the places that the
+// host kept for more of them are padding, which all stands at the end.
 // Padding: row -1, seq_len 0, slots -1, token id 0, position 0, query_start_loc stays at
 // num_tokens. A masked row keeps its place in the batch and looks like padding otherwise.
 struct InferParams {
@@ -34,8 +36,10 @@ struct InferParams {
   int32_t* slot_mapping;     // [num_groups, max_tokens] block * block_size + offset, -1 = no write
   int32_t* logits_indices;   // [L] logits row -> token; 0 for padding
   int32_t* logits_batch;     // [L] logits row -> batch position, -1 for padding and masked rows
+  int32_t* logits_place;     // [L] logits row -> which of its batch position's, from 0; 0 if none
+  int32_t* logits_start;     // [B] batch position -> its first logits row, -1 for none
   int32_t* entry_batch;      // [B] host's entry -> batch position
-  int32_t* sampled;          // [B] token drawn for the batch position, -1 for none; by sample()
+  int32_t* sampled;          // [L] token drawn from the logits row, -1 for none; by sample()
   // [3, R] new prefill tokens, tokens in the cache, tokens of this step by table row, zero for rows
   // outside the batch: the inputs of infer_param_view. Null unless the runner was asked for it.
   int32_t* row_lengths;
@@ -51,6 +55,15 @@ MRV1_HD int32_t batch_class(const Row& row) {
 MRV1_HD bool is_masked(const BatchEntry& entry, const Row& row) {
   return row.generation != entry.generation || row.phase == RowPhase::kFinished ||
          row.phase == RowPhase::kFree;
+}
+
+// Tokens of an entry that the step computes, and logits rows that it has. A masked row has no
+// drafts.
+MRV1_HD int32_t live_tokens(const BatchEntry& entry, int32_t num_drafts) {
+  return entry.samples > 1 ? 1 + num_drafts : entry.num_tokens;
+}
+MRV1_HD int32_t live_samples(const BatchEntry& entry, int32_t num_drafts) {
+  return entry.samples > 1 ? 1 + num_drafts : entry.samples;
 }
 
 // slot = block_table[row][position / block_size] * block_size + position % block_size.

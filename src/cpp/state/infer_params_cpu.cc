@@ -21,8 +21,6 @@ void infer_params_cpu(const StepContext& ctx) {
   for (int32_t i = 0; i < record.num_entries; ++i) {
     const int32_t batch = next[batch_class(state.rows[entries[i].row])]++;
     out.entry_batch[i] = batch;
-    // Query length now, prefix sum below.
-    out.query_start_loc[batch + 1] = entries[i].num_tokens;
     out.row[batch] = i;  // the entry for now
   }
 
@@ -37,15 +35,17 @@ void infer_params_cpu(const StepContext& ctx) {
     const Row& row = state.rows[entry.row];
     const bool masked = is_masked(entry, row);
     const int32_t context = masked ? 0 : row.num_computed;
+    const int32_t num_tokens = live_tokens(entry, masked ? 0 : row.num_drafts);
+    const int32_t num_samples = live_samples(entry, masked ? 0 : row.num_drafts);
     out.row[batch] = masked ? -1 : entry.row;
-    out.seq_lens[batch] = masked ? 0 : context + entry.num_tokens;
+    out.seq_lens[batch] = masked ? 0 : context + num_tokens;
     if (out.row_lengths != nullptr && !masked) {
-      out.row_lengths[entry.row] = batch_class(row) == 0 ? 0 : entry.num_tokens;
+      out.row_lengths[entry.row] = batch_class(row) == 0 ? 0 : num_tokens;
       out.row_lengths[state.num_rows + entry.row] = context;
-      out.row_lengths[2 * state.num_rows + entry.row] = entry.num_tokens;
+      out.row_lengths[2 * state.num_rows + entry.row] = num_tokens;
     }
     const int32_t* history = state.tokens + int64_t{entry.row} * state.max_model_len;
-    for (int32_t i = 0; i < entry.num_tokens; ++i, ++token) {
+    for (int32_t i = 0; i < num_tokens; ++i, ++token) {
       const int32_t position = context + i;
       out.token_batch[token] = masked ? -1 : batch;
       out.token_ids[token] = masked ? 0 : history[position];
@@ -56,10 +56,11 @@ void infer_params_cpu(const StepContext& ctx) {
       }
     }
     out.query_start_loc[batch + 1] = token;
-    if (entry.samples != 0) {
-      out.logits_indices[logits] = token - 1;
+    out.logits_start[batch] = num_samples > 0 ? logits : -1;
+    for (int32_t place = 0; place < num_samples; ++place, ++logits) {
+      out.logits_indices[logits] = token - num_samples + place;
       out.logits_batch[logits] = masked ? -1 : batch;
-      ++logits;
+      out.logits_place[logits] = place;
     }
   }
   *out.counts = {record.num_entries, token, logits, class_count[0], class_count[1], class_count[2]};
@@ -67,6 +68,7 @@ void infer_params_cpu(const StepContext& ctx) {
   for (int32_t batch = record.num_entries; batch < ctx.sizes.num_requests; ++batch) {
     out.row[batch] = -1;
     out.seq_lens[batch] = 0;
+    out.logits_start[batch] = -1;
     out.query_start_loc[batch + 1] = token;
   }
   for (int32_t i = token; i < ctx.sizes.num_tokens; ++i) {
@@ -80,6 +82,7 @@ void infer_params_cpu(const StepContext& ctx) {
   for (int32_t i = logits; i < ctx.sizes.num_logits; ++i) {
     out.logits_indices[i] = 0;
     out.logits_batch[i] = -1;
+    out.logits_place[i] = 0;
   }
 }
 

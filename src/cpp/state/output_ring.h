@@ -13,16 +13,16 @@ namespace mrv1 {
 // What a step tells the host about one entry of its batch: 32 bytes, in the host's entry order.
 struct OutputEntry {
   int32_t row, generation;
-  int32_t token;  // -1: no token (unfinished chunk, or masked row)
+  int32_t num_tokens;  // new tokens; 0: none (unfinished chunk, or masked row)
   FinishReason finish_reason;
   int32_t num_computed, total_len;
-  int32_t masked;  // 1 if the row was finished or freed before the step
-  int32_t reserved;
+  int16_t num_drafts, num_accepted;  // tokens proposed, and how many of the new tokens they are
+  int32_t masked;                    // 1 if the row was finished or freed before the step
 };
 static_assert(sizeof(OutputEntry) == 32);
 
-// Header of a slot in the output ring; entries follow at kOutputHeaderBytes. The device writes
-// `sequence` last, so a host that sees step + 1 there sees the entries too.
+// Header of a slot in the output ring; entries follow at kOutputHeaderBytes, then their tokens. The
+// device writes `sequence` last, so a host that sees step + 1 there sees the entries too.
 struct OutputHeader {
   std::atomic<uint64_t> sequence;
   uint64_t step;
@@ -37,44 +37,77 @@ MRV1_HD OutputEntry* output_entries(OutputHeader* slot) {
   return reinterpret_cast<OutputEntry*>(reinterpret_cast<char*>(slot) + kOutputHeaderBytes);
 }
 
-// The end of a step for one row: num_computed += query_len; a sampled token joins the history and
-// the stop decision is made. An unfinished prefill chunk yields no token.
-MRV1_HD OutputEntry advance_row(const RowState& state, const BatchEntry& entry, int32_t query_len,
-                                int32_t sampled) {
+// New tokens of each entry: [max_requests, 1 + max_drafts].
+MRV1_HD int32_t* output_tokens(OutputHeader* slot, int32_t max_requests) {
+  return reinterpret_cast<int32_t*>(output_entries(slot) + max_requests);
+}
+
+// The token that takes the place of the one drawn for a position.
+MRV1_HD int32_t forced_token(const RowState& state, int32_t row, const SamplingRow& sampling,
+                             int32_t position, int32_t drawn) {
+  if (position >= sampling.forced_end || drawn < 0) return drawn;
+  return state.forced_tokens[int64_t{row} * state.max_model_len + position];
+}
+
+// The end of a step for one row. An unfinished prefill chunk yields no token. Of the tokens drawn,
+// one for each place of a decode row, the row takes those up to the first that is not the draft of
+// the next place: every one of them was drawn from the target's distribution given the tokens
+// before it, so the row gets what it would have got a token a step. It takes none after a stop or
+// its length. num_computed grows by the places whose token is the row's: what was computed for a
+// rejected draft is written over later.
+//
+// A draft is a fixed token, so it is accepted with the probability that the target gives it, and
+// that is the most that any rule can which keeps the distribution: rejection sampling (Leviathan,
+// Kalman, Matias: "Fast inference from transformers via speculative decoding", 2023) accepts with
+// sum min(p, q), which is p(draft) where q is all on the draft.
+//
+// `drawn` is the first logits row of the entry, null if it has none; `tokens` takes the new tokens.
+MRV1_HD OutputEntry advance_row(const RowState& state, const BatchEntry& entry,
+                                const int32_t* drawn, int32_t* tokens) {
   // A copy: the stores to the history below then make no compiler read the row again.
   Row row = state.rows[entry.row];
-  const int32_t stop_offset = state.sampling[entry.row].stop_offset;
-  const int32_t stop_count = state.sampling[entry.row].stop_count;
+  const SamplingRow& sampling = state.sampling[entry.row];
+  const int32_t stop_offset = sampling.stop_offset;
+  const int32_t stop_count = sampling.stop_count;
+  OutputEntry out{};
+  out.row = entry.row;
+  out.generation = entry.generation;
   if (is_masked(entry, row)) {
-    return OutputEntry{entry.row, entry.generation, kNoToken, FinishReason::kNone, 0, 0, 1, 0};
+    out.masked = 1;
+    return out;
   }
-  OutputEntry out{entry.row, entry.generation, kNoToken, FinishReason::kNone, 0, 0, 0, 0};
-  row.num_computed += query_len;
+  const int32_t num_drafts = entry.samples > 1 ? row.num_drafts : 0;
+  out.num_drafts = static_cast<int16_t>(num_drafts);
+  // Decode rows count the places that they keep.
+  const bool is_decode = row.phase == RowPhase::kDecode;
+  row.num_computed += is_decode ? 1 : entry.num_tokens;
   if (row.num_computed < row.total_len) {
     row.phase = RowPhase::kExtend;
   } else {
     row.phase = RowPhase::kDecode;
-    if (sampled == kErrorToken) {
-      row.finish_reason = FinishReason::kError;
-    } else if (sampled >= 0) {
-      state.tokens[int64_t{entry.row} * state.max_model_len + row.total_len] = sampled;
+    int32_t* history = state.tokens + int64_t{entry.row} * state.max_model_len;
+    for (int32_t place = 0; drawn != nullptr; ++place) {
+      const int32_t token = forced_token(state, entry.row, sampling, row.total_len, drawn[place]);
+      if (token == kErrorToken) row.finish_reason = FinishReason::kError;
+      if (token < 0) break;
+      const bool accepted = place < num_drafts && token == history[row.total_len];
+      history[row.total_len] = token;
       row.total_len += 1;
-      row.last_token = sampled;
+      row.last_token = token;
+      tokens[out.num_tokens++] = token;
+      out.num_accepted = static_cast<int16_t>(out.num_accepted + (accepted ? 1 : 0));
       if (row.total_len > row.min_total_len) {
         for (int32_t i = 0; i < stop_count; ++i) {
-          if (state.stop_ids[stop_offset + i] == sampled) {
-            row.finish_reason = FinishReason::kStop;
-          }
+          if (state.stop_ids[stop_offset + i] == token) row.finish_reason = FinishReason::kStop;
         }
       }
       if (row.finish_reason == FinishReason::kNone && row.total_len >= row.max_total_len) {
         row.finish_reason = FinishReason::kLength;
       }
-      out.token = sampled;
+      if (!accepted || row.finish_reason != FinishReason::kNone) break;
+      row.num_computed += 1;
     }
-    if (row.finish_reason != FinishReason::kNone) {
-      row.phase = RowPhase::kFinished;
-    }
+    if (row.finish_reason != FinishReason::kNone) row.phase = RowPhase::kFinished;
     out.finish_reason = row.finish_reason;
   }
   out.num_computed = row.num_computed;

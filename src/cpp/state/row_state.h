@@ -37,8 +37,9 @@ struct Row {
   int32_t min_total_len;   // below this length stop tokens are masked: prompt_len + min_tokens
   int32_t max_total_len;   // at this length the row stops: prompt_len + max_tokens, or less
   FinishReason finish_reason;
-  int32_t adapter;  // adapter id, -1 for none
-  int32_t reserved[5];
+  int32_t adapter;     // adapter id, -1 for none
+  int32_t num_drafts;  // tokens proposed for this step; they lie in the history from total_len on
+  int32_t reserved[4];
 };
 static_assert(sizeof(Row) == 64);
 
@@ -51,9 +52,19 @@ struct SamplingRow {
   uint64_t seed;        // of the counter RNG; the host draws one for requests without a seed
   int32_t stop_offset;  // into RowState::stop_ids
   int32_t stop_count;   // EOS ids (unless ignore_eos) and stop_token_ids
-  int32_t reserved[4];
+  int32_t num_speculative_tokens;  // drafts that a step may propose, 0 for none
+  int32_t forced_end;  // tokens at positions below it are those of RowState::forced_tokens
+  int32_t reserved[2];
 };
 static_assert(sizeof(SamplingRow) == 48);
+
+// Which earlier occurrences propose() looks for: of the last `max` tokens down to the last `min`.
+struct NgramRange {
+  int32_t min = 0, max = 0;
+};
+
+// Drafts that a step can propose for one row.
+constexpr int32_t kMaxSpeculativeTokens = 15;
 
 // Device addresses of all row state: fixed for the life of the runner. R = num_rows rows.
 struct RowState {
@@ -63,11 +74,14 @@ struct RowState {
   int32_t max_blocks;     // block ids a row can hold in one group
   int32_t max_model_len;  // tokens a row can hold
   int32_t vocab_size;
-  Row* rows;              // [R]
-  SamplingRow* sampling;  // [R]
-  int32_t* tokens;        // [R, max_model_len] history: prompt, then sampled tokens
-  int32_t* block_table;   // [num_groups, R, max_blocks]; entries past the row's blocks are 0
-  int32_t* stop_ids;      // pool that rows address by offset
+  Row* rows;               // [R]
+  SamplingRow* sampling;   // [R]
+  int32_t* tokens;         // [R, max_model_len] history: prompt, then sampled tokens, then drafts
+  int32_t* forced_tokens;  // [R, max_model_len] by position, behind `tokens`; null if never forced
+  int32_t* block_table;    // [num_groups, R, max_blocks]; entries past the row's blocks are 0
+  int32_t* stop_ids;       // pool that rows address by offset
+  int32_t max_drafts;      // largest num_speculative_tokens that a row may have, 0: none proposes
+  NgramRange ngram;
 };
 
 }  // namespace mrv1

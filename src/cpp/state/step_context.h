@@ -15,6 +15,7 @@ struct OutputHeader;  // state/output_ring.h
 // Sizes a step is launched for: the batch's own, or those of the bucket that it is padded to.
 struct StepSizes {
   int32_t num_requests = 0, num_tokens = 0, num_logits = 0;
+  bool speculates = false;  // decode rows may have drafts
 };
 
 // Where the records and outputs of steps lie, and which step this is: addresses that never change,
