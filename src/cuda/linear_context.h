@@ -17,9 +17,9 @@ namespace mrv1::cuda {
 
 // cuBLASLt's part of the workspace. NVIDIA recommends this much for Hopper.
 constexpr int64_t kCublasLtWorkspace = int64_t{32} << 20;
-// The rest holds products that a second kernel finishes: rows go through it piece by piece. The most
-// holds 8,192 rows of an 8B model's gate and up in one piece: four leave 3 % of the GPU idle at their
-// ends.
+// The rest holds products that a second kernel finishes: rows go through it piece by piece. The
+// most holds 8,192 rows of an 8B model's gate and up in one piece: four leave 3 % of the GPU idle
+// at their ends.
 constexpr int64_t kMinIntermediate = int64_t{32} << 20;
 constexpr int64_t kMaxIntermediate = int64_t{512} << 20;
 

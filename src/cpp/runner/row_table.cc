@@ -268,8 +268,8 @@ void RowTable::drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t 
   HostRow& host = checked(row, where);
   check_group(group, where);
   std::vector<int32_t>& held = host.blocks[group];
-  // Steps in flight have the table as their own record left it.
-  const int32_t lowest = lowest_seen(group, host.num_launched);
+  // Steps in flight have the table as their own record left it, and may reject what they draft.
+  const int32_t lowest = lowest_seen(group, host.num_certain);
   check(first >= 0 && count >= 0 && first <= static_cast<int32_t>(held.size()) - count, where,
         "blocks [", first, ", ", first + count, ") are outside the row's ", held.size());
   check(count == 0 || int64_t{first + count} * config_.block_size <= lowest, where, "blocks [",
