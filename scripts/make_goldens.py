@@ -22,14 +22,12 @@ Weights are drawn with NumPy's PCG64, so a second run gives the same model files
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import filecmp
 import json
 import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from golden_reference import SUBTLE, Reference
+from golden_specs import SPECS, ModelSpec
 
 Array = npt.NDArray[Any]
 Json = dict[str, Any]
@@ -72,253 +73,6 @@ CORPUS = (
     "Numbers such as 0, 1, 2, 3, 10, 64, 128 and 4096 are split into a few pieces.",
     "Na\u00efve caf\u00e9s serve cr\u00eapes; \u4f60\u597d, \u4e16\u754c; "
     "\u043f\u0440\u0438\u0432\u0435\u0442; \U0001f600.",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSpec:
-    """One model: its config.json as it is written, and how its weights are drawn and stored.
-
-    Attributes:
-        name: Directory and golden name.
-        seed: Seed of the weights; the prompts use seed + 1.
-        config: The content of config.json, in the spelling that the directory shall show.
-        eos: Content of generation_config.json's eos_token_id, one id or several.
-        dtype: Dtype of the stored weights.
-        max_shard_bytes: Largest safetensors file before the weights are split.
-        embed_std: Standard deviation of the token embedding.
-        special_tokens: Special tokens by id order; at the vocabulary's start or its end.
-        special_first: Whether the special tokens have the lowest ids.
-        bos: The token that the tokenizer puts in front of a text, if it does.
-    """
-
-    name: str
-    seed: int
-    config: Json
-    eos: int | list[int]
-    dtype: torch.dtype
-    max_shard_bytes: int
-    embed_std: float
-    special_tokens: tuple[str, ...]
-    special_first: bool = False
-    bos: str | None = None
-
-    @property
-    def eos_ids(self) -> list[int]:
-        """The end-of-sequence ids as a list."""
-        return [self.eos] if isinstance(self.eos, int) else self.eos
-
-    @property
-    def special_ids(self) -> range:
-        """Ids of the special tokens, in the order of `special_tokens`."""
-        first = 0 if self.special_first else self.config["vocab_size"] - len(self.special_tokens)
-        return range(first, first + len(self.special_tokens))
-
-
-QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-LLAMA2_SPECIAL = ("<unk>", "<s>", "</s>")
-LLAMA3_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
-
-SPECS = (
-    # Old spelling (rope_theta, rope_scaling, torch_dtype), num_heads * head_dim != hidden_size.
-    ModelSpec(
-        name="qwen3-tied",
-        seed=1005,
-        config={
-            "architectures": ["Qwen3ForCausalLM"],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": 381,
-            "eos_token_id": 383,
-            "head_dim": 64,
-            "hidden_act": "silu",
-            "hidden_size": 128,
-            "initializer_range": 0.02,
-            "intermediate_size": 176,
-            "max_position_embeddings": 512,
-            "max_window_layers": 2,
-            "model_type": "qwen3",
-            "num_attention_heads": 4,
-            "num_hidden_layers": 2,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-06,
-            "rope_scaling": None,
-            "rope_theta": 1000000,
-            "sliding_window": None,
-            "tie_word_embeddings": True,
-            "torch_dtype": "bfloat16",
-            "transformers_version": "4.51.0",
-            "use_cache": True,
-            "use_sliding_window": False,
-            "vocab_size": 384,
-        },
-        eos=[383, 381],
-        dtype=torch.bfloat16,
-        max_shard_bytes=1_000_000,
-        embed_std=0.12,
-        special_tokens=QWEN_SPECIAL,
-    ),
-    # New spelling (rope_parameters, dtype, layer_types), float32, two shards or more, 3:1 heads.
-    ModelSpec(
-        name="qwen3-untied",
-        seed=2001,
-        config={
-            "architectures": ["Qwen3ForCausalLM"],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": None,
-            "dtype": "float32",
-            "eos_token_id": 319,
-            "head_dim": 64,
-            "hidden_act": "silu",
-            "hidden_size": 80,
-            "initializer_range": 0.02,
-            "intermediate_size": 104,
-            "layer_types": ["full_attention", "full_attention"],
-            "max_position_embeddings": 512,
-            "max_window_layers": 2,
-            "model_type": "qwen3",
-            "num_attention_heads": 3,
-            "num_hidden_layers": 2,
-            "num_key_value_heads": 1,
-            "pad_token_id": None,
-            "rms_norm_eps": 1e-06,
-            "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
-            "sliding_window": None,
-            "tie_word_embeddings": False,
-            "transformers_version": transformers.__version__,
-            "use_cache": True,
-            "use_sliding_window": False,
-            "vocab_size": 320,
-        },
-        eos=[319, 317],
-        dtype=torch.float32,
-        max_shard_bytes=300_000,
-        embed_std=0.02,
-        special_tokens=QWEN_SPECIAL,
-    ),
-    # The oldest spelling: rope_theta, head_dim and the bias switches are left to their defaults.
-    ModelSpec(
-        name="llama2",
-        seed=3001,
-        config={
-            "architectures": ["LlamaForCausalLM"],
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "hidden_act": "silu",
-            "hidden_size": 128,
-            "initializer_range": 0.02,
-            "intermediate_size": 208,
-            "max_position_embeddings": 512,
-            "model_type": "llama",
-            "num_attention_heads": 2,
-            "num_hidden_layers": 2,
-            "num_key_value_heads": 2,
-            "pretraining_tp": 1,
-            "rms_norm_eps": 1e-05,
-            "rope_scaling": None,
-            "tie_word_embeddings": False,
-            "torch_dtype": "float16",
-            "transformers_version": "4.31.0",
-            "use_cache": True,
-            "vocab_size": 328,
-        },
-        eos=2,
-        dtype=torch.float16,
-        max_shard_bytes=1_000_000,
-        embed_std=0.02,
-        special_tokens=LLAMA2_SPECIAL,
-        special_first=True,
-        bos="<s>",
-    ),
-    # New spelling with llama3 scaling; 64 original positions put 164 tokens in all three bands.
-    ModelSpec(
-        name="llama3-tied",
-        seed=4001,
-        config={
-            "architectures": ["LlamaForCausalLM"],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": 380,
-            "dtype": "bfloat16",
-            "eos_token_id": [381, 382, 383],
-            "head_dim": 64,
-            "hidden_act": "silu",
-            "hidden_size": 128,
-            "initializer_range": 0.02,
-            "intermediate_size": 208,
-            "max_position_embeddings": 512,
-            "mlp_bias": False,
-            "model_type": "llama",
-            "num_attention_heads": 4,
-            "num_hidden_layers": 2,
-            "num_key_value_heads": 1,
-            "pad_token_id": None,
-            "pretraining_tp": 1,
-            "rms_norm_eps": 1e-05,
-            "rope_parameters": {
-                "factor": 8.0,
-                "high_freq_factor": 4.0,
-                "low_freq_factor": 1.0,
-                "original_max_position_embeddings": 64,
-                "rope_theta": 10000.0,
-                "rope_type": "llama3",
-            },
-            "tie_word_embeddings": True,
-            "transformers_version": transformers.__version__,
-            "use_cache": True,
-            "vocab_size": 384,
-        },
-        eos=[381, 382, 383],
-        dtype=torch.bfloat16,
-        max_shard_bytes=1_000_000,
-        embed_std=0.25,
-        special_tokens=LLAMA3_SPECIAL,
-        bos="<|begin_of_text|>",
-    ),
-    # Old spelling with llama3 scaling, untied, shards, no head_dim in the config.
-    ModelSpec(
-        name="llama3-untied",
-        seed=5001,
-        config={
-            "architectures": ["LlamaForCausalLM"],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": 380,
-            "eos_token_id": [381, 382, 383],
-            "hidden_act": "silu",
-            "hidden_size": 128,
-            "initializer_range": 0.02,
-            "intermediate_size": 160,
-            "max_position_embeddings": 512,
-            "mlp_bias": False,
-            "model_type": "llama",
-            "num_attention_heads": 2,
-            "num_hidden_layers": 2,
-            "num_key_value_heads": 1,
-            "pretraining_tp": 1,
-            "rms_norm_eps": 1e-05,
-            "rope_scaling": {
-                "factor": 8.0,
-                "high_freq_factor": 4.0,
-                "low_freq_factor": 1.0,
-                "original_max_position_embeddings": 64,
-                "rope_type": "llama3",
-            },
-            "rope_theta": 500000.0,
-            "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16",
-            "transformers_version": "4.43.0",
-            "use_cache": True,
-            "vocab_size": 384,
-        },
-        eos=[381, 382, 383],
-        dtype=torch.bfloat16,
-        max_shard_bytes=300_000,
-        embed_std=0.02,
-        special_tokens=LLAMA3_SPECIAL,
-        bos="<|begin_of_text|>",
-    ),
 )
 
 
@@ -373,16 +127,23 @@ def write_tokenizer(spec: ModelSpec, directory: Path) -> None:
 
 
 def draw_parameter(
-    rng: np.random.Generator, name: str, shape: tuple[int, ...], embed_std: float
+    rng: np.random.Generator,
+    name: str,
+    shape: tuple[int, ...],
+    embed_std: float,
+    norm_center: float,
 ) -> Array:
     """Draws one parameter in float32, so that every part of the model matters to the logits."""
     noise = rng.standard_normal(shape)
     if name.endswith("norm.weight"):
-        return np.asarray(1.0 + 0.25 * noise, np.float32)
+        return np.asarray(norm_center + 0.25 * noise, np.float32)
+    if name.endswith(".bias"):
+        return np.asarray(0.3 * noise, np.float32)
     if name.endswith("embed_tokens.weight"):
         return np.asarray(embed_std * noise, np.float32)
     # Attention averages its values over the context; the gains make up for that.
-    gains = {"q_proj": 1.5, "k_proj": 1.5, "v_proj": 1.5, "o_proj": 1.5, "lm_head": 3.0}
+    gains = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"), 1.5)
+    gains["lm_head"] = 3.0
     gain = gains.get(name.split(".")[-2], 1.25)
     return np.asarray(gain / math.sqrt(shape[1]) * noise, np.float32)
 
@@ -397,157 +158,24 @@ def write_model(spec: ModelSpec, directory: Path) -> None:
     }
     if spec.config["bos_token_id"] is not None:
         generation_config["bos_token_id"] = spec.config["bos_token_id"]
-    write_tokenizer(spec, directory)
+    if spec.own_tokenizer:
+        write_tokenizer(spec, directory)
     config = transformers.AutoConfig.from_pretrained(directory)
     auto_model: Any = transformers.AutoModelForCausalLM
     model = auto_model.from_config(config, dtype=spec.dtype)
     rng = np.random.Generator(np.random.PCG64(spec.seed))
+    # Gemma's norms multiply by 1 + weight.
+    norm_center = 0.0 if spec.config["model_type"].startswith("gemma") else 1.0
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            value = draw_parameter(rng, name, tuple(parameter.shape), spec.embed_std)
+            shape = tuple(parameter.shape)
+            value = draw_parameter(rng, name, shape, spec.embed_std, norm_center)
             parameter.copy_(torch.from_numpy(value))
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved, max_shard_size=spec.max_shard_bytes)
         for path in sorted(Path(saved).glob("*.safetensors*")):
             shutil.copyfile(path, directory / path.name)
     write_json(directory / "generation_config.json", generation_config)
-
-
-# The mistakes that `Reference` can make on purpose, to show that the goldens would catch them.
-VARIANTS = (
-    "rope_interleaved",
-    "rope_theta_wrong",
-    "rope_low_band_unscaled",
-    "rope_mid_band_unscaled",
-    "rope_mid_band_not_smoothed",
-    "rope_high_band_scaled",
-    "qk_norm_left_out",
-    "qk_norm_after_rope",
-    "kv_heads_interleaved",
-    "eps_wrong",
-    "position_off_by_one_after_prompt_start",
-)
-
-
-class Reference:
-    """A forward pass in float64 from the stored weights, independent of transformers' code."""
-
-    def __init__(self, config: transformers.PreTrainedConfig, weights: dict[str, Array]) -> None:
-        """Takes the parsed config and the weights by their names in the checkpoint."""
-        self.config: Any = config
-        self.weights = weights
-
-    def _inv_freq(self, variant: str | None) -> Array:
-        """Rotary frequencies, float64 of shape (head_dim / 2,)."""
-        rope = self.config.rope_parameters
-        head_dim = self.config.head_dim
-        theta = rope["rope_theta"]
-        if variant == "rope_theta_wrong":
-            theta = 10000.0 if theta != 10000.0 else 500000.0
-        inv_freq = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-        if rope["rope_type"] == "default":
-            return np.asarray(inv_freq)
-        factor, low, high = (rope[k] for k in ("factor", "low_freq_factor", "high_freq_factor"))
-        # Periods that fit into the original context, as a multiple.
-        cycles = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-        smooth = np.clip((cycles - low) / (high - low), 0.0, 1.0)
-        low_band, high_band = cycles < low, cycles > high
-        mid_band = ~low_band & ~high_band
-        if not (low_band.any() and mid_band.any() and high_band.any()):
-            raise AssertionError("a frequency band is empty")
-        if variant == "rope_low_band_unscaled":
-            smooth[low_band] = 1.0
-        elif variant == "rope_mid_band_unscaled":
-            smooth[mid_band] = 1.0
-        elif variant == "rope_mid_band_not_smoothed":
-            smooth[mid_band] = 0.0
-        elif variant == "rope_high_band_scaled":
-            smooth[high_band] = 0.0
-        return np.asarray((1.0 - smooth) * inv_freq / factor + smooth * inv_freq)
-
-    def _rope(self, x: Array, positions: Array, variant: str | None) -> Array:
-        """Rotates x of shape (num_tokens, num_heads, head_dim)."""
-        angle = positions[:, None, None] * self._inv_freq(variant)
-        cos, sin = np.cos(angle), np.sin(angle)
-        out = np.empty_like(x)
-        half = x.shape[-1] // 2
-        first, second = slice(None, half), slice(half, None)
-        if variant == "rope_interleaved":
-            first, second = slice(0, None, 2), slice(1, None, 2)
-        out[..., first] = x[..., first] * cos - x[..., second] * sin
-        out[..., second] = x[..., second] * cos + x[..., first] * sin
-        return out
-
-    def _norm(self, x: Array, name: str, variant: str | None) -> Array:
-        """RMS norm over the last axis."""
-        eps = self.config.rms_norm_eps
-        if variant == "eps_wrong":
-            eps = 1e-5 if eps == 1e-6 else 1e-6
-        scale = 1.0 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
-        return np.asarray(x * scale * self.weights[name])
-
-    def _attention(self, x: Array, prefix: str, variant: str | None) -> Array:
-        """Causal attention of one layer over x of shape (num_tokens, hidden_size)."""
-        num_tokens = x.shape[0]
-        num_heads, num_kv = self.config.num_attention_heads, self.config.num_key_value_heads
-        head_dim = self.config.head_dim
-        q, k, v = (
-            (x @ self.weights[f"{prefix}.{name}_proj.weight"].T).reshape(num_tokens, -1, head_dim)
-            for name in "qkv"
-        )
-        positions = np.arange(num_tokens)
-        if variant == "position_off_by_one_after_prompt_start":
-            positions[1:] += 1
-        qk_norm = f"{prefix}.q_norm.weight" in self.weights
-        if qk_norm and variant not in ("qk_norm_left_out", "qk_norm_after_rope"):
-            q = self._norm(q, f"{prefix}.q_norm.weight", variant)
-            k = self._norm(k, f"{prefix}.k_norm.weight", variant)
-        q, k = self._rope(q, positions, variant), self._rope(k, positions, variant)
-        if qk_norm and variant == "qk_norm_after_rope":
-            q = self._norm(q, f"{prefix}.q_norm.weight", variant)
-            k = self._norm(k, f"{prefix}.k_norm.weight", variant)
-        heads = np.arange(num_heads)
-        group = num_heads // num_kv
-        kv_heads = heads % num_kv if variant == "kv_heads_interleaved" else heads // group
-        scores = np.einsum("ihd,jhd->hij", q, k[:, kv_heads]) / math.sqrt(head_dim)
-        scores[:, np.triu(np.ones((num_tokens, num_tokens), bool), 1)] = -np.inf
-        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        probs = scores / scores.sum(axis=-1, keepdims=True)
-        out = np.einsum("hij,jhd->ihd", probs, v[:, kv_heads]).reshape(num_tokens, -1)
-        return np.asarray(out @ self.weights[f"{prefix}.o_proj.weight"].T)
-
-    def logits(self, token_ids: Array, variant: str | None = None) -> Array:
-        """Logits of every position, float64 of shape (num_tokens, vocab_size)."""
-        w = self.weights
-        x = w["model.embed_tokens.weight"][token_ids]
-        for i in range(self.config.num_hidden_layers):
-            layer = f"model.layers.{i}"
-            normed = self._norm(x, f"{layer}.input_layernorm.weight", variant)
-            x = x + self._attention(normed, f"{layer}.self_attn", variant)
-            normed = self._norm(x, f"{layer}.post_attention_layernorm.weight", variant)
-            gate = normed @ w[f"{layer}.mlp.gate_proj.weight"].T
-            up = normed @ w[f"{layer}.mlp.up_proj.weight"].T
-            x = x + (gate / (1.0 + np.exp(-gate)) * up) @ w[f"{layer}.mlp.down_proj.weight"].T
-        x = self._norm(x, "model.norm.weight", variant)
-        return np.asarray(x @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T)
-
-
-def applicable_variants(spec: ModelSpec) -> Iterator[str]:
-    """The mistakes that this model is able to show."""
-    config = spec.config
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    num_kv = config["num_key_value_heads"]
-    for variant in VARIANTS:
-        if "_band_" in variant and rope.get("rope_type") != "llama3":
-            continue
-        if variant.startswith("qk_norm") and config["model_type"] != "qwen3":
-            continue
-        if variant == "kv_heads_interleaved" and num_kv in (1, config["num_attention_heads"]):
-            continue
-        # Epsilon is invisible at 1e-4 unless the embedding is small.
-        if variant == "eps_wrong" and spec.embed_std > 0.1:
-            continue
-        yield variant
 
 
 def read_weights(directory: Path) -> dict[str, Array]:
@@ -624,17 +252,45 @@ def relative_error(actual: Array, expected: Array) -> float:
     return float((np.abs(actual - expected) / scale).max())
 
 
-def make_golden(spec: ModelSpec, model_dir: Path, golden_dir: Path) -> None:
-    """Computes, verifies and writes the golden of one model directory."""
+def load_model(model_dir: Path, *, always_long: bool) -> Any:
+    """The model in float32.
+
+    transformers chooses longrope's factors anew in each call, by the tokens so far. With
+    `always_long` the short ones are replaced, so that it computes what a long sequence would see.
+    """
+    config = transformers.AutoConfig.from_pretrained(model_dir)
+    if always_long:
+        config.rope_parameters["short_factor"] = config.rope_parameters["long_factor"]
     auto_model: Any = transformers.AutoModelForCausalLM
-    model = auto_model.from_pretrained(
-        model_dir, dtype=torch.float32, attn_implementation="eager"
+    return auto_model.from_pretrained(
+        model_dir, config=config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    reference = Reference(model.config, read_weights(model_dir))
+
+
+def check_long(model: Any, model_dir: Path, rng: np.random.Generator) -> None:
+    """Asserts that `model` computes what the model of the directory does with a long sequence."""
+    length = model.config.rope_parameters["original_max_position_embeddings"] + 8
+    ids = torch.from_numpy(rng.integers(0, 300, (1, length)))
+    logits = load_model(model_dir, always_long=False)(ids).logits
+    if not torch.equal(logits, model(ids).logits):
+        raise AssertionError("a long sequence does not take the long factors")
+
+
+def make_golden(spec: ModelSpec, model_dir: Path, golden_dir: Path, *, long: bool = False) -> None:
+    """Computes, verifies and writes the golden of one model directory."""
+    name = f"{spec.name}-long" if long else spec.name
+    model = load_model(model_dir, always_long=long)
+    max_model_len = None
+    if spec.long_golden and not long:
+        max_model_len = model.config.rope_parameters["original_max_position_embeddings"]
+    config = transformers.AutoConfig.from_pretrained(model_dir)
+    reference = Reference(config, read_weights(model_dir), long=long)
     rng = np.random.Generator(np.random.PCG64(spec.seed + 1))
+    if long:
+        check_long(model, model_dir, rng)
     arrays: dict[str, Array] = {"decode_steps": np.array(DECODE_STEPS, np.int32)}
     fp32_errors, chunked_errors, min_gaps, eos_at = [], [], [], []
-    sensitivity = dict.fromkeys(applicable_variants(spec), 0.0)
+    sensitivity = dict.fromkeys(reference.applicable_variants(), 0.0)
     for i, length in enumerate(PROMPT_LENGTHS):
         prompt = choose_prompt(spec, model, length, rng)
         tokens, gaps = greedy(model, torch.from_numpy(prompt[None]))
@@ -643,9 +299,9 @@ def make_golden(spec: ModelSpec, model_dir: Path, golden_dir: Path) -> None:
         logits = model(ids).logits[0].numpy()
         exact = reference.logits(full[:-1])
         steps = slice(length - 1, None)
-        for name, rows in (("float32", logits), ("float64", exact)):
+        for kind, rows in (("float32", logits), ("float64", exact)):
             if not np.array_equal(rows[steps].argmax(-1), tokens[0]):
-                raise AssertionError(f"{spec.name}: greedy tokens differ in whole {name} prefill")
+                raise AssertionError(f"{name}: greedy tokens differ in whole {kind} prefill")
         fp32_errors.append(relative_error(logits, exact))
 
         cache, chunks = None, []
@@ -671,16 +327,16 @@ def make_golden(spec: ModelSpec, model_dir: Path, golden_dir: Path) -> None:
         arrays[f"decode_logits_{i}"] = logits[steps][list(DECODE_STEPS)]
 
     if max(fp32_errors) > MAX_FP32_ERROR or max(chunked_errors) > MAX_FP32_ERROR:
-        raise AssertionError(f"{spec.name}: float32 is off: {fp32_errors}, {chunked_errors}")
+        raise AssertionError(f"{name}: float32 is off: {fp32_errors}, {chunked_errors}")
     if min(min_gaps) < MIN_GAP:
-        raise AssertionError(f"{spec.name}: a greedy choice is not clear: {min_gaps}")
+        raise AssertionError(f"{name}: a greedy choice is not clear: {min_gaps}")
     for variant, error in sensitivity.items():
-        # Epsilon moves the logits less than the others do; ten times the tolerance is enough.
-        if error < (MIN_SENSITIVITY / 10 if variant == "eps_wrong" else MIN_SENSITIVITY):
-            raise AssertionError(f"{spec.name}: {variant} moves the logits by {error} only")
+        # Ten times the tolerance is enough for the subtle ones.
+        if error < (MIN_SENSITIVITY / 10 if variant in SUBTLE else MIN_SENSITIVITY):
+            raise AssertionError(f"{name}: {variant} moves the logits by {error} only")
 
     # The array file has fixed time stamps, so equal arrays give equal bytes.
-    np.savez_compressed(golden_dir / f"{spec.name}.npz", **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(golden_dir / f"{name}.npz", **arrays)  # type: ignore[arg-type]
     largest_logit = max(np.abs(arrays[key]).max() for key in arrays if "logits" in key)
     metadata: Json = {
         "chunked_prefill_max_relative_difference": float(f"{max(chunked_errors):.2g}"),
@@ -688,6 +344,7 @@ def make_golden(spec: ModelSpec, model_dir: Path, golden_dir: Path) -> None:
         "first_eos_step": eos_at,
         "float32_max_relative_error_against_float64": float(f"{max(fp32_errors):.2g}"),
         "largest_logit": float(f"{largest_logit:.4g}"),
+        "max_model_len": max_model_len,
         "min_relative_top2_gap": [float(f"{gap:.3g}") for gap in min_gaps],
         "model": spec.name,
         "num_prompts": len(PROMPT_LENGTHS),
@@ -703,7 +360,7 @@ def make_golden(spec: ModelSpec, model_dir: Path, golden_dir: Path) -> None:
         },
         "weights_dtype": str(spec.dtype).removeprefix("torch."),
     }
-    write_json(golden_dir / f"{spec.name}.json", metadata)
+    write_json(golden_dir / f"{name}.json", metadata)
     print(json.dumps(metadata, indent=1), flush=True)
 
 
@@ -719,11 +376,27 @@ def make_all(root: Path, names: list[str]) -> None:
         shutil.rmtree(model_dir, ignore_errors=True)
         write_model(spec, model_dir)
         make_golden(spec, model_dir, golden_dir)
+        if spec.long_golden:
+            make_golden(spec, model_dir, golden_dir, long=True)
         model_bytes = sum(path.stat().st_size for path in model_dir.iterdir())
         golden_bytes = (golden_dir / f"{spec.name}.npz").stat().st_size
         print(f"  {spec.name}: model {model_bytes} bytes, golden {golden_bytes} bytes", flush=True)
         if model_bytes > MAX_MODEL_BYTES or golden_bytes > MAX_GOLDEN_BYTES:
             raise AssertionError(f"{spec.name} is too large to commit")
+
+
+def compare_arrays(golden: str, new: dict[str, Array], kept: dict[str, Array]) -> list[str]:
+    """What differs between the arrays of a golden, one line each."""
+    if sorted(new) != sorted(kept):
+        return [f"{golden}: other arrays"]
+    problems = []
+    for key, a in new.items():
+        b = kept[key]
+        close = a.dtype == np.float32 and a.shape == b.shape
+        same = np.allclose(a, b, rtol=1e-4, atol=1e-4) if close else np.array_equal(a, b)
+        if not same:
+            problems.append(f"{golden}: {key} differs")
+    return problems
 
 
 def check(made: Path, committed: Path, names: list[str]) -> list[str]:
@@ -738,22 +411,12 @@ def check(made: Path, committed: Path, names: list[str]) -> list[str]:
         files = sorted({path.name for root in (fresh, old) for path in root.glob("*")})
         _, different, missing = filecmp.cmpfiles(fresh, old, files, shallow=False)
         problems += [f"{name}/{file} differs or is missing" for file in different + missing]
+    for golden in sorted(path.name for path in (made / "goldens").glob("*.npz")):
         with (
-            np.load(made / "goldens" / f"{name}.npz") as new,
-            np.load(committed / "goldens" / f"{name}.npz") as kept,
+            np.load(made / "goldens" / golden) as new,
+            np.load(committed / "goldens" / golden) as kept,
         ):
-            if sorted(new.files) != sorted(kept.files):
-                problems.append(f"{name}.npz: other arrays")
-                continue
-            for key in new.files:
-                a, b = new[key], kept[key]
-                same = a.shape == b.shape and (
-                    np.allclose(a, b, rtol=1e-4, atol=1e-4)
-                    if a.dtype == np.float32
-                    else np.array_equal(a, b)
-                )
-                if not same:
-                    problems.append(f"{name}.npz: {key} differs")
+            problems += compare_arrays(golden, dict(new), dict(kept))
     return problems
 
 

@@ -22,6 +22,14 @@ GOLDEN_NAMES: tuple[str, ...] = (
     "llama2",
     "llama3-tied",
     "llama3-untied",
+    "qwen2",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "ernie4_5",
+    "phi3",
+    "phi4-mini",
+    "phi4-mini-long",
 )
 
 
@@ -33,8 +41,10 @@ class Golden:
     `first_eos_step` have one entry per prompt.
 
     Attributes:
-        name: Name of the model and of its golden.
+        name: Name of the golden.
         model_dir: The model directory.
+        tokenizer_dir: Where the tokenizer is; some models have none of their own.
+        max_model_len: Tokens that a sequence has at most, where the outputs depend on that.
         prompts: Token ids, without special tokens.
         positions: Prompt positions whose logits are kept, increasing; the last is the prompt's
             last position.
@@ -52,6 +62,8 @@ class Golden:
 
     name: str
     model_dir: Path
+    tokenizer_dir: Path
+    max_model_len: int | None
     prompts: list[list[int]]
     positions: list[list[int]]
     logits: list[npt.NDArray[np.float32]]
@@ -75,9 +87,13 @@ def load_golden(name: str) -> Golden:
     metadata = json.loads((DATA_DIR / "goldens" / f"{name}.json").read_text(encoding="utf-8"))
     with np.load(DATA_DIR / "goldens" / f"{name}.npz") as arrays:
         each = range(metadata["num_prompts"])
+        model_dir = DATA_DIR / "models" / metadata["model"]
+        has_tokenizer = (model_dir / "tokenizer.json").exists()
         return Golden(
             name=name,
-            model_dir=DATA_DIR / "models" / name,
+            model_dir=model_dir,
+            tokenizer_dir=model_dir if has_tokenizer else DATA_DIR / "models" / "qwen3-tied",
+            max_model_len=metadata["max_model_len"],
             prompts=[arrays[f"prompt_{i}"].tolist() for i in each],
             positions=[arrays[f"positions_{i}"].tolist() for i in each],
             logits=[arrays[f"logits_{i}"] for i in each],

@@ -61,9 +61,14 @@ class BlockPool:
     def __init__(self, runner: ModelRunner) -> None:
         self.total = runner.model.num_kv_blocks - 1
         self.free = list(range(self.total, 0, -1))
+        self.num_groups = len(runner.kv_windows)
 
     def take(self, count: int) -> list[int]:
         return [self.free.pop() for _ in range(count)]
+
+    def take_groups(self, count: int) -> list[list[int]]:
+        """`count` blocks for each KV group."""
+        return [self.take(count) for _ in range(self.num_groups)]
 
     def give_back(self, blocks: Sequence[int]) -> None:
         self.free.extend(blocks)
@@ -80,10 +85,11 @@ def run_to_end(
     prompt_len: int | None = None,
 ) -> list[RowOutput]:
     """Runs one request alone, a step at a time, and frees its row; outputs of drawn tokens."""
-    if blocks is None:
-        blocks = range(1, runner.model.num_kv_blocks)
     limit = num_blocks(runner.model.max_model_len, runner.model.block_size)
-    row = runner.add_row(token_ids, params, block_ids=list(blocks)[:limit], prompt_len=prompt_len)
+    pool = BlockPool(runner)
+    each = min(limit, pool.total // pool.num_groups)
+    taken = pool.take_groups(each) if blocks is None else list(blocks)[:limit]
+    row = runner.add_row(token_ids, params, block_ids=taken, prompt_len=prompt_len)
     outputs: list[RowOutput] = []
     left = len(token_ids)
     while not outputs or outputs[-1].finish_reason is None:

@@ -112,7 +112,9 @@ def tokens_together(
     """The tokens of each request, run side by side with up to `ahead` steps in flight."""
     pool = BlockPool(runner)
     rows = [
-        runner.add_row(prompt, params, block_ids=pool.take(num_blocks(len(prompt) + OUTPUTS)))
+        runner.add_row(
+            prompt, params, block_ids=pool.take_groups(num_blocks(len(prompt) + OUTPUTS))
+        )
         for prompt, params in requests
     ]
     tokens: list[list[int]] = [[] for _ in rows]

@@ -24,6 +24,7 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from golden_data import DATA_DIR
 from model_files import GENERATION, LLAMA, QWEN3, safetensors_bytes
 from mrv1.config import ModelConfig
 from mrv1.errors import ConfigError, RequestError, WeightError
@@ -35,6 +36,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+# The small ones, and one of each family with all of its fields.
+CONFIGS = (
+    LLAMA,
+    QWEN3,
+    *(
+        json.loads((DATA_DIR / "models" / name / "config.json").read_text("utf-8"))
+        for name in ("qwen2", "mistral", "gemma2", "gemma3", "ernie4_5", "phi4-mini")
+    ),
+)
 NUM_HEADERS = 2200
 NUM_INDICES = 400
 NUM_CONFIGS = 2200
@@ -275,6 +285,10 @@ def check_config(config: ModelConfig) -> None:
     assert config.num_attention_heads % config.num_key_value_heads == 0
     assert config.head_dim % 8 == 0
     assert 0 < config.rms_norm_eps <= 1
+    assert len(config.windows) in (0, config.num_hidden_layers)
+    assert all(0 <= window < config.max_position_embeddings for window in config.windows)
+    assert 0 < config.rope.attention_factor <= 1e3
+    assert 0 <= config.rope.rotary_dim <= config.head_dim and config.rope.rotary_dim % 2 == 0
     assert 1 <= config.rope.theta < math.inf
     assert config.rope.high_freq_factor > config.rope.low_freq_factor > 0
     assert all(0 <= token_id < config.vocab_size for token_id in config.eos_token_ids)
@@ -288,7 +302,7 @@ def test_configs(tmp_path: Path) -> None:
     accepted = refused = 0
     with bounded_memory():
         for _ in range(NUM_CONFIGS):
-            base = copy.deepcopy(rng.choice((LLAMA, QWEN3)))
+            base = copy.deepcopy(rng.choice(CONFIGS))
             generation: Any = copy.deepcopy(GENERATION)
             if rng.random() < 0.3:
                 generation = mutate_json(rng, generation)
@@ -445,9 +459,11 @@ def test_drawn_headers(tmp_path: Path, value: Any, raw: bytes, entry: Any) -> No
 
 
 @drawn
-@given(name=st.sampled_from(sorted({*LLAMA, *QWEN3})), value=json_values)
+@given(
+    name=st.sampled_from(sorted({key for config in CONFIGS for key in config})), value=json_values
+)
 def test_drawn_configs(tmp_path: Path, name: str, value: Any) -> None:
-    for base in (LLAMA, QWEN3):
+    for base in (config for config in CONFIGS if name in config):
         (tmp_path / "config.json").write_text(json.dumps({**base, name: value}))
         config = attempt(lambda: ModelConfig.from_dir(tmp_path), ConfigError)
         if config is not None:

@@ -204,7 +204,7 @@ def test_program_dtype_is_checked() -> None:
 
 
 def test_rope_frequencies_of_llama3_have_three_bands(models_dir: Path) -> None:
-    from mrv1.builder import rope_frequencies
+    from mrv1.rope import rope_frequencies
 
     config = ModelConfig.from_dir(models_dir / "llama3-tied")
     scaled = rope_frequencies(config.rope, config.head_dim)

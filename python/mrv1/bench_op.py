@@ -11,10 +11,10 @@ import numpy as np
 
 from mrv1 import _core
 from mrv1.bench import OpCost, Timing, attention_cost, linear_cost
-from mrv1.builder import rope_frequencies
 from mrv1.config import ModelConfig
 from mrv1.llm import peak_memory_mb
 from mrv1.loader import RunnerOptions
+from mrv1.rope import rope_frequencies
 
 Lengths = Literal["even", "log-uniform", "one-long"]
 LENGTHS: Final[tuple[Lengths, ...]] = ("even", "log-uniform", "one-long")

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from mrv1 import _core
-from mrv1.config import RopeConfig
+from mrv1.rope import RopeConfig, rope_frequencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,23 +38,14 @@ class Rope:
     index: int
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Angular frequency of each pair of dimensions, [head_dim / 2] float32.
-
-    frequency[i] = theta^(-2i / head_dim) (Su et al. 2021). "llama3" divides frequencies whose
-    wavelength exceeds original / low_freq_factor by `factor`, keeps those below
-    original / high_freq_factor, and interpolates linearly in original / wavelength between them
-    (the Llama 3.1 release).
-    """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies: np.ndarray = (1.0 / np.power(np.float32(rope.theta), exponents)).astype(np.float32)
-    if rope.type == "default":
-        return frequencies
-    turns = rope.original_max_position_embeddings * frequencies / (2.0 * math.pi)
-    span = rope.high_freq_factor - rope.low_freq_factor
-    kept = np.clip((turns - rope.low_freq_factor) / span, 0.0, 1.0)
-    scaled: np.ndarray = ((1.0 - kept) / rope.factor + kept) * frequencies
-    return scaled.astype(np.float32)
+def round_to(dtype: str, value: float) -> float:
+    """Rounds a number to "float32" or "bfloat16", to nearest and ties to even."""
+    wide = np.float32(value)
+    if dtype == "float32":
+        return float(wide)
+    bits = wide.view(np.uint32)
+    nearest = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return float((nearest & np.uint32(0xFFFF0000)).view(np.float32))
 
 
 class Builder:
@@ -71,6 +61,11 @@ class Builder:
     def __init__(self, dtype: str) -> None:
         self.program = _core.Program(dtype)
         self._prefix = ""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of activations."""
+        return self.program.dtype
 
     @contextlib.contextmanager
     def scope(self, prefix: str) -> Iterator[None]:
@@ -158,6 +153,10 @@ class Builder:
             )
         )
 
+    def add(self, a: Value, b: Value) -> Value:
+        """a + b, [tokens, n] each."""
+        return Value(self.program.add(a.index, b.index))
+
     def silu_mul(self, x: Value) -> Value:
         """silu(gate) * up of x = [gate | up]: [tokens, 2n] -> [tokens, n]."""
         return Value(self.program.silu_mul(x.index))
@@ -183,7 +182,11 @@ class Builder:
 
     def rope(self, config: RopeConfig, head_dim: int) -> Rope:
         """The table of rotary angles of a config: see `rope_table`."""
-        return self.rope_table(rope_frequencies(config, head_dim).tolist())
+        return self.rope_table(
+            rope_frequencies(config, head_dim).tolist(),
+            factor=config.attention_factor,
+            interleaved=config.interleaved,
+        )
 
     def attention(
         self,

@@ -8,26 +8,24 @@ code that allocates by these numbers can trust them.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, cast
 
 from mrv1._files import FileError, parse_json, read_file
-from mrv1.errors import MISSING, ConfigError, InvalidArgumentError, RequestError
+from mrv1.config_fields import Fields
+from mrv1.errors import ConfigError, InvalidArgumentError, RequestError
+from mrv1.rope import ROPE_TYPES, RopeConfig, RopeType, read_rope
 from mrv1.sampling_params import SamplingParams
 
-ModelType = Literal["llama", "qwen3"]
 DTypeName = Literal["float32", "float16", "bfloat16"]
-RopeType = Literal["default", "llama3"]
 
 CONFIG_NAME: Final = "config.json"
 GENERATION_CONFIG_NAME: Final = "generation_config.json"
 
-# Model type -> the architecture that is supported.
-ARCHITECTURES: Final[dict[str, str]] = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 DTYPES: Final = ("float32", "float16", "bfloat16")
-ROPE_TYPES: Final = ("default", "llama3")
+LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 
 MAX_FILE_BYTES: Final = 4 << 20
 MAX_JSON_VALUES: Final = 200_000
@@ -63,31 +61,6 @@ def model_root(directory: str | os.PathLike[str]) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding.
-
-    Attributes:
-        type: "default" (Su et al. 2021, "RoFormer") or "llama3" (the same with frequencies scaled
-            by wavelength, as published with Llama 3.1).
-        theta: Base of the frequencies.
-        factor: llama3: by how much low frequencies are slowed down; 1 otherwise.
-        low_freq_factor: llama3: wavelengths above original_max_position_embeddings divided by this
-            are slowed down in full; 1 otherwise.
-        high_freq_factor: llama3: wavelengths below original_max_position_embeddings divided by this
-            are kept, and those between are interpolated; above low_freq_factor. 4 otherwise.
-        original_max_position_embeddings: llama3: positions the model was trained with first; 0
-            otherwise.
-    """
-
-    type: RopeType
-    theta: float
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
 class DefaultSampling:
     """Sampling parameters that generation_config.json recommends; None where it is silent.
 
@@ -108,13 +81,13 @@ class DefaultSampling:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What a model directory says about its model.
+    """What a model directory says about its model. Families may derive classes with more fields.
 
     Attributes:
-        model_type: Family of the model, which chooses the wiring.
-        architecture: Class name of the model in Hugging Face transformers.
+        model_type: Family of the model, which chooses the wiring; filled in by it.
+        architecture: Class name of the model in Hugging Face transformers; filled in by the family.
         vocab_size: Number of token ids, rows of the embedding.
         hidden_size: Width of the residual stream.
         intermediate_size: Width of the MLP.
@@ -127,16 +100,19 @@ class ModelConfig:
         rope: Rotary position embedding.
         max_position_embeddings: Most tokens a sequence can have.
         tie_word_embeddings: Whether the output projection is the embedding.
-        attention_bias: Whether the attention projections have a bias.
-        mlp_bias: Whether the MLP projections have a bias.
+        windows: Positions that a token sees in each layer, itself included; 0 for all before it.
+            Empty if no layer has a window.
+        attention_bias: Whether the projections to queries, keys and values have a bias.
+        attention_output_bias: Whether the projection behind attention has one.
+        mlp_bias: Whether the MLP projections have one.
         dtype: Dtype the weights were made for, or None where the file does not say.
         eos_token_ids: Tokens that end a sequence, in the file's order, without repeats; may be
             empty.
         default_sampling: Recommended sampling parameters.
     """
 
-    model_type: ModelType
-    architecture: str
+    model_type: str = ""
+    architecture: str = ""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -148,11 +124,25 @@ class ModelConfig:
     rope: RopeConfig
     max_position_embeddings: int
     tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
-    dtype: DTypeName | None
-    eos_token_ids: tuple[int, ...]
-    default_sampling: DefaultSampling
+    windows: tuple[int, ...] = ()
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    dtype: DTypeName | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    default_sampling: DefaultSampling = DefaultSampling()
+
+    def window(self, layer: int) -> int:
+        """Positions that a token sees in a layer, itself included; 0 for all before it."""
+        return self.windows[layer] if self.windows else 0
+
+    def for_length(self, max_length: int) -> ModelConfig:
+        """Returns the config of a model whose sequences have at most so many tokens.
+
+        longrope has one set of frequencies for models whose sequences may exceed the length of the
+        first training, and one for those whose never do; all requests of a runner use the same.
+        """
+        return dataclasses.replace(self, rope=dataclasses.replace(self.rope, max_length=max_length))
 
     @classmethod
     def from_dir(cls, directory: str | os.PathLike[str]) -> ModelConfig:
@@ -178,140 +168,157 @@ class ModelConfig:
         Raises:
             ConfigError: They ask for something that is not supported.
         """
-        return _parse(_Fields(Path(CONFIG_NAME), config), None)
+        return _parse(Fields(Path(CONFIG_NAME), config), None)
 
 
-class _Fields:
-    """The fields of one JSON object, read with checks; null counts as missing.
-
-    Args:
-        path: File that errors name.
-        values: The object.
-        prefix: Where the object stands in the file, with a dot at its end, or "".
-    """
-
-    def __init__(self, path: Path, values: dict[str, object], prefix: str = "") -> None:
-        self.path = path
-        self.values = values
-        self.prefix = prefix
-
-    def error(self, name: str, allowed: str, value: object = None) -> ConfigError:
-        """Returns the error about a field; its own value unless one is given."""
-        if value is None:
-            value = self.values.get(name, MISSING)
-        return ConfigError(path=self.path, field=self.prefix + name, value=value, allowed=allowed)
-
-    def has(self, name: str) -> bool:
-        return self.values.get(name) is not None
-
-    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
-        value = self.values.get(name)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise self.error(name, f"an integer in [{low}, {high}]")
-        return value
-
-    def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
-        value = self.values.get(name)
-        if value is None and default is not None:
-            return default
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not math.isfinite(value)
-            or not low <= value <= high
-        ):
-            raise self.error(name, f"a number in [{low:g}, {high:g}]")
-        return float(value)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(name, "true or false")
-        return value
-
-    def object(self, name: str) -> _Fields | None:
-        value = self.values.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self.error(name, "an object or null")
-        return _Fields(self.path, cast("dict[str, object]", value), f"{self.prefix}{name}.")
-
-
-def _load(path: Path) -> _Fields:
+def _load(path: Path) -> Fields:
     try:
         value = parse_json(read_file(path, MAX_FILE_BYTES), MAX_JSON_VALUES)
     except FileError as problem:
         raise ConfigError(str(problem), path=path) from None
     if not isinstance(value, dict):
         raise ConfigError("does not hold a JSON object", path=path)
-    return _Fields(path, value)
+    return Fields(path, value)
 
 
-def _parse(config: _Fields, generation: _Fields | None) -> ModelConfig:
+def _parse(config: Fields, generation: Fields | None) -> ModelConfig:
+    # The families are written in terms of this module.
+    from mrv1.models import FAMILIES
+
     model_type = config.values.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise config.error("model_type", f"one of {', '.join(ARCHITECTURES)}")
-    architecture = ARCHITECTURES[model_type]
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise config.error("model_type", f"one of {', '.join(FAMILIES)}")
     architectures = config.values.get("architectures")
-    if not isinstance(architectures, list) or architectures != [architecture]:
-        raise config.error("architectures", f'["{architecture}"]')
-    num_layers = config.integer("num_hidden_layers", 1, MAX_LAYERS)
-    vocab_size = config.integer("vocab_size", 1, MAX_VOCAB_SIZE)
-    hidden_size = config.integer("hidden_size", 1, MAX_HIDDEN_SIZE)
-    num_heads = config.integer("num_attention_heads", 1, MAX_HEADS)
-    max_positions = config.integer("max_position_embeddings", 1, MAX_POSITIONS)
-    _refuse_unsupported(config, num_layers)
-    return ModelConfig(
-        model_type=cast("ModelType", model_type),
-        architecture=architecture,
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=config.integer("intermediate_size", 1, MAX_INTERMEDIATE_SIZE),
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=_num_key_value_heads(config, num_heads),
-        head_dim=_head_dim(config, model_type, hidden_size, num_heads),
-        rms_norm_eps=config.number("rms_norm_eps", 1e-12, 1.0),
-        rope=_rope(config, max_positions),
-        max_position_embeddings=max_positions,
-        tie_word_embeddings=config.boolean("tie_word_embeddings", False),
-        attention_bias=config.boolean("attention_bias", False),
-        mlp_bias=config.boolean("mlp_bias", False),
-        dtype=_dtype(config),
-        eos_token_ids=_eos_token_ids(config, generation, vocab_size),
+    if not isinstance(architectures, list) or architectures != [family.architecture]:
+        raise config.error("architectures", f'["{family.architecture}"]')
+    if config.has("quantization_config"):
+        raise config.error("quantization_config", "absent: quantised weights are not supported")
+    parsed = family.read(config)
+    return dataclasses.replace(
+        parsed,
+        model_type=family.model_type,
+        architecture=family.architecture,
+        dtype=_dtype(config) or parsed.dtype,
+        eos_token_ids=_eos_token_ids(config, generation, parsed),
         default_sampling=_default_sampling(generation),
     )
 
 
-def _refuse_unsupported(config: _Fields, num_layers: int) -> None:
-    """Refuses what would change the model's output, but is not computed here."""
-    if config.values.get("hidden_act", "silu") != "silu":
-        raise config.error("hidden_act", '"silu"')
-    if config.has("quantization_config"):
-        raise config.error("quantization_config", "absent: quantised weights are not supported")
-    if config.boolean("use_sliding_window", False):
-        raise config.error("use_sliding_window", "false: sliding windows are not supported")
-    layer_types = config.values.get("layer_types")
-    if layer_types is not None and layer_types != ["full_attention"] * num_layers:
-        raise config.error("layer_types", f'"full_attention" for each of {num_layers} layers')
+def read_config(
+    fields: Fields,
+    *,
+    head_dim: int | None = None,
+    tied: bool = False,
+    activation: tuple[str, str] = ("hidden_act", "silu"),
+    rope_types: tuple[RopeType, ...] = ROPE_TYPES,
+    rope_aliases: Mapping[str, RopeType] | None = None,
+    rope_theta: float = 10000.0,
+    partial_rotary: bool = False,
+) -> ModelConfig:
+    """Reads what the configs of all families have in common.
+
+    A family changes what is its own with `dataclasses.replace`, or puts the values into a class
+    derived from `ModelConfig`: `OwnConfig(**vars(read_config(fields)), own_field=...)`.
+
+    Args:
+        fields: The config.json, or the object in it that describes the text model.
+        head_dim: Width of a head where the file does not say; None shares hidden_size among heads.
+        tied: tie_word_embeddings where the file does not say.
+        activation: Field that names the activation of the MLP, and the one that is computed.
+        rope_types: Types of rotary embedding that the family can have.
+        rope_aliases: Other names of such types.
+        rope_theta: Base of the frequencies where the file does not say.
+        partial_rotary: Whether a part of a head may be rotated.
+
+    Raises:
+        ConfigError: A field is missing or holds what is not supported.
+    """
+    fields.expect(*activation)
+    num_layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
+    hidden_size = fields.integer("hidden_size", 1, MAX_HIDDEN_SIZE)
+    num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
+    max_positions = fields.integer("max_position_embeddings", 1, MAX_POSITIONS)
+    width = _head_dim(fields, head_dim, hidden_size, num_heads)
+    return ModelConfig(
+        vocab_size=fields.integer("vocab_size", 1, MAX_VOCAB_SIZE),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size", 1, MAX_INTERMEDIATE_SIZE),
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=_num_key_value_heads(fields, num_heads),
+        head_dim=width,
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-12, 1.0),
+        rope=read_rope(
+            fields,
+            width,
+            max_positions,
+            types=rope_types,
+            aliases=rope_aliases,
+            theta=rope_theta,
+            partial=partial_rotary,
+        ),
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", tied),
+        dtype=_dtype(fields),
+    )
 
 
-def _num_key_value_heads(config: _Fields, num_heads: int) -> int:
+def read_sliding_layers(
+    fields: Fields, count: int, default: Callable[[int], bool]
+) -> tuple[bool, ...]:
+    """Returns which of `count` layers have a window: by layer_types, else by `default`."""
+    layer_types = fields.values.get("layer_types")
+    if layer_types is None:
+        return tuple(default(layer) for layer in range(count))
+    if (
+        not isinstance(layer_types, list)
+        or len(layer_types) != count
+        or any(name not in LAYER_TYPES for name in layer_types)
+    ):
+        allowed = " or ".join(f'"{name}"' for name in LAYER_TYPES)
+        raise fields.error("layer_types", f"{allowed} for each of {count} layers")
+    return tuple(name == LAYER_TYPES[1] for name in layer_types)
+
+
+def read_windows(
+    fields: Fields, config: ModelConfig, sliding: Sequence[bool], window: int | None
+) -> tuple[int, ...]:
+    """Returns the window of each layer, 0 for those that see all positions; empty without any.
+
+    Args:
+        fields: What errors name.
+        config: For the sizes.
+        sliding: Which layers have a window.
+        window: Positions that a token sees in them, itself included. A window that no sequence can
+            exceed is none.
+    """
+    if window is None:
+        if any(sliding):
+            allowed = f'"full_attention" for each of {len(sliding)} layers without a sliding_window'
+            raise fields.error("layer_types", allowed)
+        return ()
+    width = window if window < config.max_position_embeddings else 0
+    windows = tuple(width if slides else 0 for slides in sliding)
+    return windows if any(windows) else ()
+
+
+def read_sliding_window(fields: Fields) -> int | None:
+    """Returns sliding_window, None where it is missing or null."""
+    if not fields.has("sliding_window"):
+        return None
+    return fields.integer("sliding_window", 1, MAX_POSITIONS)
+
+
+def _num_key_value_heads(config: Fields, num_heads: int) -> int:
     count = config.integer("num_key_value_heads", 1, num_heads, default=num_heads)
     if num_heads % count:
         raise config.error("num_key_value_heads", f"a divisor of num_attention_heads = {num_heads}")
     return count
 
 
-def _head_dim(config: _Fields, model_type: str, hidden_size: int, num_heads: int) -> int:
-    # Qwen3's head width is its own; for Llama it is what the heads share of the hidden size.
-    default = 128
-    if model_type == "llama" and not config.has("head_dim"):
+def _head_dim(config: Fields, default: int | None, hidden_size: int, num_heads: int) -> int:
+    if default is None and not config.has("head_dim"):
         if hidden_size % num_heads:
             allowed = f"a multiple of num_attention_heads = {num_heads} where there is no head_dim"
             raise config.error("hidden_size", allowed)
@@ -327,7 +334,7 @@ def _head_dim(config: _Fields, model_type: str, hidden_size: int, num_heads: int
     return head_dim
 
 
-def _dtype(config: _Fields) -> DTypeName | None:
+def _dtype(config: Fields) -> DTypeName | None:
     """Returns the dtype, under its name of today or of before transformers 4.56."""
     found: str | None = None
     for name in ("dtype", "torch_dtype"):
@@ -343,53 +350,11 @@ def _dtype(config: _Fields) -> DTypeName | None:
     return cast("DTypeName | None", found)
 
 
-def _rope(config: _Fields, max_positions: int) -> RopeConfig:
-    """Returns the rotary embedding, in the spelling of transformers 5 or the one before.
-
-    Today: {"rope_parameters": {"rope_type", "rope_theta", ...}}. Before: "rope_theta" beside
-    {"rope_scaling": {"rope_type" or "type", ...}}, with null for the default type.
-    """
-    scaling = config.object("rope_scaling")
-    parameters = config.object("rope_parameters")
-    if scaling is not None and parameters is not None:
-        raise config.error("rope_scaling", "absent where there are rope_parameters")
-    theta = config.number("rope_theta", 1.0, 1e12, default=10000.0)
-    rope = scaling or parameters
-    if rope is None:
-        return RopeConfig("default", theta)
-    name = "rope_type" if rope.has("rope_type") or not rope.has("type") else "type"
-    kind = rope.values.get(name)
-    if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        raise rope.error(name, f"one of {', '.join(ROPE_TYPES)}")
-    if rope.has("rope_theta"):
-        own_theta = rope.number("rope_theta", 1.0, 1e12)
-        if config.has("rope_theta") and own_theta != theta:
-            raise rope.error("rope_theta", f"the same as the outer rope_theta = {theta:g}")
-        theta = own_theta
-    for fields in (config, rope):
-        if fields.number("partial_rotary_factor", 0.0, 1.0, default=1.0) != 1.0:
-            raise fields.error("partial_rotary_factor", "1: partial rotation is not supported")
-    if kind == "default":
-        return RopeConfig("default", theta)
-    low = rope.number("low_freq_factor", 1e-3, 1e6)
-    high = rope.number("high_freq_factor", 1e-3, 1e6)
-    if high <= low:
-        raise rope.error("high_freq_factor", f"above low_freq_factor = {low:g}")
-    return RopeConfig(
-        "llama3",
-        theta,
-        factor=rope.number("factor", 1.0, 1e6),
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_position_embeddings=rope.integer(
-            "original_max_position_embeddings", 1, max_positions
-        ),
-    )
-
-
-def _eos_token_ids(config: _Fields, generation: _Fields | None, vocab_size: int) -> tuple[int, ...]:
+def _eos_token_ids(
+    config: Fields, generation: Fields | None, parsed: ModelConfig
+) -> tuple[int, ...]:
     """Returns generation_config.json's end-of-sequence ids, else those of config.json."""
-    source = config
+    source, vocab_size = config, parsed.vocab_size
     if generation is not None and generation.has("eos_token_id"):
         source = generation
     value = source.values.get("eos_token_id")
@@ -407,7 +372,7 @@ def _eos_token_ids(config: _Fields, generation: _Fields | None, vocab_size: int)
     return tuple(dict.fromkeys(ids))
 
 
-def _default_sampling(generation: _Fields | None) -> DefaultSampling:
+def _default_sampling(generation: Fields | None) -> DefaultSampling:
     if generation is None:
         return DefaultSampling()
     given = {

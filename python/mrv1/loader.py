@@ -59,7 +59,8 @@ class RunnerOptions:
         max_num_batched_tokens: Tokens of one step; 512 on the CPU, 8192 on a GPU, and at least
             max_num_seqs.
         max_model_len: Tokens of one request, prompt included; the model's own limit, less if the
-            KV cache holds less.
+            KV cache holds less. A model with longrope takes the frequencies for long sequences
+            unless this is at most its original_max_position_embeddings.
         block_size: Tokens of one KV block.
         num_kv_blocks: KV blocks, the null block included; overrides kv_cache_memory.
         kv_cache_memory: Bytes of the KV cache; overrides gpu_memory_utilization. On the CPU a
@@ -200,15 +201,36 @@ def resolve_dtype(requested: str, config: ModelConfig) -> str:
     return requested
 
 
-def wire_model(config: ModelConfig, dtype: str, *, fusion: bool | None = None) -> _core.Program:
-    """Wires the program of a model; runs the fusion pass unless `fusion` or MRV1_FUSION is off."""
+def resolve_max_model_len(options: RunnerOptions, config: ModelConfig) -> int:
+    """Returns the tokens that a request may have, as long as the KV cache holds them."""
+    limit = config.max_position_embeddings
+    length = _positive("max_model_len", options.max_model_len, limit)
+    if length < 2:
+        allowed = "at least 2: a token of a prompt and one that follows"
+        raise InvalidArgumentError(field="max_model_len", value=length, allowed=allowed)
+    if length > limit:
+        allowed = f"at most the model's max_position_embeddings = {limit}"
+        raise InvalidArgumentError(field="max_model_len", value=length, allowed=allowed)
+    return length
+
+
+def wire_model(
+    config: ModelConfig, dtype: str, *, fusion: bool | None = None, max_model_len: int | None = None
+) -> _core.Program:
+    """Wires the program of a model.
+
+    Args:
+        config: The model's; its model_type chooses the wiring.
+        dtype: "float32" or "bfloat16".
+        fusion: Whether the fusion pass runs; None asks MRV1_FUSION.
+        max_model_len: Tokens that a sequence may have; the model's own limit if None.
+    """
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise ConfigError(
-            field="model_type", value=config.model_type, allowed=", ".join(sorted(FAMILIES))
-        )
+        raise ConfigError(field="model_type", value=config.model_type, allowed=", ".join(FAMILIES))
     builder = Builder(dtype)
-    family(builder, config)
+    limit = config.max_position_embeddings if max_model_len is None else max_model_len
+    family.wire(builder, config.for_length(limit))
     if not (fusion is None or isinstance(fusion, bool)):
         raise InvalidArgumentError(field="fusion", value=fusion, allowed="None, True or False")
     if envs.FUSION.get() if fusion is None else fusion:
@@ -243,7 +265,9 @@ def load_model(
     config = ModelConfig.from_dir(root)
     tensors = read_checkpoint(root)
     dtype = resolve_dtype(options.dtype, config)
-    program = wire_model(config, dtype, fusion=options.fusion)
+    program = wire_model(
+        config, dtype, fusion=options.fusion, max_model_len=resolve_max_model_len(options, config)
+    )
     sources = _match_tensors(program, tensors, config)
     startup = {"read headers and wire": time.perf_counter() - start}
 
@@ -313,20 +337,7 @@ def make_runner(
     native.max_num_batched_tokens = _positive(
         "max_num_batched_tokens", options.max_num_batched_tokens, default_tokens
     )
-    limit = config.max_position_embeddings
-    native.max_model_len = _positive("max_model_len", options.max_model_len, limit)
-    if native.max_model_len < 2:
-        raise InvalidArgumentError(
-            field="max_model_len",
-            value=native.max_model_len,
-            allowed="at least 2: a token of a prompt and one that follows",
-        )
-    if native.max_model_len > limit:
-        raise InvalidArgumentError(
-            field="max_model_len",
-            value=native.max_model_len,
-            allowed=f"at most the model's max_position_embeddings = {limit}",
-        )
+    native.max_model_len = resolve_max_model_len(options, config)
     native.block_size = _positive("block_size", options.block_size, RunnerOptions.block_size)
     native.max_stop_ids = _MAX_STOP_IDS
     native.pad_requests = _integer("pad_requests", options.pad_requests, 0, native.max_num_seqs)
@@ -551,9 +562,11 @@ def _match_tensors(
             used.add(name)
             sources.append((weight, segment, info))
     for name, info in tensors.items():
-        # Both are computed, or shared, here; checkpoints may carry them all the same.
-        harmless = name.endswith("rotary_emb.inv_freq") or (
-            name == "lm_head.weight" and config.tie_word_embeddings
+        # The first two are computed, or shared, here; checkpoints may carry them all the same.
+        harmless = (
+            name.endswith("rotary_emb.inv_freq")
+            or (name.endswith("lm_head.weight") and config.tie_word_embeddings)
+            or name.startswith(FAMILIES[config.model_type].other_tensors)
         )
         if name not in used and not harmless:
             raise WeightError(

@@ -1,0 +1,219 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""Configs of the families: published ones, both spellings, and what each refuses by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from golden_data import DATA_DIR, load_golden
+from mrv1.config import ModelConfig
+from mrv1.errors import ConfigError
+from mrv1.loader import wire_model
+from mrv1.rope import rope_frequencies
+from published_configs import PUBLISHED
+from serving_tools import open_runner
+
+Json = dict[str, Any]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_parse_and_wire(name: str) -> None:
+    values, parameters = PUBLISHED[name]
+    config = ModelConfig.from_values(values)
+    weights = wire_model(config, "bfloat16").weights
+    found = sum(cols * rows for _, _, cols, segments in weights for _, rows in segments)
+    assert found == parameters
+
+
+def config_of(name: str) -> Json:
+    loaded: Json = json.loads((DATA_DIR / "models" / name / "config.json").read_text("utf-8"))
+    return loaded
+
+
+OTHER_SPELLINGS: dict[str, Json] = {
+    "qwen2": {"rope_parameters": ..., "rope_theta": 1e6, "layer_types": ...},
+    "mistral": {
+        "rope_theta": ...,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    "gemma2": {
+        "rope_theta": ...,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gemma3": {
+        "rope_parameters": ...,
+        "rope_theta": 1000000,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    },
+    "ernie4_5": {
+        "rope_theta": ...,
+        "rope_scaling": ...,
+        "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+    },
+    "phi3": {
+        "rope_theta": ...,
+        "rope_scaling": ...,
+        "rope_parameters": {
+            "partial_rotary_factor": 1.0,
+            "rope_theta": 10000.0,
+            "rope_type": "default",
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SPELLINGS)
+def test_both_spellings_say_the_same(name: str) -> None:
+    values = config_of(name)
+    respelled = {**values, **OTHER_SPELLINGS[name]}
+    respelled = {key: value for key, value in respelled.items() if value is not ...}
+    assert respelled != values
+    assert ModelConfig.from_values(respelled) == ModelConfig.from_values(values)
+
+
+def test_longrope_in_the_new_spelling() -> None:
+    values = config_of("phi4-mini")
+    scaling = values.pop("rope_scaling")
+    outer = ("rope_theta", "partial_rotary_factor")
+    moved = {key: values.pop(key) for key in outer}
+    moved["original_max_position_embeddings"] = 192
+    moved.update(rope_type=scaling.pop("type"), **scaling)
+    respelled = ModelConfig.from_values({**values, "rope_parameters": moved})
+    assert respelled == ModelConfig.from_values(config_of("phi4-mini"))
+    assert respelled.rope.rotary_dim == 24
+
+
+def test_longrope_takes_its_factors_by_the_length() -> None:
+    config = ModelConfig.from_values(config_of("phi4-mini"))
+    tables = {
+        length: rope_frequencies(config.for_length(length).rope, config.head_dim)
+        for length in (2, 192, 193, 512)
+    }
+    assert np.array_equal(tables[2], tables[192])
+    assert np.array_equal(tables[193], tables[512])
+    assert not np.array_equal(tables[192], tables[193])
+    expected = np.sqrt(1 + np.log(512 / 192) / np.log(192))
+    assert config.rope.attention_factor == pytest.approx(expected)
+
+
+def test_windows_by_layer() -> None:
+    windows = {name: ModelConfig.from_values(config_of(name)).windows for name in OTHER_SPELLINGS}
+    assert windows == {
+        "qwen2": (0, 8),
+        "mistral": (8, 8),
+        "gemma2": (8, 0),
+        "gemma3": (8, 0, 8),
+        "ernie4_5": (),
+        "phi3": (11, 11),
+    }
+    mistral = config_of("mistral")
+    mistral["max_position_embeddings"] = 8192
+    del mistral["sliding_window"]
+    assert ModelConfig.from_values(mistral).windows == (4096, 4096)
+    mistral["sliding_window"] = None
+    assert ModelConfig.from_values(mistral).windows == ()
+    # The type of a layer chooses its rotary embedding, also where no sequence exceeds the window.
+    gemma = ModelConfig.from_values({**config_of("gemma3"), "sliding_window": 512})
+    assert gemma.windows == ()
+    assert gemma.sliding == (True, False, True)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "field"),
+    [
+        ("mistral", {"sliding_window": 0}, "sliding_window"),
+        ("mistral", {"sliding_window": 8.0}, "sliding_window"),
+        ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types"),
+        ("mistral", {"attention_bias": True}, "attention_bias"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
+        ("qwen2", {"use_sliding_window": False}, "layer_types"),
+        ("qwen2", {"max_window_layers": -1}, "max_window_layers"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation"),
+        ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping"),
+        ("gemma2", {"final_logit_softcapping": "30"}, "final_logit_softcapping"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma2", {"sliding_window": None}, "layer_types"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern"),
+        ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters.full_attention"),
+        ("gemma3", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling"),
+        ("ernie4_5", {"use_bias": 1}, "use_bias"),
+        ("ernie4_5", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("phi3", {"rope_scaling": {"type": "llama3"}}, "rope_scaling.type"),
+        ("phi3", {"partial_rotary_factor": 0.03}, "partial_rotary_factor"),
+        ("phi4-mini", {"original_max_position_embeddings": 1}, "original_max_position_embeddings"),
+        ("phi4-mini", {"partial_rotary_factor": 1.0}, "rope_scaling.short_factor"),
+        ("phi4-mini", {"attention_bias": True}, "attention_bias"),
+    ],
+)
+def test_refused_by_name(name: str, changes: Json, field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_values({**config_of(name), **changes})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("value", [[], [1.0] * 11, [1.0] * 11 + ["2"], [0.0] * 12, "1", None])
+@pytest.mark.parametrize("kind", ["short_factor", "long_factor"])
+def test_refused_factors(kind: str, value: object) -> None:
+    values = config_of("phi4-mini")
+    values["rope_scaling"][kind] = value
+    with pytest.raises(ConfigError, match=rf"rope_scaling\.{kind}"):
+        ModelConfig.from_values(values)
+
+
+def test_the_text_model_of_a_checkpoint_with_a_vision_tower(device: str, tmp_path: Path) -> None:
+    """Gemma 3 as it is published in the larger sizes: nested config, prefixed tensors."""
+    from safetensors.numpy import save_file
+
+    golden = load_golden("gemma3")
+    text = config_of("gemma3")
+    outer = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": text,
+        "vision_config": {"hidden_size": 8},
+    }
+    data = (golden.model_dir / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header = {
+        name if name == "__metadata__" else f"language_model.{name}": entry
+        for name, entry in header.items()
+    }
+    renamed = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(
+        len(renamed).to_bytes(8, "little") + renamed + data[8 + length :]
+    )
+    (tmp_path / "config.json").write_text(json.dumps(outer), encoding="utf-8")
+    prompt = golden.prompts[-1]
+    logits = []
+    for directory in (golden.model_dir, tmp_path):
+        with open_runner(device, directory) as runner:
+            groups = range(len(runner.kv_windows))
+            blocks = [range(1 + 25 * group, 26 + 25 * group) for group in groups]
+            row = runner.add_row(prompt, block_ids=blocks)
+            runner.execute([(row, len(prompt))]).result()
+            logits.append(runner.logits(0).copy())
+    assert np.array_equal(*logits)
+    # What belongs to the vision tower is left alone; what belongs to nothing is refused.
+    tower = {"vision_tower.a": np.zeros(2, np.float32)}
+    shutil.move(tmp_path / "model.safetensors", tmp_path / "model-00001-of-00002.safetensors")
+    save_file(tower, tmp_path / "model-00002-of-00002.safetensors")
+    names = [name for name in header if name != "__metadata__"]
+    places = dict.fromkeys(names, "model-00001-of-00002.safetensors")
+    places["vision_tower.a"] = "model-00002-of-00002.safetensors"
+    index = {"metadata": {}, "weight_map": places}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with open_runner(device, tmp_path) as runner:
+        assert runner.model.config.model_type == "gemma3"
