@@ -360,6 +360,12 @@ def test_committed_results_follow_the_schema() -> None:
         ("qwen3-8b", 8_190_735_360),
         ("llama3.2-1b", 1_235_814_400),
         ("llama3-8b", 8_030_261_248),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("mistral-7b", 7_241_732_096),
+        ("gemma-2-2b", 2_614_341_888),
+        ("gemma-3-1b", 999_885_952),
+        ("ernie-4.5-0.3b", 360_748_032),
+        ("phi-4-mini", 3_836_021_760),
     ],
 )
 def test_shapes_have_the_size_of_their_models(name: str, weights: int) -> None:
