@@ -131,6 +131,16 @@ class SlowReference:
         self._runner.close()
 
 
+def cut(tokens: Sequence[int], params: SamplingParams) -> tuple[tuple[int, ...], str]:
+    """Where a path that nothing has stopped ends by stop_token_ids and max_tokens."""
+    for index, token in enumerate(tokens):
+        if token in params.stop_token_ids:
+            return tuple(tokens[: index + 1]), "stop"
+        if index + 1 == params.max_tokens:
+            break
+    return tuple(tokens[: params.max_tokens]), "length"
+
+
 def copy_model(
     directory: Path,
     *,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,6 +35,7 @@ from serving_tools import (
     LLAMA,
     BlockPool,
     SlowReference,
+    cut,
     greedy,
     make_prompt,
     num_blocks,
@@ -58,16 +59,6 @@ class Wish:
     tokens: tuple[int, ...]
     reason: str
     text: str | None = None  # with a stop string: what is in front of it
-
-
-def cut(tokens: Sequence[int], params: SamplingParams) -> tuple[tuple[int, ...], str]:
-    """Where a path that nothing has stopped ends by stop_token_ids and max_tokens."""
-    for index, token in enumerate(tokens):
-        if token in params.stop_token_ids:
-            return tuple(tokens[: index + 1]), "stop"
-        if index + 1 == params.max_tokens:
-            break
-    return tuple(tokens[: params.max_tokens]), "length"
 
 
 @pytest.fixture(scope="module")

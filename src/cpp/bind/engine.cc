@@ -36,6 +36,8 @@ nb::dict stats_dict(const EngineThreadStats& stats) {
   dict["prefix_hit_tokens"] = stats.prefix_hit_tokens;
   dict["draft_tokens"] = stats.draft_tokens;
   dict["accepted_tokens"] = stats.accepted_tokens;
+  dict["masked_results"] = stats.masked_results;
+  dict["dropped_results"] = stats.dropped_results;
   dict["thread_cpu_ns"] = stats.thread_cpu_ns;
   return dict;
 }

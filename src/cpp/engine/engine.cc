@@ -390,9 +390,10 @@ void Engine::take_in(EventBatch& out) {
     if (i + kPrefetch < oldest.requests.size()) prefetch(oldest.requests[i + kPrefetch].slot);
     const Planned& planned = oldest.requests[i];
     // Ended since, perhaps with another request in the slot: nothing for it here.
-    if (!has_request(planned.slot)) continue;
-    const RowHandle& handle = request(planned.slot).handle;
+    const RowHandle handle = has_request(planned.slot) ? request(planned.slot).handle : RowHandle{};
     if (handle.row != planned.handle.row || handle.generation != planned.handle.generation) {
+      const bool masked = i < output_.entries.size() && output_.entries[i].masked != 0;
+      ++(masked ? stats_.masked_results : stats_.dropped_results);
       continue;
     }
     if (!output_.error.empty()) {

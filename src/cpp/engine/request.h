@@ -51,6 +51,9 @@ struct EngineStats {
   uint64_t preemptions = 0;
   uint64_t prefix_hit_tokens = 0;  // found in the prefix cache at admission, resumed ones included
   uint64_t draft_tokens = 0, accepted_tokens = 0;
+  // Results nobody waited for: of requests that had stopped in the step before, masked by the
+  // device, and of those that ended otherwise, as by an abort, while the step ran.
+  uint64_t masked_results = 0, dropped_results = 0;
   uint64_t device_wait_cpu_ns = 0;  // CPU time that waiting for the device took
   int32_t running = 0, waiting = 0;
   int32_t free_blocks = 0, cached_blocks = 0;

@@ -1,0 +1,438 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""Random lives of requests over the native engine, against one request at a time.
+
+Hypothesis adds requests that share prefixes, wants several samples of some, aborts, and steps,
+over engines with few blocks, rows and tokens a step; layers see all positions, or some a window.
+Every token and end must be that of the request alone. After each rule lists, rows and references
+to blocks are checked, at the end that all are back. On a GPU rows are batch invariant, as they are
+on the CPU.
+
+MRV1_TEST_STEPS sets how many engine steps are taken at least.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from mrv1 import _core
+from mrv1.builder import Builder
+from mrv1.errors import RequestError
+from mrv1.runner import ModelRunner, make_row_spec
+from mrv1.sampling_params import SamplingParams
+from serving_tools import SlowReference, cut, greedy, make_prompt, num_blocks, open_runner, seeded
+
+STEPS = int(os.environ.get("MRV1_TEST_STEPS", "20000"))
+LEAST = 200  # of each rare event
+STEPS_AN_EXAMPLE = 50  # fewer than there are on average
+WINDOW = 9
+BLOCK_SIZES = (1, 4, 8)
+MAX_TOKENS = 24
+MAX_SAMPLES = 3
+MOST_LIVES = 12
+
+SHARED = make_prompt(30, 7)
+PROMPTS = tuple(
+    [SHARED[:length] for length in (1, 4, 7, 8, 13, 16, 24, 30)]
+    + [
+        [*SHARED[:shared], *make_prompt(own, 90 + own)]
+        for shared, own in ((8, 3), (12, 9), (17, 1))
+    ]
+    + [make_prompt(length, 60 + length) for length in (5, 19)]
+)
+LONGEST = max(len(prompt) for prompt in PROMPTS) + MAX_TOKENS - 1  # tokens with a slot
+PATHS = (greedy(MAX_TOKENS), seeded(3, MAX_TOKENS, temperature=1.5), seeded(40, MAX_TOKENS))
+
+ENDS = {"stop": _core.RequestEnd.STOP, "length": _core.RequestEnd.LENGTH}
+
+
+def open_windowed(windowed: bool, opener: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What the opener gives; with `windowed` the first of the model's two layers sees a window."""
+    attention = Builder.attention
+
+    def with_window(self: Builder, *values: Any, kv_layer: int, **fields: Any) -> Any:
+        window = WINDOW if kv_layer == 0 else 0
+        return attention(self, *values, **{**fields, "kv_layer": kv_layer, "window": window})
+
+    with pytest.MonkeyPatch.context() as patch:
+        if windowed:
+            patch.setattr(Builder, "attention", with_window)
+        return opener(*args, batch_invariant=True, **options)
+
+
+class References:
+    """What requests must generate, by model and block size; each path is computed once."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._opened: dict[tuple[bool, int], SlowReference] = {}
+
+    def of(self, windowed: bool, block_size: int) -> SlowReference:
+        key = (windowed, block_size)
+        if key not in self._opened:
+            self._opened[key] = open_windowed(
+                windowed,
+                SlowReference,
+                self._device,
+                block_size=block_size,
+                max_model_len=64,
+                num_kv_blocks=2 * 64 + 1,
+            )
+        return self._opened[key]
+
+    def close(self) -> None:
+        for reference in self._opened.values():
+            reference.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """A request that may be made. Its samples end at the earliest of what is given."""
+
+    prompt: int  # which of PROMPTS
+    path: int  # which of PATHS
+    max_tokens: int
+    stop_at: int | None  # the token here is a stop id, for all samples that of the first one's path
+    min_tokens: int  # only with stop_at
+    quit_at: int | None  # the consumer ends it after so many tokens, as a stop string does
+    n: int
+    priority: int
+    salt: int
+    skip_cache: bool
+
+
+def sometimes(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.one_of(st.none(), st.none(), values)
+
+
+wishes = st.builds(
+    Wish,
+    prompt=st.integers(0, len(PROMPTS) - 1),
+    path=st.integers(0, len(PATHS) - 1),
+    max_tokens=st.sampled_from((MAX_TOKENS, 1, 2, 6, 15, MAX_TOKENS)),
+    stop_at=st.one_of(st.none(), st.integers(0, MAX_TOKENS - 2)),
+    min_tokens=st.sampled_from((0, 0, 0, 5)),
+    quit_at=sometimes(st.integers(1, MAX_TOKENS)),
+    n=st.sampled_from((1, 1, 1, 2, MAX_SAMPLES)),
+    priority=st.sampled_from((0, 0, 0, -1, 1)),
+    salt=st.sampled_from((0, 0, 0, 0, 0, 1)),
+    skip_cache=st.sampled_from((False, False, False, False, True)),
+)
+
+
+@dataclasses.dataclass
+class Life:
+    """A sample whose end was not heard yet."""
+
+    wish: Wish
+    tokens: tuple[int, ...]
+    reason: str
+    got: list[int] = dataclasses.field(default_factory=list)
+    cached: int | None = None
+    aborted: bool = False
+
+
+class EngineLives(RuleBasedStateMachine):
+    """Nothing that is drawn depends on when the engine's thread does its work."""
+
+    def __init__(
+        self, device: str, references: References, counters: Counter[str], background: bool
+    ) -> None:
+        super().__init__()
+        self.device, self.references = device, references
+        self.counters, self.background = counters, background
+        self.lives: dict[tuple[str, int], Life] = {}
+        self.known: list[tuple[int, str, list[int]]] = []  # salt, name, tokens that may be cached
+        self.added = 0
+        self.runner: ModelRunner | None = None
+
+    @initialize(
+        windowed=st.booleans(),
+        block_size=st.sampled_from(BLOCK_SIZES),
+        rows=st.integers(1, 5),
+        budget=st.one_of(st.integers(5, 16), st.integers(5, 40)),
+        room=st.one_of(st.integers(60, 130), st.integers(60, 240)),
+        padded=st.booleans(),
+        caching=st.sampled_from((True, True, True, True, True, False)),
+    )
+    def open(
+        self,
+        windowed: bool,
+        block_size: int,
+        rows: int,
+        budget: int,
+        room: int,
+        padded: bool,
+        caching: bool,
+    ) -> None:
+        self.windows = [WINDOW, 0] if windowed else [0]
+        self.block_size, self.rows, self.budget, self.caching = block_size, rows, budget, caching
+        # In percent of what the longest request needs.
+        self.total = max(2, len(self.windows) * num_blocks(LONGEST, block_size) * room // 100)
+        self.reference = self.references.of(windowed, block_size)
+        self.runner = open_windowed(
+            windowed,
+            open_runner,
+            self.device,
+            block_size=block_size,
+            max_model_len=64,
+            max_num_seqs=rows,
+            max_num_batched_tokens=budget,
+            num_kv_blocks=self.total + 1,
+            pad_requests=rows if padded else 0,
+            pad_tokens=budget if padded else 0,
+        )
+        assert sorted(self.runner.kv_windows) == sorted(self.windows)
+        options = _core.EngineOptions(enable_prefix_caching=caching, background=self.background)
+        self.engine = _core.Engine(self.runner.model.runner, options)
+
+    # --- what a request must give ----------------------------------------------------------------
+
+    def params(self, wish: Wish, index: int) -> SamplingParams:
+        path = PATHS[wish.path]
+        fields: dict[str, Any] = {"max_tokens": wish.max_tokens}
+        if wish.stop_at is not None:
+            first = self.reference(PROMPTS[wish.prompt], path)[0]
+            fields |= {
+                "stop_token_ids": [first[wish.stop_at]],
+                "min_tokens": min(wish.min_tokens, wish.max_tokens),
+            }
+        if path.seed is not None:
+            fields["seed"] = path.seed + index
+        return dataclasses.replace(path, **fields)
+
+    def life(self, wish: Wish, index: int) -> Life:
+        prompt, params = PROMPTS[wish.prompt], self.params(wish, index)
+        if params.min_tokens:
+            # Stop ids are masked at first, so the path is another one.
+            tokens, reason = self.reference(prompt, params)
+            return Life(wish, tuple(tokens), reason)
+        path = dataclasses.replace(params, max_tokens=MAX_TOKENS, stop_token_ids=[])
+        return Life(wish, *cut(self.reference(prompt, path)[0], params))
+
+    def fits(self, wish: Wish) -> bool:
+        """Whether a request could ever run."""
+        everything = num_blocks(len(PROMPTS[wish.prompt]) + wish.max_tokens - 1, self.block_size)
+        reached = [
+            min(everything, num_blocks(window, self.block_size) + 1) if window else everything
+            for window in self.windows
+        ]
+        return sum(reached) <= self.total
+
+    # --- rules -----------------------------------------------------------------------------------
+
+    @rule(many=st.lists(wishes, min_size=1, max_size=6), again=st.integers(0, 9))
+    def add_some(self, many: list[Wish], again: int) -> None:
+        for wish in many:
+            if len(self.lives) < MOST_LIVES:
+                self.added += 1
+                self.add(str(self.added), wish)
+        if again == 0 and self.lives:
+            self.add(next(iter(self.lives))[0], many[0])
+
+    def add(self, name: str, wish: Wish) -> None:
+        prompt = PROMPTS[wish.prompt]
+
+        def add_request() -> None:
+            self.engine.add_request(
+                name,
+                make_row_spec(prompt, self.params(wish, 0), eos_token_ids=()),
+                priority=wish.priority,
+                n=wish.n,
+                cache_salt=wish.salt,
+                skip_prefix_cache=wish.skip_cache,
+            )
+
+        if not self.fits(wish):
+            with pytest.raises(RequestError, match="KV blocks"):
+                add_request()
+            self.counters["too large"] += 1
+        elif any(used == name for used, _ in self.lives):
+            with pytest.raises(RequestError, match="id"):
+                add_request()
+            self.counters["id in use"] += 1
+        else:
+            for index in range(wish.n):
+                life = self.life(wish, index)
+                self.lives[name, index] = life
+                if not wish.skip_cache and self.caching:
+                    self.known.append((wish.salt, name, [*prompt, *life.tokens]))
+            add_request()
+            self.counters["fork"] += wish.n > 1
+
+    @rule(count=st.integers(1, 25))
+    def go_on(self, count: int) -> None:
+        for _ in range(count):
+            self.take(self.engine.wait_outputs(0.02) if self.background else self.engine.step())
+
+    def take(self, outputs: list[_core.RequestOutput]) -> None:
+        """News that was handed out; of those who quit there may be more in the same list."""
+        quitters: set[tuple[str, int]] = set()
+        for output in outputs:
+            key = output.id, output.index
+            if key in quitters:
+                continue
+            life = self.lives[key]
+            if life.cached is None:
+                self.check_cached(key, life, output.num_cached_tokens)
+                life.cached = output.num_cached_tokens
+            # What ends while it waits to be computed again keeps the count of its first admission.
+            assert output.num_cached_tokens == life.cached
+            life.got += output.token_ids
+            assert tuple(life.got) == life.tokens[: len(life.got)], key
+            if output.end != _core.RequestEnd.NONE:
+                self.check_end(key, life, output)
+            elif life.wish.quit_at is not None and len(life.got) >= life.wish.quit_at:
+                quitters.add(key)
+                del self.lives[key]
+                # Its thread may have ended it by now.
+                there = self.engine.abort(output.id, index=output.index, report=False)
+                assert there != life.aborted or self.background
+                self.counters["late abort"] += 1
+
+    def check_cached(self, key: tuple[str, int], life: Life, cached: int) -> None:
+        """Cached are whole blocks that begin other requests; samples share one prompt."""
+        name, index = key
+        prompt = PROMPTS[life.wish.prompt]
+        assert 0 <= cached < len(prompt)
+        if index > 0 or (not life.got and cached == 0):
+            self.counters["shared prompt"] += cached == len(prompt) - 1 and index > 0
+            return
+
+        def common(tokens: list[int]) -> int:
+            pairs = zip(prompt, tokens, strict=False)
+            return next((at for at, (a, b) in enumerate(pairs) if a != b), len(prompt))
+
+        assert cached % self.block_size == 0
+        assert not (life.wish.skip_cache and cached)
+        others = [
+            common(tokens)
+            for salt, owner, tokens in self.known
+            if salt == life.wish.salt and owner != name
+        ]
+        assert cached <= max(others, default=0)
+
+    def check_end(self, key: tuple[str, int], life: Life, output: _core.RequestOutput) -> None:
+        del self.lives[key]
+        assert output.error == ""
+        if life.got:
+            # Fewer steps than that could not compute what was not cached.
+            computed = len(PROMPTS[life.wish.prompt]) - (life.cached or 0)
+            self.counters["chunk edge"] += computed > self.budget
+            self.counters["prefix hit"] += key[1] == 0 and bool(life.cached)
+        if output.end == _core.RequestEnd.ABORT:
+            assert life.aborted
+            self.counters["abort"] += 1
+            return
+        # With a thread the end may be on its way when the abort comes.
+        assert not life.aborted or self.background
+        assert output.end == ENDS[life.reason], key
+        assert tuple(life.got) == life.tokens, key
+        self.counters[life.reason] += 1
+
+    @rule(
+        which=st.integers(0, MOST_LIVES - 1),
+        index=st.sampled_from((-1, -1, *range(MAX_SAMPLES))),
+        report=st.booleans(),
+    )
+    def abort(self, which: int, index: int, report: bool) -> None:
+        names = list(dict.fromkeys(name for name, _ in self.lives))
+        name = names[which] if which < len(names) else "nobody"
+        keys = [key for key in self.lives if key[0] == name and index in (-1, key[1])]
+        ended = self.engine.abort(name, index=index, report=report)
+        alive = any(not self.lives[key].aborted for key in keys)
+        assert ended == alive or (self.background and alive)
+        for key in keys:
+            if report:
+                self.lives[key].aborted = True
+            else:
+                del self.lives[key]
+
+    def finish(self) -> None:
+        turns = 0
+        while self.engine.has_unfinished():
+            self.go_on(1)
+            turns += 1
+            assert turns < 5000, "no end in sight"
+        assert not self.lives
+
+    # --- after every rule ------------------------------------------------------------------------
+
+    @invariant()
+    def balances(self) -> None:
+        if self.runner is None:
+            return
+        self.engine.check_invariants()
+        stats = self.engine.stats()
+        assert 0 <= stats["free_blocks"] <= self.total
+        assert 0 <= stats["cached_blocks"] <= self.total
+        assert 0 <= stats["running"] <= self.rows
+        if self.background:
+            return
+        alive = sum(not life.aborted for life in self.lives.values())
+        assert stats["running"] + stats["waiting"] == alive
+        if not self.engine.has_unfinished():
+            assert stats["free_blocks"] == self.total
+            self.engine.check_idle()
+            self.counters["idle"] += 1
+
+    def teardown(self) -> None:
+        if self.runner is None:
+            return
+        try:
+            self.finish()
+            self.engine.check_idle()
+            stats = self.engine.stats()
+            assert (stats["free_blocks"], stats["running"]) == (self.total, 0)
+            for name, stat in (
+                ("steps", "steps"),
+                ("preemption", "preemptions"),
+                ("stop in flight", "masked_results"),
+                ("abort in flight", "dropped_results"),
+            ):
+                self.counters[name] += stats[stat]
+            self.counters["windowed steps"] += stats["steps"] * (len(self.windows) > 1)
+        finally:
+            self.engine.close()
+            self.runner.close()
+
+
+@pytest.mark.timeout(max(300, STEPS // 100))
+@pytest.mark.parametrize("background", [False, True], ids=["stepped", "thread"])
+def test_lives_over_the_native_engine(
+    device: str, background: bool, report_line: Callable[[str], None]
+) -> None:
+    counters: Counter[str] = Counter()
+    references = References(device)
+    # The thread's turns differ from run to run, so it gets a fifth, and no minimum but steps.
+    steps = STEPS // 5 if background else STEPS
+    try:
+        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+            lambda: EngineLives(device, references, counters, background),
+            settings=settings(
+                max_examples=max(20, steps // STEPS_AN_EXAMPLE), stateful_step_count=50
+            ),
+        )
+    finally:
+        references.close()
+    kind = "thread" if background else "stepped"
+    report_line(
+        f"engine lives, {kind}: " + ", ".join(f"{n} {c}" for n, c in counters.most_common())
+    )
+    assert counters["steps"] >= steps, counters
+    for name in ("preemption", "prefix hit", "chunk edge", "stop in flight", "abort in flight"):
+        assert background or counters[name] >= LEAST, (name, counters)
