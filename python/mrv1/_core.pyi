@@ -978,3 +978,67 @@ class ReadProbe:
         """Reads the buffer once; returns the seconds it took."""
 
     def close(self) -> None: ...
+
+class Ops:
+    """
+    The backend table's ops on arrays of the caller. Use mrv1.ops, which documents them.
+
+    Args:
+        host: What the calls ask of Python, a mrv1.ops._host.Host.
+        sync_launches: Whether to wait after every launch.
+    """
+
+    def __init__(self, host: object, sync_launches: bool = False) -> None: ...
+
+    def add(self, a: object, b: object, out: object | None = None, stream: object | None = None) -> object: ...
+
+    def rms_norm(self, x: object, weight: object, eps: float, out: object | None = None, stream: object | None = None) -> object: ...
+
+    def add_rms_norm(self, x: object, residual: object, weight: object, eps: float, out: object | None = None, sum_out: object | None = None, stream: object | None = None) -> object: ...
+
+    def gated_mul(self, x: object, activation: str, out: object | None = None, stream: object | None = None) -> object: ...
+
+    def soft_cap(self, x: object, cap: float, out: object | None = None, stream: object | None = None) -> object: ...
+
+    def gather_rows(self, x: object, indices: object, out: object | None = None, stream: object | None = None) -> object: ...
+
+    def embedding(self, token_ids: object, table: object, scale: float = 1.0, dtype: str | None = None, out: object | None = None, stream: object | None = None) -> object: ...
+
+    def pack_linear(self, weight: object, stream: object | None = None) -> PackedWeight: ...
+
+    def linear(self, x: object, weight: object, bias: object | None = None, residual: object | None = None, activation: str | None = None, out_dtype: str | None = None, out: object | None = None, stream: object | None = None) -> object: ...
+
+    def qkv_prepare(self, op: str, qkv: object, num_heads: int, num_kv_heads: int, q_norm: object | None = None, k_norm: object | None = None, eps: float = 0.0, cos_sin: object | None = None, positions: object | None = None, interleaved: bool = False, key_cache: object | None = None, value_cache: object | None = None, slot_mapping: object | None = None, write_only: bool = False, out: object | None = None, stream: object | None = None) -> object: ...
+
+    def reshape_and_cache_flash(self, key: object, value: object, key_cache: object, value_cache: object, slot_mapping: object, stream: object | None = None) -> None: ...
+
+    def slot_mapping(self, block_table: object, positions: object, query_start_loc: object, block_size: int, out: object | None = None, stream: object | None = None) -> object: ...
+
+    def plan_attention(self, query_start_loc: object, seq_lens: object, block_table: object, num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, num_blocks: int, dtype: str, window: int = 0, softcap: float = 0.0, stream: object | None = None) -> PlannedAttention: ...
+
+    def paged_attention(self, q: object, key_cache: object, value_cache: object, block_table: object | None = None, seq_lens: object | None = None, query_start_loc: object | None = None, scale: float = 1.0, window: int = 0, softcap: float = 0.0, plan: object | None = None, out: object | None = None, stream: object | None = None) -> object: ...
+
+    def copy_blocks(self, key_cache: object, value_cache: object, block_mapping: Sequence[tuple[int, int]], stream: object | None = None) -> None: ...
+
+    def sample(self, logits: object, temperature: object, top_k: object, top_p: object, min_p: object, seed: object, position: object, out: object | None = None, stream: object | None = None) -> object: ...
+
+class PackedWeight:
+    """
+    A matrix in the layout that `linear` of a device reads; made by mrv1.ops.pack_linear.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+
+class PlannedAttention:
+    """
+    How the attention of one batch is divided; made by mrv1.ops.plan_attention.
+    """

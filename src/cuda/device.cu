@@ -117,6 +117,7 @@ class CudaDevice final : public Device {
   ~CudaDevice() override {
     cudaStreamSynchronize(stream_);
     linear_.reset();
+    if (pool_ != nullptr) cudaMemPoolDestroy(pool_);
     if (owns_stream_) cudaStreamDestroy(stream_);
     cudaGetLastError();
   }
@@ -149,11 +150,15 @@ class CudaDevice final : public Device {
                      kWhere, "cudaMemcpyAsync");
   }
 
+  void copy_in_stream(void* device_dst, const void* src, size_t bytes, void* stream) override {
+    if (bytes == 0) return;
+    CurrentDevice current(ordinal_);
+    cuda::check_cuda(cudaMemcpyAsync(device_dst, src, bytes, cudaMemcpyDefault, handle_of(stream)),
+                     kWhere, "cudaMemcpyAsync");
+  }
+
   void order_streams(void* before, void* after) override {
-    const auto handle = [&](void* stream) {
-      return stream == nullptr ? stream_ : static_cast<cudaStream_t>(stream);
-    };
-    cuda::order_streams(ordinal_, handle(before), handle(after));
+    cuda::order_streams(ordinal_, handle_of(before), handle_of(after));
   }
   bool overlaps_launches() const override { return overlaps_launches_; }
 
@@ -282,6 +287,7 @@ class CudaDevice final : public Device {
   static constexpr int64_t kLooksPerClock = 64;
   static constexpr std::chrono::milliseconds kQueryInterval{5};
   static constexpr std::chrono::microseconds kSleep{20};
+  static constexpr uint64_t kPoolBytes = uint64_t{256} << 20;  // kept of what was given back
 
   static void cpu_pause() {
 #if defined(__x86_64__)
@@ -289,6 +295,48 @@ class CudaDevice final : public Device {
 #else
     std::this_thread::yield();
 #endif
+  }
+
+  cudaStream_t handle_of(void* stream) const {
+    return stream == nullptr ? stream_ : static_cast<cudaStream_t>(stream);
+  }
+
+  // Memory of single ops, apart from what others in the process take by cudaMallocAsync.
+  cudaMemPool_t pool_of_streams() {
+    const std::lock_guard lock(pool_mutex_);
+    if (pool_ == nullptr) {
+      cudaMemPoolProps properties{};
+      properties.allocType = cudaMemAllocationTypePinned;
+      properties.location.type = cudaMemLocationTypeDevice;
+      properties.location.id = ordinal_;
+      cuda::check_cuda(cudaMemPoolCreate(&pool_, &properties), kWhere, "cudaMemPoolCreate");
+      uint64_t kept = kPoolBytes;
+      cuda::check_cuda(cudaMemPoolSetAttribute(pool_, cudaMemPoolAttrReleaseThreshold, &kept),
+                       kWhere, "cudaMemPoolSetAttribute");
+    }
+    return pool_;
+  }
+
+  void* stream_allocate(size_t bytes, bool zeroed, std::string_view what, void* stream) override {
+    CurrentDevice current(ordinal_);
+    void* data = nullptr;
+    check_allocation(cudaMallocFromPoolAsync(&data, bytes, pool_of_streams(), handle_of(stream)),
+                     "cudaMallocFromPoolAsync", bytes, what, "device memory");
+    if (!zeroed) return data;
+    const cudaError_t status = cudaMemsetAsync(data, 0, bytes, handle_of(stream));
+    if (status != cudaSuccess) stream_release(data, stream);
+    cuda::check_cuda(status, kWhere, "cudaMemsetAsync");
+    return data;
+  }
+
+  // Errors are left alone: at the end of a process the driver may be gone already.
+  void stream_release(void* data, void* stream) noexcept override {
+    int previous = ordinal_;
+    cudaGetDevice(&previous);
+    if (previous != ordinal_) cudaSetDevice(ordinal_);
+    cudaFreeAsync(data, handle_of(stream));
+    if (previous != ordinal_) cudaSetDevice(previous);
+    cudaGetLastError();
   }
 
   void make_linear(const LinearOptions& options) {
@@ -338,6 +386,8 @@ class CudaDevice final : public Device {
   std::string name_;
   std::mutex linear_mutex_;
   std::unique_ptr<cuda::LinearContext> linear_;
+  std::mutex pool_mutex_;
+  cudaMemPool_t pool_ = nullptr;
   bool overlaps_launches_ = false;
   bool owns_stream_;
   cudaStream_t stream_ = nullptr;

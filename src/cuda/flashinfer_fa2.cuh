@@ -55,7 +55,7 @@ struct Fa2 {
     Fa2Params<Out> params;
     params.q = static_cast<__nv_bfloat16*>(const_cast<void*>(op_params.qkv));
     params.q_indptr = ctx.infer.query_start_loc;
-    params.q_stride_n = shape.qkv_cols();
+    params.q_stride_n = op_params.q_token_stride();
     params.q_stride_h = shape.head_dim;
     params.seq_lens = ctx.infer.seq_lens;
     params.num_qo_heads = shape.num_heads;

@@ -103,7 +103,7 @@ void launch_flash_prefill_sm90(const FlashArgs& args) {
   const auto mainloop = Mainloop::to_underlying_arguments(
       {static_cast<const Element*>(op_params.qkv),
        flashinfer::get_gmem_layout(ctx.sizes.num_tokens, shape.num_heads, kHeadDim,
-                                   shape.qkv_cols(), kHeadDim),
+                                   op_params.q_token_stride(), kHeadDim),
        keys, kv_layout, values, kv_layout,
        ctx.rows.block_table + int64_t{op_params.kv_group} * ctx.rows.num_rows * ctx.rows.max_blocks,
        op_params.window > 0 ? op_params.window - 1 : kNoWindow, cache.block_stride,

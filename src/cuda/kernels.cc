@@ -27,6 +27,8 @@ const Kernels& cuda_kernels() {
       .sample = sample_cuda,
       .advance = advance_cuda,
       .copy_blocks = copy_blocks_cuda,
+      .token_map = token_map_cuda,
+      .sampling_rows = sampling_rows_cuda,
       .fill_random = fill_random_cuda,
       .workspace_bytes = [](const WorkspaceLimits& limits) -> int64_t {
         return std::max(cuda::linear_workspace_bytes(limits.max_tokens, limits.gated_rows),

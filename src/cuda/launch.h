@@ -39,6 +39,11 @@ __device__ __forceinline__ void launch_next() {
 #endif
 }
 
+// Whether what is launched next may start before its predecessor has ended.
+inline bool may_overlap(const StepContext& ctx) {
+  return ctx.overlap_launches && ctx.device != nullptr && ctx.device->overlaps_launches();
+}
+
 // A range on the timeline of profilers; costs nothing when none is attached.
 class OpRange {
  public:
@@ -74,7 +79,7 @@ void launch(std::string_view op, const StepContext& ctx, void (*kernel)(Params..
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream_of(ctx);
   config.attrs = &overlap;
-  config.numAttrs = ctx.device != nullptr && ctx.device->overlaps_launches() ? 1 : 0;
+  config.numAttrs = may_overlap(ctx) ? 1 : 0;
   const cudaError_t status =
       cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...);
   if (ctx.device != nullptr) ++ctx.device->counters().kernel_launches;

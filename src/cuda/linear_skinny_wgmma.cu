@@ -493,7 +493,7 @@ void launch_cluster(const StepContext& ctx, void (*kernel)(Params...), dim3 grid
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream_of(ctx);
   config.attrs = attributes;
-  config.numAttrs = ctx.device != nullptr && ctx.device->overlaps_launches() ? 2 : 1;
+  config.numAttrs = may_overlap(ctx) ? 2 : 1;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args...);
   if (ctx.device != nullptr) ++ctx.device->counters().kernel_launches;
   check_kernel(kSkinnyOp, ctx, status, grid, block, shared_bytes);

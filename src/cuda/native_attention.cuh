@@ -172,7 +172,6 @@ class Kernel {
     ++entered_;
     const AttentionItem& item = ahead_.at.item;
     if (kTiles == AttentionTiles::kWide && item.rows > kNarrowRows) return;
-    const int64_t cols = int64_t{args_.num_heads + 2 * args_.num_kv_heads} * args_.head_dim;
     const uint32_t target = queries_ + slot * L::kMatrixBytes;
     for (int at = static_cast<int>(threadIdx.x); at < kNarrowRows * L::kChunks;
          at += kAttentionThreads) {
@@ -182,7 +181,7 @@ class Kernel {
       const int32_t row = item.first + tile_row;
       const int32_t token = row / args_.group;
       const uint16_t* source =
-          args_.qkv + (item.token + token) * cols +
+          args_.qkv + (item.token + token) * args_.q_stride +
           int64_t{ahead_.at.head * args_.group + row - token * args_.group} * args_.head_dim +
           chunk * 8;
       copy_async(target + L::offset(tile_row, chunk), there ? source : args_.qkv, there ? 16 : 0);

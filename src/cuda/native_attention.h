@@ -54,6 +54,7 @@ struct NativeAttentionArgs {
   const int32_t* first_blocks;  // of the group, [workers, warps]
   float* partials;
   int64_t worker_floats, start_floats;
+  int64_t q_stride;  // elements between tokens
   uint32_t block_stride, token_stride, head_stride;
   int32_t block_size, block_shift;  // shift -1: block_size is no power of two
   int32_t max_blocks;

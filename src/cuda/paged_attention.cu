@@ -16,6 +16,7 @@
 #include "launch.h"
 #include "native_attention.h"
 #include "ops/paged_attention.h"
+#include "vector.cuh"
 
 namespace mrv1 {
 namespace {
@@ -41,7 +42,6 @@ __global__ void __launch_bounds__(kThreads)
   float* result = shared + head_dim;  // [head_dim]; a column belongs to one thread
   const int64_t token = blockIdx.x;
   const int32_t head = blockIdx.y;
-  const int64_t qkv_cols = int64_t{shape.num_heads + 2 * shape.num_kv_heads} * head_dim;
   T* out = static_cast<T*>(params.out) + (token * shape.num_heads + head) * head_dim;
 
   const int32_t batch = infer.token_batch[token];
@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
 
-  const T* source = static_cast<const T*>(params.qkv) + token * qkv_cols + int64_t{head} * head_dim;
+  const T* source =
+      static_cast<const T*>(params.qkv) + token * params.q_stride + int64_t{head} * head_dim;
   for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) {
     query[i] = to_float(source[i]);
     result[i] = 0.0f;
@@ -129,9 +130,11 @@ __global__ void __launch_bounds__(kThreads)
 void plain_attention(const PagedAttentionParams& params, const StepContext& ctx) {
   const dim3 grid(ctx.sizes.num_tokens, params.shape.num_heads);
   const size_t shared_bytes = 2 * sizeof(float) * params.shape.head_dim;
+  PagedAttentionParams strided = params;  // methods are the host's
+  strided.q_stride = params.q_token_stride();
   dispatch_activation(params.dtype, kOp, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    cuda::launch(kOp, ctx, plain_attention_kernel<T>, grid, dim3(kThreads), shared_bytes, params,
+    cuda::launch(kOp, ctx, plain_attention_kernel<T>, grid, dim3(kThreads), shared_bytes, strided,
                  *params.cache, ctx.rows, ctx.infer);
   });
 }
@@ -145,6 +148,11 @@ void native_attention(const PagedAttentionParams& params, const StepContext& ctx
             cache.head_stride % kChunk == 0,
         kOp, "the cache's strides are ", cache.block_stride, ", ", cache.token_stride, " and ",
         cache.head_stride, "; they must be multiples of ", kChunk);
+  check(params.q_token_stride() % kChunk == 0 && cuda::is_vector_aligned(params.qkv) &&
+            cuda::is_vector_aligned(params.out) && cuda::is_vector_aligned(cache.key) &&
+            cuda::is_vector_aligned(cache.value),
+        kOp,
+        "queries, output and cache must begin at multiples of 16 bytes, and so must each token");
   check(cache.elements() / kChunk < UINT32_MAX, kOp, "a layer's keys are ", cache.elements(),
         " elements, more than can be addressed");
   const cuda::AttentionLaunch launch = cuda::attention_launch(shape.head_dim);
@@ -177,6 +185,7 @@ void native_attention(const PagedAttentionParams& params, const StepContext& ctx
   args.num_kv_heads = shape.num_kv_heads;
   args.group = shape.num_heads / shape.num_kv_heads;
   args.head_dim = shape.head_dim;
+  args.q_stride = params.q_token_stride();
   args.num_tokens = ctx.sizes.num_tokens;
   args.window = params.window;
   args.stages = launch.stages;

@@ -48,6 +48,24 @@ __device__ T* cache_head(const KvCacheLayer& cache, const HeadShape& shape, Head
          slot % cache.block_size * cache.token_stride + kv_head * cache.head_stride;
 }
 
+// Where a head is read from: in the packed row, or among the keys or values that lie apart.
+template <typename T>
+__device__ const T* source_head(const QkvPrepareParams& params, HeadKind kind, int64_t token,
+                                int32_t head) {
+  const HeadShape& shape = params.shape;
+  const int64_t head_dim = shape.head_dim;
+  if (params.key == nullptr) {
+    const int64_t num_heads = shape.num_heads + 2 * shape.num_kv_heads;
+    return static_cast<const T*>(params.qkv) + (token * num_heads + head) * head_dim;
+  }
+  if (kind == HeadKind::kKey) {
+    return static_cast<const T*>(params.key) + token * params.key_stride +
+           (head - shape.num_heads) * head_dim;
+  }
+  return static_cast<const T*>(params.value) + token * params.value_stride +
+         (head - shape.num_heads - shape.num_kv_heads) * head_dim;
+}
+
 __device__ void load_half(const float* from, float (&values)[kLaneSize]) {
   static_assert(kLaneSize == 8);
   const float4 half = *reinterpret_cast<const float4*>(from);
@@ -85,7 +103,9 @@ __global__ void __launch_bounds__(kThreads)
   cuda::wait_for_previous();
 
   float values[kLaneSize] = {};
-  if (active) cuda::load_values(static_cast<const T*>(params.qkv) + start, values);
+  if (active) {
+    cuda::load_values(source_head<T>(params, kind, token, head) + lane * kLaneSize, values);
+  }
   const int32_t slot = params.cache != nullptr ? slots[token] : -1;
   // Lanes of the elements that RoPE turns, and those of the first elements of half-split pairs.
   const int pairs = params.rope_pairs;
@@ -174,7 +194,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t num_heads = shape.num_heads + 2 * shape.num_kv_heads;
   const int64_t start = (token * num_heads + head) * head_dim;
 
-  const T* source = static_cast<const T*>(params.qkv) + start;
+  const T* source = source_head<T>(params, kind, token, head);
   for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) values[i] = to_float(source[i]);
 
   const float* norm = kind == HeadKind::kQuery ? params.q_norm
@@ -233,9 +253,10 @@ __global__ void __launch_bounds__(kThreads)
 
 // Whether every address that the first kernel touches is that of a vector.
 bool all_aligned(const QkvPrepareParams& params, const KvCacheLayer& cache) {
-  const void* addresses[] = {params.qkv,  params.out, params.q_norm, params.k_norm,
-                             params.rope, cache.key,  cache.value};
-  const int64_t strides[] = {cache.block_stride, cache.token_stride, cache.head_stride};
+  const void* addresses[] = {params.qkv, params.out,  params.q_norm, params.k_norm, params.rope,
+                             cache.key,  cache.value, params.key,    params.value};
+  const int64_t strides[] = {cache.block_stride, cache.token_stride, cache.head_stride,
+                             params.key_stride, params.value_stride};
   return std::all_of(std::begin(addresses), std::end(addresses),
                      [](const void* address) { return cuda::is_vector_aligned(address); }) &&
          std::all_of(std::begin(strides), std::end(strides),
@@ -289,6 +310,11 @@ void qkv_prepare_cuda(const QkvPrepareParams& params, const StepContext& ctx) {
   check((params.q_norm == nullptr) == (params.k_norm == nullptr), kOp,
         "q_norm and k_norm must be given together");
   check(params.out != nullptr || params.cache != nullptr, kOp, "neither out nor cache is given");
+  check((params.key == nullptr) == (params.value == nullptr), kOp,
+        "key and value must be given together");
+  check(params.key == nullptr ||
+            (params.out == nullptr && params.q_norm == nullptr && params.rope == nullptr),
+        kOp, "key and value apart from qkv are for a cache write alone");
   check(
       params.rope == nullptr || (params.rope_pairs > 0 && 2 * params.rope_pairs <= shape.head_dim),
       kOp, "rope_pairs is ", params.rope_pairs, "; it must be in [1, ", shape.head_dim / 2, "]");

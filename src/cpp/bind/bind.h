@@ -43,5 +43,6 @@ void bind_sampling(nb::module_& m);
 void bind_runner(nb::module_& m);
 void bind_engine(nb::module_& m);
 void bind_bench(nb::module_& m);
+void bind_ops(nb::module_& m);
 
 }  // namespace mrv1

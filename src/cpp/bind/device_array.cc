@@ -81,7 +81,7 @@ void order_consumer(ArrayMemory& memory, std::optional<intptr_t> stream) {
   check(stream.value_or(kLegacyStream) > 0, "dlpack", "stream = ", stream.value_or(0),
         ": must be None, -1, 1, 2 or the handle of a stream");
   if (!memory.written_in_stream) return;
-  device.order_streams(nullptr, pointer_of(stream.value_or(kLegacyStream)));
+  device.order_streams(memory.writer, pointer_of(stream.value_or(kLegacyStream)));
 }
 
 nb::object to_dlpack(nb::pointer_and_handle<DeviceArray> self, std::optional<intptr_t> stream,
@@ -114,7 +114,8 @@ nb::dict cuda_array_interface(const DeviceArray& self) {
   dict["version"] = 3;
   dict["strides"] = nb::none();
   dict["stream"] = memory->written_in_stream
-                       ? nb::cast(reinterpret_cast<uintptr_t>(memory->device->stream()))
+                       ? nb::cast(reinterpret_cast<uintptr_t>(
+                             memory->writer != nullptr ? memory->writer : memory->device->stream()))
                        : nb::none();
   return dict;
 }
@@ -128,6 +129,13 @@ const ElementType& element_type(const std::string& name) {
     names += (names.empty() ? "" : ", ") + std::string(type.name);
   }
   fail(ErrorKind::kInvalidArgument, "dtype", "'", name, "' is not one of ", names);
+}
+
+const ElementType* find_element_type(nb::dlpack::dtype dtype) {
+  for (const ElementType& type : kTypes) {
+    if (type.dlpack() == dtype) return &type;
+  }
+  return nullptr;
 }
 
 const ElementType& element_type(DType dtype) {
@@ -182,6 +190,12 @@ void* stream_handle(nb::handle stream) {
   if (stream.is_none()) return nullptr;
   uintptr_t handle = 0;
   if (nb::try_cast(stream, handle, false)) return pointer_of(handle);
+  if (!nb::hasattr(stream, "__cuda_stream__")) {
+    for (const char* name : {"cuda_stream", "ptr"}) {
+      nb::object number = nb::getattr(stream, name, nb::none());
+      if (nb::try_cast(number, handle, false)) return pointer_of(handle);
+    }
+  }
   check(nb::hasattr(stream, "__cuda_stream__"), "stream",
         "must be None, the handle of a stream as an integer, or an object with __cuda_stream__");
   // A method by the protocol; older objects have a tuple there.

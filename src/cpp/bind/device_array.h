@@ -23,6 +23,8 @@ struct ElementType {
   size_t bytes() const { return bits / 8; }
 };
 
+// Null for a type that has no name here.
+const ElementType* find_element_type(nb::dlpack::dtype dtype);
 // Throws kInvalidArgument with the names there are.
 const ElementType& element_type(const std::string& name);
 const ElementType& element_type(DType dtype);
@@ -35,8 +37,9 @@ struct ArrayMemory {
   void* data;
   std::vector<size_t> shape;
   const ElementType* type;
-  // Whether work in the device's stream writes it, which readers in other streams must wait for.
+  // Whether work in a stream writes it, which readers in other streams must wait for.
   bool written_in_stream;
+  void* writer = nullptr;  // that stream; null: the device's own
 
   size_t nbytes() const;
 };
@@ -54,8 +57,8 @@ std::unique_ptr<DeviceArray> copy_to_array(std::shared_ptr<Device> device, const
 // contiguous.
 nb::ndarray<nb::ro> import_array(nb::handle array, Device& device, const char* where);
 
-// The handle of a stream: of an integer, or of what has __cuda_stream__. None is null, which stands
-// for the device's own stream.
+// The handle of a stream: of an integer, of what has __cuda_stream__, or of a stream of a torch or
+// CuPy that has not. None is null, which stands for the device's own stream.
 void* stream_handle(nb::handle stream);
 
 }  // namespace mrv1

@@ -52,4 +52,5 @@ NB_MODULE(_core, m) {
   mrv1::bind_runner(m);
   mrv1::bind_engine(m);
   mrv1::bind_bench(m);
+  mrv1::bind_ops(m);
 }

@@ -1,6 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include "core/device.h"
 
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -8,6 +9,8 @@
 
 namespace mrv1 {
 namespace {
+
+constexpr size_t kAlignment = 256;
 
 // On a device without streams of others: a task in the device's own stream counts up.
 class SequenceFence final : public Fence {
@@ -42,6 +45,45 @@ std::unique_ptr<Fence> Device::make_fence() { return std::make_unique<SequenceFe
 
 void Device::copy_within(void* device_dst, const void* device_src, size_t bytes) {
   std::memcpy(device_dst, device_src, bytes);
+}
+
+void Device::copy_in_stream(void* device_dst, const void* src, size_t bytes, void* stream) {
+  check(stream == nullptr, "stream", name(), " has no stream but its own");
+  std::memcpy(device_dst, src, bytes);
+}
+
+void* Device::stream_allocate(size_t bytes, bool zeroed, std::string_view what, void* stream) {
+  check(stream == nullptr, "stream", name(), " has no stream but its own");
+  void* data = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  if (data == nullptr) {
+    fail(ErrorKind::kOutOfMemory, name(), what, " needs ", bytes, " bytes, which there are not (",
+         memory().free_bytes, " are available)");
+  }
+  if (zeroed) std::memset(data, 0, bytes);
+  return data;
+}
+
+void Device::stream_release(void* data, void*) noexcept { std::free(data); }
+
+StreamBuffer allocate_in_stream(const std::shared_ptr<Device>& device, size_t bytes, bool zeroed,
+                                std::string_view what, void* stream) {
+  if (bytes == 0) return {};
+  return {device, device->stream_allocate(bytes, zeroed, what, stream), bytes, stream};
+}
+
+StreamBuffer& StreamBuffer::operator=(StreamBuffer&& other) noexcept {
+  if (this != &other) {
+    if (data_ != nullptr) device_->stream_release(data_, stream_);
+    device_ = std::move(other.device_);
+    data_ = std::exchange(other.data_, nullptr);
+    bytes_ = std::exchange(other.bytes_, 0);
+    stream_ = std::exchange(other.stream_, nullptr);
+  }
+  return *this;
+}
+
+StreamBuffer::~StreamBuffer() {
+  if (data_ != nullptr) device_->stream_release(data_, stream_);
 }
 
 void Device::order_streams(void* before, void* after) {

@@ -48,6 +48,32 @@ class Buffer {
   size_t bytes_ = 0;
 };
 
+// Owned memory in the order of one stream: work queued there after it was made may use it, and it
+// is given back when the stream has passed the end of the object. Aligned to 256 bytes. Work in
+// other streams is the caller's to order. The stream must outlive it.
+class StreamBuffer {
+ public:
+  StreamBuffer() = default;
+  StreamBuffer(std::shared_ptr<Device> device, void* data, size_t bytes, void* stream)
+      : device_(std::move(device)), data_(data), bytes_(bytes), stream_(stream) {}
+  StreamBuffer(StreamBuffer&& other) noexcept { *this = std::move(other); }
+  StreamBuffer& operator=(StreamBuffer&& other) noexcept;
+  ~StreamBuffer();
+
+  void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  std::shared_ptr<Device> device_;
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+  void* stream_ = nullptr;
+};
+
+// `zeroed` fills it with zeros in stream order; null is the device's own stream.
+StreamBuffer allocate_in_stream(const std::shared_ptr<Device>& device, size_t bytes, bool zeroed,
+                                std::string_view what, void* stream);
+
 struct MemoryInfo {
   size_t free_bytes = 0;   // what a new allocation could take
   size_t total_bytes = 0;  // of the device
@@ -126,12 +152,19 @@ class Device {
   // Copies between places that kernels can address, in stream order and without waiting; from
   // inside a submitted task.
   virtual void copy_within(void* device_dst, const void* device_src, size_t bytes);
+  // The same in any stream, from memory that may be the host's: it is read before the call returns.
+  virtual void copy_in_stream(void* device_dst, const void* src, size_t bytes, void* stream);
   // Work queued in stream `after` from now on waits for what is in `before` now; null is the
   // device's own stream.
   virtual void order_streams(void* before, void* after);
 
  private:
   friend class Buffer;
+  friend class StreamBuffer;
+  friend StreamBuffer allocate_in_stream(const std::shared_ptr<Device>& device, size_t bytes,
+                                         bool zeroed, std::string_view what, void* stream);
+  virtual void* stream_allocate(size_t bytes, bool zeroed, std::string_view what, void* stream);
+  virtual void stream_release(void* data, void* stream) noexcept;
   virtual void release(void* data, void* host, size_t bytes) noexcept = 0;
 
   DeviceCounters counters_;

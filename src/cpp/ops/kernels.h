@@ -9,6 +9,8 @@
 #include "ops/paged_attention.h"
 #include "ops/qkv_prepare.h"
 #include "ops/rms_norm.h"
+#include "ops/sampling_rows.h"
+#include "ops/token_map.h"
 #include "sampling/sample.h"
 #include "state/infer_param_view.h"
 #include "state/infer_params.h"
@@ -49,6 +51,10 @@ struct Kernels {
 
   // Between steps: blocks that a row is about to write and shares with others.
   void (*copy_blocks)(const CopyBlocksParams&, const StepContext&);
+
+  // For callers of single ops: what infer_params and apply give a step.
+  void (*token_map)(const TokenMapParams&, const StepContext&);
+  void (*sampling_rows)(const SamplingRowsParams&, const StepContext&);
 
   // Outside of steps: weights and KV cache of a benchmark.
   void (*fill_random)(const FillRandomParams&, const StepContext&);

@@ -48,6 +48,9 @@ struct PagedAttentionParams {
   const KvCacheLayer* cache;  // cache dtype equals dtype
   int32_t kv_group;           // whose block table
   const AttentionPlan* plan;  // that serves this geometry; computed earlier in the same step
+  int64_t q_stride = 0;       // elements from a token's q to the next one's; 0: shape.qkv_cols()
+
+  int64_t q_token_stride() const { return q_stride != 0 ? q_stride : shape.qkv_cols(); }
 };
 
 void paged_attention_cpu(const PagedAttentionParams& params, const StepContext& ctx);

@@ -75,7 +75,7 @@ void paged_attention_cpu(const PagedAttentionParams& params, const StepContext& 
       return;
     }
     AttentionTile tile;
-    tile.q_token_stride = shape.qkv_cols();
+    tile.q_token_stride = params.q_token_stride();
     tile.out_token_stride = shape.q_cols();
     tile.num_tokens = static_cast<int>(end - first);
     tile.head_dim = shape.head_dim;
@@ -92,8 +92,9 @@ void paged_attention_cpu(const PagedAttentionParams& params, const StepContext& 
     tile.softcap = params.softcap;
     tile.window = params.window;
     tile.scratch = static_cast<char*>(ctx.workspace) + thread * thread_bytes(shape.head_dim);
-    const char* q = static_cast<const char*>(params.qkv) +
-                    (first * shape.qkv_cols() + int64_t{kv_head} * group * shape.head_dim) * size;
+    const char* q =
+        static_cast<const char*>(params.qkv) +
+        (first * params.q_token_stride() + int64_t{kv_head} * group * shape.head_dim) * size;
     for (int head = 0; head < group; head += kAttentionRows) {
       tile.num_heads = std::min(group - head, kAttentionRows);
       tile.q = q + head * shape.head_dim * size;

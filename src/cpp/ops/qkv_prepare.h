@@ -30,6 +30,11 @@ struct QkvPrepareParams {
   int64_t max_position;
   const KvCacheLayer* cache;  // null: no cache write; cache dtype equals dtype
   int32_t kv_group;           // whose slot mapping
+  // For a cache write alone: keys and values from rows [num_kv_heads * head_dim] of their own,
+  // whole strides of elements apart, instead of from qkv. Given together or both null.
+  const void* key = nullptr;
+  const void* value = nullptr;
+  int64_t key_stride = 0, value_stride = 0;
 };
 
 void qkv_prepare_cpu(const QkvPrepareParams& params, const StepContext& ctx);

@@ -21,6 +21,11 @@ void check_params(const QkvPrepareParams& params, const StepContext& ctx) {
         "q_norm and k_norm must be given together");
   check(params.out != nullptr || params.cache != nullptr, kOp,
         "out and cache are null, one must be given");
+  check((params.key == nullptr) == (params.value == nullptr), kOp,
+        "key and value must be given together");
+  check(params.key == nullptr ||
+            (params.out == nullptr && params.q_norm == nullptr && params.rope == nullptr),
+        kOp, "key and value apart from qkv are for a cache write alone");
   if (params.rope != nullptr) {
     check(params.rope_pairs > 0 && 2 * params.rope_pairs <= shape.head_dim, kOp, "rope_pairs is ",
           params.rope_pairs, ", must be in [1, ", shape.head_dim / 2, "]");
@@ -64,6 +69,12 @@ void qkv_prepare_cpu(const QkvPrepareParams& params, const StepContext& ctx) {
   const auto prepare_head = [&](int64_t token, int head, int64_t slot) {
     const int64_t offset = token * row_bytes + head * head_bytes;
     const char* from = static_cast<const char*>(params.qkv) + offset;
+    if (params.key != nullptr) {
+      const bool is_key = head < first_value;
+      const int64_t row = token * (is_key ? params.key_stride : params.value_stride) * size;
+      from = static_cast<const char*>(is_key ? params.key : params.value) + row +
+             (head - (is_key ? first_key : first_value)) * head_bytes;
+    }
     alignas(64) char local[kMaxHeadDim * sizeof(float)];
     char* to = params.out == nullptr ? local : static_cast<char*>(params.out) + offset;
     if (head < first_value && params.q_norm != nullptr) {

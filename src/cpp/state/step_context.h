@@ -61,6 +61,9 @@ struct StepContext {
   // Attention is launched for this batch alone, not captured for later ones: it may use kernels
   // whose launch sizes follow the host's knowledge of the batch.
   bool eager_attention = false;
+  // A kernel may start, and read weights, before the launch before it has ended. Not so where that
+  // launch may have written them.
+  bool overlap_launches = true;
   bool sync_launches = false;  // wait after every launch, so that an error names its kernel
 };
 

@@ -1,0 +1,388 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "bind/ops_call.h"
+
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <exception>
+#include <limits>
+
+namespace mrv1 {
+namespace {
+
+enum DlDevice { kDlCpu = 1, kDlCuda = 2, kDlCudaHost = 3, kDlCudaManaged = 13 };
+
+std::string device_text(DeviceType type, int ordinal) {
+  return type == DeviceType::kCpu ? "the CPU" : concat("GPU ", ordinal);
+}
+
+std::string shape_text(std::span<const int64_t> shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += concat(i > 0 ? ", " : "", shape[i]);
+  return text + "]";
+}
+
+std::string shape_text(const Operand& operand) {
+  return shape_text({operand.shape, static_cast<size_t>(operand.ndim)});
+}
+
+std::string strides_text(const Operand& operand) {
+  return shape_text({operand.strides, static_cast<size_t>(operand.ndim)});
+}
+
+std::string type_text(nb::dlpack::dtype dtype) {
+  const ElementType* type = find_element_type(dtype);
+  if (type != nullptr) return type->name;
+  return concat("DLPack type (", int{dtype.code}, ", ", int{dtype.bits}, ", ", int{dtype.lanes},
+                ")");
+}
+
+const char* class_name(nb::handle object) {
+  return reinterpret_cast<const char*>(nb::type_name(object.type()).c_str());
+}
+
+// NumPy's own types come first; bfloat16 of ml_dtypes is one that was registered.
+constexpr int kFirstRegisteredType = 256;
+
+void set_contiguous(Operand& operand) {
+  int64_t stride = 1;
+  for (int i = operand.ndim; i-- > 0;) {
+    operand.strides[i] = stride;
+    stride *= operand.shape[i];
+  }
+}
+
+bool is_contiguous(const Operand& operand) {
+  int64_t stride = 1;
+  for (int i = operand.ndim; i-- > 0;) {
+    if (operand.shape[i] != 1 && operand.strides[i] != stride) return operand.size() == 0;
+    stride *= operand.shape[i];
+  }
+  return true;
+}
+
+// Memory of an output, and the stream it is given back in.
+struct OutputMemory {
+  OutputMemory(StreamBuffer memory, nb::object stream)
+      : buffer(std::move(memory)), owner(std::move(stream)) {}
+  ~OutputMemory() {
+    buffer = StreamBuffer();  // before the stream goes
+    if (!nb::is_alive()) owner.release();
+  }
+  StreamBuffer buffer;
+  nb::object owner;
+};
+
+}  // namespace
+
+OpsDevice& OpsContext::device(DeviceType type, int ordinal) {
+  std::unique_ptr<OpsDevice>& found = devices_[{type, ordinal}];
+  if (found == nullptr) {
+    const nb::object opened =
+        host_.attr("open_device")(type == DeviceType::kCpu ? "cpu" : "cuda", ordinal);
+    // Another thread may have been here meanwhile; its device is in use.
+    if (found == nullptr) {
+      auto made = std::make_unique<OpsDevice>();
+      made->device = nb::cast<const DeviceHandle&>(opened).share();
+      found = std::move(made);
+    }
+  }
+  return *found;
+}
+
+int64_t Operand::rows() const {
+  int64_t rows = 1;
+  for (int i = 0; i + 1 < ndim; ++i) rows *= shape[i];
+  return rows;
+}
+
+OpCall::OpCall(OpsContext& context, const char* op, nb::handle stream)
+    : context_(context), op_(op), given_stream_(nb::borrow(stream)) {
+  ctx_.overlap_launches = false;  // weights may be what the op before this one wrote
+  ctx_.sync_launches = context.sync_launches();
+  ctx_.rows.num_groups = 1;
+}
+
+void OpCall::locate(const char* name, nb::handle array, int type, int ordinal) {
+  check(type == kDlCpu || type == kDlCuda || type == kDlCudaHost || type == kDlCudaManaged, op_,
+        name, " lies on DLPack device (", type, ", ", ordinal,
+        "); must be in memory of the CPU or of a GPU of CUDA");
+  const bool on_cpu = type == kDlCpu || type == kDlCudaHost;
+  const DeviceType kind = on_cpu ? DeviceType::kCpu : DeviceType::kCuda;
+  const int number = on_cpu ? 0 : ordinal;
+  if (shared_ != nullptr) {
+    check(kind == device().type() && number == device().ordinal(), op_, name, " lies on ",
+          device_text(kind, number), " and ", first_name_, " on ",
+          device_text(device().type(), device().ordinal()),
+          "; all arrays of a call must be on one device");
+    return;
+  }
+  shared_ = &context_.device(kind, number);
+  first_name_ = name;
+  ctx_.device = &device();
+  if (on_cpu) {
+    check(given_stream_.is_none(), op_, "stream must be None for arrays of the CPU");
+    ctx_.pool = device().pool();
+    return;
+  }
+  stream_owner_ = given_stream_;
+  if (given_stream_.is_none()) {
+    stream_owner_ = context_.host().attr("current_stream")(array, number);
+    known_to_library_ = !stream_owner_.is_none();
+  }
+  stream_ = stream_owner_.is_none() ? device().stream() : stream_handle(stream_owner_);
+  ctx_.stream = stream_;
+  std::deque<OpsDevice::Pending>& pending = shared_->pending;
+  while (!pending.empty() && pending.front().fence->passed()) pending.pop_front();
+}
+
+Operand OpCall::import(const char* name, nb::handle array, bool written) {
+  Operand operand;
+  operand.name = name;
+  nb::object source = nb::borrow(array);
+  bool is_bfloat16 = false;
+  nb::ndarray<nb::ro> imported;
+  const nb::object numpy_type = context_.host().attr("ndarray");
+  if (PyObject_IsInstance(array.ptr(), numpy_type.ptr()) == 1) {
+    locate(name, array, kDlCpu, 0);
+    const nb::object dtype = array.attr("dtype");
+    if (nb::cast<int>(dtype.attr("num")) >= kFirstRegisteredType) {
+      is_bfloat16 = nb::cast<std::string>(dtype.attr("name")) == "bfloat16";
+      check(is_bfloat16, op_, name, " is ", nb::str(dtype).c_str(),
+            ", which no op takes; float32 and bfloat16 are the element types of values");
+      source = array.attr("view")(context_.host().attr("uint16"));
+    }
+    check(!written || nb::cast<bool>(source.attr("flags").attr("writeable")), op_, name,
+          " is read-only and would be written");
+    check(nb::try_cast(source, imported, false), op_, name, " is an array of dtype ",
+          nb::str(dtype).c_str(), " that cannot be read; must be a plain array in native order");
+  } else {
+    check(nb::hasattr(array, "__dlpack__") && nb::hasattr(array, "__dlpack_device__"), op_, name,
+          " is of type ", class_name(array), "; must be an array of NumPy, or one with __dlpack__");
+    try {
+      const auto [type, ordinal] = nb::cast<std::pair<int, int>>(array.attr("__dlpack_device__")());
+      locate(name, array, type, ordinal);
+      check(!written || nb::cast<bool>(context_.host().attr("is_mutable")(array)), op_, name,
+            " is an array of type ", class_name(array), ", which cannot be written");
+      const nb::object capsule =
+          stream_ == nullptr
+              ? array.attr("__dlpack__")()
+              : array.attr("__dlpack__")(nb::arg("stream") = reinterpret_cast<intptr_t>(stream_));
+      check(nb::try_cast(capsule, imported, false), op_, name,
+            " cannot be read: its __dlpack__ gave no tensor");
+    } catch (const nb::python_error& error) {
+      // What the library says, such as that a gradient would be lost.
+      if (error.matches(PyExc_KeyboardInterrupt)) throw;
+      const nb::object mrv1_error = nb::module_::import_("mrv1.errors").attr("Mrv1Error");
+      if (error.matches(mrv1_error)) throw;
+      const std::string text = nb::str(error.value()).c_str();
+      fail(ErrorKind::kInvalidArgument, op_, name, " cannot be exported: ", text);
+    }
+  }
+  check(imported.ndim() >= 1 && imported.ndim() <= Operand::kMaxDims, op_, name, " has ",
+        imported.ndim(), " dimensions; must have 1 to ", Operand::kMaxDims);
+  operand.data = const_cast<void*>(imported.data());
+  operand.dtype = is_bfloat16 ? element_type(DType::kBF16).dlpack() : imported.dtype();
+  operand.ndim = static_cast<int>(imported.ndim());
+  for (int i = 0; i < operand.ndim; ++i) {
+    operand.shape[i] = static_cast<int64_t>(imported.shape(i));
+    operand.strides[i] = imported.stride(i);
+  }
+  if (first_.ptr() == nullptr) first_ = nb::borrow(array);
+  // Another library may give memory back in another order.
+  if (array.type().ptr() != first_.type().ptr()) known_to_library_ = false;
+  sources_.push_back(std::move(source));
+  arrays_.push_back(std::move(imported));
+  return operand;
+}
+
+Operand OpCall::output(const char* name, nb::handle given, const std::vector<int64_t>& shape,
+                       DType dtype) {
+  check_internal(shared_ != nullptr, op_, "an output before any input");
+  if (!given.is_none()) {
+    const Operand operand = in_place(name, given);
+    shaped(typed(contiguous(operand), dtype), shape);
+    made_.push_back({operand.data, nb::borrow(given), nullptr});
+    return operand;
+  }
+  if (PyObject_IsInstance(first_.ptr(), context_.host().attr("ndarray").ptr()) == 1) {
+    nb::list sizes;
+    for (int64_t size : shape) sizes.append(size);
+    const nb::object array =
+        context_.host().attr("empty")(nb::tuple(sizes), std::string(dtype_name(dtype)));
+    const Operand operand = in_place(name, array);
+    made_.push_back({operand.data, array, nullptr});
+    return operand;
+  }
+  Operand operand;
+  operand.name = name;
+  operand.dtype = element_type(dtype).dlpack();
+  operand.ndim = static_cast<int>(shape.size());
+  std::copy(shape.begin(), shape.end(), operand.shape);
+  set_contiguous(operand);
+  const size_t bytes = static_cast<size_t>(operand.size()) * dtype_size(dtype);
+  auto memory = std::make_shared<ArrayMemory>(ArrayMemory{
+      shared_->device, nullptr, nullptr, std::vector<size_t>(shape.begin(), shape.end()),
+      &element_type(dtype), device().type() == DeviceType::kCuda, stream_});
+  auto owner = std::make_shared<OutputMemory>(
+      allocate_in_stream(shared_->device, std::max<size_t>(bytes, 1), false, op_, stream_),
+      stream_owner_);
+  memory->data = owner->buffer.data();
+  memory->owner = std::move(owner);
+  operand.data = memory->data;
+  made_.push_back({operand.data, nb::object(), std::move(memory)});
+  return operand;
+}
+
+void* OpCall::scratch(int64_t bytes, bool zeroed) {
+  scratch_.push_back(allocate_in_stream(
+      shared_->device, static_cast<size_t>(std::max<int64_t>(bytes, 1)), zeroed, op_, stream_));
+  return scratch_.back().data();
+}
+
+nb::object OpCall::result(const Operand& output) {
+  for (Made& made : made_) {
+    if (made.data != output.data) continue;
+    if (made.memory == nullptr) return made.array;
+    nb::object array =
+        nb::cast(new DeviceArray(made.memory, "array"), nb::rv_policy::take_ownership);
+    const nb::object importer = context_.host().attr("importer")(first_);
+    return importer.is_none() ? array : importer(array);
+  }
+  fail(ErrorKind::kInternal, op_, "no such output");
+}
+
+const Operand& OpCall::contiguous(const Operand& operand) const {
+  check(is_contiguous(operand), op_, operand.name, " has shape ", shape_text(operand),
+        " and strides ", strides_text(operand), "; must be contiguous in C order");
+  return operand;
+}
+
+const Operand& OpCall::ndim(const Operand& operand, int count, const char* shape) const {
+  check(operand.ndim == count, op_, operand.name, " has shape ", shape_text(operand), "; must be ",
+        shape);
+  return operand;
+}
+
+const Operand& OpCall::typed(const Operand& operand, DType dtype) const {
+  check(operand.is(dtype), op_, operand.name, " is ", type_text(operand.dtype), "; must be ",
+        dtype_name(dtype));
+  return operand;
+}
+
+const Operand& OpCall::shaped(const Operand& operand, std::span<const int64_t> shape) const {
+  check(std::equal(shape.begin(), shape.end(), operand.shape, operand.shape + operand.ndim), op_,
+        operand.name, " has shape ", shape_text(operand), "; must be ", shape_text(shape));
+  return operand;
+}
+
+DType OpCall::activation(const Operand& operand) const {
+  if (operand.is(DType::kF32)) return DType::kF32;
+  check(operand.is(DType::kBF16), op_, operand.name, " is ", type_text(operand.dtype),
+        "; must be float32 or bfloat16");
+  return DType::kBF16;
+}
+
+DType OpCall::matrix(const Operand& operand) const {
+  const DType dtype = activation(contiguous(operand));
+  check(operand.cols() > 0, op_, operand.name, " has shape ", shape_text(operand),
+        "; must have at least one column");
+  check(operand.rows() <= std::numeric_limits<int32_t>::max(), op_, operand.name, " has ",
+        operand.rows(), " rows; must have fewer than 2**31");
+  return dtype;
+}
+
+const Operand& OpCall::ints(const Operand& operand, int64_t count) const {
+  typed(contiguous(ndim(operand, 1, "of one dimension")), DType::kI32);
+  if (count >= 0) shaped(operand, std::vector<int64_t>{count});
+  check(operand.cols() <= std::numeric_limits<int32_t>::max(), op_, operand.name, " has ",
+        operand.cols(), " entries; must have fewer than 2**31");
+  return operand;
+}
+
+const Operand& OpCall::floats(const Operand& operand, int64_t count) const {
+  return shaped(typed(contiguous(operand), DType::kF32), std::vector<int64_t>{count});
+}
+
+void OpCall::no_partial_overlap(const Operand& out, const Operand& in) const {
+  if (out.data == in.data || out.size() == 0 || in.size() == 0) return;
+  const auto* out_begin = static_cast<const char*>(out.data);
+  const auto* in_begin = static_cast<const char*>(in.data);
+  const char* out_end = out_begin + out.size() * (out.dtype.bits / 8);
+  const char* in_end = in_begin + in.size() * (in.dtype.bits / 8);
+  check(out_end <= in_begin || in_end <= out_begin, op_, out.name, " overlaps ", in.name,
+        "; must be the same array or share nothing with it");
+}
+
+std::span<const int32_t> OpCall::look(const Operand& ints) {
+  const auto count = static_cast<size_t>(ints.size());
+  if (device().type() == DeviceType::kCpu) return {static_cast<const int32_t*>(ints.data), count};
+  if (!ctx_.sync_launches) return {};
+  std::vector<int32_t>& copy = looked_.emplace_back(count);
+  device().order_streams(stream_, nullptr);
+  device().copy_out(copy.data(), ints.data, count * sizeof(int32_t));
+  return copy;
+}
+
+void OpCall::in_range(const Operand& operand, int64_t low, int64_t high, const char* what) {
+  const std::span<const int32_t> values = look(operand);
+  for (size_t i = 0; i < values.size(); ++i) {
+    check(values[i] >= low && values[i] < high, op_, operand.name, "[", i, "] is ", values[i], "; ",
+          what, " must be in [", low, ", ", high, ")");
+  }
+}
+
+int OpCall::num_threads() {
+  return device().pool() != nullptr ? device().pool()->num_threads() : 1;
+}
+
+void OpCall::keep_sources() {
+  OpsDevice::Pending pending{device().make_fence(), std::move(sources_), std::move(arrays_)};
+  pending.fence->record(stream_);
+  shared_->pending.push_back(std::move(pending));
+}
+
+void OpCall::run(int64_t workspace_bytes, void* state, Body body) {
+  struct Task {
+    OpCall& call;
+    void* state;
+    Body body;
+    std::exception_ptr error;
+  } task{*this, state, body, nullptr};
+  const bool on_cpu = device().type() == DeviceType::kCpu;
+  {
+    nb::gil_scoped_release release;
+    std::lock_guard lock(shared_->mutex);
+    const auto bytes = static_cast<size_t>(std::max<int64_t>(workspace_bytes, 0));
+    StreamBuffer made;
+    if (on_cpu && shared_->workspace.bytes() < bytes) {
+      shared_->workspace = StreamBuffer();
+      shared_->workspace = allocate_in_stream(shared_->device, bytes, false, op_, nullptr);
+    } else if (!on_cpu) {
+      made = allocate_in_stream(shared_->device, bytes, false, op_, stream_);
+    }
+    ctx_.workspace = on_cpu ? shared_->workspace.data() : made.data();
+    ctx_.workspace_bytes = on_cpu ? shared_->workspace.bytes() : made.bytes();
+    if (on_cpu) {
+      // In the caller's thread: the pool needs one at a time, not a certain one.
+      body(state, device().kernels(), ctx_);
+    } else {
+      device().submit(
+          [](void* arg) {
+            Task& task = *static_cast<Task*>(arg);
+            try {
+              task.body(task.state, task.call.device().kernels(), task.call.ctx_);
+            } catch (...) {
+              task.error = std::current_exception();
+            }
+          },
+          &task);
+    }
+  }
+  if (!on_cpu && !known_to_library_) keep_sources();
+  if (task.error) std::rethrow_exception(task.error);
+}
+
+}  // namespace mrv1
