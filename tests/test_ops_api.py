@@ -304,3 +304,22 @@ def test_threads_may_call_at_the_same_time() -> None:
     for thread in threads:
         thread.join()
     assert not any(wrong)
+
+
+def test_torch_default_stream(device: str) -> None:
+    """Its handle is 0, which must not be taken for a stream of mrv1's."""
+    if device == "cpu":
+        pytest.skip("for GPUs")
+    torch = pytest.importorskip("torch")
+    assert torch.cuda.current_stream().cuda_stream == 0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        x = torch.randn(512, 1024, device="cuda")
+        weight = torch.randn(2048, 1024, device="cuda") / 32
+        gain = torch.rand(1024, device="cuda")
+        for _ in range(3):
+            y = ops.silu_mul(ops.linear(ops.rms_norm(x, gain, eps=1e-6), weight))
+            normed = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * gain
+            gate, up = (normed @ weight.T).chunk(2, dim=1)
+            torch.testing.assert_close(y, torch.nn.functional.silu(gate) * up, atol=1e-3, rtol=1e-3)
+            x = x.roll(1, 0) + y.repeat(1, 1)[:, :1024] * 0.01

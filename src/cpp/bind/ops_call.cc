@@ -98,6 +98,9 @@ int64_t Operand::rows() const {
   return rows;
 }
 
+// The default stream, as DLPack numbers it; CUDA takes the number for a handle, too.
+constexpr intptr_t kDefaultStream = 1;
+
 OpCall::OpCall(OpsContext& context, const char* op, nb::handle stream)
     : context_(context), op_(op), given_stream_(nb::borrow(stream)) {
   ctx_.overlap_launches = false;  // weights may be what the op before this one wrote
@@ -133,6 +136,8 @@ void OpCall::locate(const char* name, nb::handle array, int type, int ordinal) {
     known_to_library_ = !stream_owner_.is_none();
   }
   stream_ = stream_owner_.is_none() ? device().stream() : stream_handle(stream_owner_);
+  // Handle 0 is the default stream to its library, but the device's own one to us.
+  if (stream_ == nullptr) stream_ = reinterpret_cast<void*>(kDefaultStream);
   ctx_.stream = stream_;
   std::deque<OpsDevice::Pending>& pending = shared_->pending;
   while (!pending.empty() && pending.front().fence->passed()) pending.pop_front();
