@@ -323,3 +323,37 @@ def test_torch_default_stream(device: str) -> None:
             gate, up = (normed @ weight.T).chunk(2, dim=1)
             torch.testing.assert_close(y, torch.nn.functional.silu(gate) * up, atol=1e-3, rtol=1e-3)
             x = x.roll(1, 0) + y.repeat(1, 1)[:, :1024] * 0.01
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_bfloat16_prompt_attends_to_itself(device: str, tokens: int, dim: int) -> None:
+    """Queries by themselves are nearer to each other than in a packed row."""
+    heads, kv_heads, block = 8, 2, 16
+    rng = np.random.default_rng(tokens)
+    q = rng.standard_normal((tokens, heads, dim), np.float32).astype(ml_dtypes.bfloat16)
+    sides = [
+        rng.standard_normal((4, block, kv_heads, dim), np.float32).astype(ml_dtypes.bfloat16)
+        for _ in range(2)
+    ]
+    table = np.array([[3, 1, 2]], np.int32)
+    lengths = np.array([tokens], np.int32), np.array([0, tokens], np.int32)
+    if device == "cpu":
+        out = ops.paged_attention(q, *sides, table, *lengths).astype(np.float64)
+    else:
+        torch = pytest.importorskip("torch")
+
+        def on_gpu(array: np.ndarray) -> Any:
+            if array.dtype == np.int32:
+                return torch.from_numpy(array).cuda()
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).cuda()
+
+        arrays = [on_gpu(array) for array in (q, *sides, table, *lengths)]
+        out = ops.paged_attention(*arrays).double().cpu().numpy()
+    key, value = (side[table[0]].reshape(-1, kv_heads, dim)[:tokens] for side in sides)
+    key, value = (np.repeat(s, heads // kv_heads, 1).astype(np.float64) for s in (key, value))
+    scores = np.einsum("qhd,khd->hqk", q.astype(np.float64), key) / np.sqrt(dim)
+    scores = np.where(np.tri(tokens, dtype=bool), scores, -np.inf)
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), value)
+    np.testing.assert_allclose(out, expected, atol=0.02, rtol=0.02)

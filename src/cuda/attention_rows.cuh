@@ -184,14 +184,13 @@ struct Rows {
   __device__ void load_queries(const NativeAttentionArgs& args, const AttentionItem& item,
                                int32_t head, int32_t first) {
     const int lane = lane_id();
-    const int64_t cols = int64_t{args.num_heads + 2 * args.num_kv_heads} * args.head_dim;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       const int32_t tile_row = first + lane / 4 + 8 * side;
       const int32_t row = item.first + min(tile_row, item.rows - 1);
       const int32_t token = row / args.group;
       const uint16_t* source =
-          args.qkv + (item.token + token) * cols +
+          args.qkv + (item.token + token) * args.q_stride +
           int64_t{head * args.group + row - token * args.group} * args.head_dim;
 #pragma unroll
       for (int k = 0; k < D / 16; ++k) {
