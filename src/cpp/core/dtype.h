@@ -11,7 +11,8 @@
 
 namespace mrv1 {
 
-enum class DType : uint8_t { kF32, kBF16, kF16, kI32 };
+// The two of eight bits are storage of KV caches (core/float8.h), never of activations.
+enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kE4M3, kE5M2 };
 
 // Storage types. Arithmetic is always done in float.
 struct BFloat16 {
@@ -21,7 +22,10 @@ struct Float16 {
   uint16_t bits;
 };
 
+constexpr bool is_float8(DType dtype) { return dtype == DType::kE4M3 || dtype == DType::kE5M2; }
+
 constexpr size_t dtype_size(DType dtype) {
+  if (is_float8(dtype)) return 1;
   return dtype == DType::kF32 || dtype == DType::kI32 ? 4 : 2;
 }
 
@@ -35,6 +39,10 @@ constexpr std::string_view dtype_name(DType dtype) {
       return "float16";
     case DType::kI32:
       return "int32";
+    case DType::kE4M3:
+      return "float8_e4m3fn";
+    case DType::kE5M2:
+      return "float8_e5m2";
   }
   return "?";
 }

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "core/dtype.h"
+#include "core/float8.h"
 
 namespace mrv1 {
 
@@ -18,9 +18,33 @@ struct HeadShape {
   int32_t q_cols() const { return num_heads * head_dim; }
 };
 
-// One layer's paged key/value cache. Element (block, token, head, dim) of keys lies at
-// key + block * block_stride + token * token_stride + head * head_stride + dim; strides count
-// elements and hold for values too.
+// Scales of an FP8 cache: an element is its code times its scale. One formula for all kinds; the
+// strides, in floats, are 0 where a kind has one scale for many elements:
+//   kTensor: key[0], value[0];  kHead: key[head], value[head];
+//   kToken:  key[block * block_stride + token * token_stride + head * head_stride], also value.
+// The writer takes static scales (kTensor, kHead) as they are, finite and positive. For kToken it
+// computes and stores scale = max(m / format maximum, 2^-126) with m the largest finite magnitude
+// of the head after its rounding to the activation dtype (0 if there is none). In all kinds
+// code = float8_from_float(value * (1 / scale)), in float32: out of range and infinite values
+// saturate, NaN stays NaN (core/float8.h).
+enum class KvScaleKind : uint8_t { kNone, kTensor, kHead, kToken };
+struct KvScales {
+  KvScaleKind kind = KvScaleKind::kNone;
+  float* key = nullptr;
+  float* value = nullptr;
+  int64_t block_stride = 0, token_stride = 0, head_stride = 0;
+
+  MRV1_HD int64_t index(int64_t block, int64_t token, int64_t head) const {
+    return block * block_stride + token * token_stride + head * head_stride;
+  }
+};
+
+// The smallest scale of a token: its inverse is finite.
+constexpr float kMinKvScale = 0x1p-126f;
+
+// One layer's paged key/value cache, in an activation dtype or in FP8. Element (block, token, head,
+// dim) of keys lies at key + block * block_stride + token * token_stride + head * head_stride +
+// dim; strides count elements and hold for values too.
 struct KvCacheLayer {
   void* key = nullptr;
   void* value = nullptr;
@@ -30,15 +54,23 @@ struct KvCacheLayer {
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;
   int64_t block_stride = 0, token_stride = 0, head_stride = 0;
+  KvScales scales;  // kind kNone unless dtype is FP8
 
   // Elements and bytes of the keys, or of the values.
   int64_t elements() const { return block_stride * num_blocks; }
   int64_t bytes() const { return elements() * static_cast<int64_t>(dtype_size(dtype)); }
+  // Bytes of the scales of the keys, or of the values, where each token has its own.
+  int64_t scale_bytes() const {
+    const bool stored = scales.kind == KvScaleKind::kToken;
+    return stored ? scales.block_stride * num_blocks * static_cast<int64_t>(sizeof(float)) : 0;
+  }
 };
 
-// A layer of [blocks, kv heads, block_size, head_dim]; addresses are not filled in.
+// A layer of [blocks, kv heads, block_size, head_dim]; addresses are not filled in. Scales of
+// tokens lie as [blocks, kv heads, block_size], so that those of a head's block are neighbours.
 inline KvCacheLayer kv_cache_layer(DType dtype, int32_t num_blocks, int32_t block_size,
-                                   const HeadShape& heads) {
+                                   const HeadShape& heads,
+                                   KvScaleKind scales = KvScaleKind::kNone) {
   KvCacheLayer layer;
   layer.dtype = dtype;
   layer.num_blocks = num_blocks;
@@ -48,6 +80,13 @@ inline KvCacheLayer kv_cache_layer(DType dtype, int32_t num_blocks, int32_t bloc
   layer.token_stride = heads.head_dim;
   layer.head_stride = int64_t{block_size} * heads.head_dim;
   layer.block_stride = layer.head_stride * heads.num_kv_heads;
+  layer.scales.kind = scales;
+  if (scales == KvScaleKind::kHead) layer.scales.head_stride = 1;
+  if (scales == KvScaleKind::kToken) {
+    layer.scales.token_stride = 1;
+    layer.scales.head_stride = block_size;
+    layer.scales.block_stride = int64_t{block_size} * heads.num_kv_heads;
+  }
   return layer;
 }
 

@@ -86,6 +86,8 @@ void pack_panels(const WeightView& weight, void* data, const void* source, DType
       case DType::kF16:
         return pack<Float16, To>(weight, data, source, row_start, num_rows, pool);
       case DType::kI32:
+      case DType::kE4M3:
+      case DType::kE5M2:
         fail(ErrorKind::kInvalidArgument, kOp, "source dtype is ", dtype_name(source_dtype),
              ", must be float32, bfloat16 or float16");
     }
