@@ -24,6 +24,7 @@ DEFAULTS = {
     "MRV1_ATTENTION_BACKEND": "native",
     "MRV1_BATCH_INVARIANT": False,
     "MRV1_SYNC": False,
+    "MRV1_CHECK_SLOTS": False,
     "MRV1_CUBLASLT": None,
     "MRV1_TUNE": False,
     "MRV1_TUNE_DIR": "~/.cache/mrv1/tuning",

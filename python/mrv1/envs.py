@@ -167,6 +167,15 @@ SYNC: Final = EnvVar[bool](
     "run eagerly.",
     parse=_parse_bool,
 )
+CHECK_SLOTS: Final = EnvVar[bool](
+    name="MRV1_CHECK_SLOTS",
+    default=False,
+    default_text="`0`",
+    allowed=_BOOL_ALLOWED,
+    help="Whether single ops on a GPU check the slots that they write to, and static scales, "
+    "before the launch, as those on the CPU always do; each call then waits for the GPU.",
+    parse=_parse_bool,
+)
 CUBLASLT: Final = EnvVar[str | None](
     name="MRV1_CUBLASLT",
     default=None,
@@ -206,6 +215,7 @@ REGISTRY: Final[Mapping[str, EnvVar[object]]] = MappingProxyType(
         ATTENTION_BACKEND.name: ATTENTION_BACKEND,
         BATCH_INVARIANT.name: BATCH_INVARIANT,
         SYNC.name: SYNC,
+        CHECK_SLOTS.name: CHECK_SLOTS,
         CUBLASLT.name: CUBLASLT,
         TUNE.name: TUNE,
         TUNE_DIR.name: TUNE_DIR,

@@ -59,7 +59,11 @@ _num_threads = 0
 def _ops() -> _core.Ops:
     global _native
     if _native is None:
-        _native = _core.Ops(Host(_num_threads), sync_launches=envs.SYNC.get())
+        _native = _core.Ops(
+            Host(_num_threads),
+            sync_launches=envs.SYNC.get(),
+            check_slots=envs.CHECK_SLOTS.get(),
+        )
     return _native
 
 
@@ -570,6 +574,9 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     plan: PlannedAttention | None = None,
+    kv_cache_dtype: str = "auto",
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
     out: Array | None = None,
     stream: object = None,
 ) -> Array:
@@ -591,6 +598,9 @@ def paged_attention(
         window: How many positions a token sees, its own included; 0 is no limit.
         softcap: 0 is none.
         plan: Instead of the three arrays: what `plan_attention` made of them.
+        kv_cache_dtype: As of `reshape_and_cache_flash`, as are the next two.
+        k_scale: As there.
+        v_scale: As there.
         out: [T, H, D], contiguous.
         stream: Where it runs on a GPU; docs/ops.md has the default.
     """
@@ -607,6 +617,9 @@ def paged_attention(
         window,
         softcap,
         plan,
+        kv_cache_dtype,
+        k_scale,
+        v_scale,
         out,
         stream,
     )

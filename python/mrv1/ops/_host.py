@@ -32,6 +32,7 @@ class Host:
     """
 
     ndarray = np.ndarray
+    uint8 = np.uint8
     uint16 = np.uint16
 
     def __init__(self, num_threads: int = 0) -> None:

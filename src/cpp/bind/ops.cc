@@ -10,13 +10,15 @@ void bind_ops(nb::module_& m) {
                             "documents them.\n\n"
                             "Args:\n"
                             "    host: What the calls ask of Python, a mrv1.ops._host.Host.\n"
-                            "    sync_launches: Whether to wait after every launch.");
+                            "    sync_launches: Whether to wait after every launch.\n"
+                            "    check_slots: Whether to look at slots and scales on a GPU, too.");
   ops.def(
       "__init__",
-      [](OpsHandle* self, nb::object host, bool sync_launches) {
-        new (self) OpsHandle(std::make_shared<OpsContext>(std::move(host), sync_launches), "ops");
+      [](OpsHandle* self, nb::object host, bool sync_launches, bool check_slots) {
+        new (self) OpsHandle(
+            std::make_shared<OpsContext>(std::move(host), sync_launches, check_slots), "ops");
       },
-      nb::arg("host"), nb::arg("sync_launches") = false);
+      nb::arg("host"), nb::arg("sync_launches") = false, nb::arg("check_slots") = false);
   bind_dense_ops(ops, m);
   bind_attention_ops(ops, m);
   bind_sampling_ops(ops);

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <limits>
 
+#include "bind/cache_operand.h"
 #include "bind/ops_call.h"
 
 namespace mrv1 {
@@ -39,45 +40,6 @@ HeadShape head_shape(OpCall& call, int64_t cols, int32_t num_heads, int32_t num_
   call.require(cols % heads == 0, "qkv has ", cols, " columns; must be head_dim times the ", heads,
                " heads of q, k and v");
   return {num_heads, num_kv_heads, static_cast<int32_t>(cols / heads)};
-}
-
-void check_head_dim(const OpCall& call, int64_t head_dim) {
-  call.require(head_dim > 0 && head_dim % 8 == 0 && head_dim <= kMaxHeadDim, "head_dim is ",
-               head_dim, "; must be a multiple of 8 up to ", kMaxHeadDim);
-}
-
-// The largest index of an element, so that strides of any kind stay in the array.
-KvCacheLayer cache_layer(OpCall& call, const Operand& key, const Operand& value, DType dtype) {
-  const char* shape = "[blocks, block_size, kv_heads, head_dim]";
-  for (const Operand* side : {&key, &value}) {
-    call.typed(call.ndim(*side, 4, shape), dtype);
-    call.require(side->strides[3] == 1 || side->shape[3] == 1, side->name, " has stride ",
-                 side->strides[3], " in head_dim; must be 1");
-    for (int i = 0; i < 3; ++i) {
-      call.require(side->strides[i] > 0 || side->shape[i] <= 1, side->name, " has stride ",
-                   side->strides[i], " in dimension ", i, "; must be positive");
-    }
-  }
-  call.shaped(value, key.sizes());
-  call.require(std::equal(key.strides, key.strides + 4, value.strides),
-               "value_cache has other strides than key_cache; they must be equal");
-  call.require(key.shape[0] > 0 && key.shape[1] > 0 && key.shape[2] > 0,
-               "key_cache must not be empty");
-  check_head_dim(call, key.shape[3]);
-  call.require(key.shape[0] * key.shape[1] <= kMaxInt, "key_cache has ",
-               key.shape[0] * key.shape[1], " slots; must have fewer than 2**31");
-  KvCacheLayer layer;
-  layer.key = key.data;
-  layer.value = value.data;
-  layer.dtype = dtype;
-  layer.num_blocks = static_cast<int32_t>(key.shape[0]);
-  layer.block_size = static_cast<int32_t>(key.shape[1]);
-  layer.num_kv_heads = static_cast<int32_t>(key.shape[2]);
-  layer.head_dim = static_cast<int32_t>(key.shape[3]);
-  layer.block_stride = key.strides[0];
-  layer.token_stride = key.strides[1];
-  layer.head_stride = key.strides[2];
-  return layer;
 }
 
 // Slots of a cache write: -1 writes nothing, and nothing is written twice.
@@ -144,9 +106,9 @@ nb::object qkv_prepare(const OpsHandle& self, const std::string& op, nb::handle 
   if (!key_array.is_none() || !value_array.is_none() || !slots_array.is_none()) {
     call.require(!key_array.is_none() && !value_array.is_none() && !slots_array.is_none(),
                  "key_cache, value_cache and slot_mapping must be given together");
-    const Operand key = call.in_place("key_cache", key_array);
-    const Operand value = call.in_place("value_cache", value_array);
-    cache = cache_layer(call, key, value, params.dtype);
+    cache =
+        cache_operand(call, {key_array, value_array, nb::none(), nb::none()}, params.dtype, true)
+            .layer;
     call.require(cache.num_kv_heads == num_kv_heads && cache.head_dim == params.shape.head_dim,
                  "key_cache has ", cache.num_kv_heads, " heads of ", cache.head_dim, "; must have ",
                  num_kv_heads, " of ", params.shape.head_dim);
@@ -191,9 +153,9 @@ void reshape_and_cache(const OpsHandle& self, nb::handle key_array, nb::handle v
                  side->strides[1], ", ", side->strides[2],
                  "]; the heads of a token must be contiguous");
   }
-  const Operand key_cache = call.in_place("key_cache", key_cache_array);
-  const Operand value_cache = call.in_place("value_cache", value_cache_array);
-  const KvCacheLayer cache = cache_layer(call, key_cache, value_cache, dtype);
+  const KvCacheLayer cache =
+      cache_operand(call, {key_cache_array, value_cache_array, nb::none(), nb::none()}, dtype, true)
+          .layer;
   call.require(cache.num_kv_heads == key.shape[1] && cache.head_dim == key.shape[2],
                "key_cache has ", cache.num_kv_heads, " heads of ", cache.head_dim,
                "; must have those of key, ", key.shape[1], " of ", key.shape[2]);
@@ -405,7 +367,9 @@ std::unique_ptr<PlannedAttentionHandle> plan_attention(
 nb::object paged_attention(const OpsHandle& self, nb::handle q_array, nb::handle key_array,
                            nb::handle value_array, nb::handle table_array, nb::handle lens_array,
                            nb::handle starts_array, float scale, int32_t window, float softcap,
-                           nb::handle plan_object, nb::handle out_array, nb::handle stream) {
+                           nb::handle plan_object, const std::string& kv_cache_dtype,
+                           nb::handle k_scale, nb::handle v_scale, nb::handle out_array,
+                           nb::handle stream) {
   const auto context = self.share();
   OpCall call(*context, "paged_attention", stream);
   call.require(std::isfinite(scale), "scale = ", scale, ": must be finite");
@@ -415,9 +379,11 @@ nb::object paged_attention(const OpsHandle& self, nb::handle q_array, nb::handle
                      (q.strides[1] == q.shape[2] || q.shape[1] == 1) && q.strides[0] >= 0;
   call.require(dense || q.size() == 0, "q has strides [", q.strides[0], ", ", q.strides[1], ", ",
                q.strides[2], "]; the heads of a token must be contiguous");
-  const Operand key = call.input("key_cache", key_array);
-  const Operand value = call.input("value_cache", value_array);
-  const KvCacheLayer cache = cache_layer(call, key, value, dtype);
+  const CacheOperand taken =
+      cache_operand(call, {key_array, value_array, k_scale, v_scale, kv_cache_dtype}, dtype, false);
+  const KvCacheLayer& cache = taken.layer;
+  call.require(cache.dtype == dtype, "key_cache is ", mrv1::dtype_name(cache.dtype), "; must be ",
+               mrv1::dtype_name(dtype), ", as q");
   call.require(q.shape[2] == cache.head_dim && q.shape[1] > 0 && q.shape[1] <= kMaxHeads &&
                    q.shape[1] % cache.num_kv_heads == 0,
                "q has ", q.shape[1], " heads of ", q.shape[2], "; must have a multiple of ",
@@ -425,7 +391,8 @@ nb::object paged_attention(const OpsHandle& self, nb::handle q_array, nb::handle
   const HeadShape shape{static_cast<int32_t>(q.shape[1]), cache.num_kv_heads, cache.head_dim};
   std::shared_ptr<PlannedAttention> planned;
   const bool is_new = plan_object.is_none();
-  std::vector<Operand> read = {q, key, value};
+  std::vector<Operand> read = taken.arrays;
+  read.push_back(q);
   if (is_new) {
     const Operand table = call.input("block_table", table_array);
     const Operand lens = call.input("seq_lens", lens_array);
@@ -478,9 +445,12 @@ void copy_blocks(const OpsHandle& self, nb::handle key_array, nb::handle value_a
                  const std::vector<std::pair<int32_t, int32_t>>& mapping, nb::handle stream) {
   const auto context = self.share();
   OpCall call(*context, "copy_blocks", stream);
-  const Operand key = call.in_place("key_cache", key_array);
-  const Operand value = call.in_place("value_cache", value_array);
-  const KvCacheLayer cache = cache_layer(call, key, value, call.activation(key));
+  const DType dtype = call.activation(call.input("key_cache", key_array));
+  const CacheOperand taken =
+      cache_operand(call, {key_array, value_array, nb::none(), nb::none()}, dtype, true);
+  const KvCacheLayer& cache = taken.layer;
+  const Operand& key = taken.arrays[0];
+  const Operand& value = taken.arrays[1];
   call.contiguous(key);
   std::vector<BlockCopy> copies;
   for (const auto& [source, target] : mapping) copies.push_back({source, target});
@@ -527,7 +497,8 @@ void bind_attention_ops(nb::class_<OpsHandle>& ops, nb::module_& m) {
       .def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("key_cache"),
            nb::arg("value_cache"), none("block_table"), none("seq_lens"), none("query_start_loc"),
            nb::arg("scale") = 1.0f, nb::arg("window") = 0, nb::arg("softcap") = 0.0f, none("plan"),
-           none("out"), none("stream"))
+           nb::arg("kv_cache_dtype") = "auto", none("k_scale"), none("v_scale"), none("out"),
+           none("stream"))
       .def("copy_blocks", &copy_blocks, nb::arg("key_cache"), nb::arg("value_cache"),
            nb::arg("block_mapping"), none("stream"));
 }

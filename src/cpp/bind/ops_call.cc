@@ -143,24 +143,36 @@ void OpCall::locate(const char* name, nb::handle array, int type, int ordinal) {
   while (!pending.empty() && pending.front().fence->passed()) pending.pop_front();
 }
 
-Operand OpCall::import(const char* name, nb::handle array, bool written) {
+void OpCall::writable(const char* name, nb::handle array) const {
+  if (PyObject_IsInstance(array.ptr(), nb::object(context_.host().attr("ndarray")).ptr()) == 1) {
+    check(nb::cast<bool>(array.attr("flags").attr("writeable")), op_, name,
+          " is read-only and would be written");
+    return;
+  }
+  check(nb::cast<bool>(context_.host().attr("is_mutable")(array)), op_, name,
+        " is an array of type ", class_name(array), ", which cannot be written");
+}
+
+Operand OpCall::import(const char* name, nb::handle array, bool written, int min_dims) {
   Operand operand;
   operand.name = name;
   nb::object source = nb::borrow(array);
-  bool is_bfloat16 = false;
+  const ElementType* registered = nullptr;  // a type that NumPy exports by no protocol
   nb::ndarray<nb::ro> imported;
   const nb::object numpy_type = context_.host().attr("ndarray");
   if (PyObject_IsInstance(array.ptr(), numpy_type.ptr()) == 1) {
     locate(name, array, kDlCpu, 0);
     const nb::object dtype = array.attr("dtype");
     if (nb::cast<int>(dtype.attr("num")) >= kFirstRegisteredType) {
-      is_bfloat16 = nb::cast<std::string>(dtype.attr("name")) == "bfloat16";
-      check(is_bfloat16, op_, name, " is ", nb::str(dtype).c_str(),
+      const auto type = nb::cast<std::string>(dtype.attr("name"));
+      for (DType known : {DType::kBF16, DType::kE4M3, DType::kE5M2}) {
+        if (type == dtype_name(known)) registered = &element_type(known);
+      }
+      check(registered != nullptr, op_, name, " is ", nb::str(dtype).c_str(),
             ", which no op takes; float32 and bfloat16 are the element types of values");
-      source = array.attr("view")(context_.host().attr("uint16"));
+      source = array.attr("view")(context_.host().attr(registered->bits == 8 ? "uint8" : "uint16"));
     }
-    check(!written || nb::cast<bool>(source.attr("flags").attr("writeable")), op_, name,
-          " is read-only and would be written");
+    if (written) writable(name, source);
     check(nb::try_cast(source, imported, false), op_, name, " is an array of dtype ",
           nb::str(dtype).c_str(), " that cannot be read; must be a plain array in native order");
   } else {
@@ -169,8 +181,7 @@ Operand OpCall::import(const char* name, nb::handle array, bool written) {
     try {
       const auto [type, ordinal] = nb::cast<std::pair<int, int>>(array.attr("__dlpack_device__")());
       locate(name, array, type, ordinal);
-      check(!written || nb::cast<bool>(context_.host().attr("is_mutable")(array)), op_, name,
-            " is an array of type ", class_name(array), ", which cannot be written");
+      if (written) writable(name, array);
       const nb::object capsule =
           stream_ == nullptr
               ? array.attr("__dlpack__")()
@@ -186,12 +197,14 @@ Operand OpCall::import(const char* name, nb::handle array, bool written) {
       fail(ErrorKind::kInvalidArgument, op_, name, " cannot be exported: ", text);
     }
   }
-  check(imported.ndim() >= 1 && imported.ndim() <= Operand::kMaxDims, op_, name, " has ",
-        imported.ndim(), " dimensions; must have 1 to ", Operand::kMaxDims);
+  const auto ndim = static_cast<int>(imported.ndim());
+  check(ndim >= min_dims && ndim <= Operand::kMaxDims, op_, name, " has ", ndim,
+        " dimensions; must have ", min_dims, " to ", Operand::kMaxDims);
   operand.data = const_cast<void*>(imported.data());
-  operand.dtype = is_bfloat16 ? element_type(DType::kBF16).dlpack() : imported.dtype();
-  operand.ndim = static_cast<int>(imported.ndim());
-  for (int i = 0; i < operand.ndim; ++i) {
+  operand.dtype = registered != nullptr ? registered->dlpack() : imported.dtype();
+  operand.ndim = std::max(ndim, 1);
+  operand.shape[0] = operand.strides[0] = 1;
+  for (int i = 0; i < ndim; ++i) {
     operand.shape[i] = static_cast<int64_t>(imported.shape(i));
     operand.strides[i] = imported.stride(i);
   }
@@ -321,14 +334,14 @@ void OpCall::no_partial_overlap(const Operand& out, const Operand& in) const {
         "; must be the same array or share nothing with it");
 }
 
-std::span<const int32_t> OpCall::look(const Operand& ints) {
-  const auto count = static_cast<size_t>(ints.size());
-  if (device().type() == DeviceType::kCpu) return {static_cast<const int32_t*>(ints.data), count};
-  if (!ctx_.sync_launches) return {};
-  std::vector<int32_t>& copy = looked_.emplace_back(count);
+const void* OpCall::look_at(const Operand& values, size_t size, bool on_gpu) {
+  if (device().type() == DeviceType::kCpu) return values.data;
+  if (!on_gpu) return nullptr;
+  const size_t bytes = static_cast<size_t>(values.size()) * size;
+  looked_.push_back(std::make_unique<char[]>(bytes + 1));
   device().order_streams(stream_, nullptr);
-  device().copy_out(copy.data(), ints.data, count * sizeof(int32_t));
-  return copy;
+  device().copy_out(looked_.back().get(), values.data, bytes);
+  return looked_.back().get();
 }
 
 void OpCall::in_range(const Operand& operand, int64_t low, int64_t high, const char* what) {

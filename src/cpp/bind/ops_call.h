@@ -35,16 +35,18 @@ struct OpsDevice {
 // call asks of Python (mrv1/ops/_host.py).
 class OpsContext {
  public:
-  OpsContext(nb::object host, bool sync_launches)
-      : host_(std::move(host)), sync_launches_(sync_launches) {}
+  OpsContext(nb::object host, bool sync_launches, bool check_slots)
+      : host_(std::move(host)), sync_launches_(sync_launches), check_slots_(check_slots) {}
 
   OpsDevice& device(DeviceType type, int ordinal);
   const nb::object& host() const { return host_; }
   bool sync_launches() const { return sync_launches_; }
+  // Whether what addresses a cache is looked at on a GPU, too.
+  bool check_slots() const { return check_slots_ || sync_launches_; }
 
  private:
   nb::object host_;
-  bool sync_launches_;
+  bool sync_launches_, check_slots_;
   std::map<std::pair<DeviceType, int>, std::unique_ptr<OpsDevice>> devices_;
 };
 
@@ -78,8 +80,12 @@ class OpCall {
 
   // An array that the op reads. Any strides; see contiguous().
   Operand input(const char* name, nb::handle array) { return import(name, array, false); }
+  // One that may be a single value without dimensions, which counts as [1].
+  Operand scalars(const char* name, nb::handle array) { return import(name, array, false, 0); }
   // One that it writes, too.
   Operand in_place(const char* name, nb::handle array) { return import(name, array, true); }
+  // Refuses an array that cannot be written.
+  void writable(const char* name, nb::handle array) const;
   // The result: `given`, which must have shape and dtype, or a new array of the first input's kind.
   Operand output(const char* name, nb::handle given, const std::vector<int64_t>& shape,
                  DType dtype);
@@ -105,8 +111,16 @@ class OpCall {
   void require(bool ok, const Parts&... parts) const {
     check(ok, op_, parts...);
   }
-  // Values as the host can look at them: on the CPU, and on a GPU with MRV1_SYNC=1. Else empty.
-  std::span<const int32_t> look(const Operand& ints);
+  // Values of a contiguous array as the host can look at them: on the CPU, and on a GPU with
+  // MRV1_SYNC=1. Else empty.
+  std::span<const int32_t> look(const Operand& ints) {
+    return look<int32_t>(ints, ctx_.sync_launches);
+  }
+  // What addresses a cache, or scales it: with MRV1_CHECK_SLOTS=1, too.
+  template <typename T>
+  std::span<const T> look_for_cache(const Operand& values) {
+    return look<T>(values, context_.check_slots());
+  }
   // Each of look(operand) lies in [low, high).
   void in_range(const Operand& operand, int64_t low, int64_t high, const char* what);
 
@@ -137,7 +151,13 @@ class OpCall {
     std::shared_ptr<ArrayMemory> memory;
   };
 
-  Operand import(const char* name, nb::handle array, bool written);
+  template <typename T>
+  std::span<const T> look(const Operand& values, bool on_gpu) {
+    return {static_cast<const T*>(look_at(values, sizeof(T), on_gpu)),
+            on_gpu || device().type() == DeviceType::kCpu ? static_cast<size_t>(values.size()) : 0};
+  }
+  const void* look_at(const Operand& values, size_t size, bool on_gpu);
+  Operand import(const char* name, nb::handle array, bool written, int min_dims = 1);
   void locate(const char* name, nb::handle array, int type, int ordinal);
   void run(int64_t workspace_bytes, void* state, Body body);
   void keep_sources();
@@ -156,7 +176,7 @@ class OpCall {
   std::vector<nb::ndarray<nb::ro>> arrays_;
   std::vector<StreamBuffer> scratch_;
   std::vector<Made> made_;
-  std::vector<std::vector<int32_t>> looked_;
+  std::vector<std::unique_ptr<char[]>> looked_;
 };
 
 struct OpsHandle : Handle<OpsContext> {
