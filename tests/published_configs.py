@@ -162,6 +162,24 @@ PUBLISHED: dict[str, tuple[Json, int]] = {
         ),
         999_885_952,
     ),
+    # A vision tower is beside the text model, and most of its fields are left out: 262,208 tokens.
+    "gemma-3-4b-it": (
+        {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "model_type": "gemma3",
+            "text_config": {
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+            "torch_dtype": "bfloat16",
+            "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+        },
+        3_880_263_168,
+    ),
     "ERNIE-4.5-0.3B-PT": (
         _config(
             "ernie4_5",

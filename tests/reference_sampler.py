@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
-WEIGHT_BITS = 45
+WEIGHT_BITS = 43
 NO_TOKEN = -1
 ERROR_TOKEN = -2
 
@@ -52,7 +52,7 @@ def fma32(a: Floats, b: Floats, c: Floats) -> Floats:
 
 
 def fixed_point_exp(exponents: Floats) -> npt.NDArray[np.uint64]:
-    """exp(exponents) * 2**45 as integers, for float32 exponents <= 0."""
+    """exp(exponents) * 2**43 as integers, for float32 exponents <= 0."""
 
     def constant(text: str) -> Floats:
         return np.full(exponents.shape, np.float32(float.fromhex(text)))

@@ -143,7 +143,7 @@ def test_generation_config(
 
 
 INTEGERS = {
-    "vocab_size": 2**18,
+    "vocab_size": 2**20,
     "hidden_size": 2**20,
     "intermediate_size": 2**22,
     "num_hidden_layers": 4096,

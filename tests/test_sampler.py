@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 import reference_sampler as reference
 from mrv1 import _core
+from mrv1.config import MAX_VOCAB_SIZE
+from mrv1.errors import InvalidArgumentError
 from reference_sampler import ERROR_TOKEN, NO_TOKEN, RowParams
 
 Floats = npt.NDArray[np.float32]
@@ -117,6 +119,24 @@ def row_params(draw: st.DrawFn, vocab: int) -> RowParams:
     )
 
 
+def check_draws(device: str, logits: Floats, params: RowParams, draws: int) -> None:
+    """Many seeds over one row: a set that differs by one token moves some of the draws."""
+    seeds = [(params.seed + i * 0x9E3779B97F4A7C15) % 2**64 for i in range(draws)]
+    rows = [dataclasses.replace(params, seed=seed) for seed in seeds]
+    tokens = run_rows(device, np.tile(logits, (draws, 1)), rows)
+
+    masked = reference.mask_stop_tokens(logits, params)
+    if params.temperature == 0 or not np.any(masked > -INF):
+        expected = [reference.sample_row(logits, params)] * draws
+    else:
+        ids, q = reference.kept_set(masked, params)
+        ends = np.cumsum(np.array(q, np.uint64))
+        targets = [reference.random_word(s, params.total_len) * int(ends[-1]) >> 64 for s in seeds]
+        places = np.searchsorted(ends, np.array(targets, np.uint64), side="right")
+        expected = ids[places].tolist()
+    assert tokens == expected
+
+
 @given(data=st.data())
 @settings(deadline=None, max_examples=150)
 def test_tokens_equal_the_reference(device: str, data: st.DataObject) -> None:
@@ -124,23 +144,43 @@ def test_tokens_equal_the_reference(device: str, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(KINDS))
     event(kind)
     logits = make_logits(kind, vocab, data.draw(st.integers(0, 2**32)))
-    params = data.draw(row_params(vocab))
-    # Many seeds over one row: a set that differs by one token moves some of the draws.
-    draws = 24
-    seeds = [(params.seed + i * 0x9E3779B97F4A7C15) % 2**64 for i in range(draws)]
-    rows = [dataclasses.replace(params, seed=seed) for seed in seeds]
-    batch = np.tile(logits, (draws, 1))
-    tokens = run_rows(device, batch, rows)
+    check_draws(device, logits, data.draw(row_params(vocab)), draws=24)
 
-    masked = reference.mask_stop_tokens(logits, params)
-    if params.temperature == 0 or not np.any(masked > -INF):
-        expected = [reference.sample_row(logits, params)] * draws
-    else:
-        ids, q = reference.kept_set(masked, params)
-        ends = np.cumsum(np.array(q, np.uint64)).tolist()
-        targets = [reference.random_word(s, params.total_len) * ends[-1] >> 64 for s in seeds]
-        expected = [int(ids[np.searchsorted(ends, t, side="right")]) for t in targets]
-    assert tokens == expected
+
+@pytest.mark.parametrize(
+    ("vocab", "kind"),
+    [
+        (2**18, "normal"),
+        (2**18 + 1, "normal"),
+        (262_208, "normal"),
+        (262_208, "ties"),
+        (2**20 - 3, "steep"),
+        # The largest sum of weights there is: 2**63.
+        (MAX_VOCAB_SIZE, "equal"),
+    ],
+)
+def test_large_vocabularies(device: str, vocab: int, kind: str) -> None:
+    logits = make_logits(kind, vocab, 11)
+    best = int(np.argmax(logits))
+    for limits in (
+        {"temperature": 0.0},
+        {},
+        {"top_k": 40},
+        {"top_k": 700},  # more than a row of 2**18 has tiles
+        {"top_k": 2000},
+        {"top_p": 0.9},
+        {"min_p": 0.02},
+        {"top_k": 300, "top_p": 0.5},
+        {"min_total_len": 9, "stop_ids": (best, vocab - 1)},
+    ):
+        params = dataclasses.replace(RowParams(temperature=1.0, seed=5), **limits)  # type: ignore[arg-type]
+        check_draws(device, logits, params, draws=4)
+
+
+def test_a_vocabulary_beyond_the_sums_is_refused(device: str) -> None:
+    logits = np.zeros((1, MAX_VOCAB_SIZE + 1), np.float32)
+    with pytest.raises(InvalidArgumentError, match="1048577 columns, expected 1 to 1048576"):
+        run_rows(device, logits, [RowParams()])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -356,7 +396,7 @@ def test_weights_equal_the_reference(values: list[float], temperature: float) ->
     expected = reference.weights(logits, temperature)
     weights = _core.fixed_point_weights(logits, temperature)
     assert weights.tolist() == expected.tolist()
-    assert int(weights.max()) == 2**45
+    assert int(weights.max()) == 2**43
 
 
 def test_weights_equal_the_reference_over_the_range() -> None:

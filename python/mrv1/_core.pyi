@@ -334,7 +334,7 @@ def sample(device: Device, logits: Annotated[NDArray[numpy.float32], dict(shape=
 
 def fixed_point_weights(logits: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], temperature: float = 1.0) -> NDArray[numpy.uint64]:
     """
-    exp((logits - max) / temperature) as integers of 2^-45 units, as the sampler takes it.
+    exp((logits - max) / temperature) as integers of 2^-43 units, as the sampler takes it.
 
     Args:
         logits: float32 [n], without NaN.

@@ -30,7 +30,7 @@ LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 MAX_FILE_BYTES: Final = 4 << 20
 MAX_JSON_VALUES: Final = 200_000
 # What the sampler can draw from.
-MAX_VOCAB_SIZE: Final = 2**18
+MAX_VOCAB_SIZE: Final = 2**20
 MAX_HIDDEN_SIZE: Final = 2**20
 MAX_INTERMEDIATE_SIZE: Final = 2**22
 MAX_LAYERS: Final = 4096

@@ -458,20 +458,25 @@ __device__ void weigh_tiles(const float* logits, int32_t vocab, const WeightRule
   __syncthreads();
 }
 
-// The first id at which the running sum of the weights at or above `edge` exceeds the target; the
-// thread's tile, if it has one, weighs tile_sum. Whole block.
+// The first id at which the running sum of the weights at or above `edge` exceeds the target; tile
+// i weighs tile_sum(i). Whole block.
+template <typename TileSum>
 __device__ int32_t draw_token(const float* logits, int32_t vocab, const WeightRule& rule, Best edge,
-                              uint64_t tile_sum, uint64_t word) {
+                              int32_t tiles, const TileSum& tile_sum, uint64_t word) {
   __shared__ int32_t chosen;
   __shared__ uint64_t rest;  // of the target, inside the chosen tile
-  static_assert(kMaxTiles <= kThreads && kTile == 2 * kThreads);
+  static_assert(kMaxTiles <= 2 * kThreads && kTile == 2 * kThreads, "a thread has two of each");
   const int32_t thread = threadIdx.x;
+  const int32_t tile = 2 * thread;
+  const uint64_t first_sum = tile < tiles ? tile_sum(tile) : 0;
+  const uint64_t second_sum = tile + 1 < tiles ? tile_sum(tile + 1) : 0;
   uint64_t total;
-  const uint64_t before = cuda::block_exclusive_scan<kThreads>(tile_sum, &total);
+  const uint64_t before = cuda::block_exclusive_scan<kThreads>(first_sum + second_sum, &total);
+  const uint64_t middle = before + first_sum;
   const uint64_t target = multiply_high(word, total);
-  if (before <= target && target < before + tile_sum) {
-    chosen = thread;
-    rest = target - before;
+  if (before <= target && target < middle + second_sum) {
+    chosen = target < middle ? tile : tile + 1;
+    rest = target - (target < middle ? before : middle);
   }
   __syncthreads();
   const int32_t id = chosen * kTile + 2 * thread;
@@ -511,12 +516,12 @@ class Candidates {
   // Takes at least the n best tokens above -inf, or all of them; n is at most the number of tiles,
   // so that the n-th best of the tiles' best is a bound. False if they are too many.
   __device__ bool gather_best(int32_t n) {
-    const int32_t thread = threadIdx.x;
-    if (thread == 0) memory_->floor = kLeastBest;
-    if (thread < tiles_) memory_->found[thread] = bests_[thread];
+    static_assert(kMaxTiles <= kMaxCandidates);
+    if (threadIdx.x == 0) memory_->floor = kLeastBest;
+    for (int32_t i = threadIdx.x; i < tiles_; i += kThreads) memory_->found[i] = bests_[i];
     __syncthreads();
-    if (thread < tiles_) {
-      const Best own = memory_->found[thread];
+    for (int32_t tile = threadIdx.x; tile < tiles_; tile += kThreads) {
+      const Best own = memory_->found[tile];
       int32_t rank = 0;
       for (int32_t i = 0; i < tiles_; ++i) rank += memory_->found[i] > own;
       if (rank == n - 1 && own > kLeastBest) memory_->floor = own;
@@ -694,7 +699,8 @@ __global__ void __launch_bounds__(kThreads)
   const Best* bests = scratch.row_bests(logits_row);
   const int32_t index = plan.row;
   if (index < 0) return;
-  Best best = threadIdx.x < tiles ? bests[threadIdx.x] : kNoBest;
+  Best best = kNoBest;
+  for (int32_t i = threadIdx.x; i < tiles; i += kThreads) best = max(best, bests[i]);
   Row row = state.rows[index];
   row.total_len += plan.place;
   const SamplingRow sampling = state.sampling[index];
@@ -750,8 +756,8 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (!is_last_block(&plan.finished, gridDim.x)) return;
     if (!has_top_p) {
-      const uint64_t sum = threadIdx.x < tiles ? __ldcg(tile_sums + threadIdx.x) : 0;
-      finish(draw_token(logits, vocab, rule, kNoBest, sum, word));
+      const auto sum_of = [=](int32_t tile) -> uint64_t { return __ldcg(tile_sums + tile); };
+      finish(draw_token(logits, vocab, rule, kNoBest, tiles, sum_of, word));
       return;
     }
     const ClassEdge found = find_class(class_sums, sampling);
@@ -760,8 +766,8 @@ __global__ void __launch_bounds__(kThreads)
       const Best edge = candidates.edge(found.target);
       __syncthreads();  // the memory gets another use
       weigh_tiles(logits, vocab, rule, bests, edge, 0, tiles, memory.sums.tiles, nullptr);
-      const uint64_t sum = threadIdx.x < tiles ? memory.sums.tiles[threadIdx.x] : 0;
-      finish(draw_token(logits, vocab, rule, edge, sum, word));
+      const auto sum_of = [&](int32_t tile) -> uint64_t { return memory.sums.tiles[tile]; };
+      finish(draw_token(logits, vocab, rule, edge, tiles, sum_of, word));
       return;
     }
   } else {

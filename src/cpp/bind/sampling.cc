@@ -172,7 +172,7 @@ void bind_sampling(nb::module_& m) {
         "    int32 [L]: token ids, NO_TOKEN or ERROR_TOKEN.");
   m.def("fixed_point_weights", &fixed_point_weights, nb::arg("logits"),
         nb::arg("temperature") = 1.0f,
-        "exp((logits - max) / temperature) as integers of 2^-45 units, as the sampler takes it.\n\n"
+        "exp((logits - max) / temperature) as integers of 2^-43 units, as the sampler takes it.\n\n"
         "Args:\n"
         "    logits: float32 [n], without NaN.\n"
         "    temperature: above 0.\n\n"

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "sampling/math.h"
 
 namespace mrv1 {
 namespace {
@@ -144,8 +145,7 @@ void ModelRunner::check_limits(const Program& program, const RunnerConfig& confi
   }
   check(program.logits_value() >= 0, "runner", "the program has no logits");
   check(!program.kv_layers().empty(), "runner", "the program has no attention");
-  // The sampler's sums of fixed-point weights hold this many (sampling/math.h).
-  positive(vocab_size(program), "vocab_size", 1 << 18);
+  positive(vocab_size(program), "vocab_size", kMaxSampledVocab);
 }
 
 RunnerConfig ModelRunner::checked_config(const Program& program, RunnerConfig config,

@@ -12,11 +12,14 @@
 // to contract and host, vector and device code give the same bits.
 namespace mrv1 {
 
-// Weights are fixed-point numbers with this many fraction bits: the largest logit weighs 2^45, so
-// the sum over 2^18 tokens is at most 2^63.
-constexpr int32_t kWeightBits = 45;
+// Weights are fixed-point numbers with this many fraction bits: the largest logit weighs 2^43, so
+// the sum over 2^20 tokens is at most 2^63. So sums neither round nor wrap, and their order does
+// not matter. What is cut off below the last bit is less than 2^20 * 2^-43 = 2^-23 of the largest
+// weight, for a whole row: as much as one unit of a float32.
+constexpr int32_t kWeightBits = 43;
 constexpr uint64_t kMaxWeight = uint64_t{1} << kWeightBits;
-constexpr int64_t kMaxSampledVocab = int64_t{1} << 18;
+constexpr int64_t kMaxSampledVocab = int64_t{1} << 20;
+static_assert(kMaxSampledVocab <= int64_t{1} << (63 - kWeightBits));
 
 // Order of logits as integers: larger logit, larger key; -0 and +0 are equal. A NaN is above
 // kPlusInfKey or below kMinusInfKey.
@@ -38,8 +41,8 @@ MRV1_HD float weight_exponent(float logit, float max_logit, float inverse_temper
   return bits_to_float(float_to_bits(exponent) & mask);
 }
 
-// exp(exponent) * 2^45 as an integer, for an exponent <= 0; relative error below 2^-24 plus one
-// unit. exp(0) is 2^45 exactly; below about -31.9 and for NaN the result is 0. Never decreases when
+// exp(exponent) * 2^43 as an integer, for an exponent <= 0; relative error below 2^-24 plus one
+// unit. exp(0) is 2^43 exactly; below about -29.8 and for NaN the result is 0. Never decreases when
 // the exponent grows (checked over all floats), so that sets cut by weight are cut by logit as
 // well. exp(x) = 2^n (1 + s), n = round(x / ln 2), r = x - n ln 2 in two steps (Cody and Waite), s
 // = exp(r) - 1 = r + r^2 P(r) with P of degree 4 fitted for the least relative error of exp(r),

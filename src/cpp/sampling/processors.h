@@ -22,11 +22,11 @@
 //  ordinary largest value and -0 equals +0. The processors below do not apply to them.
 //
 //  Stage kSet narrows the set of tokens. Tokens are ordered by (logit descending, id ascending).
-//   temperature  weight q = fixed_point_exp((logit - max) / temperature), an integer of 2^-45 units
-//                with q = 2^45 for the largest logit. Tokens with q = 0 are out. +inf logits share
+//   temperature  weight q = fixed_point_exp((logit - max) / temperature), an integer of 2^-43 units
+//                with q = 2^43 for the largest logit. Tokens with q = 0 are out. +inf logits share
 //                the mass equally. The division is a product with float(1 / double(temperature)),
 //                which is clamped to the largest float.
-//   min_p        keeps q >= ceil(min_p * 2^45).
+//   min_p        keeps q >= ceil(min_p * 2^43).
 //   top_k        keeps the first k tokens of what is left; at an edge of equal logits the lower
 //   ids. top_p        keeps the shortest prefix of what is left whose sum of q is at least
 //                ceil(top_p * total), total being the sum of what is left. (top_p is read in 2^-63
