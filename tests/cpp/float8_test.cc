@@ -52,5 +52,25 @@ TEST_CASE("float8: every code, and every boundary between two") {
   check_format<Float8E5M2>();
 }
 
+TEST_CASE("float16: every finite value, and every boundary between two") {
+  const auto encode = [](float value) { return int{from_float<Float16>(value).bits}; };
+  const auto decode = [](int code) { return to_float(Float16{static_cast<uint16_t>(code)}); };
+  constexpr int kInfinityCode = 0x7c00;
+  for (int code = 0; code < kInfinityCode; ++code) {
+    const float value = decode(code);
+    REQUIRE(encode(value) == code);
+    REQUIRE(encode(-value) == (code | 0x8000));
+    const float next = code + 1 < kInfinityCode ? decode(code + 1) : 65536.0f;
+    const float middle = 0.5f * (value + next);
+    REQUIRE(encode(middle) == (code % 2 == 0 ? code : code + 1));
+    REQUIRE(encode(std::nextafter(middle, 0.0f)) == code);
+    REQUIRE(encode(std::nextafter(middle, next)) == code + 1);
+  }
+  CHECK(encode(std::numeric_limits<float>::max()) == kInfinityCode);
+  CHECK(encode(-std::numeric_limits<float>::infinity()) == (kInfinityCode | 0x8000));
+  CHECK(encode(std::numeric_limits<float>::denorm_min()) == 0);
+  CHECK(std::isnan(decode(encode(std::numeric_limits<float>::quiet_NaN()))));
+}
+
 }  // namespace
 }  // namespace mrv1

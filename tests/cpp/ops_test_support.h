@@ -30,7 +30,7 @@ class IsaScope {
   ~IsaScope() { force_cpu_isa(default_cpu_isa()); }
 };
 
-// Values of an activation dtype, seen as float.
+// Values of a dtype of activations or of KV caches, seen as float.
 class Tensor {
  public:
   Tensor() = default;
@@ -47,22 +47,18 @@ class Tensor {
   }
 
   float get(int64_t i) const {
-    if (dtype_ == DType::kF32) {
-      float value;
-      std::memcpy(&value, at(i), 4);
-      return value;
-    }
-    BFloat16 value;
-    std::memcpy(&value, at(i), 2);
-    return to_float(value);
+    return visit([&](auto type) {
+      typename decltype(type)::type value;
+      std::memcpy(&value, at(i), sizeof(value));
+      return to_float(value);
+    });
   }
   void set(int64_t i, float value) {
-    if (dtype_ == DType::kF32) {
-      std::memcpy(at(i), &value, 4);
-    } else {
-      const BFloat16 rounded = from_float<BFloat16>(value);
-      std::memcpy(at(i), &rounded, 2);
-    }
+    visit([&](auto type) {
+      const auto rounded = from_float<typename decltype(type)::type>(value);
+      std::memcpy(at(i), &rounded, sizeof(rounded));
+      return 0.0f;
+    });
   }
   void fill(float value) {
     for (int64_t i = 0; i < count_; ++i) set(i, value);
@@ -74,6 +70,20 @@ class Tensor {
   bool operator==(const Tensor& other) const { return bytes_ == other.bytes_; }
 
  private:
+  template <typename Fn>
+  float visit(Fn&& fn) const {
+    switch (dtype_) {
+      case DType::kF16:
+        return fn(TypeTag<Float16>{});
+      case DType::kE4M3:
+        return fn(TypeTag<Float8E4M3>{});
+      case DType::kE5M2:
+        return fn(TypeTag<Float8E5M2>{});
+      default:
+        return dispatch_activation(dtype_, "test", fn);
+    }
+  }
+
   DType dtype_ = DType::kF32;
   int64_t count_ = 0;
   std::vector<char> bytes_;
@@ -97,7 +107,7 @@ inline std::vector<float> random_floats(int64_t count, uint32_t seed, float scal
 
 // Relative rounding error of one store to the dtype.
 inline double unit_roundoff(DType dtype) {
-  return dtype == DType::kF32 ? std::ldexp(1.0, -24) : std::ldexp(1.0, -8);
+  return std::ldexp(1.0, dtype == DType::kF32 ? -24 : dtype == DType::kF16 ? -11 : -8);
 }
 
 // A step's arguments for ops that are called by themselves.

@@ -95,6 +95,25 @@ MRV1_HD BFloat16 from_float<BFloat16>(float value) {
   return BFloat16{static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
+// Round to nearest even; what is beyond the largest value becomes infinity, NaN stays a quiet NaN.
+template <>
+MRV1_HD Float16 from_float<Float16>(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t code;
+  if (magnitude > 0x7f800000u) {
+    code = 0x7e00u | (magnitude >> 13 & 0x3ffu);
+  } else if (magnitude >= 113u << 23) {
+    code = ((magnitude + 0xfffu + (magnitude >> 13 & 1u)) >> 13) - (112u << 10);
+    if (code > 0x7c00u) code = 0x7c00u;
+  } else {
+    // Below 2^-14 values are multiples of 2^-24, the last place of 0.5.
+    code = float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f);
+  }
+  return Float16{static_cast<uint16_t>(sign | code)};
+}
+
 template <typename T>
 struct TypeTag {
   using type = T;

@@ -6,8 +6,9 @@ namespace {
 
 // The scratch of a tile. D is head_dim rounded up to 16.
 struct AttentionScratch {
-  char* queries;   // [rows, head_dim] of the cache dtype
+  char* queries;   // [rows, head_dim] of the type of products
   char* keys;      // kAttentionChunk / 16 panels of head_dim columns, as kPanel16
+  char* decoded;   // [2, kAttentionChunk, head_dim]: keys and values of a cache of another type
   float* acc;      // [rows, D] unnormalised output
   float* probs;    // [rows, kAttentionChunk]
   float* row_max;  // [rows]
@@ -21,6 +22,8 @@ MRV1_INLINE AttentionScratch split_scratch(const AttentionTile& tile, int64_t di
   p += kAttentionRows * dim;
   s.keys = reinterpret_cast<char*>(p);
   p += kAttentionChunk * dim;
+  s.decoded = reinterpret_cast<char*>(p);
+  p += 2 * kAttentionChunk * dim;
   s.acc = p;
   p += kAttentionRows * dim;
   s.probs = p;
@@ -192,19 +195,52 @@ MRV1_INLINE float softmax_chunk(float* scores, int begin, int end, float scale, 
   return factors[0];
 }
 
+// Rows of n elements to rows of T that follow each other, without scales: each code is a T,
+// exactly.
+template <typename T, typename Code>
+void decode_rows(const char* const* rows, int count, int64_t n, T* to) {
+  for (int j = 0; j < count; ++j, to += n) {
+    const Code* from = reinterpret_cast<const Code*>(rows[j]);
+    for_each_vec(
+        n, [&](int64_t i, int lanes) { store_up_to(to + i, load_up_to(from + i, lanes), lanes); });
+  }
+}
+
+// Multiplies scores or probabilities of a row by what is the same for all elements of a key.
+MRV1_INLINE void scale_positions(float* row, const float* scales, int count) {
+  for (int i = 0; i < count; i += kLanes) store(row + i, mul(load(row + i), load(scales + i)));
+}
+
 // Flash-style online softmax (Milakov & Gimelshein 2018; Dao et al. 2022), each row by itself: what
-// rows a tile holds decides only which keys and values are read together.
-template <typename T>
+// rows a tile holds decides only which keys and values are read together. Products take T, queries
+// and outputs are of type Q. A cache of another type is decoded chunk by chunk; scales, one for a
+// key and one for a value, are multiplied into scores and probabilities.
+template <typename T, typename Q>
 void attention(const AttentionTile& tile) {
   const int64_t dim = (tile.head_dim + kLanes - 1) / kLanes * kLanes;
   const int64_t size = sizeof(T);
+  const int64_t cache_size = static_cast<int64_t>(dtype_size(tile.cache_dtype));
+  void (*decode)(const char* const*, int, int64_t, T*) = nullptr;
+  if (tile.cache_dtype == DType::kE4M3) {
+    decode = decode_rows<T, Float8E4M3>;
+  } else if (tile.cache_dtype == DType::kE5M2) {
+    decode = decode_rows<T, Float8E5M2>;
+  } else if (sizeof(Q) != sizeof(T)) {
+    decode = decode_rows<T, Q>;
+  }
   const int64_t head_dim = tile.head_dim;
   const int rows = tile.num_tokens * tile.num_heads;
   const AttentionScratch s = split_scratch(tile, dim);
   for (int t = 0; t < tile.num_tokens; ++t) {
-    std::memcpy(s.queries + t * tile.num_heads * head_dim * size,
-                static_cast<const char*>(tile.q) + t * tile.q_token_stride * size,
-                static_cast<size_t>(tile.num_heads * head_dim * size));
+    const Q* from = static_cast<const Q*>(tile.q) + t * tile.q_token_stride;
+    T* to = reinterpret_cast<T*>(s.queries) + t * tile.num_heads * head_dim;
+    if constexpr (sizeof(Q) == sizeof(T)) {
+      std::memcpy(to, from, static_cast<size_t>(tile.num_heads * head_dim * size));
+    } else {
+      for_each_vec(tile.num_heads * head_dim, [&](int64_t i, int lanes) {
+        store_up_to(to + i, load_up_to(from + i, lanes), lanes);
+      });
+    }
   }
   std::memset(s.acc, 0, static_cast<size_t>(rows * dim) * sizeof(float));
   for (int r = 0; r < rows; ++r) {
@@ -220,34 +256,53 @@ void attention(const AttentionTile& tile) {
   // Keys and values of the chunk in work and, for prefetching, keys of the next.
   const char* key_rows[2][kAttentionChunk];
   const char* values[kAttentionChunk];
+  float key_scales[2][kAttentionChunk];
+  float value_scales[2][kAttentionChunk];
   const auto count_at = [&](int64_t base) {
     return static_cast<int>(tile_end - base < kAttentionChunk ? tile_end - base : kAttentionChunk);
   };
-  const auto find_keys = [&](const char** keys, int64_t base) {
+  const auto find_keys = [&](int which, int64_t base) {
+    const char** keys = key_rows[which];
     const int count = count_at(base);
     const int32_t* block = tile.block_table + base / tile.block_size;
     int64_t in_block = base % tile.block_size;
     for (int j = 0; j < count; ++j) {
       keys[j] = static_cast<const char*>(tile.key) +
-                (*block * tile.block_stride + in_block * tile.token_stride) * size;
+                (*block * tile.block_stride + in_block * tile.token_stride) * cache_size;
+      if (tile.key_scale != nullptr) {
+        const int64_t at = *block * tile.scale_block_stride + in_block * tile.scale_token_stride;
+        key_scales[which][j] = tile.key_scale[at];
+        value_scales[which][j] = tile.value_scale[at];
+      }
       if (++in_block == tile.block_size) {
         in_block = 0;
         ++block;
       }
     }
     // Lanes past the end are masked later; any readable key will do.
-    for (int j = count; j < (count + kLanes - 1) / kLanes * kLanes; ++j) keys[j] = keys[count - 1];
+    for (int j = count; j < (count + kLanes - 1) / kLanes * kLanes; ++j) {
+      keys[j] = keys[count - 1];
+      key_scales[which][j] = value_scales[which][j] = 0.0f;
+    }
   };
   const int64_t first_base = first_of(0) / kAttentionChunk * kAttentionChunk;
-  find_keys(key_rows[0], first_base);
+  find_keys(0, first_base);
   for (int64_t base = first_base; base < tile_end; base += kAttentionChunk) {
     const int count = count_at(base);
-    const char** keys = key_rows[(base - first_base) / kAttentionChunk % 2];
+    const int which = static_cast<int>((base - first_base) / kAttentionChunk % 2);
+    const char** keys = key_rows[which];
     for (int j = 0; j < count; ++j) {
       values[j] =
           static_cast<const char*>(tile.value) + (keys[j] - static_cast<const char*>(tile.key));
     }
     const int num_panels = (count + kLanes - 1) / kLanes;
+    if (decode != nullptr) {
+      T* decoded = reinterpret_cast<T*>(s.decoded);
+      decode(keys, count, head_dim, decoded);
+      for (int j = 0; j < num_panels * kLanes; ++j) {
+        keys[j] = reinterpret_cast<const char*>(decoded + (j < count ? j : count - 1) * head_dim);
+      }
+    }
 
     LinearBlock block;
     block.x = s.queries;
@@ -262,8 +317,15 @@ void attention(const AttentionTile& tile) {
       pack_keys(keys + p * kLanes, head_dim * size / 4, reinterpret_cast<uint32_t*>(panel));
       block.panels[p] = panel;
     }
-    prefetch_rows(values, count, head_dim * size);
+    prefetch_rows(values, count, head_dim * cache_size);
     linear<T>(block);
+    if (decode != nullptr) {
+      T* decoded = reinterpret_cast<T*>(s.decoded) + kAttentionChunk * head_dim;
+      decode(values, count, head_dim, decoded);
+      for (int j = 0; j < count; ++j) {
+        values[j] = reinterpret_cast<const char*>(decoded + j * head_dim);
+      }
+    }
 
     bool same_range = true;
     int begins[kAttentionRows];
@@ -276,16 +338,18 @@ void attention(const AttentionTile& tile) {
       ends[r] = static_cast<int>(end > count ? count : end);
       same_range = same_range && begins[r] == begins[0] && ends[r] == ends[0];
       if (begins[r] >= ends[r]) continue;
-      const float factor = softmax_chunk(s.probs + r * kAttentionChunk, begins[r], ends[r],
-                                         tile.scale, tile.softcap, s.row_max + r, s.row_sum + r);
+      float* probs = s.probs + r * kAttentionChunk;
+      if (tile.key_scale != nullptr) scale_positions(probs, key_scales[which], ends[r]);
+      const float factor = softmax_chunk(probs, begins[r], ends[r], tile.scale, tile.softcap,
+                                         s.row_max + r, s.row_sum + r);
+      if (tile.key_scale != nullptr) scale_positions(probs, value_scales[which], ends[r]);
       for (int64_t i = 0; i < dim; i += kLanes) {
         store(s.acc + r * dim + i, mul(load(s.acc + r * dim + i), set1(factor)));
       }
     }
     if (base + kAttentionChunk < tile_end) {
-      const char** next = key_rows[(base - first_base) / kAttentionChunk % 2 == 0 ? 1 : 0];
-      find_keys(next, base + kAttentionChunk);
-      prefetch_rows(next, count_at(base + kAttentionChunk), head_dim * size);
+      find_keys(1 - which, base + kAttentionChunk);
+      prefetch_rows(key_rows[1 - which], count_at(base + kAttentionChunk), head_dim * cache_size);
     }
     // A row must not meet values it may not see, were they only multiplied by 0: they may be NaN.
     if (same_range) {
@@ -299,7 +363,7 @@ void attention(const AttentionTile& tile) {
   }
 
   for (int r = 0; r < rows; ++r) {
-    T* out = static_cast<T*>(tile.out) + r / tile.num_heads * tile.out_token_stride +
+    Q* out = static_cast<Q*>(tile.out) + r / tile.num_heads * tile.out_token_stride +
              r % tile.num_heads * head_dim;
     const Vec sum = set1(s.row_sum[r]);
     const float* acc = s.acc + r * dim;

@@ -16,6 +16,10 @@ namespace mrv1 {
 // how the prompt was cut into chunks; else how they are summed follows from the batch alone.
 // Padding and masked tokens (token_batch -1) give zero rows.
 //
+// Elements of an FP8 cache are their codes times their scales (KvScales), also those that this step
+// wrote: nothing reads a key or a value that was not rounded to the cache, so that a prompt in
+// chunks gives what it gives as a whole.
+//
 // How the work is split over a GPU is decided by plan_attention, once for all layers that share a
 // geometry, whatever KV groups they are in: on the device, from seq_lens, into fixed buffers, so
 // that it is part of a captured step.
@@ -41,11 +45,11 @@ struct PagedAttentionParams {
   const void* qkv;  // [tokens, shape.qkv_cols()] of dtype; only q is read
   void* out;        // [tokens, shape.q_cols()] of dtype
   HeadShape shape;
-  DType dtype;
+  DType dtype;  // float32 or bfloat16; of single ops also float16
   float scale;  // of the scores, usually 1 / sqrt(head_dim)
   int32_t window;
   float softcap;              // 0: none
-  const KvCacheLayer* cache;  // cache dtype equals dtype
+  const KvCacheLayer* cache;  // its dtype is dtype, or FP8 with scales
   int32_t kv_group;           // whose block table
   const AttentionPlan* plan;  // that serves this geometry; computed earlier in the same step
   int64_t q_stride = 0;       // elements from a token's q to the next one's; 0: shape.qkv_cols()

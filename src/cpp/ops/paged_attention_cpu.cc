@@ -27,8 +27,14 @@ void check_params(const PagedAttentionParams& params, const StepContext& ctx) {
   check(shape.num_kv_heads > 0 && shape.num_heads > 0 && shape.num_heads % shape.num_kv_heads == 0,
         kOp, "num_heads is ", shape.num_heads, ", must be a multiple of num_kv_heads ",
         shape.num_kv_heads);
-  check(cache.dtype == params.dtype, kOp, "cache dtype is ", dtype_name(cache.dtype), ", must be ",
-        dtype_name(params.dtype));
+  check(cache.dtype == params.dtype || is_float8(cache.dtype), kOp, "cache dtype is ",
+        dtype_name(cache.dtype), ", must be ", dtype_name(params.dtype),
+        ", float8_e4m3fn or float8_e5m2");
+  const bool scaled = cache.scales.kind != KvScaleKind::kNone;
+  check(scaled == is_float8(cache.dtype), kOp, "a cache of ", dtype_name(cache.dtype),
+        scaled ? " has no scales" : " needs scales");
+  check(!scaled || (cache.scales.key != nullptr && cache.scales.value != nullptr), kOp,
+        "scales of keys and of values must be given");
   check(cache.num_kv_heads == shape.num_kv_heads && cache.head_dim == shape.head_dim, kOp,
         "cache holds ", cache.num_kv_heads, " heads of ", cache.head_dim, ", must be ",
         shape.num_kv_heads, " of ", shape.head_dim);
@@ -50,11 +56,14 @@ int64_t paged_attention_workspace_cpu(const WorkspaceLimits& limits) {
 }
 
 void paged_attention_cpu(const PagedAttentionParams& params, const StepContext& ctx) {
-  const TypedVectorOps& ops = vector_ops(params.dtype, "paged_attention");
+  const auto attention = params.dtype == DType::kF16
+                             ? vector_ops().attention_f16
+                             : vector_ops(params.dtype, "paged_attention").attention;
   check_params(params, ctx);
   const HeadShape& shape = params.shape;
   const KvCacheLayer& cache = *params.cache;
   const int64_t size = static_cast<int64_t>(dtype_size(params.dtype));
+  const int64_t cache_size = static_cast<int64_t>(dtype_size(cache.dtype));
   const int group = shape.num_heads / shape.num_kv_heads;
   const int64_t num_tokens = ctx.sizes.num_tokens;
 
@@ -83,10 +92,17 @@ void paged_attention_cpu(const PagedAttentionParams& params, const StepContext& 
     tile.block_table =
         ctx.rows.block_table +
         (int64_t{params.kv_group} * ctx.rows.num_rows + ctx.infer.row[batch]) * ctx.rows.max_blocks;
-    tile.key = static_cast<const char*>(cache.key) + kv_head * cache.head_stride * size;
-    tile.value = static_cast<const char*>(cache.value) + kv_head * cache.head_stride * size;
+    tile.key = static_cast<const char*>(cache.key) + kv_head * cache.head_stride * cache_size;
+    tile.value = static_cast<const char*>(cache.value) + kv_head * cache.head_stride * cache_size;
+    tile.cache_dtype = cache.dtype;
     tile.block_stride = cache.block_stride;
     tile.token_stride = cache.token_stride;
+    const KvScales& scales = cache.scales;
+    const bool scaled = scales.kind != KvScaleKind::kNone;
+    tile.key_scale = scaled ? scales.key + scales.index(0, 0, kv_head) : nullptr;
+    tile.value_scale = scaled ? scales.value + scales.index(0, 0, kv_head) : nullptr;
+    tile.scale_block_stride = scales.block_stride;
+    tile.scale_token_stride = scales.token_stride;
     tile.block_size = cache.block_size;
     tile.scale = params.scale;
     tile.softcap = params.softcap;
@@ -99,7 +115,7 @@ void paged_attention_cpu(const PagedAttentionParams& params, const StepContext& 
       tile.num_heads = std::min(group - head, kAttentionRows);
       tile.q = q + head * shape.head_dim * size;
       tile.out = out + head * shape.head_dim * size;
-      ops.attention(tile);
+      attention(tile);
     }
   };
 

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "core/dtype.h"
+#include "core/float8.h"
 
 #define MRV1_INLINE inline __attribute__((always_inline))
 
@@ -279,7 +279,89 @@ MRV1_INLINE Vec upper_half(const Words& w) {
 
 #endif
 
-#if !defined(MRV1_SIMD_AVX512)
+// Storage types that are only read here, as to_float has it (core/dtype.h, core/float8.h), by lane.
+#if defined(MRV1_SIMD_AVX512)
+constexpr int kCodeLanes = 16;
+#elif defined(MRV1_SIMD_AVX2)
+constexpr int kCodeLanes = 8;
+#else
+constexpr int kCodeLanes = 4;
+#endif
+typedef float CodeFloats __attribute__((vector_size(kCodeLanes * 4)));
+typedef uint32_t CodeWords __attribute__((vector_size(kCodeLanes * 4)));
+typedef uint16_t CodeHalves __attribute__((vector_size(kCodeLanes * 2)));
+typedef uint8_t CodeBytes __attribute__((vector_size(kCodeLanes)));
+
+MRV1_INLINE CodeFloats words_to_floats(const CodeWords& words) {
+  return reinterpret_cast<CodeFloats>(words);
+}
+MRV1_INLINE CodeWords floats_to_words(const CodeFloats& floats) {
+  return reinterpret_cast<CodeWords>(floats);
+}
+MRV1_INLINE CodeWords select(const CodeWords& mask, const CodeWords& x, const CodeWords& y) {
+  return (mask & x) | (~mask & y);
+}
+
+template <typename T>
+struct CodeOf;
+template <>
+struct CodeOf<Float16> {
+  using Narrow = CodeHalves;
+  static MRV1_INLINE CodeFloats decode(const CodeWords& code) {
+    const CodeWords rest = (code & 0x7fffu) << 13;
+    const CodeWords exponent = rest & (0x1fu << 23);
+    const CodeWords special = reinterpret_cast<CodeWords>(exponent == (0x1fu << 23));
+    const CodeWords normal = rest + (112u << 23) + (special & (112u << 23));
+    const CodeWords raised = rest + (113u << 23);
+    const CodeWords subnormal = floats_to_words(words_to_floats(raised) - 0x1p-14f);
+    const CodeWords is_subnormal = reinterpret_cast<CodeWords>(exponent == 0);
+    return words_to_floats(((code & 0x8000u) << 16) | select(is_subnormal, subnormal, normal));
+  }
+};
+template <>
+struct CodeOf<Float8E5M2> {
+  using Narrow = CodeBytes;
+  static MRV1_INLINE CodeFloats decode(const CodeWords& code) {
+    return CodeOf<Float16>::decode(code << 8);
+  }
+};
+template <>
+struct CodeOf<Float8E4M3> {
+  using Narrow = CodeBytes;
+  static MRV1_INLINE CodeFloats decode(const CodeWords& code) {
+    const CodeWords rest = code & 0x7fu;
+    const CodeWords normal = (rest << 20) + (120u << 23);
+    const CodeWords raised = (rest << 20) + (121u << 23);
+    const CodeWords subnormal = floats_to_words(words_to_floats(raised) - 0x1p-6f);
+    const CodeWords is_nan = reinterpret_cast<CodeWords>(rest == 0x7fu);
+    const CodeWords finite = select(reinterpret_cast<CodeWords>(rest < 8u), subnormal, normal);
+    return words_to_floats(((code & 0x80u) << 24) | (finite & ~is_nan) | (is_nan & 0x7fc00000u));
+  }
+};
+
+template <typename T>
+MRV1_INLINE Vec load_codes(const T* p) {
+  CodeFloats floats[kLanes / kCodeLanes];
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes / kCodeLanes; ++i) {
+    typename CodeOf<T>::Narrow narrow;
+    std::memcpy(&narrow, p + i * kCodeLanes, sizeof(narrow));
+    floats[i] = CodeOf<T>::decode(__builtin_convertvector(narrow, CodeWords));
+  }
+  Vec result;
+  static_assert(sizeof(result) == sizeof(floats));
+  std::memcpy(&result, floats, sizeof(result));
+  return result;
+}
+MRV1_INLINE Vec load(const Float16* p) { return load_codes(p); }
+MRV1_INLINE Vec load(const Float8E4M3* p) { return load_codes(p); }
+MRV1_INLINE Vec load(const Float8E5M2* p) { return load_codes(p); }
+// from_float<Float16> by lane.
+MRV1_INLINE void store(Float16* p, const Vec& x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) p[i] = from_float<Float16>(lanes[i]);
+}
 
 template <typename T>
 MRV1_INLINE Vec load_partial(const T* p, int n) {
@@ -293,6 +375,9 @@ MRV1_INLINE void store_partial(T* p, const Vec& x, int n) {
   store(lanes, x);
   std::memcpy(p, lanes, sizeof(T) * static_cast<size_t>(n));
 }
+
+#if !defined(MRV1_SIMD_AVX512)
+
 // Lanes [begin, end) of `x`, the rest `fill`.
 MRV1_INLINE Vec keep_lanes(const Vec& x, int begin, int end, const Vec& fill) {
   float lanes[kLanes];

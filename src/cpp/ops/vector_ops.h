@@ -43,9 +43,14 @@ struct AttentionTile {
   int head_dim;
   const int32_t* positions;    // [num_tokens] ascending
   const int32_t* block_table;  // of the request
-  const void* key;             // of the key head, block 0
+  const void* key;             // of the key head, block 0, of cache_dtype
   const void* value;
+  DType cache_dtype;  // of q, or FP8
   int64_t block_stride, token_stride;
+  // Of the key head, block 0: an element is its code times its scale. Null if there are none.
+  const float* key_scale;
+  const float* value_scale;
+  int64_t scale_block_stride, scale_token_stride;
   int block_size;
   float scale;
   float softcap;  // 0: none
@@ -55,9 +60,10 @@ struct AttentionTile {
 
 constexpr int64_t attention_scratch_bytes(int64_t head_dim) {
   const int64_t padded = (head_dim + 15) / 16 * 16;
-  // Queries, packed keys, output accumulators; probabilities; maximum and sum of each row.
-  return 4 * (padded * (2 * kAttentionRows + kAttentionChunk) + kAttentionRows * kAttentionChunk +
-              2 * kAttentionRows);
+  // Queries, packed keys, output accumulators; decoded keys and values; probabilities; maximum and
+  // sum of each row.
+  return 4 * (padded * (2 * kAttentionRows + 3 * kAttentionChunk) +
+              kAttentionRows * kAttentionChunk + 2 * kAttentionRows);
 }
 
 struct NormRow {
@@ -92,6 +98,8 @@ struct TypedVectorOps {
 
 struct VectorOps {
   TypedVectorOps f32, bf16;
+  // For float16 queries and outputs, with float32 in between.
+  void (*attention_f16)(const AttentionTile& tile);
 };
 
 // For current_cpu_isa().

@@ -431,12 +431,13 @@ namespace {
 template <typename T>
 constexpr TypedVectorOps typed_vector_ops() {
   return {linear<T>,  store_row<T>, store_gated_mul_row<T>, gated_mul_row<T>, soft_cap_row<T>,
-          add_row<T>, norm_row<T>,  rope_head<T>,           attention<T>};
+          add_row<T>, norm_row<T>,  rope_head<T>,           attention<T, T>};
 }
 
 }  // namespace
 
 extern const VectorOps kVectorOps;
-const VectorOps kVectorOps = {typed_vector_ops<float>(), typed_vector_ops<BFloat16>()};
+const VectorOps kVectorOps = {typed_vector_ops<float>(), typed_vector_ops<BFloat16>(),
+                              attention<float, Float16>};
 
 }  // namespace mrv1::MRV1_SIMD_NAMESPACE
