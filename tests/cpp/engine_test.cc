@@ -370,6 +370,68 @@ TEST_CASE("an abort in flight holds the blocks until the step has retired") {
   CHECK(harness.lives[0].tokens == alone(request_of(prompt_of(6, 3), 5)));
 }
 
+TEST_CASE("drafts of decoding requests let no prompt wait") {
+  // Three rows of one token and three drafts: with limits around the twelve that they take.
+  for (int32_t limit = 4; limit <= 26; ++limit) {
+    CAPTURE(limit);
+    RunnerConfig config = tiny_config(100);
+    config.num_speculative_tokens = 3;
+    config.ngram = {1, 1};
+    config.max_num_batched_tokens = limit;
+    Harness harness(config);
+    for (int32_t slot = 0; slot < 3; ++slot) {
+      harness.add(request_of(std::vector<int32_t>(20, 5), 60, 0.0f), {slot});
+    }
+    const auto all_decode = [&] {
+      return !harness.lives[0].tokens.empty() && !harness.lives[1].tokens.empty() &&
+             !harness.lives[2].tokens.empty();
+    };
+    while (!all_decode()) harness.step();
+    for (int i = 0; i < 3; ++i) harness.step();
+    const EngineStats before = harness.engine.stats();
+    for (int i = 0; i < 3; ++i) harness.step();
+    // While nobody waits, drafts may take all.
+    const bool drafts = limit >= 12;
+    CHECK(harness.engine.stats().decode_tokens - before.decode_tokens == (drafts ? 36 : 9));
+
+    const int32_t length = 23;
+    harness.add(request_of(prompt_of(length, 3), 4), {3});
+    const int32_t chunk = (limit - 3 + 1) / 2;
+    for (int32_t steps = 0; steps < (length + chunk - 1) / chunk; ++steps) {
+      const uint64_t prefilled = harness.engine.stats().prefill_tokens;
+      harness.step();
+      const auto grown = harness.engine.stats().prefill_tokens - prefilled;
+      CHECK((grown >= static_cast<uint64_t>(chunk) ||
+             harness.engine.stats().prefill_tokens - before.prefill_tokens == length));
+    }
+    harness.step();  // the step that ended the prompt is taken in one step later
+    CHECK(!harness.lives[3].tokens.empty());
+    CHECK(harness.lives[0].end == RequestEnd::kNone);
+    harness.finish();
+    CHECK(harness.lives[3].tokens == alone(request_of(prompt_of(length, 3), 4)));
+    CHECK(harness.lives[0].tokens == alone(request_of(std::vector<int32_t>(20, 5), 60, 0.0f)));
+  }
+}
+
+TEST_CASE("drafts that fill the step do not keep an urgent request from a row") {
+  RunnerConfig config = tiny_config(100);
+  config.num_speculative_tokens = 3;
+  config.ngram = {1, 1};
+  config.max_num_batched_tokens = 16;
+  Harness harness(config);
+  for (int32_t slot = 0; slot < 4; ++slot) {
+    harness.add(request_of(std::vector<int32_t>(4, 5), 60, 0.0f), {slot});
+  }
+  for (int i = 0; i < 6; ++i) harness.step();
+  RequestSpec urgent = request_of(prompt_of(9, 1), 2);
+  urgent.priority = -1;
+  harness.add(urgent, {4});
+  for (int i = 0; i < 6; ++i) harness.step();
+  CHECK(harness.ended == std::vector<int32_t>{4});
+  CHECK(harness.engine.stats().preemptions == 1);
+  harness.finish();
+}
+
 TEST_CASE("a steady decode step allocates nothing") {
   Harness harness(small_config());
   for (int32_t slot = 0; slot < 4; ++slot) {

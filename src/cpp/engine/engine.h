@@ -93,6 +93,7 @@ class Engine {
   void take_hit(Request& head, const Hit& hit);
   void own_last_block(Request& sample);
   void place_row(int32_t slot, size_t place);
+  bool last_yields_to(const Request& head) const;
   bool preempt_last();
   bool give_up_fork();
   void enqueue(int32_t slot);

@@ -58,22 +58,34 @@ bool Engine::plan_batch() {
   wants_drain_ = false;
   promised_ = 0;
   drafts_fit_ = true;
+  const RunnerConfig& config = runner_->config();
+  const int32_t limit = config.max_num_batched_tokens;
   int64_t decode = 0;
+  int32_t least = 0;     // of it, one token for each decoding request
+  bool prompts = false;  // that have a row, or could get one
+  if (!waiting_.empty()) {
+    prompts = static_cast<int32_t>(running_.size()) < config.max_num_seqs ||
+              last_yields_to(request(waiting_.begin()->second));
+  }
   for (const int32_t slot : running_) {
     const Request& running = request(slot);
     if (running.num_launched >= running.prefill_target) {
-      decode += decode_tokens(running);
+      const int32_t tokens = decode_tokens(running);
+      decode += tokens;
+      least += tokens > 0;
     } else {
       promised_ += missing_blocks(running);
+      prompts = true;
     }
   }
-  const int32_t limit = runner_->config().max_num_batched_tokens;
-  if (decode > limit) {
-    // Every decoding request gets its token before any gets drafts.
+  // Every decoding request gets its token before any gets drafts, and drafts leave prompts half of
+  // what they would have without: a step full of drafts would let them wait until a row ends.
+  const int32_t prefill = prompts ? (limit - least + 1) / 2 : 0;
+  if (decode > limit - prefill) {
     drafts_fit_ = false;
-    decode = limit;
+    decode = least;
   }
-  decode_budget_ = static_cast<int32_t>(std::min<int64_t>(decode, limit));
+  decode_budget_ = static_cast<int32_t>(decode);
   prefill_budget_ = limit - decode_budget_;
 
   bool line_moves = true;
@@ -172,9 +184,7 @@ bool Engine::admit(int32_t slot, size_t place) {
         return false;
       }
     }
-    const bool yields = running_.size() > place &&
-                        request(running_.back()).urgency.priority > head.urgency.priority;
-    if (yields && preempt_last()) continue;
+    if (running_.size() > place && last_yields_to(head) && preempt_last()) continue;
     if (!wants_drain_ && needed > 0) {
       blocked_slot_ = slot;
       blocked_need_ = needed;
@@ -287,6 +297,11 @@ void Engine::place_row(int32_t slot, size_t place) {
 }
 
 // --- preemption --------------------------------------------------------------------------------
+
+// Whether the least urgent running request makes room for the head of the line.
+bool Engine::last_yields_to(const Request& head) const {
+  return !running_.empty() && request(running_.back()).urgency.priority > head.urgency.priority;
+}
 
 // Sends the least urgent running request back to the line. Its blocks must be free at once and all
 // its tokens known, so no step may be in flight.
