@@ -2,24 +2,29 @@
 """Random lives of requests over the native engine, against one request at a time.
 
 Hypothesis adds requests that share prefixes, wants several samples of some, aborts, and steps,
-over engines with few blocks, rows and tokens a step; layers see all positions, or some a window.
-Every token and end must be that of the request alone. After each rule lists, rows and references
-to blocks are checked, at the end that all are back. On a GPU rows are batch invariant, as they are
-on the CPU.
+over engines with few blocks, rows and tokens a step, with drafts and without; layers see all
+positions, or some a window. Every token and end must be that of the request alone, without drafts.
+After each rule lists, rows and references to blocks are checked, at the end that all are back. On a
+GPU rows are batch invariant, as they are on the CPU.
 
-MRV1_TEST_STEPS sets how many engine steps are taken at least.
+MRV1_TEST_STEPS sets how many engine steps are taken at least. MRV1_TEST_SEED draws other lives than
+those of every run, and MRV1_TEST_COUNTS names a directory for what was counted, as JSON;
+scripts/long_lives.py uses them to share many steps out among processes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -34,10 +39,25 @@ from mrv1.builder import Builder
 from mrv1.errors import RequestError
 from mrv1.runner import ModelRunner, make_row_spec
 from mrv1.sampling_params import SamplingParams
-from serving_tools import SlowReference, cut, greedy, make_prompt, num_blocks, open_runner, seeded
+from serving_tools import (
+    LLAMA,
+    SlowReference,
+    Tensors,
+    copy_model,
+    cut,
+    greedy,
+    make_prompt,
+    num_blocks,
+    open_runner,
+    seeded,
+)
 
 STEPS = int(os.environ.get("MRV1_TEST_STEPS", "20000"))
+SEED = os.environ.get("MRV1_TEST_SEED")
+COUNTS = os.environ.get("MRV1_TEST_COUNTS")
 LEAST = 200  # of each rare event
+RARE = ("preemption", "prefix hit", "chunk edge", "stop in flight", "abort in flight")
+DRAFTING = ", drafting"  # ends the names of what engines with drafts count besides
 STEPS_AN_EXAMPLE = 50  # fewer than there are on average
 WINDOW = 9
 BLOCK_SIZES = (1, 4, 8)
@@ -74,20 +94,39 @@ def open_windowed(windowed: bool, opener: Callable[..., Any], *args: Any, **opti
         return opener(*args, batch_invariant=True, **options)
 
 
+def repeat_often(tensors: Tensors) -> None:
+    """The likely next token is one of four in a circle; how likely is up to the context.
+
+    A model with random weights repeats nothing, so that no draft of it would be accepted.
+    """
+    embed, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
+    embed *= 100  # so that the token still shows after the layers
+    unit = embed.astype(np.float32)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    ids = np.arange(len(head))
+    following = ids - ids % 4 + (ids + 1) % 4
+    head[following] += (0.7 * np.linalg.norm(head, axis=1).mean() * unit).astype(head.dtype)
+
+
 class References:
     """What requests must generate, by model and block size; each path is computed once."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, repeating: Path) -> None:
         self._device = device
-        self._opened: dict[tuple[bool, int], SlowReference] = {}
+        self._repeating = repeating
+        self._opened: dict[tuple[bool, bool, int], SlowReference] = {}
 
-    def of(self, windowed: bool, block_size: int) -> SlowReference:
-        key = (windowed, block_size)
+    def model(self, repeats: bool) -> Path:
+        return self._repeating if repeats else LLAMA
+
+    def of(self, repeats: bool, windowed: bool, block_size: int) -> SlowReference:
+        key = (repeats, windowed, block_size)
         if key not in self._opened:
             self._opened[key] = open_windowed(
                 windowed,
                 SlowReference,
                 self._device,
+                self.model(repeats),
                 block_size=block_size,
                 max_model_len=64,
                 num_kv_blocks=2 * 64 + 1,
@@ -113,6 +152,7 @@ class Wish:
     priority: int
     salt: int
     skip_cache: bool
+    drafts: int | None  # as num_speculative_tokens, at most the engine's; None is all of them
 
 
 def sometimes(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -131,6 +171,7 @@ wishes = st.builds(
     priority=st.sampled_from((0, 0, 0, -1, 1)),
     salt=st.sampled_from((0, 0, 0, 0, 0, 1)),
     skip_cache=st.sampled_from((False, False, False, False, True)),
+    drafts=st.sampled_from((None, None, None, 0, 1, 3)),
 )
 
 
@@ -143,6 +184,8 @@ class Life:
     reason: str
     got: list[int] = dataclasses.field(default_factory=list)
     cached: int | None = None
+    drafted: int = 0
+    accepted: int = 0
     aborted: bool = False
 
 
@@ -161,6 +204,7 @@ class EngineLives(RuleBasedStateMachine):
         self.runner: ModelRunner | None = None
 
     @initialize(
+        repeats=st.booleans(),
         windowed=st.booleans(),
         block_size=st.sampled_from(BLOCK_SIZES),
         rows=st.integers(1, 5),
@@ -168,9 +212,12 @@ class EngineLives(RuleBasedStateMachine):
         room=st.one_of(st.integers(60, 130), st.integers(60, 240)),
         padded=st.booleans(),
         caching=st.sampled_from((True, True, True, True, True, False)),
+        drafts=st.sampled_from((0, 4, 1, 0, 3, 7)),
+        lookup=st.sampled_from(((1, 3), (1, 1), (2, 4))),
     )
     def open(
         self,
+        repeats: bool,
         windowed: bool,
         block_size: int,
         rows: int,
@@ -178,16 +225,27 @@ class EngineLives(RuleBasedStateMachine):
         room: int,
         padded: bool,
         caching: bool,
+        drafts: int,
+        lookup: tuple[int, int],
     ) -> None:
         self.windows = [WINDOW, 0] if windowed else [0]
+        self.drafts = drafts
+        least, most = lookup
+        speculative_config = {
+            "method": "ngram",
+            "num_speculative_tokens": drafts,
+            "prompt_lookup_min": least,
+            "prompt_lookup_max": most,
+        }
         self.block_size, self.rows, self.budget, self.caching = block_size, rows, budget, caching
         # In percent of what the longest request needs.
         self.total = max(2, len(self.windows) * num_blocks(LONGEST, block_size) * room // 100)
-        self.reference = self.references.of(windowed, block_size)
+        self.reference = self.references.of(repeats, windowed, block_size)
         self.runner = open_windowed(
             windowed,
             open_runner,
             self.device,
+            self.references.model(repeats),
             block_size=block_size,
             max_model_len=64,
             max_num_seqs=rows,
@@ -195,14 +253,26 @@ class EngineLives(RuleBasedStateMachine):
             num_kv_blocks=self.total + 1,
             pad_requests=rows if padded else 0,
             pad_tokens=budget if padded else 0,
+            speculative_config=speculative_config if drafts else None,
         )
         assert sorted(self.runner.kv_windows) == sorted(self.windows)
         options = _core.EngineOptions(enable_prefix_caching=caching, background=self.background)
         self.engine = _core.Engine(self.runner.model.runner, options)
 
+    def count(self, name: str, happened: int = 1) -> None:
+        self.counters[name] += happened
+        if self.drafts:
+            self.counters[name + DRAFTING] += happened
+
     # --- what a request must give ----------------------------------------------------------------
 
+    def asked(self, wish: Wish) -> SamplingParams:
+        """The parameters of the request, whose first sample has its seed."""
+        drafts = None if wish.drafts is None else min(wish.drafts, self.drafts)
+        return dataclasses.replace(self.params(wish, 0), num_speculative_tokens=drafts)
+
     def params(self, wish: Wish, index: int) -> SamplingParams:
+        """Those of a sample by itself, without drafts."""
         path = PATHS[wish.path]
         fields: dict[str, Any] = {"max_tokens": wish.max_tokens}
         if wish.stop_at is not None:
@@ -250,7 +320,7 @@ class EngineLives(RuleBasedStateMachine):
         def add_request() -> None:
             self.engine.add_request(
                 name,
-                make_row_spec(prompt, self.params(wish, 0), eos_token_ids=()),
+                make_row_spec(prompt, self.asked(wish), eos_token_ids=()),
                 priority=wish.priority,
                 n=wish.n,
                 cache_salt=wish.salt,
@@ -292,6 +362,7 @@ class EngineLives(RuleBasedStateMachine):
                 life.cached = output.num_cached_tokens
             # What ends while it waits to be computed again keeps the count of its first admission.
             assert output.num_cached_tokens == life.cached
+            self.check_drafts(life, output)
             life.got += output.token_ids
             assert tuple(life.got) == life.tokens[: len(life.got)], key
             if output.end != _core.RequestEnd.NONE:
@@ -326,14 +397,25 @@ class EngineLives(RuleBasedStateMachine):
         ]
         assert cached <= max(others, default=0)
 
+    def check_drafts(self, life: Life, output: _core.RequestOutput) -> None:
+        """A step gives one token and what it accepts, of no more drafts than were asked for."""
+        wish, most = life.wish, self.drafts
+        most = most if wish.drafts is None else min(most, wish.drafts)
+        drafted = output.num_draft_tokens - life.drafted
+        accepted = output.num_accepted_tokens - life.accepted
+        assert 0 <= accepted <= drafted <= most
+        assert len(output.token_ids) == 1 + accepted or (not output.token_ids and not drafted)
+        self.counters["end among drafts"] += output.end in ENDS.values() and accepted > 0
+        life.drafted, life.accepted = output.num_draft_tokens, output.num_accepted_tokens
+
     def check_end(self, key: tuple[str, int], life: Life, output: _core.RequestOutput) -> None:
         del self.lives[key]
         assert output.error == ""
         if life.got:
             # Fewer steps than that could not compute what was not cached.
             computed = len(PROMPTS[life.wish.prompt]) - (life.cached or 0)
-            self.counters["chunk edge"] += computed > self.budget
-            self.counters["prefix hit"] += key[1] == 0 and bool(life.cached)
+            self.count("chunk edge", computed > self.budget)
+            self.count("prefix hit", key[1] == 0 and bool(life.cached))
         if output.end == _core.RequestEnd.ABORT:
             assert life.aborted
             self.counters["abort"] += 1
@@ -404,7 +486,9 @@ class EngineLives(RuleBasedStateMachine):
                 ("stop in flight", "masked_results"),
                 ("abort in flight", "dropped_results"),
             ):
-                self.counters[name] += stats[stat]
+                self.count(name, stats[stat])
+            self.counters["accepted draft"] += stats["accepted_tokens"]
+            self.counters["rejected draft"] += stats["draft_tokens"] - stats["accepted_tokens"]
             self.counters["windowed steps"] += stats["steps"] * (len(self.windows) > 1)
         finally:
             self.engine.close()
@@ -414,17 +498,20 @@ class EngineLives(RuleBasedStateMachine):
 @pytest.mark.timeout(max(300, STEPS // 100))
 @pytest.mark.parametrize("background", [False, True], ids=["stepped", "thread"])
 def test_lives_over_the_native_engine(
-    device: str, background: bool, report_line: Callable[[str], None]
+    device: str, background: bool, report_line: Callable[[str], None], tmp_path: Path
 ) -> None:
     counters: Counter[str] = Counter()
-    references = References(device)
+    references = References(device, copy_model(tmp_path / "repeating", change=repeat_often))
     # The thread's turns differ from run to run, so it gets a fifth, and no minimum but steps.
     steps = STEPS // 5 if background else STEPS
+    lives = seed(SEED) if SEED is not None else lambda factory: factory
     try:
         run_state_machine_as_test(  # type: ignore[no-untyped-call]
-            lambda: EngineLives(device, references, counters, background),
+            lives(lambda: EngineLives(device, references, counters, background)),
             settings=settings(
-                max_examples=max(20, steps // STEPS_AN_EXAMPLE), stateful_step_count=50
+                max_examples=max(20, steps // STEPS_AN_EXAMPLE),
+                stateful_step_count=50,
+                derandomize=SEED is None,
             ),
         )
     finally:
@@ -433,6 +520,12 @@ def test_lives_over_the_native_engine(
     report_line(
         f"engine lives, {kind}: " + ", ".join(f"{n} {c}" for n, c in counters.most_common())
     )
+    if COUNTS is not None:
+        Path(COUNTS, f"{kind}.json").write_text(json.dumps(counters))
     assert counters["steps"] >= steps, counters
-    for name in ("preemption", "prefix hit", "chunk edge", "stop in flight", "abort in flight"):
-        assert background or counters[name] >= LEAST, (name, counters)
+    if background:
+        return
+    for name in (*RARE, "accepted draft", "rejected draft"):
+        assert counters[name] >= LEAST, (name, counters)
+    for name in RARE:
+        assert counters[name + DRAFTING] >= LEAST // 4, (name, counters)
