@@ -34,37 +34,28 @@ class Host:
     ndarray = np.ndarray
     uint8 = np.uint8
     uint16 = np.uint16
+    empty = staticmethod(np.empty)
 
     def __init__(self, num_threads: int = 0) -> None:
         self._num_threads = num_threads
-        self._dtypes = {name: np.dtype(name) for name in ("float32", "int32")}
-        self._importers: dict[type, Callable[[object], object] | None] = {}
 
     def open_device(self, kind: str, ordinal: int) -> _core.Device:
         """The device that arrays of it are worked on by; asked for once."""
         return tuning.make_device(kind, num_threads=self._num_threads, ordinal=ordinal)
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """An output for inputs of NumPy."""
-        found = self._dtypes.get(dtype)
-        if found is None:
-            import ml_dtypes
+    @staticmethod
+    def dtype(name: str) -> np.dtype:
+        """A dtype of outputs for inputs of NumPy."""
+        if name in ("float32", "int32"):
+            return np.dtype(name)
+        import ml_dtypes
 
-            found = self._dtypes[dtype] = np.dtype(getattr(ml_dtypes, dtype))
-        array: np.ndarray = np.empty(shape, found)
-        return array
-
-    def importer(self, array: object) -> Callable[[object], object] | None:
-        """`from_dlpack` of the library that an array is of; None for mrv1's own arrays."""
-        kind = type(array)
-        if kind not in self._importers:
-            self._importers[kind] = self._find_importer(array)
-        return self._importers[kind]
+        found: np.dtype = np.dtype(getattr(ml_dtypes, name))
+        return found
 
     @staticmethod
-    def _find_importer(array: Any) -> Callable[[object], object] | None:
-        if isinstance(array, _core.DeviceArray):
-            return None
+    def importer(array: Any) -> Callable[[object], object] | None:
+        """`from_dlpack` of the library that an array is of, asked for once a type."""
         if hasattr(array, "__array_namespace__"):
             found = getattr(array.__array_namespace__(), "from_dlpack", None)
         else:
@@ -76,7 +67,7 @@ class Host:
         return importer
 
     def is_mutable(self, array: object) -> bool:
-        """Whether an op may write to an array of another library."""
+        """Whether an op may write to arrays of a type; asked for once."""
         return _root(array) not in _IMMUTABLE
 
     def current_stream(self, array: object, ordinal: int) -> object:

@@ -59,8 +59,6 @@ constexpr ElementType kTypes[] = {
     {"float8_e8m0fnu", kFloat8E8M0FNU, 8, nullptr},
 };
 
-int dl_device_type(Device& device) { return device.type() == DeviceType::kCpu ? kDlCpu : kDlCuda; }
-
 // CUDA's own number for the legacy default stream, for which interfaces may write 0 too.
 constexpr uintptr_t kLegacyStream = 1;
 
@@ -89,8 +87,8 @@ nb::object to_dlpack(nb::pointer_and_handle<DeviceArray> self, std::optional<int
   const std::shared_ptr<ArrayMemory> memory = self.p->share();
   order_consumer(*memory, stream);
   nb::ndarray<nb::array_api> array(memory->data, memory->shape.size(), memory->shape.data(), self.h,
-                                   nullptr, memory->type->dlpack(), dl_device_type(*memory->device),
-                                   memory->device->ordinal());
+                                   nullptr, memory->type->dlpack(),
+                                   dlpack_device_type(*memory->device), memory->device->ordinal());
   nb::object exporter = nb::cast(array);
   return exporter.attr("__dlpack__")(nb::arg("max_version") = max_version,
                                      nb::arg("dl_device") = dl_device, nb::arg("copy") = copy);
@@ -123,9 +121,11 @@ nb::dict cuda_array_interface(const DeviceArray& self) {
 }  // namespace
 
 const ElementType& element_type(const std::string& name) {
-  std::string names;
   for (const ElementType& type : kTypes) {
     if (name == type.name) return type;
+  }
+  std::string names;
+  for (const ElementType& type : kTypes) {
     names += (names.empty() ? "" : ", ") + std::string(type.name);
   }
   fail(ErrorKind::kInvalidArgument, "dtype", "'", name, "' is not one of ", names);
@@ -139,7 +139,14 @@ const ElementType* find_element_type(nb::dlpack::dtype dtype) {
 }
 
 const ElementType& element_type(DType dtype) {
-  return element_type(std::string(dtype_name(dtype)));
+  for (const ElementType& type : kTypes) {
+    if (dtype_name(dtype) == type.name) return type;
+  }
+  fail(ErrorKind::kInternal, "dtype", dtype_name(dtype), " has no name among arrays");
+}
+
+int dlpack_device_type(Device& device) {
+  return device.type() == DeviceType::kCpu ? kDlCpu : kDlCuda;
 }
 
 size_t ArrayMemory::nbytes() const {
@@ -224,7 +231,7 @@ void bind_device_array(nb::module_& m) {
       .def("__dlpack_device__",
            [](const DeviceArray& self) {
              const std::shared_ptr<ArrayMemory> memory = self.share();
-             return std::make_pair(dl_device_type(*memory->device), memory->device->ordinal());
+             return std::make_pair(dlpack_device_type(*memory->device), memory->device->ordinal());
            })
       .def_prop_ro("__cuda_array_interface__", &cuda_array_interface,
                    nb::sig("def __cuda_array_interface__(self) -> dict[str, object]"))

@@ -40,6 +40,8 @@ struct ArrayMemory {
   // Whether work in a stream writes it, which readers in other streams must wait for.
   bool written_in_stream;
   void* writer = nullptr;  // that stream; null: the device's own
+  // Whether the owner gives the memory back in the writer's order.
+  bool released_in_stream = false;
 
   size_t nbytes() const;
 };
@@ -51,6 +53,9 @@ struct DeviceArray : Handle<ArrayMemory> {
 // A copy of device memory, made in stream order, with a life of its own.
 std::unique_ptr<DeviceArray> copy_to_array(std::shared_ptr<Device> device, const void* data,
                                            std::vector<size_t> shape, DType dtype);
+
+// DLPack's code of a device's type.
+int dlpack_device_type(Device& device);
 
 // An array of another library in memory that `device` addresses; work in the device's stream may
 // read it at once. Throws kInvalidArgument, beginning with `where`, if it lies elsewhere or is not

@@ -43,8 +43,16 @@ const char* class_name(nb::handle object) {
   return reinterpret_cast<const char*>(nb::type_name(object.type()).c_str());
 }
 
-// NumPy's own types come first; bfloat16 of ml_dtypes is one that was registered.
-constexpr int kFirstRegisteredType = 256;
+// Sizes and address of an array whose memory is kept elsewhere.
+void take(Operand& operand, const nb::ndarray<nb::ro>& array) {
+  operand.data = const_cast<void*>(array.data());
+  operand.dtype = array.dtype();
+  operand.ndim = static_cast<int>(array.ndim());
+  for (int i = 0; i < std::min(operand.ndim, Operand::kMaxDims); ++i) {
+    operand.shape[i] = static_cast<int64_t>(array.shape(i));
+    operand.strides[i] = array.stride(i);
+  }
+}
 
 void set_contiguous(Operand& operand) {
   int64_t stride = 1;
@@ -77,21 +85,6 @@ struct OutputMemory {
 
 }  // namespace
 
-OpsDevice& OpsContext::device(DeviceType type, int ordinal) {
-  std::unique_ptr<OpsDevice>& found = devices_[{type, ordinal}];
-  if (found == nullptr) {
-    const nb::object opened =
-        host_.attr("open_device")(type == DeviceType::kCpu ? "cpu" : "cuda", ordinal);
-    // Another thread may have been here meanwhile; its device is in use.
-    if (found == nullptr) {
-      auto made = std::make_unique<OpsDevice>();
-      made->device = nb::cast<const DeviceHandle&>(opened).share();
-      found = std::move(made);
-    }
-  }
-  return *found;
-}
-
 int64_t Operand::rows() const {
   int64_t rows = 1;
   for (int i = 0; i + 1 < ndim; ++i) rows *= shape[i];
@@ -116,11 +109,10 @@ void OpCall::locate(const char* name, nb::handle array, int type, int ordinal) {
   const DeviceType kind = on_cpu ? DeviceType::kCpu : DeviceType::kCuda;
   const int number = on_cpu ? 0 : ordinal;
   if (shared_ != nullptr) {
-    check(kind == device().type() && number == device().ordinal(), op_, name, " lies on ",
-          device_text(kind, number), " and ", first_name_, " on ",
-          device_text(device().type(), device().ordinal()),
-          "; all arrays of a call must be on one device");
-    return;
+    if (kind == device().type() && number == device().ordinal()) return;
+    fail(ErrorKind::kInvalidArgument, op_, name, " lies on ", device_text(kind, number), " and ",
+         first_name_, " on ", device_text(device().type(), device().ordinal()),
+         "; all arrays of a call must be on one device");
   }
   shared_ = &context_.device(kind, number);
   first_name_ = name;
@@ -131,88 +123,172 @@ void OpCall::locate(const char* name, nb::handle array, int type, int ordinal) {
     return;
   }
   stream_owner_ = given_stream_;
-  if (given_stream_.is_none()) {
-    stream_owner_ = context_.host().attr("current_stream")(array, number);
-    known_to_library_ = !stream_owner_.is_none();
+  const DlpackExchange* exchange = context_.kind(array).exchange;
+  if (given_stream_.is_none() && exchange != nullptr) {
+    if (exchange->current_stream(kDlCuda, number, &stream_) != 0) throw nb::python_error();
+    known_to_library_ = true;
+  } else {
+    if (given_stream_.is_none()) {
+      stream_owner_ = context_.host().attr("current_stream")(array, number);
+      known_to_library_ = !stream_owner_.is_none();
+    }
+    stream_ = stream_owner_.is_none() ? device().stream() : stream_handle(stream_owner_);
   }
-  stream_ = stream_owner_.is_none() ? device().stream() : stream_handle(stream_owner_);
   // Handle 0 is the default stream to its library, but the device's own one to us.
   if (stream_ == nullptr) stream_ = reinterpret_cast<void*>(kDefaultStream);
   ctx_.stream = stream_;
   std::deque<OpsDevice::Pending>& pending = shared_->pending;
-  while (!pending.empty() && pending.front().fence->passed()) pending.pop_front();
+  while (!pending.empty() && pending.front().fence->passed()) {
+    shared_->spare_fences.push_back(std::move(pending.front().fence));
+    pending.pop_front();
+  }
 }
 
 void OpCall::writable(const char* name, nb::handle array) const {
-  if (PyObject_IsInstance(array.ptr(), nb::object(context_.host().attr("ndarray")).ptr()) == 1) {
-    check(nb::cast<bool>(array.attr("flags").attr("writeable")), op_, name,
+  const ArrayKind& kind = context_.kind(array);
+  if (kind.access == ArrayKind::Access::kNumpy) {
+    const OpsContext::Names& names = context_.names();
+    check(nb::cast<bool>(array.attr(names.flags).attr(names.writeable)), op_, name,
           " is read-only and would be written");
-    return;
+  } else if (!kind.is_mutable) {
+    fail(ErrorKind::kInvalidArgument, op_, name, " is an array of type ", class_name(array),
+         ", which cannot be written");
   }
-  check(nb::cast<bool>(context_.host().attr("is_mutable")(array)), op_, name,
-        " is an array of type ", class_name(array), ", which cannot be written");
+}
+
+nb::object OpCall::import_numpy(Operand& operand, nb::handle array, bool written) {
+  const OpsContext::Names& names = context_.names();
+  locate(operand.name, array, kDlCpu, 0);
+  nb::object source = nb::borrow(array);
+  const nb::object dtype = array.attr(names.dtype);
+  const ElementType* registered = context_.registered_type(dtype, op_, operand.name);
+  if (registered != nullptr) {
+    source = array.attr(names.view)(registered->bits == 8 ? context_.uint8() : context_.uint16());
+  }
+  if (written) writable(operand.name, source);
+  nb::ndarray<nb::ro> imported;
+  if (!nb::try_cast(source, imported, false)) {
+    fail(ErrorKind::kInvalidArgument, op_, operand.name, " is an array of dtype ",
+         nb::str(dtype).c_str(), " that cannot be read; must be a plain array in native order");
+  }
+  take(operand, imported);
+  if (registered != nullptr) operand.dtype = registered->dlpack();
+  return source;
+}
+
+// No other library is between, so the streams are ordered here.
+nb::object OpCall::import_own(Operand& operand, nb::handle array) {
+  const std::shared_ptr<ArrayMemory> memory = nb::cast<const DeviceArray&>(array).share();
+  const bool on_cpu = memory->device->type() == DeviceType::kCpu;
+  locate(operand.name, array, on_cpu ? kDlCpu : kDlCuda, memory->device->ordinal());
+  void* writer = memory->writer != nullptr ? memory->writer : memory->device->stream();
+  if (memory->written_in_stream) {
+    if (on_cpu) {
+      memory->device->synchronize();
+    } else if (writer != stream_) {
+      memory->device->order_streams(writer, stream_);
+    }
+  }
+  keeps_sources_ |= !memory->released_in_stream || writer != stream_;
+  operand.data = memory->data;
+  operand.dtype = memory->type->dlpack();
+  operand.ndim = static_cast<int>(memory->shape.size());
+  if (operand.ndim <= Operand::kMaxDims) {
+    std::copy(memory->shape.begin(), memory->shape.end(), operand.shape);
+    set_contiguous(operand);
+  }
+  return nb::borrow(array);
+}
+
+bool OpCall::is_current(const DlpackExchange& exchange, int ordinal) const {
+  void* current = nullptr;
+  if (exchange.current_stream(kDlCuda, ordinal, &current) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  return (current == nullptr ? reinterpret_cast<void*>(kDefaultStream) : current) == stream_;
+}
+
+bool OpCall::import_exchange(Operand& operand, nb::handle array, bool written) {
+  const ArrayKind& kind = context_.kind(array);
+  if (kind.exchange == nullptr) return false;
+  if (kind.may_need_grad && nb::cast<bool>(array.attr(context_.names().requires_grad))) {
+    return false;
+  }
+  const std::optional<nb::dlpack::dltensor> lent = lend_tensor(*kind.exchange, array);
+  if (!lent || lent->ndim > Operand::kMaxDims) return false;
+  locate(operand.name, array, lent->device.device_type, lent->device.device_id);
+  // Streams are not ordered this way.
+  if (stream_ != nullptr && !is_current(*kind.exchange, lent->device.device_id)) return false;
+  if (written) writable(operand.name, array);
+  keeps_sources_ |= !known_to_library_;
+  operand.data = static_cast<char*>(lent->data) + lent->byte_offset;
+  operand.dtype = lent->dtype;
+  operand.ndim = lent->ndim;
+  std::copy_n(lent->shape, operand.ndim, operand.shape);
+  if (lent->strides == nullptr) {
+    set_contiguous(operand);
+  } else {
+    std::copy_n(lent->strides, operand.ndim, operand.strides);
+  }
+  return true;
+}
+
+nb::object OpCall::import_dlpack(Operand& operand, nb::handle array, bool written) {
+  const OpsContext::Names& names = context_.names();
+  try {
+    const auto [type, ordinal] = nb::cast<std::pair<int, int>>(array.attr(names.dlpack_device)());
+    locate(operand.name, array, type, ordinal);
+    if (written) writable(operand.name, array);
+    const nb::object capsule =
+        stream_ == nullptr
+            ? array.attr(names.dlpack)()
+            : array.attr(names.dlpack)(nb::arg("stream") = reinterpret_cast<intptr_t>(stream_));
+    nb::ndarray<nb::ro> imported;
+    check(nb::try_cast(capsule, imported, false), op_, operand.name,
+          " cannot be read: its __dlpack__ gave no tensor");
+    take(operand, imported);
+    arrays_.push_back(std::move(imported));
+    // Another library may give memory back in another order.
+    keeps_sources_ |= !known_to_library_ || !array.type().is(first_.type());
+  } catch (const nb::python_error& error) {
+    // What the library says, such as that a gradient would be lost.
+    if (error.matches(PyExc_KeyboardInterrupt)) throw;
+    const nb::object mrv1_error = nb::module_::import_("mrv1.errors").attr("Mrv1Error");
+    if (error.matches(mrv1_error)) throw;
+    const std::string text = nb::str(error.value()).c_str();
+    fail(ErrorKind::kInvalidArgument, op_, operand.name, " cannot be exported: ", text);
+  }
+  return nb::borrow(array);
 }
 
 Operand OpCall::import(const char* name, nb::handle array, bool written, int min_dims) {
   Operand operand;
   operand.name = name;
-  nb::object source = nb::borrow(array);
-  const ElementType* registered = nullptr;  // a type that NumPy exports by no protocol
-  nb::ndarray<nb::ro> imported;
-  const nb::object numpy_type = context_.host().attr("ndarray");
-  if (PyObject_IsInstance(array.ptr(), numpy_type.ptr()) == 1) {
-    locate(name, array, kDlCpu, 0);
-    const nb::object dtype = array.attr("dtype");
-    if (nb::cast<int>(dtype.attr("num")) >= kFirstRegisteredType) {
-      const auto type = nb::cast<std::string>(dtype.attr("name"));
-      for (DType known : {DType::kBF16, DType::kE4M3, DType::kE5M2}) {
-        if (type == dtype_name(known)) registered = &element_type(known);
-      }
-      check(registered != nullptr, op_, name, " is ", nb::str(dtype).c_str(),
-            ", which no op takes; float32 and bfloat16 are the element types of values");
-      source = array.attr("view")(context_.host().attr(registered->bits == 8 ? "uint8" : "uint16"));
-    }
-    if (written) writable(name, source);
-    check(nb::try_cast(source, imported, false), op_, name, " is an array of dtype ",
-          nb::str(dtype).c_str(), " that cannot be read; must be a plain array in native order");
-  } else {
-    check(nb::hasattr(array, "__dlpack__") && nb::hasattr(array, "__dlpack_device__"), op_, name,
-          " is of type ", class_name(array), "; must be an array of NumPy, or one with __dlpack__");
-    try {
-      const auto [type, ordinal] = nb::cast<std::pair<int, int>>(array.attr("__dlpack_device__")());
-      locate(name, array, type, ordinal);
-      if (written) writable(name, array);
-      const nb::object capsule =
-          stream_ == nullptr
-              ? array.attr("__dlpack__")()
-              : array.attr("__dlpack__")(nb::arg("stream") = reinterpret_cast<intptr_t>(stream_));
-      check(nb::try_cast(capsule, imported, false), op_, name,
-            " cannot be read: its __dlpack__ gave no tensor");
-    } catch (const nb::python_error& error) {
-      // What the library says, such as that a gradient would be lost.
-      if (error.matches(PyExc_KeyboardInterrupt)) throw;
-      const nb::object mrv1_error = nb::module_::import_("mrv1.errors").attr("Mrv1Error");
-      if (error.matches(mrv1_error)) throw;
-      const std::string text = nb::str(error.value()).c_str();
-      fail(ErrorKind::kInvalidArgument, op_, name, " cannot be exported: ", text);
-    }
-  }
-  const auto ndim = static_cast<int>(imported.ndim());
-  check(ndim >= min_dims && ndim <= Operand::kMaxDims, op_, name, " has ", ndim,
-        " dimensions; must have ", min_dims, " to ", Operand::kMaxDims);
-  operand.data = const_cast<void*>(imported.data());
-  operand.dtype = registered != nullptr ? registered->dlpack() : imported.dtype();
-  operand.ndim = std::max(ndim, 1);
-  operand.shape[0] = operand.strides[0] = 1;
-  for (int i = 0; i < ndim; ++i) {
-    operand.shape[i] = static_cast<int64_t>(imported.shape(i));
-    operand.strides[i] = imported.stride(i);
-  }
   if (first_.ptr() == nullptr) first_ = nb::borrow(array);
-  // Another library may give memory back in another order.
-  if (array.type().ptr() != first_.type().ptr()) known_to_library_ = false;
+  nb::object source;
+  switch (context_.kind(array).access) {
+    case ArrayKind::Access::kNumpy:
+      source = import_numpy(operand, array, written);
+      break;
+    case ArrayKind::Access::kOwn:
+      source = import_own(operand, array);
+      break;
+    case ArrayKind::Access::kDlpack:
+      source = import_exchange(operand, array, written) ? nb::borrow(array)
+                                                        : import_dlpack(operand, array, written);
+      break;
+    case ArrayKind::Access::kNone:
+      fail(ErrorKind::kInvalidArgument, op_, name, " is of type ", class_name(array),
+           "; must be an array of NumPy, or one with __dlpack__");
+  }
+  check(operand.ndim >= min_dims && operand.ndim <= Operand::kMaxDims, op_, name, " has ",
+        operand.ndim, " dimensions; must have ", min_dims, " to ", Operand::kMaxDims);
+  if (operand.ndim == 0) {
+    operand.ndim = 1;
+    operand.shape[0] = operand.strides[0] = 1;
+  }
   sources_.push_back(std::move(source));
-  arrays_.push_back(std::move(imported));
   return operand;
 }
 
@@ -225,12 +301,9 @@ Operand OpCall::output(const char* name, nb::handle given, const std::vector<int
     made_.push_back({operand.data, nb::borrow(given), nullptr});
     return operand;
   }
-  if (PyObject_IsInstance(first_.ptr(), context_.host().attr("ndarray").ptr()) == 1) {
-    nb::list sizes;
-    for (int64_t size : shape) sizes.append(size);
-    const nb::object array =
-        context_.host().attr("empty")(nb::tuple(sizes), std::string(dtype_name(dtype)));
-    const Operand operand = in_place(name, array);
+  if (context_.kind(first_).access == ArrayKind::Access::kNumpy) {
+    const nb::object array = context_.empty(shape, dtype);
+    const Operand operand = input(name, array);
     made_.push_back({operand.data, array, nullptr});
     return operand;
   }
@@ -243,7 +316,8 @@ Operand OpCall::output(const char* name, nb::handle given, const std::vector<int
   const size_t bytes = static_cast<size_t>(operand.size()) * dtype_size(dtype);
   auto memory = std::make_shared<ArrayMemory>(ArrayMemory{
       shared_->device, nullptr, nullptr, std::vector<size_t>(shape.begin(), shape.end()),
-      &element_type(dtype), device().type() == DeviceType::kCuda, stream_});
+      &element_type(dtype), device().type() == DeviceType::kCuda, stream_,
+      /*released_in_stream=*/true});
   auto owner = std::make_shared<OutputMemory>(
       allocate_in_stream(shared_->device, std::max<size_t>(bytes, 1), false, op_, stream_),
       stream_owner_);
@@ -264,49 +338,56 @@ nb::object OpCall::result(const Operand& output) {
   for (Made& made : made_) {
     if (made.data != output.data) continue;
     if (made.memory == nullptr) return made.array;
+    const ArrayKind& kind = context_.kind(first_);
+    if (kind.exchange != nullptr && (stream_ == nullptr || known_to_library_)) {
+      return export_array(*kind.exchange, made.memory);
+    }
     nb::object array =
         nb::cast(new DeviceArray(made.memory, "array"), nb::rv_policy::take_ownership);
-    const nb::object importer = context_.host().attr("importer")(first_);
-    return importer.is_none() ? array : importer(array);
+    return kind.importer.is_none() ? array : kind.importer(array);
   }
   fail(ErrorKind::kInternal, op_, "no such output");
 }
 
 const Operand& OpCall::contiguous(const Operand& operand) const {
-  check(is_contiguous(operand), op_, operand.name, " has shape ", shape_text(operand),
-        " and strides ", strides_text(operand), "; must be contiguous in C order");
-  return operand;
+  if (is_contiguous(operand)) return operand;
+  fail(ErrorKind::kInvalidArgument, op_, operand.name, " has shape ", shape_text(operand),
+       " and strides ", strides_text(operand), "; must be contiguous in C order");
 }
 
 const Operand& OpCall::ndim(const Operand& operand, int count, const char* shape) const {
-  check(operand.ndim == count, op_, operand.name, " has shape ", shape_text(operand), "; must be ",
-        shape);
-  return operand;
+  if (operand.ndim == count) return operand;
+  fail(ErrorKind::kInvalidArgument, op_, operand.name, " has shape ", shape_text(operand),
+       "; must be ", shape);
 }
 
 const Operand& OpCall::typed(const Operand& operand, DType dtype) const {
-  check(operand.is(dtype), op_, operand.name, " is ", type_text(operand.dtype), "; must be ",
-        dtype_name(dtype));
-  return operand;
+  if (operand.is(dtype)) return operand;
+  fail(ErrorKind::kInvalidArgument, op_, operand.name, " is ", type_text(operand.dtype),
+       "; must be ", dtype_name(dtype));
 }
 
 const Operand& OpCall::shaped(const Operand& operand, std::span<const int64_t> shape) const {
-  check(std::equal(shape.begin(), shape.end(), operand.shape, operand.shape + operand.ndim), op_,
-        operand.name, " has shape ", shape_text(operand), "; must be ", shape_text(shape));
-  return operand;
+  if (std::equal(shape.begin(), shape.end(), operand.shape, operand.shape + operand.ndim)) {
+    return operand;
+  }
+  fail(ErrorKind::kInvalidArgument, op_, operand.name, " has shape ", shape_text(operand),
+       "; must be ", shape_text(shape));
 }
 
 DType OpCall::activation(const Operand& operand) const {
   if (operand.is(DType::kF32)) return DType::kF32;
-  check(operand.is(DType::kBF16), op_, operand.name, " is ", type_text(operand.dtype),
-        "; must be float32 or bfloat16");
-  return DType::kBF16;
+  if (operand.is(DType::kBF16)) return DType::kBF16;
+  fail(ErrorKind::kInvalidArgument, op_, operand.name, " is ", type_text(operand.dtype),
+       "; must be float32 or bfloat16");
 }
 
 DType OpCall::matrix(const Operand& operand) const {
   const DType dtype = activation(contiguous(operand));
-  check(operand.cols() > 0, op_, operand.name, " has shape ", shape_text(operand),
-        "; must have at least one column");
+  if (operand.cols() <= 0) {
+    fail(ErrorKind::kInvalidArgument, op_, operand.name, " has shape ", shape_text(operand),
+         "; must have at least one column");
+  }
   check(operand.rows() <= std::numeric_limits<int32_t>::max(), op_, operand.name, " has ",
         operand.rows(), " rows; must have fewer than 2**31");
   return dtype;
@@ -314,14 +395,14 @@ DType OpCall::matrix(const Operand& operand) const {
 
 const Operand& OpCall::ints(const Operand& operand, int64_t count) const {
   typed(contiguous(ndim(operand, 1, "of one dimension")), DType::kI32);
-  if (count >= 0) shaped(operand, std::vector<int64_t>{count});
+  if (count >= 0) shaped(operand, std::span(&count, 1));
   check(operand.cols() <= std::numeric_limits<int32_t>::max(), op_, operand.name, " has ",
         operand.cols(), " entries; must have fewer than 2**31");
   return operand;
 }
 
 const Operand& OpCall::floats(const Operand& operand, int64_t count) const {
-  return shaped(typed(contiguous(operand), DType::kF32), std::vector<int64_t>{count});
+  return shaped(typed(contiguous(operand), DType::kF32), std::span(&count, 1));
 }
 
 void OpCall::no_partial_overlap(const Operand& out, const Operand& in) const {
@@ -357,7 +438,14 @@ int OpCall::num_threads() {
 }
 
 void OpCall::keep_sources() {
-  OpsDevice::Pending pending{device().make_fence(), std::move(sources_), std::move(arrays_)};
+  std::unique_ptr<Fence> fence;
+  if (shared_->spare_fences.empty()) {
+    fence = device().make_fence();
+  } else {
+    fence = std::move(shared_->spare_fences.back());
+    shared_->spare_fences.pop_back();
+  }
+  OpsDevice::Pending pending{std::move(fence), std::move(sources_), std::move(arrays_)};
   pending.fence->record(stream_);
   shared_->pending.push_back(std::move(pending));
 }
@@ -399,7 +487,7 @@ void OpCall::run(int64_t workspace_bytes, void* state, Body body) {
           &task);
     }
   }
-  if (!on_cpu && !known_to_library_) keep_sources();
+  if (!on_cpu && keeps_sources_) keep_sources();
   if (task.error) std::rethrow_exception(task.error);
 }
 

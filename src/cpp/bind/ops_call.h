@@ -1,10 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <deque>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <string>
 #include <utility>
@@ -12,43 +9,10 @@
 
 #include "bind/bind.h"
 #include "bind/device_array.h"
+#include "bind/ops_context.h"
 #include "ops/kernels.h"
 
 namespace mrv1 {
-
-// What the calls on one device share.
-struct OpsDevice {
-  // What a call reads in a stream that its owner does not know of, until the stream has passed.
-  struct Pending {
-    std::unique_ptr<Fence> fence;
-    std::vector<nb::object> sources;
-    std::vector<nb::ndarray<nb::ro>> arrays;
-  };
-
-  std::shared_ptr<Device> device;
-  std::mutex mutex;             // one launch at a time
-  StreamBuffer workspace;       // of the CPU's kernels, as large as any call needed
-  std::deque<Pending> pending;  // guarded by the interpreter's lock
-};
-
-// The devices that single ops run on, each opened when an array of it is first seen, and what a
-// call asks of Python (mrv1/ops/_host.py).
-class OpsContext {
- public:
-  OpsContext(nb::object host, bool sync_launches, bool check_slots)
-      : host_(std::move(host)), sync_launches_(sync_launches), check_slots_(check_slots) {}
-
-  OpsDevice& device(DeviceType type, int ordinal);
-  const nb::object& host() const { return host_; }
-  bool sync_launches() const { return sync_launches_; }
-  // Whether what addresses a cache is looked at on a GPU, too.
-  bool check_slots() const { return check_slots_ || sync_launches_; }
-
- private:
-  nb::object host_;
-  bool sync_launches_, check_slots_;
-  std::map<std::pair<DeviceType, int>, std::unique_ptr<OpsDevice>> devices_;
-};
 
 // An array of a call.
 struct Operand {
@@ -86,6 +50,10 @@ class OpCall {
   Operand in_place(const char* name, nb::handle array) { return import(name, array, true); }
   // Refuses an array that cannot be written.
   void writable(const char* name, nb::handle array) const;
+  // Whether an array can be made of it, whatever its type.
+  bool is_array(nb::handle object) const {
+    return context_.kind(object).access != ArrayKind::Access::kNone;
+  }
   // The result: `given`, which must have shape and dtype, or a new array of the first input's kind.
   Operand output(const char* name, nb::handle given, const std::vector<int64_t>& shape,
                  DType dtype);
@@ -158,7 +126,15 @@ class OpCall {
   }
   const void* look_at(const Operand& values, size_t size, bool on_gpu);
   Operand import(const char* name, nb::handle array, bool written, int min_dims = 1);
+  // How an import reads an array: fills the operand, and returns what keeps its memory.
+  nb::object import_numpy(Operand& operand, nb::handle array, bool written);
+  nb::object import_own(Operand& operand, nb::handle array);
+  nb::object import_dlpack(Operand& operand, nb::handle array, bool written);
+  // False if the array has to come by import_dlpack().
+  bool import_exchange(Operand& operand, nb::handle array, bool written);
   void locate(const char* name, nb::handle array, int type, int ordinal);
+  // The stream of the call is the current one of the library.
+  bool is_current(const DlpackExchange& exchange, int ordinal) const;
   void run(int64_t workspace_bytes, void* state, Body body);
   void keep_sources();
 
@@ -167,7 +143,8 @@ class OpCall {
   nb::object given_stream_;  // None: the library's current one
   nb::object stream_owner_;
   void* stream_ = nullptr;
-  bool known_to_library_ = false;  // the stream is the one the arrays' owner uses anyway
+  bool known_to_library_ = false;  // the stream is the one the first array's owner uses anyway
+  bool keeps_sources_ = false;     // some of them might be given back before the stream is done
   OpsDevice* shared_ = nullptr;
   nb::object first_;  // the first input
   const char* first_name_ = nullptr;

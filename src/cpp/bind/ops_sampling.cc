@@ -17,9 +17,12 @@ namespace {
 template <typename T>
 RowParam<T> row_param(OpCall& call, const char* name, nb::handle given, int64_t rows) {
   RowParam<T> param;
-  if (nb::try_cast(given, param.value)) return param;
-  call.require(!nb::isinstance<nb::int_>(given) && !nb::isinstance<nb::float_>(given), name, " = ",
-               nb::repr(given).c_str(), ": must be a number that its type holds, or an array");
+  // An array of one element is none the less an array: to ask for its value may wait for a GPU.
+  if (!call.is_array(given)) {
+    if (nb::try_cast(given, param.value)) return param;
+    fail(ErrorKind::kInvalidArgument, call.op(), name, " = ", nb::repr(given).c_str(),
+         ": must be a number that its type holds, or an array");
+  }
   const Operand array = call.input(name, given);
   call.shaped(call.contiguous(array), std::vector<int64_t>{rows});
   const ElementType* type = find_element_type(array.dtype);
