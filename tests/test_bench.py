@@ -294,7 +294,7 @@ def test_attention_is_measured_over_what_the_lengths_say(native_device: _core.De
         native_device, config, "bfloat16", [1, 40, 16], 2, 1 << 16
     )
     assert (backend, timing.batch, timing.context) == ("native", 3, 19)
-    assert cost == bench.attention_cost(config, 2, 1, 57)
+    assert cost == bench.attention_cost(config, "bfloat16", 1, 57)
     assert timing.step_ms > 0
     assert fault is None
 

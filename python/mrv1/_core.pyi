@@ -231,7 +231,13 @@ class ProgramSession:
     and fused forms on either backend. Floats cross as float32.
     """
 
-    def __init__(self, device: Device, program: Program, *, max_requests: int = 1, max_tokens: int = 1, max_logits: int = 1, num_blocks: int = 1, block_size: int = 16, max_blocks: int = 1, max_position: int = 1) -> None: ...
+    def __init__(self, device: Device, program: Program, *, max_requests: int = 1, max_tokens: int = 1, max_logits: int = 1, num_blocks: int = 1, block_size: int = 16, max_blocks: int = 1, max_position: int = 1, kv_cache_dtype: str = 'auto', kv_scales: str = 'token') -> None:
+        """
+        Args of the KV cache:
+            kv_cache_dtype: "auto" (the program's dtype), "fp8_e4m3" or "fp8_e5m2".
+            kv_scales: of an FP8 cache, "token" (one for each token and head, which the cache
+                write computes), "head" or "tensor" (set_cache_scales sets them; 1 at first).
+        """
 
     @overload
     def load_weight(self, weight: int, values: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None:
@@ -275,9 +281,23 @@ class ProgramSession:
 
     def set_ints(self, name: str, data: Annotated[NDArray[numpy.int32], dict(order='C', device='cpu', writable=False)]) -> None: ...
 
-    def set_cache(self, layer: int, values: bool, data: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None: ...
+    def set_cache(self, layer: int, values: bool, data: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None:
+        """
+        Keys (or values) of a layer: float32 [blocks, heads, block_size, head_dim], converted to
+        the dtype of the cache; of an FP8 cache what its codes stand for, without scales.
+        """
 
-    def cache(self, layer: int, values: bool) -> NDArray[numpy.float32]: ...
+    def cache(self, layer: int, values: bool) -> NDArray[numpy.float32]:
+        """Keys (or values) of a layer, as set_cache takes them."""
+
+    def set_cache_scales(self, layer: int, values: bool, data: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None:
+        """
+        Scales of an FP8 layer's keys (or values): float32 [1], [heads], or [blocks, heads,
+        block_size].
+        """
+
+    def cache_scales(self, layer: int, values: bool) -> NDArray[numpy.float32]:
+        """As set_cache_scales takes them."""
 
     def run(self, num_requests: int, num_tokens: int, num_logits: int = 0) -> None: ...
 
@@ -303,7 +323,10 @@ class ProgramSession:
         """
 
     def fill_cache(self, seed: int) -> None:
-        """Fills the KV caches of all layers with random values in [-1, 1)."""
+        """
+        Fills the KV caches of all layers with random values in [-1, 1), an FP8 cache with random
+        codes and scales.
+        """
 
     def close(self) -> None: ...
 
@@ -414,6 +437,23 @@ class RunnerConfig:
 
     @num_blocks.setter
     def num_blocks(self, arg: int, /) -> None: ...
+
+    @property
+    def kv_cache_dtype(self) -> str:
+        """"auto" (the dtype of activations), "fp8_e4m3" or "fp8_e5m2"."""
+
+    @kv_cache_dtype.setter
+    def kv_cache_dtype(self, arg: str, /) -> None: ...
+
+    @property
+    def kv_scales(self) -> list[tuple[list[float], list[float]]]:
+        """
+        Static scales of an FP8 cache: of each layer those of keys and of values, one or one a
+        head. Empty: each token and head has its own, computed when it is written.
+        """
+
+    @kv_scales.setter
+    def kv_scales(self, arg: Sequence[tuple[Sequence[float], Sequence[float]]], /) -> None: ...
 
     @property
     def max_stop_ids(self) -> int: ...

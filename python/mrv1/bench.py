@@ -63,6 +63,7 @@ class Record(_RequiredKeys, total=False):
     op: str
     lengths: str
     backend: str
+    scale: str
     kernels: int
     read_share: float | None
     gflops: float | None
@@ -134,6 +135,28 @@ class OpCost:
     operations: int
 
 
+@dataclasses.dataclass(frozen=True)
+class CacheFormat:
+    """What a KV cache holds, as `LoadedModel` says it.
+
+    Attributes:
+        kv_cache_dtype: "auto", "fp8_e4m3" or "fp8_e5m2".
+        kv_scales: "none", "static" or "dynamic".
+    """
+
+    kv_cache_dtype: str = "auto"
+    kv_scales: str = "none"
+
+    def head_bytes(self, head_dim: int, dtype: str) -> int:
+        """Bytes of a key (or value) head of a token, its scale included, in a model of `dtype`."""
+        if self.kv_cache_dtype == "auto":
+            return head_dim * _element_size(dtype)
+        return head_dim + (4 if self.kv_scales == "dynamic" else 0)
+
+
+AUTO_CACHE: Final = CacheFormat()
+
+
 def row_blocks(runner: _core.ModelRunner, index: int, count: int) -> list[list[int]]:
     """The block table of one of many rows of `count` blocks each, as `RowSpec.block_ids` has it.
 
@@ -195,7 +218,9 @@ def _measure_gflops(device: _core.Device, dtype: str) -> float:
     return 2.0 * tokens * size * size / min(seconds) / 1e9
 
 
-def decode_costs(config: ModelConfig, dtype: str, batch: int, context: float) -> list[OpCost]:
+def decode_costs(
+    config: ModelConfig, dtype: str, batch: int, context: float, cache: CacheFormat = AUTO_CACHE
+) -> list[OpCost]:
     """What the ops of a decode step must do at least.
 
     Args:
@@ -203,12 +228,15 @@ def decode_costs(config: ModelConfig, dtype: str, batch: int, context: float) ->
         dtype: The one it runs in, "float32" or "bfloat16".
         batch: Requests, one token each.
         context: Tokens that each attends to.
+        cache: What the KV cache holds.
     """
-    attention = attention_cost(config, _element_size(dtype), batch, context)
+    attention = attention_cost(config, dtype, batch, context, cache)
     return _step_costs(config, dtype, batch, batch, attention)
 
 
-def prefill_costs(config: ModelConfig, dtype: str, batch: int, context: int) -> list[OpCost]:
+def prefill_costs(
+    config: ModelConfig, dtype: str, batch: int, context: int, cache: CacheFormat = AUTO_CACHE
+) -> list[OpCost]:
     """What the prefill of whole prompts must do at least, as if it were one step.
 
     Args:
@@ -216,13 +244,19 @@ def prefill_costs(config: ModelConfig, dtype: str, batch: int, context: int) -> 
         dtype: The one it runs in, "float32" or "bfloat16".
         batch: Prompts. Logits are those of the last token of each.
         context: Tokens of each. Token i attends to i + 1 of them.
+        cache: What the KV cache holds.
     """
-    every = attention_cost(config, _element_size(dtype), batch, context)
+    every = attention_cost(config, dtype, batch, context, cache)
     causal = dataclasses.replace(every, operations=every.operations * (context + 1) // 2)
     return _step_costs(config, dtype, batch * context, batch, causal)
 
 
-def mix_costs(config: ModelConfig, dtype: str, requests: Iterable[tuple[int, int]]) -> list[OpCost]:
+def mix_costs(
+    config: ModelConfig,
+    dtype: str,
+    requests: Iterable[tuple[int, int]],
+    cache: CacheFormat = AUTO_CACHE,
+) -> list[OpCost]:
     """What a workload must do at least, in whichever steps.
 
     Weights are read once for each token of the longest output, since no step draws two tokens of a
@@ -232,6 +266,7 @@ def mix_costs(config: ModelConfig, dtype: str, requests: Iterable[tuple[int, int
         config: The model's.
         dtype: The one it runs in, "float32" or "bfloat16".
         requests: Tokens of the prompt and of the output of each.
+        cache: What the KV cache holds.
     """
     pairs = list(requests)
     steps = max(output for _, output in pairs)
@@ -243,10 +278,9 @@ def mix_costs(config: ModelConfig, dtype: str, requests: Iterable[tuple[int, int
         total = prompt + output - 1
         read += prompt + (total * (total + 1) - prompt * (prompt + 1)) // 2
         attended += total * (total + 1) // 2
-    size = _element_size(dtype)
     attention = dataclasses.replace(
-        attention_cost(config, size, 1, read),
-        operations=attention_cost(config, size, 1, attended).operations,
+        attention_cost(config, dtype, 1, read, cache),
+        operations=attention_cost(config, dtype, 1, attended, cache).operations,
     )
     return [
         cost
@@ -288,11 +322,14 @@ def linear_cost(name: str, rows: int, cols: int, size: int, batch: int) -> OpCos
     return OpCost(name, rows * cols * size, 2 * batch * rows * cols)
 
 
-def attention_cost(config: ModelConfig, size: int, batch: int, context: float) -> OpCost:
+def attention_cost(
+    config: ModelConfig, dtype: str, batch: int, context: float, cache: CacheFormat = AUTO_CACHE
+) -> OpCost:
     """One layer's attention of `batch` tokens over `context` cached ones each."""
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     cached = int(batch * context)
-    return OpCost("attention", cached * 2 * kv_heads * dim * size, cached * 4 * heads * dim)
+    read_bytes = cached * 2 * kv_heads * cache.head_bytes(dim, dtype)
+    return OpCost("attention", read_bytes, cached * 4 * heads * dim)
 
 
 def floor_ms(costs: Iterable[OpCost], rates: Rates) -> float:
@@ -311,6 +348,7 @@ def make_record(
     timing: Timing,
     costs: Sequence[OpCost] = (),
     rates: Rates | None = None,
+    cache: CacheFormat = AUTO_CACHE,
 ) -> Record:
     """Sets a timing of mrv1 against what the machine can do, unless `rates` is None."""
     seconds = timing.step_ms / 1e3
@@ -321,7 +359,7 @@ def make_record(
         "device": device,
         "batch": timing.batch,
         "context": timing.context,
-        "kv_cache_dtype": "auto",
+        "kv_cache_dtype": cache.kv_cache_dtype,
         "step_ms": round(timing.step_ms, 6),
         "floor_ms": None,
         "host_us": None if timing.host_us is None else round(timing.host_us, 2),
@@ -345,6 +383,8 @@ def make_record(
             record["counts"] = rates.counts
             if not rates.counts:
                 record["fault"] = f"the plain read reached {record['read_gb_s']} GB/s only"
+    if cache.kv_scales != "none":
+        record["scale"] = cache.kv_scales
     if timing.idle_share is not None:
         record["idle_share"] = round(timing.idle_share, 5)
     return record
@@ -427,7 +467,14 @@ def format_table(records: Sequence[Record]) -> str:
     """Records as a table for people."""
     columns = [["figure"], ["what"]]
     for record in records:
-        parts = (record["shape"], record.get("op"), record.get("lengths"), record.get("backend"))
+        cache = record["kv_cache_dtype"]
+        parts = (
+            record["shape"],
+            record.get("op"),
+            record.get("lengths"),
+            record.get("backend"),
+            None if cache == "auto" else cache,
+        )
         columns[0].append(record["figure"])
         columns[1].append(" ".join(part for part in (*parts, record.get("peer")) if part))
     for title, text in _COLUMNS:

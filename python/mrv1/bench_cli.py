@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mrv1.errors import DeviceError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from mrv1.bench import Figure, Rates, Record, Timing
+    from mrv1.bench import CacheFormat, Figure, Rates, Record, Timing
     from mrv1.loader import LoadedModel, RunnerOptions
 
 
@@ -286,9 +286,16 @@ def _load(
     from mrv1.loader import load_model
     from mrv1.random_model import random_runner
 
+    runner_options = dataclasses.replace(runner_options, kv_cache_dtype=options.kv_cache_dtype)
     if directory is None:
         return random_runner(ModelConfig.from_values(config), runner_options)
     return load_model(directory, runner_options, progress=False if options.no_progress else None)
+
+
+def _cache(model: LoadedModel) -> CacheFormat:
+    from mrv1.bench import CacheFormat
+
+    return CacheFormat(model.kv_cache_dtype, model.kv_scales)
 
 
 def _read_bytes(options: argparse.Namespace) -> int | None:
@@ -327,13 +334,14 @@ def _decode_records(options: argparse.Namespace) -> list[Record]:
     model = _load(options, directory, config, runner_options)
     model.runner.fill_kv_random(0)
     timings, rates, device = _measure(options, model, bench_decode.measure_decode)
+    cache = _cache(model)
     records = []
     for timing in timings:
         # Rows grow while they are measured.
         mean = timing.context + (options.steps - 1) / 2
-        costs = bench.decode_costs(model.config, model.dtype, timing.batch, mean)
+        costs = bench.decode_costs(model.config, model.dtype, timing.batch, mean, cache)
         records.append(
-            bench.make_record("decode", shape, device, model.dtype, timing, costs, rates)
+            bench.make_record("decode", shape, device, model.dtype, timing, costs, rates, cache)
         )
     return records
 
@@ -347,11 +355,12 @@ def _prefill_records(options: argparse.Namespace) -> list[Record]:
     )
     model = _load(options, directory, config, runner_options)
     timings, rates, device = _measure(options, model, bench_prefill.measure_prefill)
+    cache = _cache(model)
     records = []
     for timing in timings:
-        costs = bench.prefill_costs(model.config, model.dtype, timing.batch, timing.context)
+        costs = bench.prefill_costs(model.config, model.dtype, timing.batch, timing.context, cache)
         records.append(
-            bench.make_record("prefill", shape, device, model.dtype, timing, costs, rates)
+            bench.make_record("prefill", shape, device, model.dtype, timing, costs, rates, cache)
         )
     return records
 
@@ -381,19 +390,20 @@ def _mix_records(options: argparse.Namespace) -> list[Record]:
     lengths = [(len(request.prompt_token_ids), request.max_tokens) for request in requests]
     tokens = sum(output for _, output in lengths)
     steps = round(tokens / (timing.tokens or 1))
+    cache = _cache(model)
     costs = [
         dataclasses.replace(
             cost, read_bytes=cost.read_bytes // steps, operations=cost.operations // steps
         )
-        for cost in bench.mix_costs(model.config, model.dtype, lengths)
+        for cost in bench.mix_costs(model.config, model.dtype, lengths, cache)
     ]
-    return [bench.make_record("mix", shape, device, model.dtype, timing, costs, rates)]
+    return [bench.make_record("mix", shape, device, model.dtype, timing, costs, rates, cache)]
 
 
 def _op_records(options: argparse.Namespace) -> list[Record]:
     from mrv1 import bench, bench_op, envs, tuning
     from mrv1.config import ModelConfig
-    from mrv1.loader import resolve_dtype
+    from mrv1.loader import resolve_dtype, resolve_kv_cache_dtype
 
     shape, directory, values = _source(options)
     config = (
@@ -422,8 +432,11 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
         if options.device == "cuda":
             working_set = _GPU_WORKING_SET
 
+        scales = "none" if options.kv_cache_dtype == "auto" else "dynamic"
+        cache = bench.CacheFormat(resolve_kv_cache_dtype(options.kv_cache_dtype), scales)
+
         def record(cost: bench.OpCost, timing: Timing) -> Record:
-            made = bench.make_record("op", shape, described, dtype, timing, [cost], rates)
+            made = bench.make_record("op", shape, described, dtype, timing, [cost], rates, cache)
             made["op"] = cost.name
             return made
 
@@ -440,7 +453,14 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
                 for batch in options.batch:
                     lengths = bench_op.request_lengths(kind, batch, context)
                     for backend, cost, timing, fault in bench_op.measure_attention(
-                        device, config, dtype, lengths, options.steps, working_set, options.backend
+                        device,
+                        config,
+                        dtype,
+                        lengths,
+                        options.steps,
+                        working_set,
+                        options.backend,
+                        cache,
                     ):
                         made = record(cost, timing)
                         if kind != "even":
@@ -482,7 +502,7 @@ def _profile_records(options: argparse.Namespace) -> list[Record]:
     for batch, context, profile in cases:
         # Those traced come after as many that were not.
         mean = context + options.steps + (options.steps - 1) / 2
-        costs = bench.decode_costs(model.config, model.dtype, batch, mean)
+        costs = bench.decode_costs(model.config, model.dtype, batch, mean, _cache(model))
         print(f"{shape}, batch {batch}, context {round(mean)}, {device}:")
         print(bench_profile.format_profile(profile, costs, rates))
         by_label = bench_profile.costs_by_label(costs)
@@ -495,6 +515,7 @@ def _profile_records(options: argparse.Namespace) -> list[Record]:
                 bench_profile.op_timing(op, batch, round(mean)),
                 bench_profile.label_costs(op.label, by_label),
                 rates,
+                _cache(model),
             )
             record["op"] = op.label
             record["kernels"] = round(op.kernels)

@@ -10,7 +10,7 @@ from typing import Final, Literal
 import numpy as np
 
 from mrv1 import _core
-from mrv1.bench import OpCost, Timing, attention_cost, linear_cost
+from mrv1.bench import AUTO_CACHE, CacheFormat, OpCost, Timing, attention_cost, linear_cost
 from mrv1.config import ModelConfig
 from mrv1.llm import peak_memory_mb
 from mrv1.loader import RunnerOptions
@@ -110,6 +110,7 @@ def measure_attention(
     repeats: int,
     working_set: int,
     backends: Sequence[str] = ("native",),
+    cache: CacheFormat = AUTO_CACHE,
 ) -> Iterator[tuple[str, OpCost, Timing, str | None]]:
     """Times the attention of one layer, with its rotary embedding and cache write.
 
@@ -123,15 +124,17 @@ def measure_attention(
         repeats: Runs; their median is the time.
         working_set: Bytes that a run reads, at least.
         backends: Keys of `BACKENDS`.
+        cache: What it holds; scales are dynamic.
 
     Yields:
         For each backend its name, what the op must do, its time, and what is wrong with its result
         if it is not that of the first.
     """
-    size = 4 if dtype == "float32" else 2
-    cost = attention_cost(config, size, 1, sum(lengths))
+    cost = attention_cost(config, dtype, 1, sum(lengths), cache)
     copies = _copies(working_set, cost.read_bytes)
-    session, output = _attention_session(device, config, dtype, lengths, copies)
+    session, output = _attention_session(
+        device, config, dtype, lengths, copies, cache.kv_cache_dtype
+    )
     first: np.ndarray | None = None
     try:
         for backend in backends:
@@ -195,6 +198,7 @@ def _attention_session(
     dtype: str,
     lengths: Sequence[int],
     copies: int,
+    kv_cache_dtype: str,
 ) -> tuple[_core.ProgramSession, int]:
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     batch, longest = len(lengths), max(lengths)
@@ -223,6 +227,7 @@ def _attention_session(
         block_size=_BLOCK_SIZE,
         max_blocks=max(per_row),
         max_position=longest,
+        kv_cache_dtype=kv_cache_dtype,
     )
     session.fill_cache(0)
     values = np.random.default_rng(0).standard_normal(

@@ -84,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu or cuda (default: MRV1_DEVICE, else auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
+    parser.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        help="auto (as --dtype), fp8_e4m3 or fp8_e5m2 (default: auto)",
+    )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
 
 
@@ -147,6 +152,7 @@ def _open_llm(model: str | os.PathLike[str], options: argparse.Namespace) -> LLM
         progress=False if options.no_progress else None,
         device=options.device,
         dtype=options.dtype,
+        kv_cache_dtype=options.kv_cache_dtype,
     )
 
 

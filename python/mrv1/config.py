@@ -193,7 +193,7 @@ def _parse(config: Fields, generation: Fields | None) -> ModelConfig:
     if not isinstance(architectures, list) or architectures != [family.architecture]:
         raise config.error("architectures", f'["{family.architecture}"]')
     if config.has("quantization_config"):
-        raise config.error("quantization_config", "absent: quantised weights are not supported")
+        _check_quantization(config)
     parsed = family.read(config)
     return dataclasses.replace(
         parsed,
@@ -332,6 +332,18 @@ def _head_dim(config: Fields, default: int | None, hidden_size: int, num_heads: 
     if head_dim % HEAD_DIM_STEP or not HEAD_DIM_STEP <= head_dim <= MAX_HEAD_DIM:
         raise config.error("head_dim", allowed, head_dim)
     return head_dim
+
+
+def _check_quantization(config: Fields) -> None:
+    """Refuses quantised weights. Scales of an FP8 KV cache alone are taken (mrv1.kv_scales)."""
+    quantization = config.object("quantization_config")
+    assert quantization is not None
+    scheme = quantization.object("kv_cache_scheme")
+    if scheme is None or quantization.values.get("config_groups") or quantization.has("quant_algo"):
+        raise config.error("quantization_config", "absent: quantised weights are not supported")
+    scheme.integer("num_bits", 8, 8)
+    scheme.expect("type", "float")
+    scheme.expect("symmetric", True)
 
 
 def _dtype(config: Fields) -> DTypeName | None:

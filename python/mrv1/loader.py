@@ -16,6 +16,7 @@ from mrv1._streams import Stream
 from mrv1.builder import Builder
 from mrv1.config import ModelConfig, model_root
 from mrv1.errors import ConfigError, InvalidArgumentError, OutOfMemoryError, WeightError
+from mrv1.kv_scales import KvScales, is_kv_scale, read_kv_scales
 from mrv1.models import FAMILIES
 from mrv1.progress import format_phases, is_shown, progress_bar
 from mrv1.safetensors_reader import TensorInfo, read_checkpoint
@@ -43,6 +44,7 @@ _BACKENDS = {
     "native": _core.AttentionBackend.NATIVE,
     "flashinfer": _core.AttentionBackend.FLASHINFER,
 }
+KV_CACHE_DTYPES = ("auto", "fp8_e4m3", "fp8_e5m2")
 # Stop ids that all running requests together can have; address space, not memory, on the CPU.
 _MAX_STOP_IDS = 1 << 20
 
@@ -62,6 +64,10 @@ class RunnerOptions:
             KV cache holds less. A model with longrope takes the frequencies for long sequences
             unless this is at most its original_max_position_embeddings.
         block_size: Tokens of one KV block.
+        kv_cache_dtype: What the KV cache holds: "auto" (the dtype of activations), or "fp8_e4m3" or
+            "fp8_e5m2", which take half the memory of bfloat16. Scales of FP8 are those that the
+            checkpoint has, from a calibration; without any, each token and head has its own,
+            computed when it is written.
         num_kv_blocks: KV blocks, the null block included; overrides kv_cache_memory.
         kv_cache_memory: Bytes of the KV cache; overrides gpu_memory_utilization. On the CPU a
             quarter of the free memory. Never more than max_num_seqs requests of max_model_len can
@@ -100,6 +106,7 @@ class RunnerOptions:
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
     num_kv_blocks: int | None = None
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float | None = None
@@ -128,6 +135,7 @@ class RunnerKwargs(TypedDict, total=False):
     max_num_batched_tokens: int | None
     max_model_len: int | None
     block_size: int
+    kv_cache_dtype: str
     num_kv_blocks: int | None
     kv_cache_memory: int | None
     gpu_memory_utilization: float | None
@@ -160,6 +168,8 @@ class LoadedModel:
         max_num_batched_tokens: As `RunnerOptions`, resolved.
         max_model_len: As `RunnerOptions`, resolved.
         block_size: As `RunnerOptions`.
+        kv_cache_dtype: As `RunnerOptions`.
+        kv_scales: Scales of the KV cache: "none", "static" (from the checkpoint) or "dynamic".
         num_kv_blocks: As `RunnerOptions`, resolved.
         num_speculative_tokens: Draft tokens of a step; 0 without speculation.
         startup: Seconds of each phase of the start, by name.
@@ -174,6 +184,8 @@ class LoadedModel:
     max_num_batched_tokens: int
     max_model_len: int
     block_size: int
+    kv_cache_dtype: str
+    kv_scales: str
     num_kv_blocks: int
     num_speculative_tokens: int
     startup: dict[str, float]
@@ -198,6 +210,15 @@ def resolve_dtype(requested: str, config: ModelConfig) -> str:
         )
     if requested == "auto":
         return "float32" if config.dtype == "float32" else "bfloat16"
+    return requested
+
+
+def resolve_kv_cache_dtype(requested: str) -> str:
+    """Returns what the KV cache is asked to hold, one of `KV_CACHE_DTYPES`."""
+    if requested not in KV_CACHE_DTYPES:
+        raise InvalidArgumentError(
+            field="kv_cache_dtype", value=requested, allowed="auto, fp8_e4m3 or fp8_e5m2"
+        )
     return requested
 
 
@@ -269,9 +290,13 @@ def load_model(
         config, dtype, fusion=options.fusion, max_model_len=resolve_max_model_len(options, config)
     )
     sources = _match_tensors(program, tensors, config)
+    kv_scales: KvScales = []
+    if resolve_kv_cache_dtype(options.kv_cache_dtype) != "auto":
+        heads = [config.num_key_value_heads] * config.num_hidden_layers
+        kv_scales = read_kv_scales(tensors, heads, FAMILIES[config.model_type].other_tensors)
     startup = {"read headers and wire": time.perf_counter() - start}
 
-    model = make_runner(config, program, dtype, options, startup)
+    model = make_runner(config, program, dtype, options, startup, kv_scales)
     start = time.perf_counter()
     _load_weights(model.runner, sources, progress)
     startup["load weights"] = time.perf_counter() - start
@@ -280,7 +305,7 @@ def load_model(
     plan = model.runner.memory_plan
     _LOG.info(
         "%s on %s in %s: weights %.0f MB, activations %.0f MB, state %.0f MB, KV cache %.0f MB "
-        "in %d blocks of %d tokens\n%s",
+        "in %d blocks of %d tokens (%s)\n%s",
         root,
         model.device.name,
         dtype,
@@ -290,9 +315,16 @@ def load_model(
         plan["per_block"] * model.num_kv_blocks / 1e6,
         model.num_kv_blocks,
         model.block_size,
+        _describe_cache(model),
         format_phases(startup, model.startup_bytes),
     )
     return model
+
+
+def _describe_cache(model: LoadedModel) -> str:
+    if model.kv_cache_dtype == "auto":
+        return model.dtype
+    return f"{model.kv_cache_dtype}, {model.kv_scales} scales"
 
 
 def capture_graphs(model: LoadedModel) -> None:
@@ -321,8 +353,12 @@ def make_runner(
     dtype: str,
     options: RunnerOptions,
     startup: dict[str, float],
+    kv_scales: KvScales = (),
 ) -> LoadedModel:
-    """Resolves the sizes and allocates a runner for a program; its weights are still to be set."""
+    """Resolves the sizes and allocates a runner for a program; its weights are still to be set.
+
+    `kv_scales` are static scales of an FP8 cache; without them each token and head has its own.
+    """
     start = time.perf_counter()
     kind = resolve_device(options.device)
     threads = envs.NUM_THREADS.get() if options.num_threads is None else options.num_threads
@@ -339,6 +375,8 @@ def make_runner(
     )
     native.max_model_len = resolve_max_model_len(options, config)
     native.block_size = _positive("block_size", options.block_size, RunnerOptions.block_size)
+    native.kv_cache_dtype = resolve_kv_cache_dtype(options.kv_cache_dtype)
+    native.kv_scales = list(kv_scales)
     native.max_stop_ids = _MAX_STOP_IDS
     native.pad_requests = _integer("pad_requests", options.pad_requests, 0, native.max_num_seqs)
     native.pad_tokens = _integer("pad_tokens", options.pad_tokens, 0, native.max_num_batched_tokens)
@@ -381,11 +419,19 @@ def make_runner(
         max_num_batched_tokens=native.max_num_batched_tokens,
         max_model_len=native.max_model_len,
         block_size=native.block_size,
+        kv_cache_dtype=native.kv_cache_dtype,
+        kv_scales=_kind_of_scales(native),
         num_kv_blocks=native.num_blocks,
         num_speculative_tokens=native.num_speculative_tokens,
         startup=startup,
         startup_bytes={"allocate": allocated},
     )
+
+
+def _kind_of_scales(native: _core.RunnerConfig) -> str:
+    if native.kv_cache_dtype == "auto":
+        return "none"
+    return "static" if native.kv_scales else "dynamic"
 
 
 def _choice(
@@ -563,10 +609,12 @@ def _match_tensors(
             sources.append((weight, segment, info))
     for name, info in tensors.items():
         # The first two are computed, or shared, here; checkpoints may carry them all the same.
+        # Scales of an FP8 cache are read apart.
         harmless = (
             name.endswith("rotary_emb.inv_freq")
             or (name.endswith("lm_head.weight") and config.tie_word_embeddings)
             or name.startswith(FAMILIES[config.model_type].other_tensors)
+            or is_kv_scale(name)
         )
         if name not in used and not harmless:
             raise WeightError(

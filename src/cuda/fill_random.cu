@@ -24,11 +24,7 @@ __global__ void __launch_bounds__(kThreads) fill_random_kernel(FillRandomParams 
     // Not fused, as on the CPU.
     const float value = __fadd_rn(params.center, __fmul_rn(params.width, unit));
     const BFloat16 rounded = from_float<BFloat16>(value);
-    if constexpr (sizeof(T) == sizeof(BFloat16)) {
-      data[i] = rounded;
-    } else {
-      data[i] = to_float(rounded);
-    }
+    data[i] = from_float<T>(to_float(rounded));
   }
 }
 
@@ -38,7 +34,7 @@ void fill_random_cuda(const FillRandomParams& params, const StepContext& ctx) {
   check_params(params);
   if (params.count == 0) return;
   const int64_t blocks = std::min(kMaxBlocks, (params.count + kThreads - 1) / kThreads);
-  dispatch_activation(params.dtype, "fill_random", [&](auto tag) {
+  dispatch_cache(params.dtype, "fill_random", [&](auto tag) {
     cuda::launch("fill_random", ctx, fill_random_kernel<typename decltype(tag)::type>,
                  dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, params);
   });

@@ -158,6 +158,33 @@ void bind_runner(nb::module_& m) {
       .def_rw("max_model_len", &RunnerConfig::max_model_len)
       .def_rw("block_size", &RunnerConfig::block_size)
       .def_rw("num_blocks", &RunnerConfig::num_blocks)
+      .def_prop_rw(
+          "kv_cache_dtype",
+          [](const RunnerConfig& self) {
+            return std::string(kv_cache_dtype_name(self.kv_cache.dtype));
+          },
+          [](RunnerConfig& self, const std::string& name) {
+            self.kv_cache.dtype = kv_cache_dtype_from_name(name, "runner");
+          },
+          "\"auto\" (the dtype of activations), \"fp8_e4m3\" or \"fp8_e5m2\".")
+      .def_prop_rw(
+          "kv_scales",
+          [](const RunnerConfig& self) {
+            std::vector<std::pair<std::vector<float>, std::vector<float>>> scales;
+            for (const KvLayerScales& layer : self.kv_cache.static_scales) {
+              scales.emplace_back(layer.key, layer.value);
+            }
+            return scales;
+          },
+          [](RunnerConfig& self,
+             const std::vector<std::pair<std::vector<float>, std::vector<float>>>& scales) {
+            self.kv_cache.static_scales.clear();
+            for (const auto& [key, value] : scales) {
+              self.kv_cache.static_scales.push_back({key, value});
+            }
+          },
+          "Static scales of an FP8 cache: of each layer those of keys and of values, one or one a\n"
+          "head. Empty: each token and head has its own, computed when it is written.")
       .def_rw("max_stop_ids", &RunnerConfig::max_stop_ids)
       .def_rw("pad_requests", &RunnerConfig::pad_requests)
       .def_rw("pad_tokens", &RunnerConfig::pad_tokens)

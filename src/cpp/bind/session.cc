@@ -83,6 +83,13 @@ std::unique_ptr<DeviceArray> device_value(const SessionHandle& self, int32_t val
                        {static_cast<size_t>(rows), static_cast<size_t>(source.cols)}, source.dtype);
 }
 
+KvScaleKind scale_kind_from_name(const std::string& name) {
+  if (name == "token") return KvScaleKind::kToken;
+  if (name == "head") return KvScaleKind::kHead;
+  check(name == "tensor", "session", "kv_scales is '", name, "', must be token, head or tensor");
+  return KvScaleKind::kTensor;
+}
+
 }  // namespace
 
 void bind_session(nb::module_& m) {
@@ -97,15 +104,30 @@ void bind_session(nb::module_& m) {
           "__init__",
           [](SessionHandle* self, const DeviceHandle& device, const Program& program,
              int32_t max_requests, int32_t max_tokens, int32_t max_logits, int32_t num_blocks,
-             int32_t block_size, int32_t max_blocks, int64_t max_position) {
-            ProgramSession::Limits limits{max_requests, max_tokens, max_logits,  num_blocks,
-                                          block_size,   max_blocks, max_position};
+             int32_t block_size, int32_t max_blocks, int64_t max_position,
+             const std::string& kv_cache_dtype, const std::string& kv_scales) {
+            const ProgramSession::Limits limits{max_requests,
+                                                max_tokens,
+                                                max_logits,
+                                                num_blocks,
+                                                block_size,
+                                                max_blocks,
+                                                max_position,
+                                                kv_cache_dtype_from_name(kv_cache_dtype, "session"),
+                                                scale_kind_from_name(kv_scales)};
             new (self) SessionHandle(
                 std::make_shared<ProgramSession>(device.share(), program, limits), "session");
           },
           nb::arg("device"), nb::arg("program"), nb::kw_only(), nb::arg("max_requests") = 1,
           nb::arg("max_tokens") = 1, nb::arg("max_logits") = 1, nb::arg("num_blocks") = 1,
-          nb::arg("block_size") = 16, nb::arg("max_blocks") = 1, nb::arg("max_position") = 1)
+          nb::arg("block_size") = 16, nb::arg("max_blocks") = 1, nb::arg("max_position") = 1,
+          nb::arg("kv_cache_dtype") = "auto", nb::arg("kv_scales") = "token",
+          "Args of the KV cache:\n"
+          "    kv_cache_dtype: \"auto\" (the program's dtype), \"fp8_e4m3\" or \"fp8_e5m2\".\n"
+          "    kv_scales: of an FP8 cache, \"token\" (one for each token and head, which the "
+          "cache\n"
+          "        write computes), \"head\" or \"tensor\" (set_cache_scales sets them; 1 at "
+          "first).")
       .def(
           "load_weight",
           [](const SessionHandle& self, int32_t weight, FloatArray values) {
@@ -158,14 +180,33 @@ void bind_session(nb::module_& m) {
           [](const SessionHandle& self, int32_t layer, bool values, FloatArray data) {
             self->set_cache(layer, values, to_vector<float>(data));
           },
-          nb::arg("layer"), nb::arg("values"), nb::arg("data"))
+          nb::arg("layer"), nb::arg("values"), nb::arg("data"),
+          "Keys (or values) of a layer: float32 [blocks, heads, block_size, head_dim], converted "
+          "to\n"
+          "the dtype of the cache; of an FP8 cache what its codes stand for, without scales.")
       .def(
           "cache",
           [](const SessionHandle& self, int32_t layer, bool values) {
             const std::vector<float> data = self->cache(layer, values);
             return to_numpy(data, {data.size()});
           },
-          nb::arg("layer"), nb::arg("values"))
+          nb::arg("layer"), nb::arg("values"),
+          "Keys (or values) of a layer, as set_cache takes them.")
+      .def(
+          "set_cache_scales",
+          [](const SessionHandle& self, int32_t layer, bool values, FloatArray data) {
+            self->set_cache_scales(layer, values, to_vector<float>(data));
+          },
+          nb::arg("layer"), nb::arg("values"), nb::arg("data"),
+          "Scales of an FP8 layer's keys (or values): float32 [1], [heads], or [blocks, heads,\n"
+          "block_size].")
+      .def(
+          "cache_scales",
+          [](const SessionHandle& self, int32_t layer, bool values) {
+            const std::vector<float> data = self->cache_scales(layer, values);
+            return to_numpy(data, {data.size()});
+          },
+          nb::arg("layer"), nb::arg("values"), "As set_cache_scales takes them.")
       .def(
           "run",
           [](const SessionHandle& self, int32_t num_requests, int32_t num_tokens,
@@ -206,7 +247,9 @@ void bind_session(nb::module_& m) {
       .def(
           "fill_cache", [](const SessionHandle& self, uint64_t seed) { self->fill_cache(seed); },
           nb::arg("seed"), nb::call_guard<nb::gil_scoped_release>(),
-          "Fills the KV caches of all layers with random values in [-1, 1).")
+          "Fills the KV caches of all layers with random values in [-1, 1), an FP8 cache with "
+          "random\n"
+          "codes and scales.")
       .def("close", &SessionHandle::close);
 }
 

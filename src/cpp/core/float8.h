@@ -75,4 +75,12 @@ MRV1_HD float to_float(Float8E5M2 value) {
   return to_float(Float16{static_cast<uint16_t>(value.bits << 8)});
 }
 
+// Calls fn(TypeTag<T>) with the storage type of an activation dtype or of FP8.
+template <typename Fn>
+auto dispatch_cache(DType dtype, std::string_view op, Fn&& fn) {
+  if (dtype == DType::kE4M3) return fn(TypeTag<Float8E4M3>{});
+  if (dtype == DType::kE5M2) return fn(TypeTag<Float8E5M2>{});
+  return dispatch_activation(dtype, op, fn);
+}
+
 }  // namespace mrv1

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "core/dtype.h"
+#include "core/float8.h"
 #include "core/portable.h"
 
 namespace mrv1 {
@@ -11,11 +11,12 @@ namespace mrv1 {
 struct StepContext;
 class Device;
 
-// data[i] = center + width * u(key, first + i), rounded to bfloat16 whatever the dtype: values for
-// timing and for tests, the same on every backend. Product and sum are rounded one after the other.
+// data[i] = center + width * u(key, first + i), rounded to bfloat16 whatever the dtype, and then to
+// FP8 if it is that: values for timing and for tests, the same on every backend. Product and sum
+// are rounded one after the other.
 struct FillRandomParams {
   void* data;
-  DType dtype;  // float32 or bfloat16
+  DType dtype;  // float32, bfloat16 or FP8
   int64_t count;
   uint64_t key;
   uint64_t first;

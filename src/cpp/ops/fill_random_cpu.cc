@@ -8,18 +8,14 @@ namespace mrv1 {
 
 void fill_random_cpu(const FillRandomParams& params, const StepContext& ctx) {
   check_params(params);
-  dispatch_activation(params.dtype, "fill_random", [&](auto tag) {
+  dispatch_cache(params.dtype, "fill_random", [&](auto tag) {
     using T = typename decltype(tag)::type;
     T* data = static_cast<T*>(params.data);
     ctx.pool->parallel_for(params.count, 1 << 16, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const float unit = random_unit(params.key, params.first + static_cast<uint64_t>(i));
         const BFloat16 rounded = from_float<BFloat16>(params.center + params.width * unit);
-        if constexpr (sizeof(T) == sizeof(BFloat16)) {
-          data[i] = rounded;
-        } else {
-          data[i] = to_float(rounded);
-        }
+        data[i] = from_float<T>(to_float(rounded));
       }
     });
   });

@@ -71,14 +71,24 @@ ProgramSession::ProgramSession(std::shared_ptr<Device> device, Program program,
   ctx_.stream = device_->stream();
 
   const PlanLimits plan{limits.max_tokens, limits.max_logits, limits.max_requests};
+  const DType kv_dtype = limits.kv_cache_dtype.value_or(program_.dtype());
+  const KvScaleKind kind = is_float8(kv_dtype) ? limits.kv_scales : KvScaleKind::kNone;
   for (const HeadShape& heads : program_.kv_layers()) {
     KvCacheLayer layer =
-        kv_cache_layer(program_.dtype(), limits.num_blocks, limits.block_size, heads);
+        kv_cache_layer(kv_dtype, limits.num_blocks, limits.block_size, heads, kind);
     for (void** side : {&layer.key, &layer.value}) {
       buffers_.push_back(device_->allocate(static_cast<size_t>(layer.bytes()), "session KV cache"));
       *side = buffers_.back().data();
     }
     kv_.push_back(layer);
+    if (kind == KvScaleKind::kNone) continue;
+    for (const bool values : {false, true}) {
+      KvScales& scales = kv_.back().scales;
+      const int64_t count = scales_of(static_cast<int32_t>(kv_.size()) - 1, values).second;
+      (values ? scales.value : scales.key) = reinterpret_cast<float*>(ints(count));
+      set_cache_scales(static_cast<int32_t>(kv_.size()) - 1, values,
+                       std::vector<float>(static_cast<size_t>(count), 1.0f));
+    }
   }
   ctx_.workspace_bytes = static_cast<size_t>(
       device_->kernels().workspace_bytes(Executable::workspace_limits(program_, plan, *device_)));
@@ -92,24 +102,22 @@ void ProgramSession::write_floats(void* target, int64_t count, const std::vector
                                   DType dtype) {
   check(static_cast<int64_t>(data.size()) <= count, "session", data.size(),
         " values do not fit the ", count, " of the buffer");
-  if (dtype == DType::kF32) {
-    device_->copy_in(target, data.data(), data.size() * sizeof(float));
-    return;
-  }
-  std::vector<BFloat16> rounded(data.size());
-  std::transform(data.begin(), data.end(), rounded.begin(), from_float<BFloat16>);
-  device_->copy_in(target, rounded.data(), rounded.size() * sizeof(BFloat16));
+  dispatch_cache(dtype, "session", [&](auto type) {
+    using T = typename decltype(type)::type;
+    std::vector<T> rounded(data.size());
+    std::transform(data.begin(), data.end(), rounded.begin(), from_float<T>);
+    device_->copy_in(target, rounded.data(), rounded.size() * sizeof(T));
+  });
 }
 
 std::vector<float> ProgramSession::read_floats(const void* source, int64_t count, DType dtype) {
   std::vector<float> values(static_cast<size_t>(count));
-  if (dtype == DType::kF32) {
-    device_->copy_out(values.data(), source, values.size() * sizeof(float));
-    return values;
-  }
-  std::vector<BFloat16> raw(values.size());
-  device_->copy_out(raw.data(), source, raw.size() * sizeof(BFloat16));
-  std::transform(raw.begin(), raw.end(), values.begin(), [](BFloat16 v) { return to_float(v); });
+  dispatch_cache(dtype, "session", [&](auto type) {
+    using T = typename decltype(type)::type;
+    std::vector<T> raw(values.size());
+    device_->copy_out(raw.data(), source, raw.size() * sizeof(T));
+    std::transform(raw.begin(), raw.end(), values.begin(), [](T v) { return to_float(v); });
+  });
   return values;
 }
 
@@ -176,16 +184,40 @@ void ProgramSession::set_ints(const std::string& name, const std::vector<int32_t
   fail(ErrorKind::kInvalidArgument, "session", "no infer parameter '", name, "'");
 }
 
-void ProgramSession::set_cache(int32_t layer, bool values, const std::vector<float>& data) {
+const KvCacheLayer& ProgramSession::cache_layer(int32_t layer) const {
   check(layer >= 0 && layer < static_cast<int32_t>(kv_.size()), "session", "no kv layer ", layer);
-  const KvCacheLayer& cache = kv_[layer];
+  return kv_[layer];
+}
+
+void ProgramSession::set_cache(int32_t layer, bool values, const std::vector<float>& data) {
+  const KvCacheLayer& cache = cache_layer(layer);
   write_floats(values ? cache.value : cache.key, cache.elements(), data, cache.dtype);
 }
 
 std::vector<float> ProgramSession::cache(int32_t layer, bool values) {
-  check(layer >= 0 && layer < static_cast<int32_t>(kv_.size()), "session", "no kv layer ", layer);
-  const KvCacheLayer& cache = kv_[layer];
+  const KvCacheLayer& cache = cache_layer(layer);
   return read_floats(values ? cache.value : cache.key, cache.elements(), cache.dtype);
+}
+
+std::pair<float*, int64_t> ProgramSession::scales_of(int32_t layer, bool values) const {
+  const KvCacheLayer& cache = cache_layer(layer);
+  const KvScales& scales = cache.scales;
+  check(scales.kind != KvScaleKind::kNone, "session", "a cache of ", dtype_name(cache.dtype),
+        " has no scales");
+  const int64_t count = scales.kind == KvScaleKind::kToken  ? scales.block_stride * cache.num_blocks
+                        : scales.kind == KvScaleKind::kHead ? cache.num_kv_heads
+                                                            : 1;
+  return {values ? scales.value : scales.key, count};
+}
+
+void ProgramSession::set_cache_scales(int32_t layer, bool values, const std::vector<float>& data) {
+  const auto [target, count] = scales_of(layer, values);
+  write_floats(target, count, data, DType::kF32);
+}
+
+std::vector<float> ProgramSession::cache_scales(int32_t layer, bool values) {
+  const auto [source, count] = scales_of(layer, values);
+  return read_floats(source, count, DType::kF32);
 }
 
 void ProgramSession::set_options(bool batch_invariant, bool eager_attention,
@@ -196,16 +228,8 @@ void ProgramSession::set_options(bool batch_invariant, bool eager_attention,
 }
 
 void ProgramSession::fill_cache(uint64_t seed) {
-  run_on_stream(*device_, [&] {
-    uint64_t first = 0;
-    for (const KvCacheLayer& layer : kv_) {
-      for (void* side : {layer.key, layer.value}) {
-        device_->kernels().fill_random(
-            {side, layer.dtype, layer.elements(), seed, first, 0.0f, 1.0f}, ctx_);
-        first += static_cast<uint64_t>(layer.elements());
-      }
-    }
-  });
+  uint64_t first = 0;
+  for (const KvCacheLayer& layer : kv_) first = fill_random(*device_, layer, seed, first);
 }
 
 void ProgramSession::set_sizes(int32_t num_requests, int32_t num_tokens, int32_t num_logits) {

@@ -96,12 +96,8 @@ MemoryPlan ModelRunner::plan_memory(const Program& wired, const RunnerConfig& co
       int64_t{config.max_stop_ids} * 4 + infer_ints(config, groups) * 4 + staged_bytes(config) +
       sizeof(uint64_t) +
       kSlots * static_cast<int64_t>(control_slot_bytes(config, groups) + output_slot_bytes(config));
-  // Layers of one slot share their memory.
-  for (size_t i = 0; i < layout.layers.size(); ++i) {
-    if (layout.layers[i].group != 0) continue;
-    const HeadShape& heads = program.kv_layers()[i];
-    plan.per_block += 2 * kv_cache_layer(program.dtype(), 1, config.block_size, heads).bytes();
-  }
+  plan.state += KvStore::other_bytes(config.kv_cache, program);
+  plan.per_block = KvStore::block_bytes(config.kv_cache, program, config.block_size);
   return plan;
 }
 
@@ -145,6 +141,7 @@ void ModelRunner::check_limits(const Program& program, const RunnerConfig& confi
   }
   check(program.logits_value() >= 0, "runner", "the program has no logits");
   check(!program.kv_layers().empty(), "runner", "the program has no attention");
+  check_kv_spec(config.kv_cache, program, "runner");
   positive(vocab_size(program), "vocab_size", kMaxSampledVocab);
 }
 
@@ -179,9 +176,11 @@ ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
       kv_layout_(program_.kv_layout()),
       memory_plan_(plan_memory(program_, config_, *device_)) {
   device_->linear_context();  // a missing library is reported here, not in a step
-  allocate_kv();
-  executable_ = std::make_unique<Executable>(program_, plan_limits(config_), *device_,
-                                             weights_.views(), kv_, config_.max_model_len);
+  kv_ = std::make_unique<KvStore>(*device_, config_.kv_cache, program_, config_.num_blocks,
+                                  config_.block_size);
+  executable_ =
+      std::make_unique<Executable>(program_, plan_limits(config_), *device_, weights_.views(),
+                                   kv_->layers(), config_.max_model_len);
   ladder_ = GraphLadder(config_.graph_mode, config_.capture_sizes, config_.piecewise_sizes,
                         config_.num_speculative_tokens);
   allocate_state();
@@ -196,46 +195,6 @@ ModelRunner::~ModelRunner() {
   } catch (const Error&) {
     // A device that failed cannot be waited for; its memory goes with it.
   }
-}
-
-void ModelRunner::allocate_kv() {
-  kv_buffer_ = device_->allocate(static_cast<size_t>(memory_plan_.per_block * config_.num_blocks),
-                                 "KV cache");
-  char* next = static_cast<char*>(kv_buffer_.data());
-  std::vector<char*> slots;
-  for (size_t i = 0; i < kv_layout_.layers.size(); ++i) {
-    KvCacheLayer layer = kv_cache_layer(program_.dtype(), config_.num_blocks, config_.block_size,
-                                        program_.kv_layers()[i]);
-    const auto slot = static_cast<size_t>(kv_layout_.layers[i].slot);
-    if (slot == slots.size()) {
-      slots.push_back(next);
-      next += 2 * layer.bytes();
-    }
-    layer.key = slots[slot];
-    layer.value = slots[slot] + layer.bytes();
-    kv_.push_back(layer);
-  }
-  std::vector<CacheArray> arrays;
-  for (size_t i = 0; i < kv_.size(); ++i) {
-    if (kv_layout_.layers[i].group != 0) continue;  // it shares its slot with a layer of group 0
-    const KvCacheLayer& layer = kv_[i];
-    const int64_t block_bytes = layer.block_stride * static_cast<int64_t>(dtype_size(layer.dtype));
-    arrays.push_back({layer.key, block_bytes});
-    arrays.push_back({layer.value, block_bytes});
-  }
-  cache_arrays_ = device_->allocate(arrays.size() * sizeof(CacheArray), "KV cache");
-  device_->copy_in(cache_arrays_.data(), arrays.data(), arrays.size() * sizeof(CacheArray));
-}
-
-void ModelRunner::fill_kv_random(uint64_t seed) {
-  const auto bytes = static_cast<size_t>(memory_plan_.per_block * config_.num_blocks);
-  fill_random(*device_, {.data = kv_buffer_.data(),
-                         .dtype = program_.dtype(),
-                         .count = static_cast<int64_t>(bytes / dtype_size(program_.dtype())),
-                         .key = seed,
-                         .first = 0,
-                         .center = 0.0f,
-                         .width = 1.0f});
 }
 
 template <typename T>
@@ -366,13 +325,12 @@ void ModelRunner::copy_blocks(std::span<const BlockCopy> copies) {
   for (size_t first = 0; first < copies.size(); first += CopyBlocksParams::kMaxCopies) {
     const auto piece = copies.subspan(
         first, std::min<size_t>(CopyBlocksParams::kMaxCopies, copies.size() - first));
-    auto task =
-        std::make_unique<Task>(Task{this,
-                                    {.arrays = static_cast<const CacheArray*>(cache_arrays_.data()),
-                                     .num_arrays = 2 * kv_layout_.num_slots,
-                                     .num_blocks = config_.num_blocks,
-                                     .count = static_cast<int32_t>(piece.size()),
-                                     .copies = {}}});
+    auto task = std::make_unique<Task>(Task{this,
+                                            {.arrays = kv_->arrays(),
+                                             .num_arrays = kv_->num_arrays(),
+                                             .num_blocks = config_.num_blocks,
+                                             .count = static_cast<int32_t>(piece.size()),
+                                             .copies = {}}});
     std::copy(piece.begin(), piece.end(), task->params.copies);
     device_->submit(
         [](void* arg) {

@@ -29,7 +29,7 @@ struct MemoryPlan {
   int64_t weights = 0;
   int64_t activations = 0;  // arena, rope tables, workspace
   int64_t state = 0;        // rows, history, block tables, infer_params, rings
-  int64_t per_block = 0;    // one KV block, for the layers of a group
+  int64_t per_block = 0;    // one KV block, for the layers of a group, scales included
   int64_t total(int64_t num_blocks) const {
     return weights + activations + state + per_block * num_blocks;
   }
@@ -173,8 +173,8 @@ class ModelRunner {
   const MemoryPlan& memory_plan() const { return memory_plan_; }
   const KvLayout& kv_layout() const { return kv_layout_; }
 
-  // Fills the KV cache with values uniform in [-1, 1): timing without a prefill.
-  void fill_kv_random(uint64_t seed);
+  // Fills the KV cache with random values (program/kv_store.h): timing without a prefill.
+  void fill_kv_random(uint64_t seed) { kv_->fill_random(seed); }
 
   // Makes the next step fail with this message after it is launched: for testing error paths.
   void fail_next_step(std::string message) {
@@ -203,7 +203,6 @@ class ModelRunner {
   void fail_step(Slot& slot, const char* what) noexcept;
   void warm_up(const StepShape& shape);
   static PlanLimits plan_limits(const RunnerConfig& config);
-  void allocate_kv();
   void allocate_state();
   void allocate_rings();
   uint64_t submit(std::span<const BatchEntry> entries, const StepShape& shape);
@@ -221,10 +220,8 @@ class ModelRunner {
   Program program_;
   RunnerConfig config_;
   WeightStore weights_;
-  Buffer kv_buffer_;
   KvLayout kv_layout_;
-  std::vector<KvCacheLayer> kv_;
-  Buffer cache_arrays_;  // CacheArray of keys and values of each layer
+  std::unique_ptr<KvStore> kv_;
   std::unique_ptr<Executable> executable_;
   std::vector<Buffer> state_buffers_;
   Buffer control_buffer_, output_buffer_;

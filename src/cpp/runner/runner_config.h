@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "program/kv_store.h"
 #include "runner/graph_ladder.h"
 #include "state/step_context.h"
 
@@ -16,6 +17,7 @@ struct RunnerConfig {
   int32_t max_model_len = 0;           // tokens of one row
   int32_t block_size = 16;             // tokens of one KV block
   int32_t num_blocks = 0;              // KV blocks, the null block included
+  KvCacheSpec kv_cache;                // what they hold
   int32_t max_stop_ids = 0;            // stop ids all rows together can hold
   // Steps are padded up to these sizes (0: the batch's own). For testing what padding must not
   // change.
