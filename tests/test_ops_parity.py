@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -647,6 +650,74 @@ def test_linear_gated_mul_fused_equals_parts(
         case = Case(program, {x: data}, {weight: gate_up}, out, np.zeros((rows, size)), rows)
         outs.append(run(native_device, case))
     np.testing.assert_array_equal(outs[0], outs[1])
+
+
+# How a linear can be cut on a GPU; a tuning table asks for each. A CPU reads no tables.
+CUTS = st.one_of(
+    st.tuples(st.sampled_from([64, 128, 192, 256]), st.integers(1, 8), st.integers(1, 6)).map(
+        lambda cut: f"skinny wgmma 1 {cut[1]} {cut[2]} {cut[0]}"
+    ),
+    st.tuples(
+        st.sampled_from([64, 96, 112, 128, 192, 224]),
+        st.sampled_from(
+            [(1, 1), (2, 1), (3, 1), (8, 1), (1, 2), (2, 2), (3, 2), (4, 2), (1, 4), (2, 4)]
+        ),
+        st.integers(1, 6),
+    ).map(lambda cut: f"skinny wide 1 {cut[1][0]} {cut[2]} {cut[0]} {cut[1][1]}"),
+)
+
+
+@settings(max_examples=4 * EXAMPLES)
+@given(
+    cut=CUTS,
+    cols=st.integers(1, 160).map(lambda n: 8 * n),
+    size=st.integers(1, 30),
+    odd=st.integers(0, 15),
+    rows=st.sampled_from(
+        [1, 24, 40, 64, 65, 100, 128, 150, 192, 193, 200, 256, 257, 300, 400, 520]
+    ),
+    gated=st.booleans(),
+    biased=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_cut_of_a_linear(
+    device: str, cut: str, cols: int, size: int, odd: int, rows: int, gated: bool, biased: bool,
+    seed: int,
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    total = 32 * size if gated else 16 * size + odd
+    program = _core.Program("bfloat16")
+    segments = [("gate", 16 * size), ("up", 16 * size)] if gated else [("w", total)]
+    weight = program.weight("w", False, cols, segments)
+    weights = {weight: normal(rng, total, cols) / np.sqrt(cols)}
+    bias = -1
+    if biased:
+        bias = program.weight("b", True, 1, [("bias", total)])
+        weights[bias] = normal(rng, total)
+    x = program.input("x", cols)
+    out = program.linear(x, weight, bias=bias)
+    data = normal(rng, rows, cols)
+    expected = rounded(data, "bfloat16") @ rounded(weights[weight], "bfloat16").T
+    if biased:
+        expected = expected + weights[bias].astype(np.float32)
+    if gated:
+        out = program.silu_mul(out)
+        expected = silu(expected[:, : 16 * size]) * expected[:, 16 * size :]
+    program.output(out)
+    program.fuse()
+    kind = {(False, False): "plain", (False, True): "bias", (True, False): "silu_mul"}
+    line = f"{total} {cols} {max(2 * rows, 16)} bfloat16 bfloat16 "
+    line += f"{kind.get((gated, biased), 'silu_mul+bias')} -> {cut}\n"
+    native = _core.Device(device)
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            name = re.sub(r"[^a-z0-9]+", "-", native.name.lower()) + "-cublaslt-none.txt"
+            Path(directory, name).write_text(line, encoding="utf-8")
+            native.configure_linear(libraries=[], table_dirs=[directory], use_library=False)
+        case = Case(program, {x: data}, weights, out, expected, rows)
+        check_close(run(native, case), expected, 1e-2 if gated else 4e-3)
+    finally:
+        native.close()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

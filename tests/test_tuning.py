@@ -18,7 +18,7 @@ TABLES = sorted(Path(tuning.__file__).parent.glob("*.txt"))
 LINE = re.compile(
     r"[0-9]+ [0-9]+ [0-9]+ (float32|bfloat16) (float32|bfloat16)"
     r" (plain|bias|silu_mul|silu_mul\+bias) -> "
-    r"(tiled|skinny (default|(mma|wgmma)( [0-9]+){4})|cublaslt( [0-9]+){9})"
+    r"(tiled|skinny (default|(mma|wgmma)( [0-9]+){4}|wide( [0-9]+){5})|cublaslt( [0-9]+){9})"
 )
 
 

@@ -171,11 +171,9 @@ bool LinearContext::make_plan(const LinearParams& params, const LinearConfig& co
   made.kind = config.kind;
   if (config.kind == LinearKind::kSkinny) {
     if (!skinny_supports(params, rows)) return false;
-    const auto configs = skinny_configs(rows, weight.rows, weight.cols, params.gated());
-    // A file may be older than the kernels.
-    const bool known = std::find(configs.begin(), configs.end(), config.skinny) != configs.end();
-    made.skinny =
-        known ? config.skinny : skinny_default(rows, weight.rows, weight.cols, params.gated());
+    made.skinny = skinny_offers(config.skinny, rows, weight.rows, weight.cols, params.gated())
+                      ? config.skinny
+                      : skinny_default(rows, weight.rows, weight.cols, params.gated());
   } else if (config.kind == LinearKind::kCublasLt) {
     if (library_ == nullptr) return false;
     const CublasLtSteps steps = cublaslt_steps(params, rows, ctx);

@@ -1,5 +1,6 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <iterator>
 #include <limits>
 
 #include "linear_skinny_kernels.h"
@@ -7,7 +8,10 @@
 namespace mrv1::cuda {
 namespace {
 
-constexpr int64_t kShortRow = 3072;  // columns
+constexpr int64_t kShortRow = 3072;    // columns
+constexpr int64_t kWideRowsFrom = 24;  // fewer leave kWide's 64-wide side nearly empty
+constexpr size_t kWideTried = 10;
+constexpr int64_t kFewRows = 512;  // far beyond where kMma and kWgmma still win
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -94,6 +98,79 @@ SkinnyConfig wgmma_config(int64_t rows, int64_t n, int64_t k, int split, int sms
   return wgmma_of(rows, 256, split, room);
 }
 
+// A way to cut a linear for kWide, and how long it should take.
+struct WideCandidate {
+  SkinnyConfig config;
+  double seconds;
+};
+
+// What limits the memory and a multiprocessor, in bytes and multiply-adds a second. The weight
+// comes from memory once; all that blocks read comes through the L2 cache, and what they share only
+// once. Measured on an H200: the skinny kernels' reads of L2 at 64 and 128 rows, of all sizes of
+// weights, add up to 6.2 to 6.6 TB/s.
+struct Rates {
+  double memory, multiprocessor, products;
+  static constexpr double kL2 = 6.3e12;
+  static constexpr double kStart = 2e-6;  // of a block, until products run, and its end
+};
+
+Rates rates_of_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), kSkinnyOp, "cudaGetDevice");
+  const double memory_hz = 1e3 * attribute(cudaDevAttrMemoryClockRate, device);
+  const double memory_bytes = attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8.0;
+  const double hz = 1e3 * attribute(cudaDevAttrClockRate, device);
+  // A fourth of the products' clock goes to their power.
+  return {.memory = 0.93 * 2 * memory_hz * memory_bytes,
+          .multiprocessor = 38 * hz,
+          .products = 0.75 * 2048 * hz};
+}
+
+std::vector<WideCandidate> wide_candidates(int64_t rows, int64_t n, int64_t k, bool gated) {
+  const Rates rates = rates_of_device();
+  int slots[9] = {};  // blocks that run at once, in clusters of so many
+  for (const int blocks : {1, 2, 3, 4, 6, 8}) slots[blocks] = wide_clusters(blocks) * blocks;
+  const int64_t out_cols = gated ? n / 2 : n;
+  std::vector<WideCandidate> candidates;
+  for (const int tile_rows : kWideRows) {
+    const int64_t token_tiles = ceil_div(rows, wide_tile_tokens(tile_rows));
+    const int64_t tokens = ceil_div(rows, token_tiles);
+    const int64_t product_tokens = ceil_div(tokens, 64) * 64;
+    for (const int share : {1, 2, 4}) {
+      const int64_t tiles = ceil_div(ceil_div(out_cols, gated ? tile_rows / 2 : tile_rows), share);
+      for (const int split : {1, 2, 3, 4, 6, 8}) {
+        const int cluster = share * split;
+        if (cluster > 8 || slots[cluster] == 0 || k < split * 512) continue;
+        const int64_t blocks = tiles * cluster * token_tiles;
+        const double waves = static_cast<double>(ceil_div(blocks, slots[cluster]));
+        const double depth = static_cast<double>(ceil_div(ceil_div(k, 64), split) * 64);
+        const double read = depth * 2 * (tile_rows + static_cast<double>(tokens) / share);
+        const double arrived = depth * 2 * static_cast<double>(tile_rows + tokens);
+        const double products = depth * static_cast<double>(tile_rows * product_tokens);
+        const double sums = split == 1 ? 0 : static_cast<double>(tile_rows * product_tokens) * 4;
+        const double limits[] = {static_cast<double>(n) * static_cast<double>(k) * 2 / rates.memory,
+                                 static_cast<double>(blocks) * read / Rates::kL2,
+                                 waves * arrived / rates.multiprocessor,
+                                 waves * products / rates.products};
+        // They overlap, but never quite.
+        double seconds = waves * Rates::kStart + static_cast<double>(blocks) * sums / Rates::kL2;
+        seconds += 0.9 * *std::max_element(std::begin(limits), std::end(limits));
+        for (const double limit : limits) seconds += 0.1 * limit;
+        const int64_t stage_bytes = (product_tokens + tile_rows) * 128;
+        const SkinnyConfig config = {.engine = SkinnyEngine::kWide,
+                                     .warps = 1,
+                                     .split = static_cast<uint8_t>(split),
+                                     .stages = static_cast<uint8_t>(std::clamp<int64_t>(
+                                         int64_t{225} * 1024 / stage_bytes, 2, 12)),
+                                     .tile_rows = static_cast<uint16_t>(tile_rows),
+                                     .share = static_cast<uint8_t>(share)};
+        candidates.push_back({config, seconds});
+      }
+    }
+  }
+  return candidates;
+}
+
 }  // namespace
 
 DeviceLimits device_limits() {
@@ -144,9 +221,9 @@ std::vector<SkinnyConfig> skinny_configs(int64_t rows, int64_t n, int64_t k, boo
       configs.push_back(config);
     }
   };
-  add(skinny_default(rows, n, k, gated));
   const DeviceLimits limits = device_limits();
-  if (!limits.wgmma || rows <= 64) {
+  if (rows <= kFewRows) add(skinny_default(rows, n, k, gated));
+  if (rows <= (limits.wgmma ? 64 : kFewRows)) {
     for (const int tile_rows : {16, 32, 48, 64}) {
       for (const int warps : {8, 16}) {
         if (warps == 16 && tile_rows > 32 && limits.shared_bytes < 160 * 1024) continue;
@@ -154,7 +231,7 @@ std::vector<SkinnyConfig> skinny_configs(int64_t rows, int64_t n, int64_t k, boo
       }
     }
   }
-  if (limits.wgmma && rows > 8) {
+  if (limits.wgmma && rows > 8 && rows <= kFewRows) {
     for (const int tile_rows : {64, 128, 192, 256}) {
       for (const int split : {1, 2, 3, 4, 6}) {
         const int64_t blocks = (n + tile_rows - 1) / tile_rows * split;
@@ -167,7 +244,23 @@ std::vector<SkinnyConfig> skinny_configs(int64_t rows, int64_t n, int64_t k, boo
       }
     }
   }
+  if (limits.wgmma && rows >= kWideRowsFrom) {
+    std::vector<WideCandidate> wide = wide_candidates(rows, n, k, gated);
+    const auto better = [](const WideCandidate& a, const WideCandidate& b) {
+      return a.seconds < b.seconds;
+    };
+    std::stable_sort(wide.begin(), wide.end(), better);
+    wide.resize(std::min(wide.size(), rows <= kFewRows ? kWideTried : kWideTried / 2));
+    for (const WideCandidate& candidate : wide) add(candidate.config);
+  }
   return configs;
+}
+
+bool skinny_offers(const SkinnyConfig& config, int64_t rows, int64_t n, int64_t k, bool gated) {
+  if (config.engine == SkinnyEngine::kWide) return device_limits().wgmma && wide_offers(config);
+  if (config.engine == SkinnyEngine::kWgmma) return device_limits().wgmma && wgmma_offers(config);
+  const std::vector<SkinnyConfig> configs = skinny_configs(rows, n, k, gated);
+  return std::find(configs.begin(), configs.end(), config) != configs.end();
 }
 
 int64_t skinny_workspace_bytes(const SkinnyConfig&, int64_t, int64_t, int64_t) { return 0; }
@@ -192,6 +285,8 @@ void linear_skinny(const LinearParams& params, const SkinnyConfig& config, int64
       return skinny_mma(args, config, limits, ctx);
     case SkinnyEngine::kWgmma:
       return skinny_wgmma(args, config, limits, ctx);
+    case SkinnyEngine::kWide:
+      return skinny_wide(args, config, limits, ctx);
   }
 }
 

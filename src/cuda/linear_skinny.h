@@ -13,6 +13,7 @@ namespace mrv1::cuda {
 enum class SkinnyEngine : uint8_t {
   kMma,    // mma.sync, fed by cp.async; warps of a block split K. Any GPU since Ampere.
   kWgmma,  // wgmma, fed by TMA; blocks of a cluster split K. Hopper only.
+  kWide,   // as kWgmma, with wider tiles, whose blocks load tokens for each other. Hopper only.
 };
 
 // How a weight is cut. For a given weight and config a row's result does not depend on the number
@@ -20,10 +21,11 @@ enum class SkinnyEngine : uint8_t {
 // of sums.
 struct SkinnyConfig {
   SkinnyEngine engine = SkinnyEngine::kMma;
-  uint8_t warps = 8;        // kMma: warps that split K; kWgmma: unused
-  uint8_t split = 1;        // kWgmma: blocks of the cluster that split K; kMma: unused
+  uint8_t warps = 8;        // kMma: warps that split K; others: unused
+  uint8_t split = 1;        // blocks of the cluster that split K; kMma: unused
   uint8_t stages = 3;       // depth of the rings through which weights stream
   uint16_t tile_rows = 32;  // weight rows of a block's tile
+  uint8_t share = 1;        // kWide: tiles of the cluster, whose blocks load tokens for each other
 
   friend bool operator==(const SkinnyConfig&, const SkinnyConfig&) = default;
 };
@@ -32,9 +34,11 @@ struct SkinnyConfig {
 // bytes, cols a multiple of 8, and a GPU that can.
 bool skinny_supports(const LinearParams& params, int64_t rows);
 
-// The configs worth trying for a number of rows and a weight [n, k] on the current device, the
-// default among them.
+// The configs worth trying for a number of rows and a weight [n, k] on the current device.
 std::vector<SkinnyConfig> skinny_configs(int64_t rows, int64_t n, int64_t k, bool gated);
+
+// Whether linear_skinny takes the config for these sizes. A table may be older than the kernels.
+bool skinny_offers(const SkinnyConfig& config, int64_t rows, int64_t n, int64_t k, bool gated);
 
 // The config to take when nothing was measured.
 SkinnyConfig skinny_default(int64_t rows, int64_t n, int64_t k, bool gated);

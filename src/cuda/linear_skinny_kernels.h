@@ -44,6 +44,17 @@ void skinny_mma(const SkinnyArgs& args, const SkinnyConfig& config, const Device
                 const StepContext& ctx);
 void skinny_wgmma(const SkinnyArgs& args, const SkinnyConfig& config, const DeviceLimits& limits,
                   const StepContext& ctx);
+bool wgmma_offers(const SkinnyConfig& config);
+void skinny_wide(const SkinnyArgs& args, const SkinnyConfig& config, const DeviceLimits& limits,
+                 const StepContext& ctx);
+
+// What kWide offers: tiles of so many weight rows ...
+constexpr int kWideRows[] = {64, 96, 112, 128, 192, 224};
+bool wide_offers(const SkinnyConfig& config);
+// ... and, with those, so many tokens. More are cut into even tiles.
+int wide_tile_tokens(int tile_rows);
+// How many clusters of so many blocks run at once on the current device.
+int wide_clusters(int blocks);
 
 // Stores one output of a token. Device code.
 #if defined(__CUDACC__)

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cctype>
 #include <fstream>
+#include <iterator>
 #include <limits>
 #include <optional>
 #include <sstream>
@@ -17,6 +18,7 @@ constexpr std::string_view kWhere = "tuning table";
 // Rows beyond the largest measured number take its entry from here on: a product this large is cut
 // into many tiles, and the best cut no longer changes.
 constexpr int64_t kManyRows = 4096;
+constexpr std::string_view kEngineNames[] = {"mma", "wgmma", "wide"};  // by SkinnyEngine
 
 std::optional<DType> parse_dtype(const std::string& name) {
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
@@ -61,10 +63,12 @@ bool parse_skinny(std::istream& in, SkinnyConfig& config) {
     config = {.warps = 0, .stages = 0};  // none that exists: skinny_default() chooses
     return true;
   }
-  if (engine != "mma" && engine != "wgmma") return false;
-  config.engine = engine == "mma" ? SkinnyEngine::kMma : SkinnyEngine::kWgmma;
+  const auto* named = std::find(std::begin(kEngineNames), std::end(kEngineNames), engine);
+  if (named == std::end(kEngineNames)) return false;
+  config.engine = static_cast<SkinnyEngine>(named - kEngineNames);
   return parse(in, config.warps) && parse(in, config.split) && parse(in, config.stages) &&
-         parse(in, config.tile_rows);
+         parse(in, config.tile_rows) &&
+         (config.engine != SkinnyEngine::kWide || parse(in, config.share));
 }
 
 bool parse_config(std::istream& in, LinearConfig& config) {
@@ -121,9 +125,10 @@ std::string LinearTable::line(const LinearShape& shape, const LinearConfig& conf
       out << "tiled";
       break;
     case LinearKind::kSkinny:
-      out << "skinny " << (config.skinny.engine == SkinnyEngine::kMma ? "mma" : "wgmma") << ' '
+      out << "skinny " << kEngineNames[static_cast<int>(config.skinny.engine)] << ' '
           << int{config.skinny.warps} << ' ' << int{config.skinny.split} << ' '
           << int{config.skinny.stages} << ' ' << config.skinny.tile_rows;
+      if (config.skinny.engine == SkinnyEngine::kWide) out << ' ' << int{config.skinny.share};
       break;
     case LinearKind::kCublasLt:
       out << "cublaslt";

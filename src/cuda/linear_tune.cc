@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <memory>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -18,7 +19,6 @@ namespace {
 
 constexpr std::string_view kOp = "linear tuning";
 constexpr int kHeuristics = 16;
-constexpr int64_t kMaxSkinnyRows = 512;  // far beyond where they still win
 // Many times the L2 cache: a step reads all weights of a model, so that nothing of the last one is
 // left in caches.
 constexpr int64_t kRotatedBytes = int64_t{1} << 30;
@@ -136,11 +136,11 @@ struct Candidate {
 };
 
 // One write, so that several processes may add to the same file.
-void append_line(const std::string& path, const std::string& line) {
+void append_lines(const std::string& path, const std::string& lines) {
   std::error_code error;
   std::filesystem::create_directories(std::filesystem::path(path).parent_path(), error);
   std::ofstream file(path, std::ios::app);
-  file << line + "\n" << std::flush;
+  file << lines << std::flush;
   if (!file) fail(ErrorKind::kInvalidArgument, kOp, "cannot write to ", path);
 }
 
@@ -150,7 +150,7 @@ std::vector<LinearConfig> LinearContext::candidates(const LinearParams& params, 
                                                     const StepContext& ctx) const {
   std::vector<LinearConfig> configs;
   const WeightView& weight = params.weight;
-  if (rows <= kMaxSkinnyRows && skinny_supports(params, rows)) {
+  if (skinny_supports(params, rows)) {
     for (const SkinnyConfig& skinny :
          skinny_configs(rows, weight.rows, weight.cols, params.gated())) {
       configs.push_back({LinearKind::kSkinny, skinny, {}});
@@ -215,6 +215,10 @@ bool LinearContext::tune(const LinearParams& params, const LinearShape& shape, i
     timed.push_back({config, candidate, std::move(repeated), time});
   }
   if (timed.empty()) return false;
+  std::string lines;  // every way that was tried, as comments, and then the fastest
+  for (const Candidate& candidate : timed) {
+    lines += "# " + LinearTable::line(shape, candidate.config, candidate.time) + "\n";
+  }
   const auto faster = [](const Candidate& a, const Candidate& b) { return a.time < b.time; };
   std::sort(timed.begin(), timed.end(), faster);
   timed.erase(timed.begin() + static_cast<int64_t>(std::min(kFinalists, timed.size())),
@@ -226,7 +230,8 @@ bool LinearContext::tune(const LinearParams& params, const LinearShape& shape, i
   for (size_t i = 0; i < timed.size(); ++i) timed[i].time = median(finals[i]);
   const auto best = std::min_element(timed.begin(), timed.end(), faster);
   *plan = best->plan;
-  append_line(tuned_path_, LinearTable::line(shape, best->config, best->time));
+  lines += LinearTable::line(shape, best->config, best->time) + "\n";
+  append_lines(tuned_path_, lines);
   tuned_.set(shape, best->config);
   table_.set(shape, best->config);
   return true;

@@ -1,0 +1,410 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// What the wgmma kernels of linear have in common: barriers, loads by TMA, the products, the sum
+// over the blocks of a cluster, and launching with clusters.
+#pragma once
+
+#include <cuda.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "linear_skinny_kernels.h"
+
+namespace mrv1::cuda {
+
+constexpr int kGroup = 64;      // columns of a stage: one 128-byte row of the swizzle
+constexpr int kRowBytes = 128;  // of a stage
+constexpr int kMaxStages = 12;
+constexpr int kMaxSplit = 8;
+constexpr int kSwizzleBytes = 1024;  // the period of the swizzle, to which the ring is aligned
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+// Arrives at the barrier that lies at the same place in another block of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n"
+        ".reg .pred complete;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, complete;\n"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  }
+}
+
+__device__ __forceinline__ void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier,
+                                          int col, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, "
+      "{%3, %4}], [%2];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row)
+      : "memory");
+}
+
+// load_tile() to the same place in every block of the cluster whose bit is set in `blocks`, each
+// of which is told by its own barrier.
+__device__ __forceinline__ void load_tile_of_many(void* to, const CUtensorMap& map,
+                                                  uint64_t* barrier, int col, int row,
+                                                  uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row), "h"(blocks)
+      : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// [pieces of 8 + 8 rows][gate, up][8 rows][columns]
+__device__ __forceinline__ void load_pair_tile(void* to, const CUtensorMap& map, uint64_t* barrier,
+                                               int col, int piece) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, "
+      "{%3, %4, %4, %5}], [%2];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(0), "r"(piece)
+      : "memory");
+}
+
+// Describes a tile of rows of 128 bytes, swizzled by 128 bytes, 8 rows after 8 rows.
+__device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
+  return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
+         uint64_t{1} << 62;
+}
+
+__device__ __forceinline__ void multiply_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void multiply_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void multiply_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// sum += a b over 16 columns, with 16 rows of b.
+__device__ __forceinline__ void multiply(float (&sum)[8], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7"
+      "}, %8, %9, 1, 1, 1, 0, 0;"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]), "+f"(sum[4]), "+f"(sum[5]),
+        "+f"(sum[6]), "+f"(sum[7])
+      : "l"(a), "l"(b));
+}
+
+// sum += a b over 16 columns, with 32 rows of b.
+__device__ __forceinline__ void multiply(float (&sum)[16], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+      "}, %16, %17, 1, 1, 1, 0, 0;"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]), "+f"(sum[4]), "+f"(sum[5]),
+        "+f"(sum[6]), "+f"(sum[7]), "+f"(sum[8]), "+f"(sum[9]), "+f"(sum[10]), "+f"(sum[11]),
+        "+f"(sum[12]), "+f"(sum[13]), "+f"(sum[14]), "+f"(sum[15])
+      : "l"(a), "l"(b));
+}
+
+// sum += a b over 16 columns, with 64 rows of b.
+__device__ __forceinline__ void multiply(float (&sum)[32], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+      "}, %32, %33, 1, 1, 1, 0, 0;"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]), "+f"(sum[4]), "+f"(sum[5]),
+        "+f"(sum[6]), "+f"(sum[7]), "+f"(sum[8]), "+f"(sum[9]), "+f"(sum[10]), "+f"(sum[11]),
+        "+f"(sum[12]), "+f"(sum[13]), "+f"(sum[14]), "+f"(sum[15]), "+f"(sum[16]), "+f"(sum[17]),
+        "+f"(sum[18]), "+f"(sum[19]), "+f"(sum[20]), "+f"(sum[21]), "+f"(sum[22]), "+f"(sum[23]),
+        "+f"(sum[24]), "+f"(sum[25]), "+f"(sum[26]), "+f"(sum[27]), "+f"(sum[28]), "+f"(sum[29]),
+        "+f"(sum[30]), "+f"(sum[31])
+      : "l"(a), "l"(b));
+}
+
+// sum += a b over 16 columns, with 96 rows of b.
+__device__ __forceinline__ void multiply(float (&sum)[48], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+      "}, %48, %49, 1, 1, 1, 0, 0;"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]), "+f"(sum[4]), "+f"(sum[5]),
+        "+f"(sum[6]), "+f"(sum[7]), "+f"(sum[8]), "+f"(sum[9]), "+f"(sum[10]), "+f"(sum[11]),
+        "+f"(sum[12]), "+f"(sum[13]), "+f"(sum[14]), "+f"(sum[15]), "+f"(sum[16]), "+f"(sum[17]),
+        "+f"(sum[18]), "+f"(sum[19]), "+f"(sum[20]), "+f"(sum[21]), "+f"(sum[22]), "+f"(sum[23]),
+        "+f"(sum[24]), "+f"(sum[25]), "+f"(sum[26]), "+f"(sum[27]), "+f"(sum[28]), "+f"(sum[29]),
+        "+f"(sum[30]), "+f"(sum[31]), "+f"(sum[32]), "+f"(sum[33]), "+f"(sum[34]), "+f"(sum[35]),
+        "+f"(sum[36]), "+f"(sum[37]), "+f"(sum[38]), "+f"(sum[39]), "+f"(sum[40]), "+f"(sum[41]),
+        "+f"(sum[42]), "+f"(sum[43]), "+f"(sum[44]), "+f"(sum[45]), "+f"(sum[46]), "+f"(sum[47])
+      : "l"(a), "l"(b));
+}
+
+// sum += a b over 16 columns, with 112 rows of b.
+__device__ __forceinline__ void multiply(float (&sum)[56], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55"
+      "}, %56, %57, 1, 1, 1, 0, 0;"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]), "+f"(sum[4]), "+f"(sum[5]),
+        "+f"(sum[6]), "+f"(sum[7]), "+f"(sum[8]), "+f"(sum[9]), "+f"(sum[10]), "+f"(sum[11]),
+        "+f"(sum[12]), "+f"(sum[13]), "+f"(sum[14]), "+f"(sum[15]), "+f"(sum[16]), "+f"(sum[17]),
+        "+f"(sum[18]), "+f"(sum[19]), "+f"(sum[20]), "+f"(sum[21]), "+f"(sum[22]), "+f"(sum[23]),
+        "+f"(sum[24]), "+f"(sum[25]), "+f"(sum[26]), "+f"(sum[27]), "+f"(sum[28]), "+f"(sum[29]),
+        "+f"(sum[30]), "+f"(sum[31]), "+f"(sum[32]), "+f"(sum[33]), "+f"(sum[34]), "+f"(sum[35]),
+        "+f"(sum[36]), "+f"(sum[37]), "+f"(sum[38]), "+f"(sum[39]), "+f"(sum[40]), "+f"(sum[41]),
+        "+f"(sum[42]), "+f"(sum[43]), "+f"(sum[44]), "+f"(sum[45]), "+f"(sum[46]), "+f"(sum[47]),
+        "+f"(sum[48]), "+f"(sum[49]), "+f"(sum[50]), "+f"(sum[51]), "+f"(sum[52]), "+f"(sum[53]),
+        "+f"(sum[54]), "+f"(sum[55])
+      : "l"(a), "l"(b));
+}
+
+// sum += a b over 16 columns, with 128 rows of b.
+__device__ __forceinline__ void multiply(float (&sum)[64], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+      "}, %64, %65, 1, 1, 1, 0, 0;"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]), "+f"(sum[4]), "+f"(sum[5]),
+        "+f"(sum[6]), "+f"(sum[7]), "+f"(sum[8]), "+f"(sum[9]), "+f"(sum[10]), "+f"(sum[11]),
+        "+f"(sum[12]), "+f"(sum[13]), "+f"(sum[14]), "+f"(sum[15]), "+f"(sum[16]), "+f"(sum[17]),
+        "+f"(sum[18]), "+f"(sum[19]), "+f"(sum[20]), "+f"(sum[21]), "+f"(sum[22]), "+f"(sum[23]),
+        "+f"(sum[24]), "+f"(sum[25]), "+f"(sum[26]), "+f"(sum[27]), "+f"(sum[28]), "+f"(sum[29]),
+        "+f"(sum[30]), "+f"(sum[31]), "+f"(sum[32]), "+f"(sum[33]), "+f"(sum[34]), "+f"(sum[35]),
+        "+f"(sum[36]), "+f"(sum[37]), "+f"(sum[38]), "+f"(sum[39]), "+f"(sum[40]), "+f"(sum[41]),
+        "+f"(sum[42]), "+f"(sum[43]), "+f"(sum[44]), "+f"(sum[45]), "+f"(sum[46]), "+f"(sum[47]),
+        "+f"(sum[48]), "+f"(sum[49]), "+f"(sum[50]), "+f"(sum[51]), "+f"(sum[52]), "+f"(sum[53]),
+        "+f"(sum[54]), "+f"(sum[55]), "+f"(sum[56]), "+f"(sum[57]), "+f"(sum[58]), "+f"(sum[59]),
+        "+f"(sum[60]), "+f"(sum[61]), "+f"(sum[62]), "+f"(sum[63])
+      : "l"(a), "l"(b));
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+__device__ __forceinline__ float4 load_own(uint32_t address) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ float4 load_peer(uint32_t address, int rank) {
+  float4 value;
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n"
+      "}"
+      : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+      : "r"(address), "r"(rank)
+      : "memory");
+  return value;
+}
+
+// Adds up the partial sums of a tile and stores the outputs, a block its share of them. Loads from
+// other blocks take long, so many are in flight. In a block the kRows sums of a token lie side by
+// side, all of gate before all of up; those of the next token kStride floats on.
+template <int kRows, int kStride, int kThreads>
+struct Finish {
+  uint32_t partial;
+  int first_col, first_token, tokens;
+  int rank, split;  // this block among those of the tile, and how many they are
+  int first_peer;   // rank in the cluster of the first of them
+  bool vector_stores;
+
+  template <bool kGated>
+  __device__ __forceinline__ void run(const SkinnyArgs& args) const {
+    if (split == 1) return sum<kGated, 1>(args);
+    if (split == 2) return sum<kGated, 2>(args);
+    if (split <= 4) return sum<kGated, 4>(args);
+    sum<kGated, kMaxSplit>(args);
+  }
+
+  template <bool kGated, int kPeers>
+  __device__ __forceinline__ void sum(const SkinnyArgs& args) const {
+    constexpr int kSums = kGated ? 2 : 1;
+    constexpr int kQuads = kRows / 4 / kSums;  // outputs of a token, four at a time
+    constexpr int kAtOnce = std::max(1, 8 / (kPeers * kSums));
+    const int count = tokens * kQuads;
+    const int step = split * kThreads;
+    for (int first = rank * kThreads + threadIdx.x; first < count; first += step * kAtOnce) {
+      float4 parts[kAtOnce][kSums][kPeers];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = first + i * step;
+        if (at >= count) continue;
+#pragma unroll
+        for (int which = 0; which < kSums; ++which) {
+          const uint32_t address =
+              partial + (at / kQuads * kStride + at % kQuads * 4 + which * (kRows / 2)) * 4;
+#pragma unroll
+          for (int peer = 0; peer < kPeers; ++peer) {
+            if (kPeers == 1 || peer == rank) {
+              parts[i][which][peer] = load_own(address);
+            } else if (peer < split) {
+              parts[i][which][peer] = load_peer(address, first_peer + peer);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = first + i * step;
+        const int col = first_col + at % kQuads * 4;
+        if (at >= count || col >= args.out_cols) continue;
+        float values[kSums][4];
+#pragma unroll
+        for (int which = 0; which < kSums; ++which) {
+          float4 total = parts[i][which][0];
+#pragma unroll
+          for (int peer = 1; peer < kPeers; ++peer) {
+            if (peer >= split) continue;
+            total.x += parts[i][which][peer].x;
+            total.y += parts[i][which][peer].y;
+            total.z += parts[i][which][peer].z;
+            total.w += parts[i][which][peer].w;
+          }
+          values[which][0] = total.x;
+          values[which][1] = total.y;
+          values[which][2] = total.z;
+          values[which][3] = total.w;
+        }
+        if (args.bias != nullptr) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if (col + j >= args.out_cols) continue;
+            values[0][j] += args.bias[col + j];
+            if (kGated) values[kSums - 1][j] += args.bias[args.out_cols + col + j];
+          }
+        }
+        if (kGated) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            values[0][j] = skinny_gated_mul(args.activation, values[0][j], values[kSums - 1][j]);
+          }
+        }
+        skinny_store4(args, first_token + at / kQuads, col, values[0], vector_stores);
+      }
+    }
+  }
+};
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+inline EncodeTiled encode_tiled() {
+  static const EncodeTiled encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
+                                                cudaEnableDefault, &found),
+               kSkinnyOp, "cudaGetDriverEntryPointByVersion");
+    if (found != cudaDriverEntryPointSuccess || entry == nullptr) {
+      fail(ErrorKind::kDevice, kSkinnyOp, "the driver has no cuTensorMapEncodeTiled");
+    }
+    return reinterpret_cast<EncodeTiled>(entry);
+  }();
+  return encode;
+}
+
+template <int kDims>
+CUtensorMap tensor_map(const void* data, const cuuint64_t (&sizes)[kDims],
+                       const cuuint64_t (&strides)[kDims - 1], const cuuint32_t (&box)[kDims]) {
+  CUtensorMap map;
+  cuuint32_t ones[kDims];
+  std::fill(ones, ones + kDims, 1);
+  const CUresult status =
+      encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kDims, const_cast<void*>(data), sizes,
+                     strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    fail(ErrorKind::kDevice, kSkinnyOp,
+         "cuTensorMapEncodeTiled failed: ", static_cast<int>(status));
+  }
+  return map;
+}
+
+// launch() with clusters.
+template <typename... Params>
+void launch_cluster(const StepContext& ctx, void (*kernel)(Params...), dim3 grid, dim3 cluster,
+                    dim3 block, size_t shared_bytes, std::type_identity_t<Params>... args) {
+  const OpRange range(kSkinnyOp);
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = cluster.x;
+  attributes[0].val.clusterDim.y = cluster.y;
+  attributes[0].val.clusterDim.z = cluster.z;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream_of(ctx);
+  config.attrs = attributes;
+  config.numAttrs = may_overlap(ctx) ? 2 : 1;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args...);
+  if (ctx.device != nullptr) ++ctx.device->counters().kernel_launches;
+  check_kernel(kSkinnyOp, ctx, status, grid, block, shared_bytes);
+}
+
+}  // namespace mrv1::cuda
