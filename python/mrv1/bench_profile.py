@@ -33,7 +33,7 @@ _KINDS: Final = (
     ("advance", r"^advance"),
     ("embedding", r"embedding"),
     ("norm", r"rms_norm"),
-    ("qkv_prepare", r"qkv_prepare|rope"),
+    ("qkv_prepare", r"qkv_prepare|^cache_"),
     ("attention", r"attention|^dead_rows|(Prefill|Decode)With"),
     ("gather_rows", r"gather_rows"),
     ("linear", r"linear|mma_kernel|tiled_kernel|gemm|gemv|nvjet|cutlass|xmma|cublas"),

@@ -18,6 +18,7 @@ const Kernels& cuda_kernels() {
       .soft_cap = soft_cap_cuda,
       .gather_rows = gather_rows_cuda,
       .qkv_prepare = qkv_prepare_cuda,
+      .cache_write = cache_write_cuda,
       .plan_attention = plan_attention_cuda,
       .paged_attention = paged_attention_cuda,
       .apply = apply_cuda,

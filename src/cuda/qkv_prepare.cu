@@ -11,7 +11,10 @@
 #include <algorithm>
 
 #include "block.cuh"
+#include "cache_head.cuh"
+#include "fast_divider.cuh"
 #include "launch.h"
+#include "ops/cache_write.h"
 #include "ops/qkv_prepare.h"
 #include "vector.cuh"
 
@@ -28,6 +31,29 @@ __device__ float rounded(float value) {
   return to_float(from_float<T>(value));
 }
 
+// Of a value that T holds exactly; the bits of a NaN stay, too.
+template <typename T>
+__device__ T exactly(float value) {
+  if constexpr (sizeof(T) == 2) {
+    return T{static_cast<uint16_t>(float_to_bits(value) >> 16)};
+  } else {
+    return value;
+  }
+}
+
+// Where the tokens' heads go; without a cache no token has a slot.
+struct CacheTarget {
+  KvCacheLayer cache;
+  SlotMapping slots;
+  cuda::FastDivider block_size;
+};
+
+// Codes of the elements that a lane has; `scale` is the head's.
+template <typename F>
+__device__ uint2 lane_codes(const float (&values)[kLaneSize], float scale) {
+  return cuda::encode<F>(values, 1.0f / scale);
+}
+
 // Part of a packed row that a head belongs to.
 enum class HeadKind { kQuery, kKey, kValue };
 
@@ -37,33 +63,9 @@ __device__ HeadKind head_kind(const HeadShape& shape, int32_t head) {
                                                        : HeadKind::kValue;
 }
 
-// Where the head of a key or a value goes.
-template <typename T>
-__device__ T* cache_head(const KvCacheLayer& cache, const HeadShape& shape, HeadKind kind,
-                         int32_t head, int32_t slot) {
-  const bool is_key = kind == HeadKind::kKey;
-  const int32_t kv_head = head - shape.num_heads - (is_key ? 0 : shape.num_kv_heads);
-  return static_cast<T*>(is_key ? cache.key : cache.value) +
-         slot / cache.block_size * cache.block_stride +
-         slot % cache.block_size * cache.token_stride + kv_head * cache.head_stride;
-}
-
-// Where a head is read from: in the packed row, or among the keys or values that lie apart.
-template <typename T>
-__device__ const T* source_head(const QkvPrepareParams& params, HeadKind kind, int64_t token,
-                                int32_t head) {
-  const HeadShape& shape = params.shape;
-  const int64_t head_dim = shape.head_dim;
-  if (params.key == nullptr) {
-    const int64_t num_heads = shape.num_heads + 2 * shape.num_kv_heads;
-    return static_cast<const T*>(params.qkv) + (token * num_heads + head) * head_dim;
-  }
-  if (kind == HeadKind::kKey) {
-    return static_cast<const T*>(params.key) + token * params.key_stride +
-           (head - shape.num_heads) * head_dim;
-  }
-  return static_cast<const T*>(params.value) + token * params.value_stride +
-         (head - shape.num_heads - shape.num_kv_heads) * head_dim;
+// Of a key or a value, among the heads of the cache.
+__device__ int32_t cache_head(const HeadShape& shape, HeadKind kind, int32_t head) {
+  return head - shape.num_heads - (kind == HeadKind::kKey ? 0 : shape.num_kv_heads);
 }
 
 __device__ void load_half(const float* from, float (&values)[kLaneSize]) {
@@ -75,12 +77,11 @@ __device__ void load_half(const float* from, float (&values)[kLaneSize]) {
   values[3] = half.w;
 }
 
-// kLanes: head_dim / 8 if kWhole, else the next power of two; from 2 to 32. Heads start at
-// first_head.
+// kLanes: head_dim / 8 if kWhole, else the next power of two; from 2 to 32.
 template <typename T, int kLanes, bool kWhole>
 __global__ void __launch_bounds__(kThreads)
-    qkv_prepare_kernel(QkvPrepareParams params, KvCacheLayer cache, const int32_t* positions,
-                       const int32_t* slots, int32_t first_head) {
+    qkv_prepare_kernel(const __grid_constant__ QkvPrepareParams params,
+                       const __grid_constant__ CacheTarget target, const int32_t* positions) {
   constexpr int kHeads = kThreads / kLanes;  // of a block
   const HeadShape& shape = params.shape;
   const int head_dim = kWhole ? kLanes * kLaneSize : shape.head_dim;
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kLanes;
   const int64_t token = blockIdx.x;
   // Lanes without a part of a head stay for the shuffles.
-  const int32_t head = first_head + blockIdx.y * kHeads + threadIdx.x / kLanes;
+  const int32_t head = blockIdx.y * kHeads + threadIdx.x / kLanes;
   const bool active = head < num_heads && (kWhole || lane * kLaneSize < head_dim);
   const HeadKind kind = head_kind(shape, head);
   const bool is_turned = active && kind != HeadKind::kValue;
@@ -104,9 +105,18 @@ __global__ void __launch_bounds__(kThreads)
 
   float values[kLaneSize] = {};
   if (active) {
-    cuda::load_values(source_head<T>(params, kind, token, head) + lane * kLaneSize, values);
+    cuda::load_values(static_cast<const T*>(params.qkv) + start, values);
   }
-  const int32_t slot = params.cache != nullptr ? slots[token] : -1;
+  const KvCacheLayer& cache = target.cache;
+  const KvScales& scales = cache.scales;
+  const int32_t kv_head = cache_head(shape, kind, head);
+  const bool is_written = params.cache != nullptr && active && kind != HeadKind::kQuery;
+  float* const scale_array = kind == HeadKind::kKey ? scales.key : scales.value;
+  const int64_t slot = is_written ? target.slots[token] : -1;
+  float scale = 1.0f;
+  if (is_written && (scales.kind == KvScaleKind::kTensor || scales.kind == KvScaleKind::kHead)) {
+    scale = scale_array[kv_head * scales.head_stride];
+  }
   // Lanes of the elements that RoPE turns, and those of the first elements of half-split pairs.
   const int pairs = params.rope_pairs;
   const int pair_lanes = pairs / kLaneSize;
@@ -168,33 +178,76 @@ __global__ void __launch_bounds__(kThreads)
     if (rotates) cuda::round_values<T>(values);
   }
 
+  const bool is_e4m3 = cache.dtype == DType::kE4M3;
+  if (scales.kind == KvScaleKind::kToken) {
+    float largest = cuda::largest_finite(values);
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(cuda::kFullWarp, largest, offset));
+    }
+    scale = is_e4m3 ? kv_token_scale<Float8E4M3>(largest) : kv_token_scale<Float8E5M2>(largest);
+  }
+
   if (!active) return;
   const bool stays = kind == HeadKind::kValue && params.out == params.qkv;
-  if (params.out != nullptr && !stays) {
-    cuda::store_values(static_cast<T*>(params.out) + start, values);
+  if (!stays) cuda::store_exact(static_cast<T*>(params.out) + start, values);
+  if (slot < 0) return;
+  uint32_t place;
+  const uint32_t block = target.block_size.divide(static_cast<uint32_t>(slot), place);
+  const int64_t index = cuda::cache_index(cache, block, place, kv_head) + lane * kLaneSize;
+  void* const side = kind == HeadKind::kKey ? cache.key : cache.value;
+  if (!is_float8(cache.dtype)) {
+    cuda::store_exact(static_cast<T*>(side) + index, values);
+    return;
   }
-  if (slot >= 0 && kind != HeadKind::kQuery) {
-    cuda::store_values(cache_head<T>(cache, shape, kind, head, slot) + lane * kLaneSize, values);
+  *reinterpret_cast<uint2*>(static_cast<char*>(side) + index) =
+      is_e4m3 ? lane_codes<Float8E4M3>(values, scale) : lane_codes<Float8E5M2>(values, scale);
+  if (scales.kind == KvScaleKind::kToken && lane == 0) {
+    scale_array[scales.index(block, place, kv_head)] = scale;
+  }
+}
+
+// A block writes the codes of a head, and its scale if the token has one.
+template <typename F>
+__device__ void write_codes(const KvCacheLayer& cache, bool is_key, uint32_t block, uint32_t place,
+                            int32_t head, int64_t index, const float* values) {
+  const KvScales& scales = cache.scales;
+  float* const stored = (is_key ? scales.key : scales.value) + scales.index(block, place, head);
+  float scale;
+  if (scales.kind == KvScaleKind::kToken) {
+    float largest = 0.0f;
+    for (int32_t i = threadIdx.x; i < cache.head_dim; i += kThreads) {
+      largest = fmaxf(largest, cuda::finite_magnitude(values[i]));
+    }
+    scale = kv_token_scale<F>(cuda::block_max<kThreads>(largest));
+    if (threadIdx.x == 0) *stored = scale;
+  } else {
+    scale = *stored;
+  }
+  const float inverse = 1.0f / scale;
+  F* codes = static_cast<F*>(is_key ? cache.key : cache.value) + index;
+  for (int32_t i = threadIdx.x; i < cache.head_dim; i += kThreads) {
+    codes[i] = F{static_cast<uint8_t>(cuda::encode_pair<F>(values[i] * inverse, 0.0f))};
   }
 }
 
 // Any head_dim: a block per token and head, which lies in shared memory as float.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    qkv_prepare_any_kernel(QkvPrepareParams params, KvCacheLayer cache, const int32_t* positions,
-                           const int32_t* slots, int32_t first_head) {
+    qkv_prepare_any_kernel(const __grid_constant__ QkvPrepareParams params,
+                           const __grid_constant__ CacheTarget target, const int32_t* positions) {
   __shared__ float values[kMaxHeadDim];
   cuda::launch_next();
   cuda::wait_for_previous();
   const HeadShape& shape = params.shape;
   const int32_t head_dim = shape.head_dim;
   const int64_t token = blockIdx.x;
-  const int32_t head = first_head + blockIdx.y;
+  const int32_t head = blockIdx.y;
   const HeadKind kind = head_kind(shape, head);
   const int64_t num_heads = shape.num_heads + 2 * shape.num_kv_heads;
   const int64_t start = (token * num_heads + head) * head_dim;
 
-  const T* source = source_head<T>(params, kind, token, head);
+  const T* source = static_cast<const T*>(params.qkv) + start;
   for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) values[i] = to_float(source[i]);
 
   const float* norm = kind == HeadKind::kQuery ? params.q_norm
@@ -240,46 +293,57 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
   }
 
-  if (params.out != nullptr) {
-    T* out = static_cast<T*>(params.out) + start;
-    for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) out[i] = from_float<T>(values[i]);
-  }
+  T* out = static_cast<T*>(params.out) + start;
+  for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) out[i] = exactly<T>(values[i]);
   if (params.cache == nullptr || kind == HeadKind::kQuery) return;
-  const int32_t slot = slots[token];
+  const int64_t slot = target.slots[token];
   if (slot < 0) return;
-  T* target = cache_head<T>(cache, shape, kind, head, slot);
-  for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) target[i] = from_float<T>(values[i]);
+  const KvCacheLayer& cache = target.cache;
+  const bool is_key = kind == HeadKind::kKey;
+  const int32_t kv_head = cache_head(shape, kind, head);
+  uint32_t place;
+  const uint32_t block = target.block_size.divide(static_cast<uint32_t>(slot), place);
+  const int64_t index = cuda::cache_index(cache, block, place, kv_head);
+  if (cache.dtype == DType::kE4M3) {
+    write_codes<Float8E4M3>(cache, is_key, block, place, kv_head, index, values);
+  } else if (cache.dtype == DType::kE5M2) {
+    write_codes<Float8E5M2>(cache, is_key, block, place, kv_head, index, values);
+  } else {
+    T* to = static_cast<T*>(is_key ? cache.key : cache.value) + index;
+    for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) to[i] = exactly<T>(values[i]);
+  }
 }
 
 // Whether every address that the first kernel touches is that of a vector.
 bool all_aligned(const QkvPrepareParams& params, const KvCacheLayer& cache) {
-  const void* addresses[] = {params.qkv, params.out,  params.q_norm, params.k_norm, params.rope,
-                             cache.key,  cache.value, params.key,    params.value};
-  const int64_t strides[] = {cache.block_stride, cache.token_stride, cache.head_stride,
-                             params.key_stride, params.value_stride};
-  return std::all_of(std::begin(addresses), std::end(addresses),
-                     [](const void* address) { return cuda::is_vector_aligned(address); }) &&
+  const void* vectors[] = {params.qkv, params.out, params.q_norm, params.k_norm, params.rope};
+  // A lane writes eight elements of the cache, of a byte or of two or more.
+  const int64_t bytes = is_float8(cache.dtype) ? kLaneSize : cuda::kVectorBytes;
+  const void* targets[] = {cache.key, cache.value};
+  const int64_t strides[] = {cache.block_stride, cache.token_stride, cache.head_stride};
+  return std::all_of(std::begin(vectors), std::end(vectors), cuda::is_vector_aligned) &&
+         std::all_of(std::begin(targets), std::end(targets),
+                     [&](const void* target) {
+                       return reinterpret_cast<intptr_t>(target) % bytes == 0;
+                     }) &&
          std::all_of(std::begin(strides), std::end(strides),
                      [](int64_t stride) { return stride % kLaneSize == 0; });
 }
 
 template <typename T>
-void launch_qkv_prepare(const QkvPrepareParams& params, const KvCacheLayer& cache,
-                        const int32_t* slots, const StepContext& ctx) {
+void launch_qkv_prepare(const QkvPrepareParams& params, const CacheTarget& target,
+                        const StepContext& ctx) {
   const HeadShape& shape = params.shape;
   const int32_t lanes = shape.head_dim / kLaneSize;
   // Half-split pairs are in two lanes at the same place, interleaved ones in one.
   const bool divides = params.rope == nullptr ||
                        params.rope_pairs % (params.interleaved ? kLaneSize / 2 : kLaneSize) == 0;
-  // Nobody asks for the query heads if only the cache is written.
-  const int32_t first_head = params.out == nullptr ? shape.num_heads : 0;
-  const int32_t heads = shape.num_heads + 2 * shape.num_kv_heads - first_head;
+  const int32_t heads = shape.num_heads + 2 * shape.num_kv_heads;
   const auto run = [&](auto* kernel, int32_t block_heads) {
     const dim3 grid(ctx.sizes.num_tokens, (heads + block_heads - 1) / block_heads);
-    cuda::launch(kOp, ctx, kernel, grid, kThreads, 0, params, cache, ctx.infer.positions, slots,
-                 first_head);
+    cuda::launch(kOp, ctx, kernel, grid, kThreads, 0, params, target, ctx.infer.positions);
   };
-  if (!divides || lanes < 2 || !all_aligned(params, cache)) {
+  if (!divides || lanes < 2 || !all_aligned(params, target.cache)) {
     return run(qkv_prepare_any_kernel<T>, 1);
   }
   switch (lanes) {
@@ -309,31 +373,20 @@ void qkv_prepare_cuda(const QkvPrepareParams& params, const StepContext& ctx) {
         "head_dim is ", shape.head_dim, "; it must be a multiple of 8 up to ", kMaxHeadDim);
   check((params.q_norm == nullptr) == (params.k_norm == nullptr), kOp,
         "q_norm and k_norm must be given together");
-  check(params.out != nullptr || params.cache != nullptr, kOp, "neither out nor cache is given");
-  check((params.key == nullptr) == (params.value == nullptr), kOp,
-        "key and value must be given together");
-  check(params.key == nullptr ||
-            (params.out == nullptr && params.q_norm == nullptr && params.rope == nullptr),
-        kOp, "key and value apart from qkv are for a cache write alone");
+  check(params.out != nullptr, kOp, "out is not given");
   check(
       params.rope == nullptr || (params.rope_pairs > 0 && 2 * params.rope_pairs <= shape.head_dim),
       kOp, "rope_pairs is ", params.rope_pairs, "; it must be in [1, ", shape.head_dim / 2, "]");
-  KvCacheLayer cache;
-  const int32_t* slots = nullptr;
+  CacheTarget target;
   if (params.cache != nullptr) {
-    cache = *params.cache;
-    check(cache.dtype == params.dtype, kOp, "the cache is ", dtype_name(cache.dtype),
-          " and qkv is ", dtype_name(params.dtype), "; they must be equal");
-    check(cache.head_dim == shape.head_dim && cache.num_kv_heads == shape.num_kv_heads, kOp,
-          "the cache has ", cache.num_kv_heads, " heads of ", cache.head_dim, ", qkv has ",
-          shape.num_kv_heads, " of ", shape.head_dim);
-    check(cache.block_size > 0, kOp, "the cache's block_size is ", cache.block_size,
-          "; it must be positive");
-    slots = ctx.infer.slot_mapping + int64_t{params.kv_group} * ctx.infer.max_tokens;
+    check_cache_write(kOp, *params.cache, shape, params.dtype);
+    target.cache = *params.cache;
+    target.slots = slots_of(params.slots, params.kv_group, ctx);
+    target.block_size = cuda::FastDivider(static_cast<uint32_t>(target.cache.block_size));
   }
   if (ctx.sizes.num_tokens == 0) return;
   dispatch_activation(params.dtype, kOp, [&](auto tag) {
-    launch_qkv_prepare<typename decltype(tag)::type>(params, cache, slots, ctx);
+    launch_qkv_prepare<typename decltype(tag)::type>(params, target, ctx);
   });
 }
 

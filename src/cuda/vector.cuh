@@ -1,9 +1,12 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "core/dtype.h"
 
@@ -46,6 +49,41 @@ __device__ __forceinline__ void unpack(uint4 vector, float (&values)[8]) {
   }
 }
 
+// The elements of a vector of a type with 16 bits.
+template <typename T>
+__device__ __forceinline__ void unpack_as(uint4 vector, float (&values)[8]) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    unpack(vector, values);
+  } else {
+    static_assert(std::is_same_v<T, Float16>);
+    const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      __half2 pair;
+      memcpy(&pair, &words[i], sizeof(pair));
+      const float2 both = __half22float2(pair);
+      values[2 * i] = both.x;
+      values[2 * i + 1] = both.y;
+    }
+  }
+}
+
+// What pack() gives of values that the type holds exactly; the bits of a NaN stay, too.
+__device__ __forceinline__ uint4 pack_exact(const float (&values)[4]) {
+  return make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]),
+                    __float_as_uint(values[2]), __float_as_uint(values[3]));
+}
+
+__device__ __forceinline__ uint4 pack_exact(const float (&values)[8]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    words[i] =
+        __byte_perm(__float_as_uint(values[2 * i]), __float_as_uint(values[2 * i + 1]), 0x7632);
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 __device__ __forceinline__ uint4 pack(const float (&values)[4]) {
   return make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]),
                     __float_as_uint(values[2]), __float_as_uint(values[3]));
@@ -83,6 +121,20 @@ __device__ __forceinline__ void load_values(const T* from, float (&values)[kCoun
     unpack(load_vector(from, i), piece);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) values[i * kSize + j] = piece[j];
+  }
+}
+
+// Of values that T holds exactly.
+template <typename T, int kCount>
+__device__ __forceinline__ void store_exact(T* to, const float (&values)[kCount]) {
+  constexpr int kSize = kVectorSize<T>;
+  static_assert(kCount % kSize == 0);
+#pragma unroll
+  for (int i = 0; i < kCount / kSize; ++i) {
+    float piece[kSize];
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) piece[j] = values[i * kSize + j];
+    store_vector(to, i, pack_exact(piece));
   }
 }
 

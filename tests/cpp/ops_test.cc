@@ -475,11 +475,9 @@ TEST_CASE("qkv_prepare: the fused op equals its parts, the parts agree with floa
         Tensor key(dtype, cache_size), value(dtype, cache_size);
         key.fill(-7.0f);
         value.fill(-7.0f);
-        KvCacheLayer cache{key.data(), value.data(),
-                           dtype,      kBlocks,
-                           kBlockSize, 2,
-                           head_dim,   int64_t{2} * kBlockSize * head_dim,
-                           head_dim,   int64_t{kBlockSize} * head_dim};
+        KvCacheLayer cache = kv_cache_layer(dtype, kBlocks, kBlockSize, shape);
+        cache.key = key.data();
+        cache.value = value.data();
 
         const Tensor qkv = random_tensor(dtype, kTokens * cols, 19);
         Tensor fused = qkv;
@@ -518,11 +516,14 @@ TEST_CASE("qkv_prepare: the fused op equals its parts, the parts agree with floa
         KvCacheLayer part_cache = cache;
         part_cache.key = part_key.data();
         part_cache.value = part_value.data();
-        part.qkv = rotated.data();
-        part.out = nullptr;
-        part.rope = nullptr;
-        part.cache = &part_cache;
-        qkv_prepare_cpu(part, step.ctx);
+        cache_write_cpu({.key = rotated.at(int64_t{6} * head_dim),
+                         .value = rotated.at(int64_t{8} * head_dim),
+                         .key_stride = cols,
+                         .value_stride = cols,
+                         .dtype = dtype,
+                         .cache = &part_cache,
+                         .kv_group = 1},
+                        step.ctx);
         CHECK(part_key == key);
         CHECK(part_value == value);
 

@@ -369,28 +369,35 @@ def cache_write(
     slot_mapping: Array,
     *,
     num_heads: int,
+    kv_cache_dtype: str = "auto",
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
     stream: object = None,
 ) -> None:
     """Writes the k and v heads of packed rows into a paged cache.
 
     Args:
-        qkv: [T, (H + 2 K) D].
+        qkv: [T, (H + 2 K) D], float16 too.
         key_cache: As of `reshape_and_cache_flash`.
         value_cache: As key_cache.
-        slot_mapping: int32 [T], as there.
+        slot_mapping: [T] or fewer, as there.
         num_heads: H.
+        kv_cache_dtype: As there, as are the next two.
+        k_scale: As there.
+        v_scale: As there.
         stream: Where it runs on a GPU; docs/ops.md has the default.
     """
-    _ops().qkv_prepare(
-        "cache_write",
+    _ops().cache_write(
         qkv,
         num_heads,
         key_cache.shape[2],
-        key_cache=key_cache,
-        value_cache=value_cache,
-        slot_mapping=slot_mapping,
-        write_only=True,
-        stream=stream,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        kv_cache_dtype,
+        k_scale,
+        v_scale,
+        stream,
     )
 
 
@@ -408,12 +415,15 @@ def qkv_prepare(
     key_cache: Array | None = None,
     value_cache: Array | None = None,
     slot_mapping: Array | None = None,
+    kv_cache_dtype: str = "auto",
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
     out: Array | None = None,
     stream: object = None,
 ) -> Array:
     """`qk_norm`, `rope` and `cache_write` in one kernel, each if its arrays are given.
 
-    The result has the bits of the parts one after the other.
+    The result, the cache and its scales have the bits of the parts one after the other.
 
     Args:
         qkv: [T, (H + 2 K) D].
@@ -427,7 +437,10 @@ def qkv_prepare(
         interleaved: As of `rope`.
         key_cache: As of `reshape_and_cache_flash`, with value_cache and slot_mapping.
         value_cache: As key_cache.
-        slot_mapping: As there.
+        slot_mapping: [T], as there.
+        kv_cache_dtype: As there, as are the next two.
+        k_scale: As there.
+        v_scale: As there.
         out: As qkv; may be qkv.
         stream: Where it runs on a GPU; docs/ops.md has the default.
     """
@@ -445,7 +458,9 @@ def qkv_prepare(
         key_cache,
         value_cache,
         slot_mapping,
-        False,
+        kv_cache_dtype,
+        k_scale,
+        v_scale,
         out,
         stream,
     )
@@ -457,21 +472,38 @@ def reshape_and_cache_flash(
     key_cache: Array,
     value_cache: Array,
     slot_mapping: Array,
+    kv_cache_dtype: str = "auto",
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
     *,
     stream: object = None,
 ) -> None:
     """Writes keys and values into a paged cache: token t goes to slot slot_mapping[t].
 
-    Slot s is token s % block_size of block s // block_size; -1 writes nothing. Values are stored as
-    they are: the cache has the dtype of key, and FP8 caches are refused.
+    Slot s is token s % block_size of block s // block_size; -1 writes nothing. A cache of key's
+    dtype gets the same bits. An FP8 cache (Micikevicius et al. 2022: E4M3 without infinity, or E5M2)
+    gets the codes of value * (1 / scale) in float32, rounded to nearest even; what is out of range,
+    infinite too, becomes the largest value, and NaN the code 0x7f.
 
     Args:
-        key: [T, K, D]; the heads of a token are contiguous, tokens may be any distance apart.
+        key: [T, K, D] of float32, bfloat16 or float16; the heads of a token are contiguous, tokens
+            may be any distance apart.
         value: As key, with a distance of its own.
         key_cache: [blocks, block_size, K, D] by shape. Blocks, tokens and heads may lie in any
-            order (NHD or HND) by positive strides; the last stride is 1.
-        value_cache: As key_cache, with the same strides.
-        slot_mapping: int32 [T], in [-1, blocks * block_size), no slot twice.
+            order (NHD or HND) by positive strides, of which each is past all that smaller ones
+            reach; the last stride is 1.
+        value_cache: As key_cache, with the same strides; the two share no element, but may be packed
+            into one array.
+        slot_mapping: int32 or int64 [T] or fewer, in [-1, blocks * block_size), no slot twice;
+            tokens beyond its end are not written.
+        kv_cache_dtype: "fp8_e4m3" or "fp8_e5m2" say what a cache of uint8 holds; "auto" takes the
+            cache's dtype, which may be one of FP8 itself.
+        k_scale: For an FP8 cache, float32: one for all keys, [] or [1]; one a head, [K]; or one for
+            each token and head, [blocks, block_size, K] with positive strides. The first two are
+            read, finite and at least 2**-126. The last is written, for each slot that is: the
+            largest finite magnitude of the head, divided by that of the format (448 or 57,344),
+            and at least 2**-126.
+        v_scale: As k_scale, of values.
         stream: Where it runs on a GPU; docs/ops.md has the default.
 
     Example:
@@ -479,7 +511,17 @@ def reshape_and_cache_flash(
         >>> key = np.ones((3, 2, 8), np.float32)
         >>> ops.reshape_and_cache_flash(key, key, cache, cache.copy(), np.int32([4, -1, 5]))
     """
-    _ops().reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, stream)
+    _ops().reshape_and_cache_flash(
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        kv_cache_dtype,
+        k_scale,
+        v_scale,
+        stream,
+    )
 
 
 def slot_mapping(

@@ -43,10 +43,15 @@ HeadShape head_shape(OpCall& call, int64_t cols, int32_t num_heads, int32_t num_
 }
 
 // Slots of a cache write: -1 writes nothing, and nothing is written twice.
-void check_slots(OpCall& call, const Operand& slots, const KvCacheLayer& cache) {
-  call.in_range(slots, -1, int64_t{cache.num_blocks} * cache.block_size, "slots, or -1,");
-  const std::span<const int32_t> values = call.look(slots);
-  std::vector<int32_t> sorted(values.begin(), values.end());
+template <typename T>
+void check_slot_values(OpCall& call, const Operand& slots, const KvCacheLayer& cache) {
+  const std::span<const T> values = call.look_for_cache<T>(slots);
+  const int64_t count = int64_t{cache.num_blocks} * cache.block_size;
+  for (size_t i = 0; i < values.size(); ++i) {
+    call.require(values[i] >= -1 && values[i] < count, "slot_mapping[", i, "] is ", values[i],
+                 "; slots must be in [0, ", count, "), or -1 for none");
+  }
+  std::vector<T> sorted(values.begin(), values.end());
   std::sort(sorted.begin(), sorted.end());
   for (size_t i = 1; i < sorted.size(); ++i) {
     call.require(sorted[i] < 0 || sorted[i] != sorted[i - 1], "slot_mapping names slot ", sorted[i],
@@ -54,11 +59,39 @@ void check_slots(OpCall& call, const Operand& slots, const KvCacheLayer& cache) 
   }
 }
 
+SlotMapping slots_operand(OpCall& call, nb::handle array, const KvCacheLayer& cache,
+                          Operand& slots) {
+  slots = call.input("slot_mapping", array);
+  const bool is_wide = slots.dtype == element_type("int64").dlpack();
+  call.contiguous(call.ndim(slots, 1, "[tokens]"));
+  call.require(is_wide || slots.is(DType::kI32), "slot_mapping must be int32 or int64");
+  call.require(slots.cols() <= kMaxInt, "slot_mapping has ", slots.cols(),
+               " entries; must have fewer than 2**31");
+  if (is_wide) {
+    check_slot_values<int64_t>(call, slots, cache);
+  } else {
+    check_slot_values<int32_t>(call, slots, cache);
+  }
+  return {slots.data, is_wide};
+}
+
+void check_cache_heads(const OpCall& call, const KvCacheLayer& cache, int64_t heads,
+                       int64_t head_dim) {
+  call.require(cache.num_kv_heads == heads && cache.head_dim == head_dim, "key_cache has ",
+               cache.num_kv_heads, " heads of ", cache.head_dim, "; must have ", heads, " of ",
+               head_dim);
+}
+
+DType written_dtype(const OpCall& call, const Operand& operand) {
+  return operand.is(DType::kF16) ? DType::kF16 : call.activation(operand);
+}
+
 nb::object qkv_prepare(const OpsHandle& self, const std::string& op, nb::handle qkv_array,
                        int32_t num_heads, int32_t num_kv_heads, nb::handle q_norm_array,
                        nb::handle k_norm_array, float eps, nb::handle rope_array,
                        nb::handle positions_array, bool interleaved, nb::handle key_array,
-                       nb::handle value_array, nb::handle slots_array, bool write_only,
+                       nb::handle value_array, nb::handle slots_array,
+                       const std::string& kv_cache_dtype, nb::handle k_scale, nb::handle v_scale,
                        nb::handle out_array, nb::handle stream) {
   const auto context = self.share();
   OpCall call(*context, op.c_str(), stream);
@@ -102,49 +135,82 @@ nb::object qkv_prepare(const OpsHandle& self, const std::string& op, nb::handle 
     call.context().infer.positions = static_cast<int32_t*>(positions.data);
     read.push_back(rope);
   }
-  KvCacheLayer cache;
+  CacheOperand cache;
   if (!key_array.is_none() || !value_array.is_none() || !slots_array.is_none()) {
     call.require(!key_array.is_none() && !value_array.is_none() && !slots_array.is_none(),
                  "key_cache, value_cache and slot_mapping must be given together");
-    cache =
-        cache_operand(call, {key_array, value_array, nb::none(), nb::none()}, params.dtype, true)
-            .layer;
-    call.require(cache.num_kv_heads == num_kv_heads && cache.head_dim == params.shape.head_dim,
-                 "key_cache has ", cache.num_kv_heads, " heads of ", cache.head_dim, "; must have ",
-                 num_kv_heads, " of ", params.shape.head_dim);
-    const Operand slots = call.input("slot_mapping", slots_array);
-    call.ints(slots, qkv.rows());
-    check_slots(call, slots, cache);
-    params.cache = &cache;
-    call.context().infer.slot_mapping = static_cast<int32_t*>(slots.data);
-    call.context().infer.max_tokens = static_cast<int32_t>(qkv.rows());
+    cache = cache_operand(call, {key_array, value_array, k_scale, v_scale, kv_cache_dtype},
+                          params.dtype, true);
+    check_cache_heads(call, cache.layer, num_kv_heads, params.shape.head_dim);
+    Operand slots;
+    params.slots = slots_operand(call, slots_array, cache.layer, slots);
+    call.shaped(slots, std::vector<int64_t>{qkv.rows()});
+    params.cache = &cache.layer;
+    read.push_back(slots);
+    read.insert(read.end(), cache.arrays.begin(), cache.arrays.end());
   }
-  Operand out;
-  if (!write_only) {
-    out = call.output("out", out_array, qkv.sizes(), params.dtype);
-    call.no_partial_overlap(out, qkv);
-    for (const Operand& other : read) {
-      call.require(out.data != other.data || out.size() == 0, "out is ", other.name);
-      call.no_partial_overlap(out, other);
-    }
-    params.out = out.data;
+  const Operand out = call.output("out", out_array, qkv.sizes(), params.dtype);
+  call.no_partial_overlap(out, qkv);
+  for (const Operand& other : read) {
+    call.require(out.data != other.data || out.size() == 0, "out is ", other.name);
+    if (other.ndim < 3) call.no_partial_overlap(out, other);
   }
+  params.out = out.data;
   call.context().sizes.num_tokens = static_cast<int32_t>(qkv.rows());
   call.launch(0, [&](const Kernels& kernels, const StepContext& ctx) {
     if (qkv.rows() > 0) kernels.qkv_prepare(params, ctx);
   });
-  return write_only ? nb::none() : call.result(out);
+  return call.result(out);
+}
+
+// Writes the first tokens, as many as there are slots.
+void write_cache(OpCall& call, CacheWriteParams params, int64_t tokens, int64_t heads,
+                 int64_t head_dim, const CacheArguments& arguments, nb::handle slots_array) {
+  const CacheOperand cache = cache_operand(call, arguments, params.dtype, true);
+  check_cache_heads(call, cache.layer, heads, head_dim);
+  Operand slots;
+  params.slots = slots_operand(call, slots_array, cache.layer, slots);
+  call.require(slots.cols() <= tokens, "slot_mapping has ", slots.cols(),
+               " entries; must have at most one for each token, ", tokens);
+  params.cache = &cache.layer;
+  call.context().sizes.num_tokens = static_cast<int32_t>(slots.cols());
+  call.launch(0, [&](const Kernels& kernels, const StepContext& ctx) {
+    if (slots.cols() > 0) kernels.cache_write(params, ctx);
+  });
+}
+
+void cache_write(const OpsHandle& self, nb::handle qkv_array, int32_t num_heads,
+                 int32_t num_kv_heads, nb::handle key_array, nb::handle value_array,
+                 nb::handle slots_array, const std::string& kv_cache_dtype, nb::handle k_scale,
+                 nb::handle v_scale, nb::handle stream) {
+  const auto context = self.share();
+  OpCall call(*context, "cache_write", stream);
+  const Operand qkv = call.input("qkv", qkv_array);
+  call.contiguous(call.ndim(qkv, 2, "[tokens, (heads + 2 kv_heads) * head_dim]"));
+  CacheWriteParams params{};
+  params.dtype = written_dtype(call, qkv);
+  const HeadShape shape = head_shape(call, qkv.cols(), num_heads, num_kv_heads);
+  const auto size = static_cast<int64_t>(dtype_size(params.dtype));
+  const int64_t kv_cols = int64_t{num_kv_heads} * shape.head_dim;
+  params.key = static_cast<const char*>(qkv.data) + shape.q_cols() * size;
+  params.value = static_cast<const char*>(params.key) + kv_cols * size;
+  params.key_stride = params.value_stride = qkv.cols();
+  write_cache(call, params, qkv.rows(), num_kv_heads, shape.head_dim,
+              {key_array, value_array, k_scale, v_scale, kv_cache_dtype}, slots_array);
 }
 
 void reshape_and_cache(const OpsHandle& self, nb::handle key_array, nb::handle value_array,
                        nb::handle key_cache_array, nb::handle value_cache_array,
-                       nb::handle slots_array, nb::handle stream) {
+                       nb::handle slots_array, const std::string& kv_cache_dtype,
+                       nb::handle k_scale, nb::handle v_scale, nb::handle stream) {
   const auto context = self.share();
   OpCall call(*context, "reshape_and_cache_flash", stream);
   const Operand key = call.input("key", key_array);
-  const DType dtype = call.activation(call.ndim(key, 3, "[tokens, kv_heads, head_dim]"));
+  CacheWriteParams params{};
+  params.dtype = written_dtype(call, call.ndim(key, 3, "[tokens, kv_heads, head_dim]"));
   const Operand value = call.input("value", value_array);
-  call.shaped(call.typed(call.ndim(value, 3, "[tokens, kv_heads, head_dim]"), dtype), key.sizes());
+  call.shaped(call.typed(call.ndim(value, 3, "[tokens, kv_heads, head_dim]"), params.dtype),
+              key.sizes());
   for (const Operand* side : {&key, &value}) {
     const bool dense = (side->strides[2] == 1 || side->shape[2] == 1) &&
                        (side->strides[1] == side->shape[2] || side->shape[1] == 1) &&
@@ -153,32 +219,12 @@ void reshape_and_cache(const OpsHandle& self, nb::handle key_array, nb::handle v
                  side->strides[1], ", ", side->strides[2],
                  "]; the heads of a token must be contiguous");
   }
-  const KvCacheLayer cache =
-      cache_operand(call, {key_cache_array, value_cache_array, nb::none(), nb::none()}, dtype, true)
-          .layer;
-  call.require(cache.num_kv_heads == key.shape[1] && cache.head_dim == key.shape[2],
-               "key_cache has ", cache.num_kv_heads, " heads of ", cache.head_dim,
-               "; must have those of key, ", key.shape[1], " of ", key.shape[2]);
-  call.require(key.shape[0] <= kMaxInt, "key has ", key.shape[0],
-               " tokens; must have fewer than 2**31");
-  const Operand slots = call.input("slot_mapping", slots_array);
-  call.ints(slots, key.shape[0]);
-  check_slots(call, slots, cache);
-  QkvPrepareParams params{};
-  params.shape = {cache.num_kv_heads, cache.num_kv_heads, cache.head_dim};
-  params.dtype = dtype;
-  params.qkv = key.data;
   params.key = key.data;
   params.value = value.data;
   params.key_stride = key.strides[0];
   params.value_stride = value.strides[0];
-  params.cache = &cache;
-  call.context().infer.slot_mapping = static_cast<int32_t*>(slots.data);
-  call.context().infer.max_tokens = static_cast<int32_t>(key.shape[0]);
-  call.context().sizes.num_tokens = static_cast<int32_t>(key.shape[0]);
-  call.launch(0, [&](const Kernels& kernels, const StepContext& ctx) {
-    if (key.shape[0] > 0) kernels.qkv_prepare(params, ctx);
-  });
+  write_cache(call, params, key.shape[0], key.shape[1], key.shape[2],
+              {key_cache_array, value_cache_array, k_scale, v_scale, kv_cache_dtype}, slots_array);
 }
 
 // query_start_loc [B + 1] of at most `num_tokens` tokens; B.
@@ -483,10 +529,15 @@ void bind_attention_ops(nb::class_<OpsHandle>& ops, nb::module_& m) {
   ops.def("qkv_prepare", &qkv_prepare, nb::arg("op"), nb::arg("qkv"), nb::arg("num_heads"),
           nb::arg("num_kv_heads"), none("q_norm"), none("k_norm"), nb::arg("eps") = 0.0f,
           none("cos_sin"), none("positions"), nb::arg("interleaved") = false, none("key_cache"),
-          none("value_cache"), none("slot_mapping"), nb::arg("write_only") = false, none("out"),
-          none("stream"))
+          none("value_cache"), none("slot_mapping"), nb::arg("kv_cache_dtype") = "auto",
+          none("k_scale"), none("v_scale"), none("out"), none("stream"))
+      .def("cache_write", &cache_write, nb::arg("qkv"), nb::arg("num_heads"),
+           nb::arg("num_kv_heads"), nb::arg("key_cache"), nb::arg("value_cache"),
+           nb::arg("slot_mapping"), nb::arg("kv_cache_dtype") = "auto", none("k_scale"),
+           none("v_scale"), none("stream"))
       .def("reshape_and_cache_flash", &reshape_and_cache, nb::arg("key"), nb::arg("value"),
-           nb::arg("key_cache"), nb::arg("value_cache"), nb::arg("slot_mapping"), none("stream"))
+           nb::arg("key_cache"), nb::arg("value_cache"), nb::arg("slot_mapping"),
+           nb::arg("kv_cache_dtype") = "auto", none("k_scale"), none("v_scale"), none("stream"))
       .def("slot_mapping", &slot_mapping, nb::arg("block_table"), nb::arg("positions"),
            nb::arg("query_start_loc"), nb::arg("block_size"), none("out"), none("stream"))
       .def("plan_attention", &plan_attention, nb::arg("query_start_loc"), nb::arg("seq_lens"),

@@ -22,7 +22,9 @@ struct Float16 {
   uint16_t bits;
 };
 
-constexpr bool is_float8(DType dtype) { return dtype == DType::kE4M3 || dtype == DType::kE5M2; }
+MRV1_HD constexpr bool is_float8(DType dtype) {
+  return dtype == DType::kE4M3 || dtype == DType::kE5M2;
+}
 
 constexpr size_t dtype_size(DType dtype) {
   if (is_float8(dtype)) return 1;

@@ -1,6 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "ops/cache_write.h"
 #include "ops/copy_blocks.h"
 #include "ops/elementwise.h"
 #include "ops/embedding.h"
@@ -38,6 +39,7 @@ struct Kernels {
   void (*soft_cap)(const SoftCapParams&, const StepContext&);
   void (*gather_rows)(const GatherRowsParams&, const StepContext&);
   void (*qkv_prepare)(const QkvPrepareParams&, const StepContext&);
+  void (*cache_write)(const CacheWriteParams&, const StepContext&);
   void (*plan_attention)(const AttentionPlan&, const StepContext&);
   void (*paged_attention)(const PagedAttentionParams&, const StepContext&);
 

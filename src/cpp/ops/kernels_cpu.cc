@@ -24,6 +24,7 @@ const Kernels& cpu_kernels() {
       .soft_cap = soft_cap_cpu,
       .gather_rows = gather_rows_cpu,
       .qkv_prepare = qkv_prepare_cpu,
+      .cache_write = cache_write_cpu,
       .plan_attention = [](const AttentionPlan&, const StepContext&) {},
       .paged_attention = paged_attention_cpu,
       .apply = apply_cpu,

@@ -22,9 +22,10 @@ struct HeadShape {
 // strides, in floats, are 0 where a kind has one scale for many elements:
 //   kTensor: key[0], value[0];  kHead: key[head], value[head];
 //   kToken:  key[block * block_stride + token * token_stride + head * head_stride], also value.
-// The writer takes static scales (kTensor, kHead) as they are, finite and positive. For kToken it
-// computes and stores scale = max(m / format maximum, 2^-126) with m the largest finite magnitude
-// of the head after its rounding to the activation dtype (0 if there is none). In all kinds
+// The writer takes static scales (kTensor, kHead) as they are, finite and at least 2^-126. For
+// kToken it computes and stores scale = max(m / format maximum, 2^-126) with m the largest finite
+// magnitude of the head after its rounding to the activation dtype (0 if there is none). In all
+// kinds
 // code = float8_from_float(value * (1 / scale)), in float32: out of range and infinite values
 // saturate, NaN stays NaN (core/float8.h).
 enum class KvScaleKind : uint8_t { kNone, kTensor, kHead, kToken };
@@ -39,8 +40,26 @@ struct KvScales {
   }
 };
 
-// The smallest scale of a token: its inverse is finite.
+// The smallest scale: its inverse is finite.
 constexpr float kMinKvScale = 0x1p-126f;
+
+// The scale of a head of a token, by the largest finite magnitude in it.
+template <typename F>
+MRV1_HD float kv_token_scale(float largest) {
+  const float scale = largest / F::kMax;
+  return scale < kMinKvScale ? kMinKvScale : scale;
+}
+
+// Where tokens go: int32 or int64, -1 for nowhere.
+struct SlotMapping {
+  const void* data = nullptr;
+  bool is_wide = false;
+
+  MRV1_HD int64_t operator[](int64_t token) const {
+    return is_wide ? static_cast<const int64_t*>(data)[token]
+                   : static_cast<const int32_t*>(data)[token];
+  }
+};
 
 // One layer's paged key/value cache, in an activation dtype or in FP8. Element (block, token, head,
 // dim) of keys lies at key + block * block_stride + token * token_stride + head * head_stride +

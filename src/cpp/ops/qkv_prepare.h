@@ -12,15 +12,15 @@ namespace mrv1 {
 //    through. With c, s = cos, sin of the token's position, the two elements a, b of pair i become
 //    a c[i] - b s[i] and b c[i] + a s[i]. They lie at i and i + rope_pairs (half-split, "rotate
 //    half": HF Llama), or at 2 i and 2 i + 1 (interleaved: HF ERNIE 4.5).
-// 3. Cache write: k and v heads go to the slot of the token; slot -1 writes nothing.
-// The unfused program runs three of these with one part each; the fused one runs all in one.
-// All arithmetic in float32; a value is rounded to dtype after each part, so that fused and unfused
-// agree bit for bit.
+// 3. Cache write (ops/cache_write.h) of k and v heads; slot -1 writes nothing.
+// The unfused program runs one part at a time, the last one as an op of its own; the fused one runs
+// all in one. All arithmetic in float32; a value is rounded to dtype after each part, so that fused
+// and unfused agree bit for bit. What no part computes keeps its bits.
 struct QkvPrepareParams {
   const void* qkv;  // [tokens, shape.qkv_cols()] of dtype
-  void* out;        // the same shape; may be qkv; null if only the cache is written
+  void* out;        // the same shape; may be qkv
   HeadShape shape;
-  DType dtype;
+  DType dtype;      // float32 or bfloat16
   const float* q_norm;  // [head_dim] or null: no QK-norm
   const float* k_norm;  // [head_dim] or null
   float eps;
@@ -28,13 +28,9 @@ struct QkvPrepareParams {
   int32_t rope_pairs;  // at most head_dim / 2
   bool interleaved;
   int64_t max_position;
-  const KvCacheLayer* cache;  // null: no cache write; cache dtype equals dtype
+  const KvCacheLayer* cache;  // null: no cache write; of dtype, or FP8 with scales
   int32_t kv_group;           // whose slot mapping
-  // For a cache write alone: keys and values from rows [num_kv_heads * head_dim] of their own,
-  // whole strides of elements apart, instead of from qkv. Given together or both null.
-  const void* key = nullptr;
-  const void* value = nullptr;
-  int64_t key_stride = 0, value_stride = 0;
+  SlotMapping slots = {};     // [tokens], instead of the step's
 };
 
 void qkv_prepare_cpu(const QkvPrepareParams& params, const StepContext& ctx);

@@ -4,6 +4,8 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "ops/cache_head_cpu.h"
+#include "ops/cache_write.h"
 #include "ops/vector_ops.h"
 
 namespace mrv1 {
@@ -19,13 +21,7 @@ void check_params(const QkvPrepareParams& params, const StepContext& ctx) {
         "head_dim is ", shape.head_dim, ", must be a multiple of 8 up to ", kMaxHeadDim);
   check((params.q_norm == nullptr) == (params.k_norm == nullptr), kOp,
         "q_norm and k_norm must be given together");
-  check(params.out != nullptr || params.cache != nullptr, kOp,
-        "out and cache are null, one must be given");
-  check((params.key == nullptr) == (params.value == nullptr), kOp,
-        "key and value must be given together");
-  check(params.key == nullptr ||
-            (params.out == nullptr && params.q_norm == nullptr && params.rope == nullptr),
-        kOp, "key and value apart from qkv are for a cache write alone");
+  check(params.out != nullptr, kOp, "out is null, must be given");
   if (params.rope != nullptr) {
     check(params.rope_pairs > 0 && 2 * params.rope_pairs <= shape.head_dim, kOp, "rope_pairs is ",
           params.rope_pairs, ", must be in [1, ", shape.head_dim / 2, "]");
@@ -36,19 +32,8 @@ void check_params(const QkvPrepareParams& params, const StepContext& ctx) {
     }
   }
   if (params.cache != nullptr) {
-    const KvCacheLayer& cache = *params.cache;
-    check(cache.dtype == params.dtype, kOp, "cache dtype is ", dtype_name(cache.dtype),
-          ", must be ", dtype_name(params.dtype));
-    check(cache.num_kv_heads == shape.num_kv_heads && cache.head_dim == shape.head_dim, kOp,
-          "cache holds ", cache.num_kv_heads, " heads of ", cache.head_dim, ", must be ",
-          shape.num_kv_heads, " of ", shape.head_dim);
-    const int64_t slots = int64_t{cache.num_blocks} * cache.block_size;
-    const int32_t* mapping =
-        ctx.infer.slot_mapping + int64_t{params.kv_group} * ctx.infer.max_tokens;
-    for (int32_t t = 0; t < ctx.sizes.num_tokens; ++t) {
-      check(mapping[t] < slots, kOp, "slot of token ", t, " is ", mapping[t], ", must be below ",
-            slots);
-    }
+    check_cache_write(kOp, *params.cache, shape, params.dtype);
+    check_slots(kOp, *params.cache, slots_of(params.slots, params.kv_group, ctx), ctx);
   }
 }
 
@@ -64,19 +49,14 @@ void qkv_prepare_cpu(const QkvPrepareParams& params, const StepContext& ctx) {
   const int first_key = shape.num_heads;
   const int first_value = shape.num_heads + shape.num_kv_heads;
   const int num_heads = shape.num_heads + 2 * shape.num_kv_heads;
+  const WriteCacheHead write =
+      params.cache == nullptr ? nullptr : cache_head_writer(*params.cache, params.dtype);
 
   // One head of a token: through the parts it takes, to `out` and to the cache.
   const auto prepare_head = [&](int64_t token, int head, int64_t slot) {
     const int64_t offset = token * row_bytes + head * head_bytes;
     const char* from = static_cast<const char*>(params.qkv) + offset;
-    if (params.key != nullptr) {
-      const bool is_key = head < first_value;
-      const int64_t row = token * (is_key ? params.key_stride : params.value_stride) * size;
-      from = static_cast<const char*>(is_key ? params.key : params.value) + row +
-             (head - (is_key ? first_key : first_value)) * head_bytes;
-    }
-    alignas(64) char local[kMaxHeadDim * sizeof(float)];
-    char* to = params.out == nullptr ? local : static_cast<char*>(params.out) + offset;
+    char* to = static_cast<char*>(params.out) + offset;
     if (head < first_value && params.q_norm != nullptr) {
       const float* weight = head < first_key ? params.q_norm : params.k_norm;
       ops.norm_row(NormRow{from, nullptr, weight, to, nullptr, shape.head_dim, params.eps});
@@ -93,32 +73,22 @@ void qkv_prepare_cpu(const QkvPrepareParams& params, const StepContext& ctx) {
       }
       from = to;
     }
-    if (params.out != nullptr && from != to) {
-      std::memcpy(to, from, static_cast<size_t>(head_bytes));
-    }
+    if (from != to) std::memcpy(to, from, static_cast<size_t>(head_bytes));
     if (head >= first_key && slot >= 0) {
-      const KvCacheLayer& cache = *params.cache;
       const bool is_key = head < first_value;
-      const int64_t index = slot / cache.block_size * cache.block_stride +
-                            slot % cache.block_size * cache.token_stride +
-                            (head - (is_key ? first_key : first_value)) * cache.head_stride;
-      std::memcpy(static_cast<char*>(is_key ? cache.key : cache.value) + index * size, from,
-                  static_cast<size_t>(head_bytes));
+      write(*params.cache, is_key, slot, head - (is_key ? first_key : first_value), to);
     }
   };
 
-  const int first = params.out == nullptr ? first_key : 0;
-  const int32_t* mapping =
-      params.cache == nullptr
-          ? nullptr
-          : ctx.infer.slot_mapping + int64_t{params.kv_group} * ctx.infer.max_tokens;
+  const SlotMapping slots = params.cache == nullptr
+                                ? SlotMapping{}
+                                : slots_of(params.slots, params.kv_group, ctx);
   ctx.pool->parallel_for(ctx.sizes.num_tokens * int64_t{num_heads},
                          kElementsPerPiece / shape.head_dim, [&](int64_t begin, int64_t end, int) {
                            for (int64_t i = begin; i < end; ++i) {
                              const int64_t token = i / num_heads;
                              const int head = static_cast<int>(i % num_heads);
-                             if (head < first) continue;
-                             prepare_head(token, head, mapping == nullptr ? -1 : mapping[token]);
+                             prepare_head(token, head, write == nullptr ? -1 : slots[token]);
                            }
                          });
 }

@@ -153,11 +153,10 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
       return GatherRowsParams{in(0), out(0), result->cols, dtype};
     case OpKind::kQkNorm:
     case OpKind::kRope:
-    case OpKind::kCacheWrite:
     case OpKind::kQkvPrepare: {
       QkvPrepareParams params{};
       params.qkv = in(0);
-      params.out = op.outputs.empty() ? nullptr : out(0);
+      params.out = out(0);
       params.shape = op.heads;
       params.dtype = dtype;
       if (!op.weights.empty()) {
@@ -176,6 +175,19 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
         params.kv_group = kv_layout_.layers[op.kv_layer].group;
       }
       return params;
+    }
+    case OpKind::kCacheWrite: {
+      const char* heads = static_cast<const char*>(in(0));
+      const auto size = static_cast<int64_t>(dtype_size(dtype));
+      const int64_t keys = op.heads.q_cols();
+      const int64_t values = keys + int64_t{op.heads.num_kv_heads} * op.heads.head_dim;
+      return CacheWriteParams{.key = heads + keys * size,
+                              .value = heads + values * size,
+                              .key_stride = op.heads.qkv_cols(),
+                              .value_stride = op.heads.qkv_cols(),
+                              .dtype = dtype,
+                              .cache = &kv[op.kv_layer],
+                              .kv_group = kv_layout_.layers[op.kv_layer].group};
     }
     case OpKind::kPagedAttention:
       return PagedAttentionParams{.qkv = in(0),
@@ -221,6 +233,7 @@ void Executable::run(const StepContext& ctx, size_t first, size_t last) const {
     void operator()(const SoftCapParams& params) const { kernels.soft_cap(params, ctx); }
     void operator()(const GatherRowsParams& params) const { kernels.gather_rows(params, ctx); }
     void operator()(const QkvPrepareParams& params) const { kernels.qkv_prepare(params, ctx); }
+    void operator()(const CacheWriteParams& params) const { kernels.cache_write(params, ctx); }
     void operator()(const PagedAttentionParams& params) const {
       kernels.paged_attention(params, ctx);
     }
