@@ -74,8 +74,9 @@ class Exported:
 
     def __dlpack__(self, **options: Any) -> object:
         dims = max(len(self.shape), 1)
-        shape, strides = (ctypes.c_int64 * dims)(*self.shape), (ctypes.c_int64 * dims)(
-            *self._strides
+        shape, strides = (
+            (ctypes.c_int64 * dims)(*self.shape),
+            (ctypes.c_int64 * dims)(*self._strides),
         )
         tensor = _Tensor(
             self._address, *self._device, len(self.shape), _CODES[self._dtype],

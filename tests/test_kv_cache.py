@@ -13,10 +13,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from device_arrays import Exported, Storage, contiguous, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from device_arrays import Exported, Storage, contiguous, stored
 from mrv1 import _core, ops
 from mrv1.errors import InvalidArgumentError
 

@@ -68,8 +68,8 @@ __device__ __forceinline__ Target target_of(const WriteArgs& args, int64_t slot)
 
 // `size`: of an element. Copies bits.
 template <int kUnroll>
-__global__ void __launch_bounds__(kThreads) cache_copy_kernel(const __grid_constant__ WriteArgs args,
-                                                        int32_t size) {
+__global__ void __launch_bounds__(kThreads)
+    cache_copy_kernel(const __grid_constant__ WriteArgs args, int32_t size) {
   cuda::launch_next();
   cuda::wait_for_previous();
   const uint32_t first = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
@@ -185,8 +185,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < kUnroll; ++i) {
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-          scale[i][side] = fmaxf(
-              scale[i][side], __shfl_xor_sync(cuda::kFullWarp, scale[i][side], offset));
+          scale[i][side] =
+              fmaxf(scale[i][side], __shfl_xor_sync(cuda::kFullWarp, scale[i][side], offset));
         }
       }
     }
@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(kThreads)
       if constexpr (kStoresScales) {
         factor = kv_token_scale<F>(factor);
         if (place.piece == 0) {
-          (side == 0 ? scales.key : scales.value)[scales.index(target.block, target.place,
-                                                               place.head)] = factor;
+          (side == 0 ? scales.key
+                     : scales.value)[scales.index(target.block, target.place, place.head)] = factor;
         }
       }
       float values[kPieceSize];
@@ -344,8 +344,9 @@ void launch_write(const CacheWriteParams& params, const StepContext& ctx, WriteA
   const KvCacheLayer& cache = args.cache;
   if (!is_float8(cache.dtype)) {
     if (!is_aligned(params, cuda::kVectorBytes)) return launch_plain<T, T>(ctx, args);
-    return launch_places(ctx, args, cache.head_dim / cuda::kVectorSize<T>, cache_copy_kernel<kInFlight>,
-                         kInFlight, cache_copy_kernel<1>, static_cast<int32_t>(sizeof(T)));
+    return launch_places(ctx, args, cache.head_dim / cuda::kVectorSize<T>,
+                         cache_copy_kernel<kInFlight>, kInFlight, cache_copy_kernel<1>,
+                         static_cast<int32_t>(sizeof(T)));
   }
   const auto quantise = [&](auto format) {
     using F = typename decltype(format)::type;

@@ -322,10 +322,9 @@ bool all_aligned(const QkvPrepareParams& params, const KvCacheLayer& cache) {
   const void* targets[] = {cache.key, cache.value};
   const int64_t strides[] = {cache.block_stride, cache.token_stride, cache.head_stride};
   return std::all_of(std::begin(vectors), std::end(vectors), cuda::is_vector_aligned) &&
-         std::all_of(std::begin(targets), std::end(targets),
-                     [&](const void* target) {
-                       return reinterpret_cast<intptr_t>(target) % bytes == 0;
-                     }) &&
+         std::all_of(
+             std::begin(targets), std::end(targets),
+             [&](const void* target) { return reinterpret_cast<intptr_t>(target) % bytes == 0; }) &&
          std::all_of(std::begin(strides), std::end(strides),
                      [](int64_t stride) { return stride % kLaneSize == 0; });
 }

@@ -481,9 +481,9 @@ def reshape_and_cache_flash(
     """Writes keys and values into a paged cache: token t goes to slot slot_mapping[t].
 
     Slot s is token s % block_size of block s // block_size; -1 writes nothing. A cache of key's
-    dtype gets the same bits. An FP8 cache (Micikevicius et al. 2022: E4M3 without infinity, or E5M2)
-    gets the codes of value * (1 / scale) in float32, rounded to nearest even; what is out of range,
-    infinite too, becomes the largest value, and NaN the code 0x7f.
+    dtype gets the same bits. An FP8 cache (Micikevicius et al. 2022: E4M3 without infinity, or
+    E5M2) gets the codes of value * (1 / scale) in float32, rounded to nearest even; what is out of
+    range, infinite too, becomes the largest value, and NaN the code 0x7f.
 
     Args:
         key: [T, K, D] of float32, bfloat16 or float16; the heads of a token are contiguous, tokens
@@ -492,8 +492,8 @@ def reshape_and_cache_flash(
         key_cache: [blocks, block_size, K, D] by shape. Blocks, tokens and heads may lie in any
             order (NHD or HND) by positive strides, of which each is past all that smaller ones
             reach; the last stride is 1.
-        value_cache: As key_cache, with the same strides; the two share no element, but may be packed
-            into one array.
+        value_cache: As key_cache, with the same strides; the two share no element, but may be
+            packed into one array.
         slot_mapping: int32 or int64 [T] or fewer, in [-1, blocks * block_size), no slot twice;
             tokens beyond its end are not written.
         kv_cache_dtype: "fp8_e4m3" or "fp8_e5m2" say what a cache of uint8 holds; "auto" takes the

@@ -11,9 +11,8 @@ void check_cache_write(std::string_view op, const KvCacheLayer& cache, const Hea
         dtype_name(dtype), ", must be float32, bfloat16 or float16");
   check(cache.dtype == dtype || is_float8(cache.dtype), op, "cache dtype is ",
         dtype_name(cache.dtype), ", must be ", dtype_name(dtype), " or FP8");
-  const bool has_scales =
-      cache.scales.kind != KvScaleKind::kNone && cache.scales.key != nullptr &&
-      cache.scales.value != nullptr;
+  const bool has_scales = cache.scales.kind != KvScaleKind::kNone && cache.scales.key != nullptr &&
+                          cache.scales.value != nullptr;
   check(is_float8(cache.dtype) ? has_scales : cache.scales.kind == KvScaleKind::kNone, op,
         "a cache of ", dtype_name(cache.dtype), " has ", has_scales ? "" : "no ",
         "scales; FP8 needs them, other caches must have none");

@@ -21,9 +21,9 @@ int64_t cache_index(const KvCacheLayer& cache, int64_t slot, int64_t head) {
 void copy_head(const KvCacheLayer& cache, bool is_key, int64_t slot, int64_t head,
                const void* from) {
   const auto size = static_cast<int64_t>(dtype_size(cache.dtype));
-  std::memcpy(static_cast<char*>(is_key ? cache.key : cache.value) +
-                  cache_index(cache, slot, head) * size,
-              from, static_cast<size_t>(cache.head_dim * size));
+  std::memcpy(
+      static_cast<char*>(is_key ? cache.key : cache.value) + cache_index(cache, slot, head) * size,
+      from, static_cast<size_t>(cache.head_dim * size));
 }
 
 // The largest finite magnitude. Comparisons with NaN are false.
@@ -43,8 +43,9 @@ void quantise_head(const KvCacheLayer& cache, bool is_key, int64_t slot, int64_t
                    const void* from) {
   const T* values = static_cast<const T*>(from);
   const KvScales& scales = cache.scales;
-  float& scale = (is_key ? scales.key : scales.value)[scales.index(
-      slot / cache.block_size, slot % cache.block_size, head)];
+  float& scale =
+      (is_key ? scales.key
+              : scales.value)[scales.index(slot / cache.block_size, slot % cache.block_size, head)];
   if (scales.kind == KvScaleKind::kToken) {
     scale = kv_token_scale<F>(largest_finite(values, cache.head_dim));
   }

@@ -20,7 +20,7 @@ struct QkvPrepareParams {
   const void* qkv;  // [tokens, shape.qkv_cols()] of dtype
   void* out;        // the same shape; may be qkv
   HeadShape shape;
-  DType dtype;      // float32 or bfloat16
+  DType dtype;          // float32 or bfloat16
   const float* q_norm;  // [head_dim] or null: no QK-norm
   const float* k_norm;  // [head_dim] or null
   float eps;

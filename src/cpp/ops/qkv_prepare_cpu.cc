@@ -80,9 +80,8 @@ void qkv_prepare_cpu(const QkvPrepareParams& params, const StepContext& ctx) {
     }
   };
 
-  const SlotMapping slots = params.cache == nullptr
-                                ? SlotMapping{}
-                                : slots_of(params.slots, params.kv_group, ctx);
+  const SlotMapping slots =
+      params.cache == nullptr ? SlotMapping{} : slots_of(params.slots, params.kv_group, ctx);
   ctx.pool->parallel_for(ctx.sizes.num_tokens * int64_t{num_heads},
                          kElementsPerPiece / shape.head_dim, [&](int64_t begin, int64_t end, int) {
                            for (int64_t i = begin; i < end; ++i) {

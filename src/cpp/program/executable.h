@@ -44,9 +44,9 @@ class Executable {
   void* value(int32_t id) const;
 
  private:
-  using Call =
-      std::variant<EmbeddingParams, RmsNormParams, LinearParams, AddParams, GatedMulParams,
-                   SoftCapParams, GatherRowsParams, QkvPrepareParams, CacheWriteParams, PagedAttentionParams>;
+  using Call = std::variant<EmbeddingParams, RmsNormParams, LinearParams, AddParams, GatedMulParams,
+                            SoftCapParams, GatherRowsParams, QkvPrepareParams, CacheWriteParams,
+                            PagedAttentionParams>;
   Call bind(const Program& program, const Op& op, std::span<const WeightView> weights,
             std::span<const KvCacheLayer> kv) const;
   const AttentionPlan* plan_of(const Op& op) const;
