@@ -323,6 +323,38 @@ atexit.register(lambda: print(time.time(), flush=True))
     assert time.time() - float(out) < 5.0
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_exit_ends_an_engine_that_is_kept(device: str, background: bool) -> None:
+    """What refers to it may never be torn down; its thread and its steps end all the same."""
+    out = run_child(
+        device,
+        f"""
+import builtins, weakref
+
+class Witness:
+    pass
+
+def report():
+    # Finalizers of later objects have run.
+    assert "mrv1-engine" not in thread_names()
+    try:
+        builtins.kept._native.stats()
+    except ClosedError:
+        print("closed", flush=True)
+
+builtins.witness = Witness()
+weakref.finalize(builtins.witness, report)
+builtins.kept = Engine(MODEL, background={background}, **SIZES)
+for index in range(4):
+    builtins.kept.add_request(str(index), [5 + index] * 300, GREEDY)
+builtins.kept.step()
+assert thread_names().count("mrv1-engine") == {background}
+""",
+        timeout=20,
+    )
+    assert out == "closed\n"
+
+
 def test_error_leaves_by_its_own_way(device: str) -> None:
     """An exception that nobody catches ends the process with 1 and its traceback."""
     child = subprocess.run(

@@ -289,6 +289,8 @@ class OutputPump:
                 else:
                     self._end_lost()
         except BaseException as error:
+            if self._abandoned:
+                return  # its callback took too long, and the native engine is closed
             _LOG.exception("the output thread failed")
             self._failure = f"the output thread failed: {type(error).__name__}: {error}"
             self._end_all(self._failure)
@@ -464,8 +466,12 @@ class OutputPump:
             self.stopping = self._abandoned = True
             _wake(self._idle)
             _wake(self._waiting)
-        if self._thread is None or self._is_output_thread or not self._thread.is_alive():
+        if self._is_output_thread:
             return
-        with contextlib.suppress(ClosedError):
-            self.native.wake()
-        self._thread.join(_EXIT_WAIT_S)
+        if self._thread is not None and self._thread.is_alive():
+            with contextlib.suppress(ClosedError):
+                self.native.wake()
+            self._thread.join(_EXIT_WAIT_S)
+        # Also where something outlives the interpreter that refers to the engine: no step may be in
+        # flight when the process, and a GPU's driver in it, is torn down.
+        self.native.close()

@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "allocations.h"
 #include "core/error.h"
 #include "small_model.h"
 

@@ -3,34 +3,14 @@
 // The runner over a small random model: steps that run ahead, and what a steady step allocates.
 #include <doctest/doctest.h>
 
-#include <atomic>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <numeric>
 #include <vector>
 
+#include "allocations.h"
 #include "small_model.h"
 
-namespace {
-
-std::atomic<int64_t> allocations{0};
-
-}  // namespace
-
-// Counts every allocation of the test program.
-[[gnu::noinline]] void* operator new(size_t bytes) {
-  allocations.fetch_add(1, std::memory_order_relaxed);
-  if (void* data = std::malloc(bytes > 0 ? bytes : 1)) return data;
-  throw std::bad_alloc();
-}
-[[gnu::noinline]] void operator delete(void* data) noexcept { std::free(data); }
-[[gnu::noinline]] void operator delete(void* data, size_t) noexcept { std::free(data); }
-
 namespace mrv1 {
-
-int64_t count_allocations() { return allocations.load(std::memory_order_relaxed); }
-
 namespace {
 
 int32_t add_request(ModelRunner& runner, int32_t row, float temperature) {
@@ -60,10 +40,10 @@ TEST_CASE("a steady decode step allocates nothing, on the host or on the stream"
   runner->result(runner->execute(prefill));
   for (int i = 0; i < 4; ++i) runner->result(runner->execute(decode));
   for (int i = 0; i < 50; ++i) {
-    const int64_t before = allocations.load();
+    const int64_t before = count_allocations();
     const uint64_t step = runner->execute(decode);
     runner->device().synchronize();
-    CHECK(allocations.load() == before);
+    CHECK(count_allocations() == before);
     CHECK(runner->result(step).entries.size() == 4);
   }
 }

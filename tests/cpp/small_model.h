@@ -13,9 +13,6 @@
 
 namespace mrv1 {
 
-// Allocations of the test program so far, by any thread.
-int64_t count_allocations();
-
 constexpr int32_t kVocab = 96, kHidden = 64, kHeads = 2, kKvHeads = 1, kHeadDim = 32;
 
 inline int32_t matrix(Program& program, const std::string& name, int64_t rows, int64_t cols) {
@@ -73,8 +70,9 @@ inline RunnerConfig small_config() {
 }
 
 inline std::shared_ptr<ModelRunner> small_runner(const RunnerConfig& config = small_config(),
-                                                 const std::vector<int32_t>& windows = {0}) {
-  std::shared_ptr<Device> device = make_cpu_device(2);
+                                                 const std::vector<int32_t>& windows = {0},
+                                                 std::shared_ptr<Device> device = nullptr) {
+  if (device == nullptr) device = make_cpu_device(2);
   auto runner = std::make_shared<ModelRunner>(device, small_model(windows), config);
   for (size_t i = 0; i < runner->program().weights().size(); ++i) {
     runner->weights().fill_random(static_cast<int32_t>(i), 7, 0.2f);

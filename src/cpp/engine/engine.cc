@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <new>
 
 #include "core/clock.h"
 #include "core/error.h"
@@ -351,6 +352,8 @@ bool Engine::launch(EventBatch& out) {
     }
     ++stats_.steps;
     return true;
+  } catch (const std::bad_alloc&) {
+    throw;
   } catch (const std::exception& error) {
     fail_touched(error.what(), out);
     return false;
@@ -381,6 +384,8 @@ void Engine::take_in(EventBatch& out) {
   stats_.device_wait_cpu_ns += thread_cpu_ns() - start;
   try {
     runner_->result(oldest.step, output_);
+  } catch (const std::bad_alloc&) {
+    throw;
   } catch (const std::exception& error) {
     output_.error = error.what();
     output_.entries.clear();
@@ -402,6 +407,8 @@ void Engine::take_in(EventBatch& out) {
     }
     try {
       take_in_entry(planned, output_.entries[i], output_.tokens(i), out);
+    } catch (const std::bad_alloc&) {
+      throw;
     } catch (const std::exception& error) {
       if (has_request(planned.slot)) end(planned.slot, RequestEnd::kError, error.what(), out);
     }

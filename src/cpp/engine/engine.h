@@ -34,8 +34,8 @@ class Engine {
   bool has_request(int32_t slot) const;
 
   // Launches the next step if there is work, then takes in the oldest one if one runs ahead, or if
-  // nothing was launched. Adds what became known to `out`. Throws nothing: what goes wrong ends the
-  // requests that it touched.
+  // nothing was launched. Adds what became known to `out`. What goes wrong ends the requests that
+  // it touched. Throws std::bad_alloc only, and the engine may then only be destroyed.
   void step(EventBatch& out);
   // Whether step() has something to do.
   bool has_work() const {

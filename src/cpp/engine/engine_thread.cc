@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <exception>
+#include <new>
 #include <system_error>
 #include <utility>
 
@@ -17,6 +18,7 @@ namespace {
 
 constexpr const char* kWhere = "engine";
 constexpr double kLongestWait = 1e6;  // seconds
+constexpr const char* kOutOfMemory = "ran out of host memory and has ended; close it";
 
 }  // namespace
 
@@ -56,6 +58,7 @@ void EngineThread::add_request(NamedRequest request) {
   {
     std::lock_guard lock(mutex_);
     if (stopping_) fail(ErrorKind::kClosed, kWhere, "is closed");
+    if (out_of_memory_) fail(ErrorKind::kOutOfMemory, kWhere, kOutOfMemory);
     const auto [place, is_new] = names_.try_emplace(std::move(request.id));
     if (!is_new) fail(ErrorKind::kRequest, "add_request", "an unfinished request has this id");
     Name& name = place->second;
@@ -131,8 +134,9 @@ std::vector<RequestOutput> EngineThread::wait_outputs(double timeout_s) {
         "; it must not be negative");
   const std::chrono::duration<double> timeout(std::min(timeout_s, kLongestWait));
   std::unique_lock lock(mutex_);
-  news_.wait_for(lock, timeout,
-                 [&] { return woken_ || !outputs_.events.empty() || num_samples_ == 0; });
+  news_.wait_for(lock, timeout, [&] {
+    return woken_ || out_of_memory_ || !outputs_.events.empty() || num_samples_ == 0;
+  });
   woken_ = false;
   return take_outputs();
 }
@@ -150,9 +154,11 @@ bool EngineThread::has_unfinished() {
   return num_samples_ > 0 || engine_has_work_;
 }
 
+// What may throw comes first, so that outputs which find no memory are still there.
 std::vector<RequestOutput> EngineThread::take_outputs() {
   std::vector<RequestOutput> outputs;
   outputs.reserve(outputs_.events.size());
+  free_slots_.reserve(samples_.size());
   auto token = outputs_.tokens.begin();
   for (const RequestEvent& event : outputs_.events) {
     const auto tokens = token;
@@ -164,18 +170,44 @@ std::vector<RequestOutput> EngineThread::take_outputs() {
     output.index = sample.index;
     output.token_ids.assign(tokens, token);
     output.end = event.end;
-    if (event.error >= 0) output.error = std::move(outputs_.errors[event.error]);
+    if (event.error >= 0) output.error = outputs_.errors[event.error];
     output.num_cached_tokens = event.num_cached_tokens;
     output.num_draft_tokens = event.num_draft_tokens;
     output.num_accepted_tokens = event.num_accepted_tokens;
-    if (event.end != RequestEnd::kNone) {
-      free_slot(event.slot);
-      const auto place = names_.find(output.id);
-      if (--place->second.unheard == 0) names_.erase(place);
-    }
+  }
+  if (out_of_memory_ && outputs_.events.empty()) {
+    end_unfinished(outputs);
+    return outputs;
+  }
+  for (const RequestEvent& event : outputs_.events) {
+    if (event.slot >= 0 && event.end != RequestEnd::kNone) hear_end(event.slot);
   }
   outputs_.clear();
   return outputs;
+}
+
+// Every sample that is left ends with an error, as the engine has.
+void EngineThread::end_unfinished(std::vector<RequestOutput>& outputs) {
+  for (const Sample& sample : samples_) {
+    if (sample.id == nullptr) continue;
+    RequestOutput& output = outputs.emplace_back();
+    output.id = *sample.id;
+    output.index = sample.index;
+    output.end = RequestEnd::kError;
+    output.error = concat("[", kWhere, "] ", kOutOfMemory);
+  }
+  for (size_t slot = 0; slot < samples_.size(); ++slot) {
+    if (samples_[slot].in_use) hear_end(static_cast<int32_t>(slot));
+  }
+}
+
+// The last output of a slot's sample was handed out, or nobody may hear of it.
+void EngineThread::hear_end(int32_t slot) {
+  if (const std::string* id = samples_[slot].id) {
+    const auto place = names_.find(*id);
+    if (--place->second.unheard == 0) names_.erase(place);
+  }
+  free_slot(slot);
 }
 
 // Nobody may hear what waits to be taken of a slot: the slot's next sample would be taken for it.
@@ -200,7 +232,8 @@ void EngineThread::run() {
     {
       std::unique_lock lock(mutex_);
       work_.wait(lock, [&] {
-        return stopping_ || (visitors_ == 0 && (!commands_.empty() || engine_has_work_));
+        return stopping_ ||
+               (!out_of_memory_ && visitors_ == 0 && (!commands_.empty() || engine_has_work_));
       });
       if (stopping_) return;
     }
@@ -210,16 +243,33 @@ void EngineThread::run() {
 }
 
 void EngineThread::turn(bool step) {
+  if (out_of_memory_) return;  // set under both locks, so either may read it
   const uint64_t start = step ? thread_cpu_ns() : 0;
   const uint64_t waited = engine_.device_wait_cpu_ns();
   try {
-    carry_out_commands();
-    if (step) engine_.step(events_);
-  } catch (const std::exception& error) {
-    engine_.end_all(RequestEnd::kError, error.what(), events_);
+    try {
+      carry_out_commands();
+      if (step) engine_.step(events_);
+    } catch (const std::bad_alloc&) {
+      throw;
+    } catch (const std::exception& error) {
+      engine_.end_all(RequestEnd::kError, error.what(), events_);
+    }
+    publish();
+  } catch (const std::exception&) {
+    give_up();
   }
-  publish();
   if (step) cpu_ns_ += thread_cpu_ns() - start - (engine_.device_wait_cpu_ns() - waited);
+}
+
+// A turn was left in the middle, and there may be no memory to say so with.
+void EngineThread::give_up() noexcept {
+  {
+    std::lock_guard lock(mutex_);
+    out_of_memory_ = true;
+    engine_has_work_ = false;
+  }
+  news_.notify_all();
 }
 
 void EngineThread::carry_out_commands() {
@@ -325,15 +375,17 @@ void EngineThread::stop() {
   work_.notify_all();
   if (thread_.joinable()) thread_.join();
   std::lock_guard engine(engine_mutex_);
-  try {
-    carry_out_commands();
-    engine_.end_all(RequestEnd::kAbort, "", events_);
-    // With nothing left to run it takes in the steps that do.
-    engine_.step(events_);
-  } catch (const std::exception&) {
-    // Out of memory: there is nobody to tell.
+  if (!out_of_memory_) {
+    try {
+      carry_out_commands();
+      engine_.end_all(RequestEnd::kAbort, "", events_);
+      // With nothing left to run it takes in the steps that do.
+      engine_.step(events_);
+      publish();
+    } catch (const std::exception&) {
+      give_up();
+    }
   }
-  publish();
   news_.notify_all();
 }
 

@@ -46,6 +46,9 @@ struct EngineThreadStats : EngineStats {
 // An Engine with names and queues around it, and a thread that steps it (or, without `background`,
 // the caller of step()). Any thread may call any method. Requests and aborts wait in a queue until
 // the next step; outputs wait in one until somebody takes them.
+//
+// Without host memory for a turn the engine ends: whatever is unfinished gets an error from whoever
+// takes outputs, on whose thread it is made, and requests are refused as kOutOfMemory.
 class EngineThread {
  public:
   static constexpr int32_t kMaxSamples = 1024;
@@ -101,8 +104,11 @@ class EngineThread {
   void turn(bool step);
   void carry_out_commands();
   void publish();
+  void give_up() noexcept;
   void apply_now();
   std::vector<RequestOutput> take_outputs();
+  void end_unfinished(std::vector<RequestOutput>& outputs);
+  void hear_end(int32_t slot);
   int32_t new_slot();
   void drop_outputs(int32_t slot);
   void free_slot(int32_t slot);
@@ -132,6 +138,7 @@ class EngineThread {
   int32_t visitors_ = 0;
   bool woken_ = false;
   bool stopping_ = false;
+  bool out_of_memory_ = false;  // no turn is taken any more; outputs are whole up to here
 
   std::thread thread_;
   std::mutex stop_mutex_;

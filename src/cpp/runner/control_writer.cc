@@ -89,6 +89,10 @@ void ControlWriter::write(ControlHeader* record, uint64_t step, std::span<const 
   record->stop_writes_offset = append<StopWrite>(record, stop_writes_);
   record->entries_offset = append<BatchEntry>(record, entries);
   record->payload_offset = append<int32_t>(record, payload_);
+  clear();
+}
+
+void ControlWriter::clear() {
   freed_.clear();
   new_rows_.clear();
   token_writes_.clear();

@@ -28,6 +28,7 @@ class ControlWriter {
   // Writes the record and forgets the changes.
   void write(ControlHeader* record, uint64_t step, std::span<const BatchEntry> entries,
              int32_t padded_requests, int32_t padded_tokens, int32_t padded_logits);
+  void clear();
 
  private:
   std::vector<FreeRow> freed_;

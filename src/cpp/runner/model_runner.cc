@@ -283,7 +283,7 @@ void ModelRunner::allocate_state() {
   ctx_.workspace = workspace_.data();
 
   rows_ = std::make_unique<RowTable>(config_, state.vocab_size, kv_layout_.groups,
-                                     [this] { submit({}, {}); });
+                                     [this] { send_changes(); });
   entries_.reserve(rows);
 }
 
@@ -404,6 +404,15 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
   }
   stats_.host_ns += nanoseconds_since(start) - waited_ns_;
   return step;
+}
+
+// Rows can be given back on a device that is lost, too: execute() says so, free_row() need not.
+void ModelRunner::send_changes() {
+  try {
+    submit({}, {});
+  } catch (const Error&) {
+    rows_->drop_changes();
+  }
 }
 
 uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShape& shape) {
@@ -578,7 +587,7 @@ void ModelRunner::wait_step(uint64_t step) noexcept {
   if (slot.step != step) return;
   try {
     wait(slot);
-  } catch (const Error&) {
+  } catch (const std::exception&) {
     // result() waits again, and says so.
   }
 }

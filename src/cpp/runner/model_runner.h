@@ -206,6 +206,7 @@ class ModelRunner {
   void allocate_state();
   void allocate_rings();
   uint64_t submit(std::span<const BatchEntry> entries, const StepShape& shape);
+  void send_changes();
   void wait(const Slot& slot) const;
   void keep_output(Slot& slot);
   void read_output(const Slot& slot, StepOutput& output);

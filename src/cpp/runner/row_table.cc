@@ -398,4 +398,9 @@ void RowTable::write(ControlHeader* record, uint64_t step, std::span<const Batch
   ++record_;
 }
 
+void RowTable::drop_changes() {
+  staged_.clear();
+  ++record_;
+}
+
 }  // namespace mrv1

@@ -81,6 +81,8 @@ class RowTable {
   // Writes the staged changes and a batch as a record, and forgets the changes.
   void write(ControlHeader* record, uint64_t step, std::span<const BatchEntry> entries,
              const StepSizes& padded);
+  // Forgets the staged changes, as the device that they are for is lost.
+  void drop_changes();
 
  private:
   int32_t max_total_length(const RowSpec& spec) const;
