@@ -1065,6 +1065,8 @@ class Ops:
 
     def sample(self, logits: object, temperature: object, top_k: object, top_p: object, min_p: object, seed: object, position: object, out: object | None = None, stream: object | None = None) -> object: ...
 
+    def ngram_propose(self, token_ids: object, lengths: object, max_drafts: int, ngram_min: int, ngram_max: int, limits: object | None = None, out: object | None = None, num_out: object | None = None, stream: object | None = None) -> object: ...
+
 class PackedWeight:
     """
     A matrix in the layout that `linear` of a device reads; made by mrv1.ops.pack_linear.

@@ -30,6 +30,7 @@ const Kernels& cuda_kernels() {
       .copy_blocks = copy_blocks_cuda,
       .token_map = token_map_cuda,
       .sampling_rows = sampling_rows_cuda,
+      .ngram_propose = ngram_propose_cuda,
       .fill_random = fill_random_cuda,
       .workspace_bytes = [](const WorkspaceLimits& limits) -> int64_t {
         return std::max(cuda::linear_workspace_bytes(limits.max_tokens, limits.gated_rows),

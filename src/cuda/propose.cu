@@ -1,11 +1,10 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
-// A block a row: its threads look at one place of the history each, most of which differ from the
-// row's last token, and the best occurrence is the largest number.
+// A block a row.
 #include "state/propose.h"
 
-#include "block.cuh"
 #include "launch.h"
+#include "ngram_search.cuh"
 #include "staged_record.h"
 
 namespace mrv1 {
@@ -13,8 +12,6 @@ namespace {
 
 constexpr std::string_view kOp = "propose";
 constexpr int kThreads = 1024;
-// Places that a thread asks for before it looks at the first.
-constexpr int kAtOnce = 8;
 
 __global__ void __launch_bounds__(kThreads)
     propose_kernel(const cuda::StagedRecord* staged, RowState state) {
@@ -31,26 +28,9 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t length = row.total_len;
   const int32_t most = most_drafts(entry, row, state.sampling[entry.row]);
   NgramMatch best = 0;
-  if (most > 0) {
-    const int32_t last = history[length - 1];
-    for (int32_t first = 1 + static_cast<int32_t>(threadIdx.x); first < length;
-         first += kThreads * kAtOnce) {
-      int32_t before[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int32_t end = first + i * kThreads;
-        before[i] = end < length ? history[end - 1] : kNoToken;
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (before[i] != last) continue;
-        best = max(best, ngram_match_at(history, length, first + i * kThreads, state.ngram));
-      }
-    }
-    best = cuda::block_max<kThreads>(best);
-  }
+  if (most > 0) best = cuda::best_ngram_match<kThreads>(history, length, state.ngram);
   if (threadIdx.x == 0) {
-    state.rows[entry.row].num_drafts = copy_drafts(history, length, best, most);
+    state.rows[entry.row].num_drafts = copy_drafts(history, length, best, most, history + length);
   }
 }
 

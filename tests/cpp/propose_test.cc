@@ -12,12 +12,7 @@ namespace mrv1 {
 namespace {
 
 NgramMatch best_match(const std::vector<int32_t>& history, NgramRange range) {
-  const auto length = static_cast<int32_t>(history.size());
-  NgramMatch best = 0;
-  for (int32_t end = 1; end < length; ++end) {
-    best = std::max(best, ngram_match_at(history.data(), length, end, range));
-  }
-  return best;
+  return best_ngram_match(history.data(), static_cast<int32_t>(history.size()), range);
 }
 
 }  // namespace
@@ -34,10 +29,10 @@ TEST_CASE("the longest occurrence counts, then the most recent, and never the to
 
 TEST_CASE("drafts end with the history and with what is allowed") {
   std::vector<int32_t> history = {7, 8, 9, 7, 0, 0, 0, 0};
-  CHECK(copy_drafts(history.data(), 4, best_match({7, 8, 9, 7}, {1, 3}), 9) == 3);
+  CHECK(copy_drafts(history.data(), 4, best_match({7, 8, 9, 7}, {1, 3}), 9, &history[4]) == 3);
   CHECK(history == std::vector<int32_t>{7, 8, 9, 7, 8, 9, 7, 0});
-  CHECK(copy_drafts(history.data(), 4, best_match({7, 8, 9, 7}, {1, 3}), 2) == 2);
-  CHECK(copy_drafts(history.data(), 4, 0, 9) == 0);
+  CHECK(copy_drafts(history.data(), 4, best_match({7, 8, 9, 7}, {1, 3}), 2, &history[4]) == 2);
+  CHECK(copy_drafts(history.data(), 4, 0, 9, &history[4]) == 0);
 }
 
 TEST_CASE("drafts leave room for the token that follows them") {

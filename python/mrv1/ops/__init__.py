@@ -32,6 +32,7 @@ __all__ = [
     "gather_rows",
     "gelu_mul",
     "linear",
+    "ngram_propose",
     "pack_linear",
     "paged_attention",
     "plan_attention",
@@ -718,3 +719,46 @@ def sample(
         array([1], dtype=int32)
     """
     return _ops().sample(logits, temperature, top_k, top_p, min_p, seed, position, out, stream)
+
+
+def ngram_propose(
+    token_ids: Array,
+    lengths: Array,
+    max_drafts: int,
+    *,
+    ngram_min: int = 1,
+    ngram_max: int = 3,
+    limits: Array | None = None,
+    out: Array | None = None,
+    num_out: Array | None = None,
+    stream: object = None,
+) -> tuple[Array, Array]:
+    """Drafts by prompt lookup (Saxena 2023): what followed a request's last tokens before.
+
+    Of row b, the last n of lengths[b] tokens are looked for among the earlier ones, for the largest
+    n from ngram_max down to ngram_min with which they occur and a token follows; the last tokens do
+    not find themselves, and of several occurrences the latest counts. The drafts are the tokens
+    that follow it, up to the end of the history. Speculation in `LLM` proposes the same.
+
+    Args:
+        token_ids: int32 [B, tokens]; the tokens of a row are contiguous, rows any distance apart.
+        lengths: int32 [B], each in [0, tokens]; what lies beyond is not read.
+        max_drafts: k, in [1, 1024].
+        ngram_min: Tokens that must agree at least.
+        ngram_max: The most that are looked for.
+        limits: int32 [B], not negative: so many drafts at most for each request; k if None.
+        out: int32 [B, k].
+        num_out: int32 [B].
+        stream: Where it runs on a GPU; docs/ops.md has the default.
+
+    Returns:
+        (drafts, num_drafts): int32 [B, k], with -1 after the last draft of a row, and int32 [B].
+
+    Example:
+        >>> ops.ngram_propose(np.int32([[7, 8, 9, 7]]), np.int32([4]), 2)
+        (array([[8, 9]], dtype=int32), array([2], dtype=int32))
+    """
+    pair: Any = _ops().ngram_propose(
+        token_ids, lengths, max_drafts, ngram_min, ngram_max, limits, out, num_out, stream
+    )
+    return pair[0], pair[1]

@@ -13,6 +13,9 @@
 namespace mrv1 {
 namespace {
 
+// More drafts than any model is asked to verify at once.
+constexpr int32_t kMaxDrafts = 1024;
+
 // A number for all rows, or an array [rows] of a type with so many bits.
 template <typename T>
 RowParam<T> row_param(OpCall& call, const char* name, nb::handle given, int64_t rows) {
@@ -103,12 +106,72 @@ nb::object sample(const OpsHandle& self, nb::handle logits_array, nb::handle tem
   return call.result(out);
 }
 
+nb::object ngram_propose(const OpsHandle& self, nb::handle token_ids_array,
+                         nb::handle lengths_array, int32_t max_drafts, int32_t ngram_min,
+                         int32_t ngram_max, nb::handle limits_array, nb::handle out_array,
+                         nb::handle count_array, nb::handle stream) {
+  const auto context = self.share();
+  OpCall call(*context, "ngram_propose", stream);
+  call.require(max_drafts >= 1 && max_drafts <= kMaxDrafts, "max_drafts = ", max_drafts,
+               ": must be in [1, ", kMaxDrafts, "]");
+  call.require(ngram_min >= 1 && ngram_min <= ngram_max, "ngram_min = ", ngram_min,
+               ": must be in [1, ngram_max], and ngram_max is ", ngram_max);
+  const Operand histories = call.input("token_ids", token_ids_array);
+  call.typed(call.ndim(histories, 2, "[requests, tokens]"), DType::kI32);
+  const int64_t most = std::numeric_limits<int32_t>::max();
+  call.require(histories.rows() <= most && histories.cols() <= most, "token_ids is [",
+               histories.rows(), ", ", histories.cols(), "]; must have fewer than 2**31 of each");
+  call.require(histories.size() == 0 || ((histories.strides[1] == 1 || histories.cols() == 1) &&
+                                         histories.strides[0] >= 0),
+               "token_ids has strides [", histories.strides[0], ", ", histories.strides[1],
+               "]; the tokens of a row must be contiguous");
+  const Operand lengths = call.input("lengths", lengths_array);
+  call.ints(lengths, histories.rows());
+  call.in_range(lengths, 0, histories.cols() + 1, "lengths");
+  NgramProposeParams params{};
+  std::vector<Operand> inputs = {histories, lengths};
+  if (!limits_array.is_none()) {
+    const Operand limits = call.input("limits", limits_array);
+    call.ints(limits, histories.rows());
+    call.in_range(limits, 0, most, "limits");
+    params.limits = static_cast<const int32_t*>(limits.data);
+    inputs.push_back(limits);
+  }
+  const Operand out = call.output("out", out_array, {histories.rows(), max_drafts}, DType::kI32);
+  const Operand count = call.output("num_out", count_array, {histories.rows()}, DType::kI32);
+  for (const Operand* written : {&out, &count}) {
+    for (const Operand& read : inputs) {
+      call.require(written->data != read.data || written->size() == 0, written->name, " is ",
+                   read.name, "; they must share nothing");
+      call.no_partial_overlap(*written, read);
+    }
+  }
+  call.require(out.data != count.data || out.size() == 0, "out and num_out are the same array");
+  call.no_partial_overlap(out, count);
+  params.num_requests = static_cast<int32_t>(histories.rows());
+  params.histories = static_cast<const int32_t*>(histories.data);
+  params.history_stride = histories.strides[0];
+  params.lengths = static_cast<const int32_t*>(lengths.data);
+  params.max_drafts = max_drafts;
+  params.range = {ngram_min, ngram_max};
+  params.drafts = static_cast<int32_t*>(out.data);
+  params.num_drafts = static_cast<int32_t*>(count.data);
+  call.launch(0, [&](const Kernels& kernels, const StepContext& ctx) {
+    kernels.ngram_propose(params, ctx);
+  });
+  return nb::make_tuple(call.result(out), call.result(count));
+}
+
 }  // namespace
 
 void bind_sampling_ops(nb::class_<OpsHandle>& ops) {
   ops.def("sample", &sample, nb::arg("logits"), nb::arg("temperature"), nb::arg("top_k"),
           nb::arg("top_p"), nb::arg("min_p"), nb::arg("seed"), nb::arg("position"),
-          nb::arg("out") = nb::none(), nb::arg("stream") = nb::none());
+          nb::arg("out") = nb::none(), nb::arg("stream") = nb::none())
+      .def("ngram_propose", &ngram_propose, nb::arg("token_ids"), nb::arg("lengths"),
+           nb::arg("max_drafts"), nb::arg("ngram_min"), nb::arg("ngram_max"),
+           nb::arg("limits") = nb::none(), nb::arg("out") = nb::none(),
+           nb::arg("num_out") = nb::none(), nb::arg("stream") = nb::none());
 }
 
 }  // namespace mrv1

@@ -7,6 +7,7 @@
 #include "ops/embedding.h"
 #include "ops/fill_random.h"
 #include "ops/linear.h"
+#include "ops/ngram_propose.h"
 #include "ops/paged_attention.h"
 #include "ops/qkv_prepare.h"
 #include "ops/rms_norm.h"
@@ -57,6 +58,7 @@ struct Kernels {
   // For callers of single ops: what infer_params and apply give a step.
   void (*token_map)(const TokenMapParams&, const StepContext&);
   void (*sampling_rows)(const SamplingRowsParams&, const StepContext&);
+  void (*ngram_propose)(const NgramProposeParams&, const StepContext&);
 
   // Outside of steps: weights and KV cache of a benchmark.
   void (*fill_random)(const FillRandomParams&, const StepContext&);

@@ -36,6 +36,7 @@ const Kernels& cpu_kernels() {
       .copy_blocks = copy_blocks_cpu,
       .token_map = token_map_cpu,
       .sampling_rows = sampling_rows_cpu,
+      .ngram_propose = ngram_propose_cpu,
       .fill_random = fill_random_cpu,
       .workspace_bytes = workspace_bytes_cpu,
       .attention_plan_bytes = [](const AttentionPlan&, Device&) -> int64_t { return 0; },

@@ -33,6 +33,16 @@ MRV1_HD NgramMatch ngram_match_at(const int32_t* history, int32_t length, int32_
   return static_cast<NgramMatch>(n) << 32 | static_cast<uint32_t>(end);
 }
 
+// The best occurrence in history[0, length): 0 if there is none.
+inline NgramMatch best_ngram_match(const int32_t* history, int32_t length, NgramRange range) {
+  NgramMatch best = 0;
+  for (int32_t end = 1; end < length; ++end) {
+    const NgramMatch match = ngram_match_at(history, length, end, range);
+    best = match > best ? match : best;
+  }
+  return best;
+}
+
 // The most drafts for an entry of the batch: such that the row, with a token after the last of
 // them, does not pass its length. 0 for entries that take none, masked ones among them.
 MRV1_HD int32_t most_drafts(const BatchEntry& entry, const Row& row, const SamplingRow& sampling) {
@@ -48,12 +58,14 @@ MRV1_HD bool takes_drafts(const BatchEntry& entry, const Row& row) {
   return entry.samples > 1 && !is_masked(entry, row);
 }
 
-// Copies the drafts of an occurrence behind the history; returns how many.
-MRV1_HD int32_t copy_drafts(int32_t* history, int32_t length, NgramMatch match, int32_t most) {
+// Copies the drafts of an occurrence, at most `most` of them; returns how many. They may go behind
+// the history.
+MRV1_HD int32_t copy_drafts(const int32_t* history, int32_t length, NgramMatch match, int32_t most,
+                            int32_t* drafts) {
   if (match == 0) return 0;
   const int32_t end = ngram_match_end(match);
   const int32_t count = most < length - end ? most : length - end;
-  for (int32_t i = 0; i < count; ++i) history[length + i] = history[end + i];
+  for (int32_t i = 0; i < count; ++i) drafts[i] = history[end + i];
   return count;
 }
 

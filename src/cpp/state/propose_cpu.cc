@@ -1,8 +1,6 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include "state/propose.h"
 
-#include <algorithm>
-
 #include "core/thread_pool.h"
 #include "state/step_context.h"
 
@@ -20,10 +18,8 @@ void propose_cpu(const StepContext& ctx) {
       int32_t* history = state.tokens + int64_t{entry.row} * state.max_model_len;
       const int32_t most = most_drafts(entry, row, state.sampling[entry.row]);
       NgramMatch best = 0;
-      for (int32_t at = 1; most > 0 && at < row.total_len; ++at) {
-        best = std::max(best, ngram_match_at(history, row.total_len, at, state.ngram));
-      }
-      row.num_drafts = copy_drafts(history, row.total_len, best, most);
+      if (most > 0) best = best_ngram_match(history, row.total_len, state.ngram);
+      row.num_drafts = copy_drafts(history, row.total_len, best, most, history + row.total_len);
     }
   });
 }
