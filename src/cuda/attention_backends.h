@@ -27,6 +27,10 @@ struct AttentionRoute {
 };
 AttentionRoute attention_route(const AttentionPlan& plan, const StepContext& ctx);
 
+// The kernel for every cache that the native one does not read (plain_attention.cu): all rows, zero
+// rows too, without a plan.
+void plain_attention(const PagedAttentionParams& params, const StepContext& ctx);
+
 // FlashInfer. Defined by flashinfer_*.cu, or by no_flashinfer.cc in a build without it, where
 // nothing is supported, plans are 0 bytes long, and the others fail. A backend that takes a class
 // of rows writes their output rows and no others; zero rows of padding and masked tokens are

@@ -249,13 +249,18 @@ int64_t item_capacity(const AttentionPlan& plan, int64_t requests, int64_t token
              (tiles == cuda::AttentionTiles::kWide ? cuda::kWideRows : cuda::kNarrowRows);
 }
 
-// Others run on the plain kernel.
-bool is_planned(const AttentionPlan& plan) {
+// Whether the GPU has a native kernel for the activations, whatever the caches.
+bool has_native(const AttentionPlan& plan) {
   return plan.dtype == DType::kBF16 && cuda::attention_launch(plan.shape.head_dim).stages > 1;
 }
 
+// Others run on the plain kernel.
+bool is_planned(const AttentionPlan& plan) {
+  return has_native(plan) && plan.cache_dtype == plan.dtype;
+}
+
 int64_t native_plan_bytes(const AttentionPlan& plan) {
-  if (!is_planned(plan)) return 0;
+  if (!has_native(plan)) return 0;
   return cuda::attention_plan_layout(plan, cuda::attention_launch(plan.shape.head_dim)).bytes;
 }
 

@@ -1,18 +1,9 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
-// Attention of a step: checks, which backend takes which rows, and a plain kernel for float32,
-// which is the precision of tests, and for GPUs with too little shared memory for the native one.
-//
-// In the plain kernel, one block per token and query head walks the visible positions in chunks of
-// 64, in ascending order: the warps take positions in turn and compute scores, then every thread
-// folds the chunk into the output columns that it owns (online softmax: a running maximum, a
-// running sum, and the output rescaled when the maximum grows). Nothing is split over blocks, so
-// the order of the sums depends on the token's position and the window only.
+// Attention of a step: checks, and which kernels take which rows.
 #include <bit>
 
-#include "activation.cuh"
 #include "attention_backends.h"
-#include "block.cuh"
 #include "launch.h"
 #include "native_attention.h"
 #include "ops/paged_attention.h"
@@ -23,97 +14,9 @@ namespace {
 
 constexpr std::string_view kOp = "paged_attention";
 constexpr int kThreads = 128;
-constexpr int kChunk = 64;  // positions of one softmax update
 constexpr int32_t kMaxHeadDim = 256;
+constexpr int64_t kChunk = cuda::kVectorSize<BFloat16>;  // elements
 constexpr float kLog2e = 1.4426950408889634f;
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    plain_attention_kernel(PagedAttentionParams params, KvCacheLayer cache, RowState state,
-                           InferParams infer) {
-  extern __shared__ float shared[];
-  __shared__ float weights[kChunk];  // scores, then their exponentials
-  __shared__ int64_t offsets[kChunk];
-  cuda::launch_next();
-  cuda::wait_for_previous();
-  const HeadShape& shape = params.shape;
-  const int32_t head_dim = shape.head_dim;
-  float* query = shared;              // [head_dim]
-  float* result = shared + head_dim;  // [head_dim]; a column belongs to one thread
-  const int64_t token = blockIdx.x;
-  const int32_t head = blockIdx.y;
-  T* out = static_cast<T*>(params.out) + (token * shape.num_heads + head) * head_dim;
-
-  const int32_t batch = infer.token_batch[token];
-  if (batch < 0) {
-    for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) out[i] = from_float<T>(0.0f);
-    return;
-  }
-
-  const T* source =
-      static_cast<const T*>(params.qkv) + token * params.q_stride + int64_t{head} * head_dim;
-  for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) {
-    query[i] = to_float(source[i]);
-    result[i] = 0.0f;
-  }
-  const int64_t kv_head = head / (shape.num_heads / shape.num_kv_heads);
-  const T* keys = static_cast<const T*>(cache.key) + kv_head * cache.head_stride;
-  const T* values = static_cast<const T*>(cache.value) + kv_head * cache.head_stride;
-  const int32_t* blocks =
-      state.block_table +
-      (int64_t{params.kv_group} * state.num_rows + infer.row[batch]) * state.max_blocks;
-  const int32_t position = infer.positions[token];
-  const int32_t begin = params.window > 0 ? max(0, position - params.window + 1) : 0;
-  const int warp = threadIdx.x / cuda::kWarpSize;
-  const int lane = threadIdx.x % cuda::kWarpSize;
-
-  float maximum = -INFINITY;
-  float sum = 0.0f;
-  for (int32_t chunk = begin; chunk <= position; chunk += kChunk) {
-    const int count = min(kChunk, position + 1 - chunk);
-    if (threadIdx.x < count) {
-      const int32_t p = chunk + static_cast<int32_t>(threadIdx.x);
-      offsets[threadIdx.x] = blocks[p / cache.block_size] * cache.block_stride +
-                             p % cache.block_size * cache.token_stride;
-    }
-    __syncthreads();  // also: the query is staged
-    for (int j = warp; j < count; j += kThreads / cuda::kWarpSize) {
-      const T* key = keys + offsets[j];
-      float dot = 0.0f;
-      for (int32_t i = lane; i < head_dim; i += cuda::kWarpSize) {
-        dot = fmaf(query[i], to_float(key[i]), dot);
-      }
-      dot = cuda::warp_sum(dot);
-      if (lane == 0) {
-        weights[j] = params.softcap > 0.0f
-                         ? cuda::soft_cap(dot, params.scale / params.softcap, params.softcap)
-                         : dot * params.scale;
-      }
-    }
-    __syncthreads();
-    float new_maximum = maximum;
-    for (int j = 0; j < count; ++j) new_maximum = fmaxf(new_maximum, weights[j]);
-    __syncthreads();  // every thread has read the scores
-    if (threadIdx.x < count) weights[threadIdx.x] = expf(weights[threadIdx.x] - new_maximum);
-    __syncthreads();
-    const float factor = expf(maximum - new_maximum);
-    sum *= factor;
-    for (int j = 0; j < count; ++j) sum += weights[j];
-    for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) {
-      float value = result[i] * factor;
-      for (int j = 0; j < count; ++j) {
-        value = fmaf(weights[j], to_float(values[offsets[j] + i]), value);
-      }
-      result[i] = value;
-    }
-    maximum = new_maximum;
-    __syncthreads();  // the next chunk writes weights and offsets
-  }
-
-  for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) {
-    out[i] = from_float<T>(result[i] / sum);
-  }
-}
 
 // Zero rows for padding and masked tokens, for backends that leave them alone.
 __global__ void __launch_bounds__(kThreads)
@@ -127,34 +30,29 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-void plain_attention(const PagedAttentionParams& params, const StepContext& ctx) {
-  const dim3 grid(ctx.sizes.num_tokens, params.shape.num_heads);
-  const size_t shared_bytes = 2 * sizeof(float) * params.shape.head_dim;
-  PagedAttentionParams strided = params;  // methods are the host's
-  strided.q_stride = params.q_token_stride();
-  dispatch_activation(params.dtype, kOp, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    cuda::launch(kOp, ctx, plain_attention_kernel<T>, grid, dim3(kThreads), shared_bytes, strided,
-                 *params.cache, ctx.rows, ctx.infer);
-  });
+// Whether the native kernel, and with it FlashInfer's, can read queries and cache: in pieces of 16
+// bytes, at offsets of 32 bits.
+bool is_native(const PagedAttentionParams& params) {
+  const KvCacheLayer& cache = *params.cache;
+  if (params.dtype != DType::kBF16 || cache.dtype != params.dtype ||
+      cuda::attention_launch(params.shape.head_dim).stages < 2) {
+    return false;
+  }
+  const int64_t last = (cache.num_blocks - 1) * cache.block_stride +
+                       (cache.block_size - 1) * cache.token_stride +
+                       (cache.num_kv_heads - 1) * cache.head_stride + cache.head_dim;
+  const auto in_chunks = [](int64_t stride) { return stride % kChunk == 0; };
+  return in_chunks(cache.block_stride) && in_chunks(cache.token_stride) &&
+         in_chunks(cache.head_stride) && in_chunks(params.q_token_stride()) &&
+         cuda::is_vector_aligned(params.qkv) && cuda::is_vector_aligned(params.out) &&
+         cuda::is_vector_aligned(cache.key) && cuda::is_vector_aligned(cache.value) &&
+         last / kChunk < UINT32_MAX;
 }
 
 void native_attention(const PagedAttentionParams& params, const StepContext& ctx) {
   const HeadShape& shape = params.shape;
   const KvCacheLayer& cache = *params.cache;
   const AttentionPlan& plan = *params.plan;
-  constexpr int64_t kChunk = 8;  // elements
-  check(cache.block_stride % kChunk == 0 && cache.token_stride % kChunk == 0 &&
-            cache.head_stride % kChunk == 0,
-        kOp, "the cache's strides are ", cache.block_stride, ", ", cache.token_stride, " and ",
-        cache.head_stride, "; they must be multiples of ", kChunk);
-  check(params.q_token_stride() % kChunk == 0 && cuda::is_vector_aligned(params.qkv) &&
-            cuda::is_vector_aligned(params.out) && cuda::is_vector_aligned(cache.key) &&
-            cuda::is_vector_aligned(cache.value),
-        kOp,
-        "queries, output and cache must begin at multiples of 16 bytes, and so must each token");
-  check(cache.elements() / kChunk < UINT32_MAX, kOp, "a layer's keys are ", cache.elements(),
-        " elements, more than can be addressed");
   const cuda::AttentionLaunch launch = cuda::attention_launch(shape.head_dim);
   const cuda::AttentionPlanLayout layout = cuda::attention_plan_layout(plan, launch);
   char* data = static_cast<char*>(plan.data);
@@ -214,8 +112,14 @@ void paged_attention_cuda(const PagedAttentionParams& params, const StepContext&
         " key/value heads; the first must be a positive multiple of the second");
   check(shape.head_dim > 0 && shape.head_dim % 8 == 0 && shape.head_dim <= kMaxHeadDim, kOp,
         "head_dim is ", shape.head_dim, "; it must be a multiple of 8 up to ", kMaxHeadDim);
-  check(cache.dtype == params.dtype, kOp, "the cache is ", dtype_name(cache.dtype), " and qkv is ",
-        dtype_name(params.dtype), "; they must be equal");
+  check(cache.dtype == params.dtype || is_float8(cache.dtype), kOp, "the cache is ",
+        dtype_name(cache.dtype), " and qkv is ", dtype_name(params.dtype),
+        "; they must be equal, or the cache float8_e4m3fn or float8_e5m2");
+  const KvScales& scales = cache.scales;
+  check(is_float8(cache.dtype) == (scales.kind != KvScaleKind::kNone), kOp, "a cache of ",
+        dtype_name(cache.dtype), is_float8(cache.dtype) ? " needs" : " has no", " scales");
+  check(scales.kind == KvScaleKind::kNone || (scales.key != nullptr && scales.value != nullptr),
+        kOp, "scales of keys and of values must be given");
   check(cache.head_dim == shape.head_dim && cache.num_kv_heads == shape.num_kv_heads, kOp,
         "the cache has ", cache.num_kv_heads, " heads of ", cache.head_dim, ", qkv has ",
         shape.num_kv_heads, " of ", shape.head_dim);
@@ -227,12 +131,10 @@ void paged_attention_cuda(const PagedAttentionParams& params, const StepContext&
   check(params.window >= 0, kOp, "window is ", params.window, "; it must not be negative");
   check(params.softcap >= 0.0f, kOp, "softcap is ", params.softcap, "; it must not be negative");
   if (ctx.sizes.num_tokens == 0) return;
-  if (params.dtype != DType::kBF16 || cuda::attention_launch(shape.head_dim).stages < 2) {
-    return plain_attention(params, ctx);
-  }
+  if (!is_native(params)) return plain_attention(params, ctx);
   check(params.plan != nullptr && params.plan->data != nullptr &&
             params.plan->serves(shape, params.window, params.softcap) &&
-            params.plan->has_group(params.kv_group),
+            params.plan->cache_dtype == cache.dtype && params.plan->has_group(params.kv_group),
         kOp, "there is no plan of this geometry");
   const AttentionRoute route = attention_route(*params.plan, ctx);
   if (route.native && ctx.sizes.num_requests > 0) {

@@ -344,6 +344,7 @@ std::unique_ptr<PlannedAttention> plan_batch(OpCall& call, const AttentionOption
   planned->sizes = {requests, tokens, 0};
   planned->plan.shape = options.shape;
   planned->plan.dtype = options.dtype;
+  planned->plan.cache_dtype = options.dtype;
   planned->plan.window = options.window;
   planned->plan.softcap = options.softcap;
   planned->plan.max_requests = std::max(requests, 1);

@@ -39,6 +39,7 @@ std::vector<AttentionPlan> attention_plans(const Program& program, const PlanLim
     const auto [first_group, num_groups] = layout.groups_of(op.window);
     plans.push_back({.shape = op.heads,
                      .dtype = program.dtype(),
+                     .cache_dtype = program.dtype(),
                      .window = op.window,
                      .softcap = op.softcap,
                      .first_group = first_group,
