@@ -256,7 +256,7 @@ bool has_native(const AttentionPlan& plan) {
 
 // Others run on the plain kernel.
 bool is_planned(const AttentionPlan& plan) {
-  return has_native(plan) && plan.cache_dtype == plan.dtype;
+  return has_native(plan) && (plan.cache_dtype == plan.dtype || plan.cache_dtype == DType::kE4M3);
 }
 
 int64_t native_plan_bytes(const AttentionPlan& plan) {
@@ -268,22 +268,23 @@ int64_t native_plan_bytes(const AttentionPlan& plan) {
 
 namespace cuda {
 
-AttentionLaunch attention_launch(int32_t head_dim) {
+AttentionLaunch attention_launch(int32_t head_dim, DType cache_dtype) {
   const GpuLimits& gpu = current_gpu();
   AttentionLaunch launch;
   for (const int dim : {64, 80, 96, 128, 256}) {
     if (launch.dim == 0 && head_dim <= dim) launch.dim = dim;
   }
-  const AttentionMemory memory = attention_memory(launch.dim);
-  // Two blocks on a processor hide each other's segment ends, if both have enough in flight.
   int blocks = 2;
-  const auto stages = [&] {
+  const auto stages = [&](const AttentionMemory& memory) {
     const int room =
         std::min(gpu.shared_per_block, gpu.shared_per_processor / blocks - gpu.reserved_per_block);
-    return std::min((room - memory.fixed_bytes) / memory.stage_bytes, kMaxStages);
+    return std::max(0, std::min((room - memory.fixed_bytes) / memory.stage_bytes, kMaxStages));
   };
-  if (stages() < 3) blocks = 1;
-  launch.stages = std::max(stages(), 0);
+  // Two blocks on a processor hide each other's segment ends, if both have enough in flight.
+  AttentionMemory memory = attention_memory<BF16Cache>(launch.dim);
+  if (stages(memory) < 3) blocks = 1;
+  if (cache_dtype == DType::kE4M3) memory = attention_memory<E4M3Cache>(launch.dim);
+  launch.stages = stages(memory);
   launch.workers = blocks * gpu.processors;
   launch.shared_bytes =
       memory.fixed_bytes + static_cast<size_t>(launch.stages) * memory.stage_bytes;
@@ -330,7 +331,8 @@ AttentionPlanLayout attention_plan_layout(const AttentionPlan& plan,
 
 AttentionRoute attention_route(const AttentionPlan& plan, const StepContext& ctx) {
   AttentionRoute route;
-  if (!is_planned(plan) || ctx.batch_invariant) return route;
+  // FlashInfer reads caches of bfloat16 here.
+  if (!is_planned(plan) || plan.cache_dtype != plan.dtype || ctx.batch_invariant) return route;
   route.flashinfer_prefill = ctx.eager_attention && flashinfer_prefill_supports(plan, ctx);
   // FlashInfer's decode kernels take one token a row.
   route.flashinfer_decode = ctx.attention_backend == AttentionBackend::kFlashInfer &&

@@ -89,14 +89,16 @@ enum class AttentionTiles {
 };
 AttentionTiles attention_tiles(const AttentionPlan& plan, const StepContext& ctx);
 
-// How the kernel runs on a device for a head_dim: the same for the plan and every launch.
+// How the kernel runs on a device for a head_dim. Work lists are the same whatever the caches hold;
+// only how many units are in flight differs.
 struct AttentionLaunch {
   int dim = 0;      // head_dim rounded up to what there is a kernel for
   int stages = 0;   // units in flight; below 2 the GPU has too little shared memory
   int workers = 0;  // thread blocks
   size_t shared_bytes = 0;
 };
-AttentionLaunch attention_launch(int32_t head_dim);  // on the current device
+// On the current device.
+AttentionLaunch attention_launch(int32_t head_dim, DType cache_dtype = DType::kBF16);
 
 // Floats of a row of partial results: its columns, maximum and sum, and for alignment.
 constexpr int partial_row_floats(int dim) { return dim + 4; }

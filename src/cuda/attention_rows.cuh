@@ -1,7 +1,8 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
 // What a warp of the native attention kernel does with 16 query rows and positions in shared
-// memory: scores, softmax and the weighted sum of values, on bfloat16 tensor cores.
+// memory: scores, softmax and the weighted sum of values, on bfloat16 tensor cores
+// (attention_rows_e4m3.cuh: the same over an FP8 cache).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,18 +18,28 @@ constexpr int kBlock = 16;  // positions of a matrix instruction's tile
 constexpr uint32_t kNowhere = 0xffffffffu;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-template <int D>
+// Rows of D elements in shared memory.
+template <int D, int kElementBytes>
 struct Layout {
-  static constexpr int kChunks = D / 8;
-  static constexpr bool kSwizzled = kChunks % 8 == 0;
-  static constexpr int kRowBytes = row_chunks(D) * 16;
-  static constexpr int kMatrixBytes = kBlock * kRowBytes;  // keys or values of a block of positions
-  static constexpr int kStageBytes = kAttentionWarps * 2 * kMatrixBytes;
-  static_assert(kStageBytes == attention_memory(D).stage_bytes);
+  static constexpr int kChunks = D * kElementBytes / kChunkBytes;
+  static constexpr int kRowBytes = row_chunks(D, kElementBytes) * kChunkBytes;
+  static constexpr int kMatrixBytes = kBlock * kRowBytes;
 
   __device__ static uint32_t offset(int row, int chunk) {
-    return static_cast<uint32_t>(row * kRowBytes + (kSwizzled ? chunk ^ (row & 7) : chunk) * 16);
+    if constexpr (swizzles(kChunks)) chunk ^= kChunks == 4 ? row >> 1 & 3 : row & 7;
+    return static_cast<uint32_t>(row * kRowBytes + chunk * kChunkBytes);
   }
+};
+template <int D>
+using QueryLayout = Layout<D, sizeof(uint16_t)>;
+
+// A warp's part of a unit: keys, values and, where there are any, scales of a block of positions.
+template <int D, typename Cache>
+struct CacheLayout : Layout<D, Cache::kElementBytes> {
+  using Matrix = Layout<D, Cache::kElementBytes>;
+  static constexpr int kBlockBytes = 2 * Matrix::kMatrixBytes + (Cache::kScaled ? kScaleBytes : 0);
+  static constexpr int kStageBytes = kAttentionWarps * kBlockBytes;
+  static_assert(kStageBytes == attention_memory<Cache>(D).stage_bytes);
 };
 
 // This thread's place in its warp, as a value of its own each time: what follows from it is
@@ -45,16 +56,22 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// tanh(y) is 1 - 2 / (1 + exp(2 y)): closer than tanh.approx, whose error of 2^-11 a cap of 50
-// would multiply.
+// The score of a product that ScoreScale::factor has been applied to. tanh(y) is 1 - 2 / (1 +
+// exp(2 y)): closer than tanh.approx, whose error of 2^-11 a cap of 50 would multiply.
 __device__ __forceinline__ float capped(float product, const ScoreScale& scale) {
-  const float part = __fdividef(2.0f, 1.0f + exp2_fast(product * scale.factor));
+  const float part = __fdividef(2.0f, 1.0f + exp2_fast(product));
   return fmaf(-scale.cap, part, scale.cap);
 }
 
 __device__ __forceinline__ void copy_async(uint32_t target, const void* source, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
                "r"(bytes)
+               : "memory");
+}
+
+// 4 bytes of them.
+__device__ __forceinline__ void copy_word_async(uint32_t target, const void* source, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source), "r"(bytes)
                : "memory");
 }
 
@@ -77,12 +94,18 @@ __device__ __forceinline__ void wait_copies(int pending) {
     case 3:
       asm volatile("cp.async.wait_group 3;" ::: "memory");
       break;
-    default:
+    case 4:
       asm volatile("cp.async.wait_group 4;" ::: "memory");
+      break;
+    case 5:
+      asm volatile("cp.async.wait_group 5;" ::: "memory");
+      break;
+    default:
+      asm volatile("cp.async.wait_group 6;" ::: "memory");
       break;
   }
 }
-static_assert(kMaxStages - 2 <= 4);
+static_assert(kMaxStages - 2 <= 6);
 
 __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -137,15 +160,10 @@ __device__ __forceinline__ void fold(Partial& into, const Partial& next) {
   into.out.w = fmaf(next.out.w, factor, into.out.w * old_factor);
 }
 
-// A warp's 16 rows: lane l holds columns 2 * (l % 4) and the next of every 8, of rows l / 4 ([0])
-// and l / 4 + 8 ([1]).
+// A warp's 16 rows: what they see, and their sums. Lane l has a part in rows l / 4 ([0]) and
+// l / 4 + 8 ([1]).
 template <int D>
-struct Rows {
-  using L = Layout<D>;
-  // Queries of a narrow tile stay in shared memory where there are no registers for them.
-  static constexpr bool kQueryInRegisters = D <= 128;
-
-  uint32_t query[D / 16][4];
+struct TileRows {
   float out[D / 8][4];
   float maximum[2], sum[2];
   int32_t low[2], high[2];          // positions that the row sees
@@ -180,6 +198,72 @@ struct Rows {
     common_low = lowest(position(first + kBlock - 1));
   }
 
+  // Where a row of a wide tile has its queries; rows past the tile's end repeat the last.
+  __device__ static const uint16_t* query_row(const NativeAttentionArgs& args,
+                                              const AttentionItem& item, int32_t head,
+                                              int32_t tile_row) {
+    const int32_t row = item.first + min(tile_row, item.rows - 1);
+    const int32_t token = row / args.group;
+    return args.qkv + (item.token + token) * args.q_stride +
+           int64_t{head * args.group + row - token * args.group} * args.head_dim;
+  }
+
+  // Scores of what a row does not see become -infinity; score[t] are of 8 positions each.
+  template <int kTiles>
+  __device__ void mask(float (&score)[kTiles][4], int32_t position) const {
+    if (position + 8 * kTiles - 1 <= common_high && position >= common_low) return;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int32_t p = position + 8 * t + 2 * (lane_id() % 4) + (i & 1);
+        if (p > high[i / 2] || p < low[i / 2]) score[t][i] = -INFINITY;
+      }
+    }
+  }
+
+  __device__ void rescale(const float (&factor)[2]) {
+#pragma unroll
+    for (int t = 0; t < D / 8; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[t][i] *= factor[i / 2];
+    }
+  }
+
+  // Adds up what the four lanes of a row have summed on their own.
+  __device__ void reduce_sums() {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      sum[side] += __shfl_xor_sync(kAllLanes, sum[side], 1);
+      sum[side] += __shfl_xor_sync(kAllLanes, sum[side], 2);
+    }
+  }
+};
+
+// The largest of what the four lanes of a row hold.
+__device__ __forceinline__ float row_maximum(float value) {
+  value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
+  return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
+}
+
+// Over a cache of bfloat16. Lane l holds columns 2 * (l % 4) and the next of every 8.
+template <int D>
+struct BF16Rows : TileRows<D> {
+  using L = CacheLayout<D, BF16Cache>;
+  // Queries of a narrow tile stay in shared memory where there are no registers for them.
+  static constexpr bool kQueryInRegisters = D <= 128;
+  using TileRows<D>::out;
+  using TileRows<D>::maximum;
+  using TileRows<D>::sum;
+
+  uint32_t query[D / 16][4];
+
+  // Two neighbouring columns of the output, and the first of them.
+  __device__ float2 pair(int t, int side) const {
+    return make_float2(out[t][2 * side], out[t][2 * side + 1]);
+  }
+  __device__ static int column(int t, int lane) { return 8 * t + 2 * (lane % 4); }
+
   // Queries of a wide tile, from memory; rows past its end are zeros.
   __device__ void load_queries(const NativeAttentionArgs& args, const AttentionItem& item,
                                int32_t head, int32_t first) {
@@ -187,11 +271,7 @@ struct Rows {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       const int32_t tile_row = first + lane / 4 + 8 * side;
-      const int32_t row = item.first + min(tile_row, item.rows - 1);
-      const int32_t token = row / args.group;
-      const uint16_t* source =
-          args.qkv + (item.token + token) * args.q_stride +
-          int64_t{head * args.group + row - token * args.group} * args.head_dim;
+      const uint16_t* source = this->query_row(args, item, head, tile_row);
 #pragma unroll
       for (int k = 0; k < D / 16; ++k) {
 #pragma unroll
@@ -210,7 +290,7 @@ struct Rows {
                                         int lane) {
     load_matrices(fragment, queries + L::offset(lane & 15, 2 * k + (lane >> 4)));
   }
-  __device__ void read_queries(uint32_t queries) {
+  __device__ void read_queries(uint32_t queries, const NativeAttentionArgs&) {
     if constexpr (kQueryInRegisters) {
       const int lane = lane_id();
 #pragma unroll
@@ -219,7 +299,7 @@ struct Rows {
   }
 
   // Takes in kBlocks blocks of positions from `position` on; block b's keys lie at
-  // keys + 2 * b * kMatrixBytes, its values kMatrixBytes after them.
+  // keys + b * kBlockBytes, its values kMatrixBytes after them.
   template <int kBlocks, bool kNarrow>
   __device__ void attend(uint32_t queries, uint32_t keys, int32_t position,
                          const ScoreScale& scale) {
@@ -240,11 +320,15 @@ struct Rows {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         uint32_t fragment[4];
-        load_matrices(fragment,
-                      keys + 2 * b * L::kMatrixBytes + L::offset(key_row, 2 * k + key_chunk));
+        load_matrices(fragment, keys + b * L::kBlockBytes + L::offset(key_row, 2 * k + key_chunk));
         multiply_add(score[2 * b], rows, fragment[0], fragment[1]);
         multiply_add(score[2 * b + 1], rows, fragment[2], fragment[3]);
       }
+    }
+#pragma unroll
+    for (int t = 0; t < 2 * kBlocks; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) score[t][i] *= scale.factor;
     }
     if (scale.cap > 0.0f) {
 #pragma unroll
@@ -252,23 +336,8 @@ struct Rows {
 #pragma unroll
         for (int i = 0; i < 4; ++i) score[t][i] = capped(score[t][i], scale);
       }
-    } else {
-#pragma unroll
-      for (int t = 0; t < 2 * kBlocks; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) score[t][i] *= scale.factor;
-      }
     }
-    if (position + kBlocks * kBlock - 1 > common_high || position < common_low) {
-#pragma unroll
-      for (int t = 0; t < 2 * kBlocks; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int32_t p = position + 8 * t + 2 * (lane % 4) + (i & 1);
-          if (p > high[i / 2] || p < low[i / 2]) score[t][i] = -INFINITY;
-        }
-      }
-    }
+    this->mask(score, position);
 
     float factor[2];
     float base[2];
@@ -279,8 +348,7 @@ struct Rows {
       for (int t = 0; t < 2 * kBlocks; ++t) {
         largest = fmaxf(largest, fmaxf(score[t][2 * side], score[t][2 * side + 1]));
       }
-      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+      largest = row_maximum(largest);
       base[side] = finite(largest);
       factor[side] = exp2_fast(maximum[side] - base[side]);
       maximum[side] = largest;
@@ -294,13 +362,7 @@ struct Rows {
         sum[i / 2] += score[t][i];
       }
     }
-    if (__any_sync(kAllLanes, factor[0] != 1.0f || factor[1] != 1.0f)) {
-#pragma unroll
-      for (int t = 0; t < D / 8; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) out[t][i] *= factor[i / 2];
-      }
-    }
+    if (__any_sync(kAllLanes, factor[0] != 1.0f || factor[1] != 1.0f)) this->rescale(factor);
 
     const uint32_t values = keys + L::kMatrixBytes;
 #pragma unroll
@@ -312,20 +374,11 @@ struct Rows {
 #pragma unroll
       for (int t = 0; t < D / 16; ++t) {
         uint32_t fragment[4];
-        load_transposed(
-            fragment, values + 2 * b * L::kMatrixBytes + L::offset(lane & 15, 2 * t + (lane >> 4)));
+        load_transposed(fragment,
+                        values + b * L::kBlockBytes + L::offset(lane & 15, 2 * t + (lane >> 4)));
         multiply_add(out[2 * t], weights, fragment[0], fragment[1]);
         multiply_add(out[2 * t + 1], weights, fragment[2], fragment[3]);
       }
-    }
-  }
-
-  // Adds up what the four lanes of a row have summed on their own.
-  __device__ void reduce_sums() {
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      sum[side] += __shfl_xor_sync(kAllLanes, sum[side], 1);
-      sum[side] += __shfl_xor_sync(kAllLanes, sum[side], 2);
     }
   }
 };

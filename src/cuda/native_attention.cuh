@@ -1,19 +1,21 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
-// Paged attention on bfloat16 tensor cores. The work list says what a thread block computes
-// (attention_plan.cuh). Each of its four warps brings a quarter of every unit's positions to shared
-// memory, several units ahead and across segments, so that memory never waits for arithmetic. In a
-// narrow tile (up to 16 rows: a decode row's heads) a warp also computes those positions, with no
-// barrier until the segment ends and the four results are summed. In a wide one (prefill) a warp
-// takes 16 of 64 rows over all positions.
+// Paged attention on tensor cores, for queries of bfloat16. The work list says what a thread block
+// computes (attention_plan.cuh). Each of its four warps brings a quarter of every unit's positions
+// to shared memory, several units ahead and across segments, so that memory never waits for
+// arithmetic. In a narrow tile (up to 16 rows: a decode row's heads) a warp also computes those
+// positions, with no barrier until the segment ends and the four results are summed. In a wide one
+// (prefill) a warp takes 16 of 64 rows over all positions.
 //
 // While memory is busy a read takes microseconds, whatever it is. So queries, items and block ids
 // are asked for ahead as well, and nobody waits for the arrival of a partial result.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "attention_rows.cuh"
+#include "attention_rows_e4m3.cuh"
 #include "launch.h"
 #include "native_attention.h"
 
@@ -67,9 +69,14 @@ struct Walk {
   }
 };
 
-template <int D, AttentionTiles kTiles>
+template <typename Cache, int D>
+using RowsOf = std::conditional_t<Cache::kScaled, E4M3Rows<D>, BF16Rows<D>>;
+
+template <typename Cache, int D, AttentionTiles kTiles>
 class Kernel {
-  using L = Layout<D>;
+  using L = CacheLayout<D, Cache>;
+  using Q = QueryLayout<D>;
+  using Rows = RowsOf<Cache, D>;
   static constexpr bool kSplits = kTiles == AttentionTiles::kSplits;
   static constexpr int kPasses = kNarrowRows / kMergeRows;
   // Groups of four columns of kMergeRows rows that a thread has a part in.
@@ -88,7 +95,7 @@ class Kernel {
         stages_(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
         queries_(stages_ + args.stages * L::kStageBytes),
         merge_(reinterpret_cast<float*>(shared + args.stages * L::kStageBytes +
-                                        kQueryTiles * L::kMatrixBytes)),
+                                        kQueryTiles * Q::kMatrixBytes)),
         limits_(merge_ + kAttentionWarps * kMergeRows * D),
         marks_(*reinterpret_cast<Marks*>(limits_ + kAttentionWarps * 2 * kNarrowRows)) {}
 
@@ -142,18 +149,30 @@ class Kernel {
                      static_cast<uint32_t>(in_block) * args_.token_stride +
                      static_cast<uint32_t>(ahead_.at.head) * args_.head_stride;
     if (position < ahead_.at.item.begin || position >= ahead_.at.item.end) place = kNowhere;
-    const uint32_t target = stages_ + filling_ * L::kStageBytes + warp_ * 2 * L::kMatrixBytes;
+    const uint32_t target = stages_ + filling_ * L::kStageBytes + warp_ * L::kBlockBytes;
+    constexpr int kPieces = kBlock * L::kChunks;
+    constexpr int kElements = kChunkBytes / Cache::kElementBytes;  // of a chunk
 #pragma unroll
-    for (int i = 0; i < L::kChunks / 2; ++i) {
+    for (int i = 0; i < (kPieces + 31) / 32; ++i) {
       const int at = lane + 32 * i;
       const int row = at / L::kChunks;
       const int chunk = at % L::kChunks;
       const uint32_t source = __shfl_sync(kAllLanes, place, row);
-      const bool there = source != kNowhere && chunk * 8 < args_.head_dim;
-      const int64_t offset = there ? (int64_t{source} + chunk) * 8 : 0;
-      copy_async(target + L::offset(row, chunk), args_.key + offset, there ? 16 : 0);
+      if (kPieces % 32 != 0 && at >= kPieces) continue;
+      const bool there = source != kNowhere && chunk * kElements < args_.head_dim;
+      const int64_t offset = there ? (int64_t{source} + chunk) * kChunkBytes : 0;
+      copy_async(target + L::offset(row, chunk), args_.key + offset, there ? kChunkBytes : 0);
       copy_async(target + L::kMatrixBytes + L::offset(row, chunk), args_.value + offset,
-                 there ? 16 : 0);
+                 there ? kChunkBytes : 0);
+    }
+    if constexpr (Cache::kScaled) {
+      // Lanes 0 to 15 bring the scales of their keys, the others those of their values.
+      const bool there = place != kNowhere;
+      const float* scales = lane < kBlock ? args_.scales.key : args_.scales.value;
+      const int64_t offset =
+          there ? args_.scales.index(block_, in_block, ahead_.at.head) : int64_t{0};
+      copy_word_async(target + 2 * L::kMatrixBytes + lane * static_cast<int>(sizeof(float)),
+                      scales + offset, there ? static_cast<int>(sizeof(float)) : 0);
     }
     commit_copies();
     ++in_flight_;
@@ -172,11 +191,11 @@ class Kernel {
     ++entered_;
     const AttentionItem& item = ahead_.at.item;
     if (kTiles == AttentionTiles::kWide && item.rows > kNarrowRows) return;
-    const uint32_t target = queries_ + slot * L::kMatrixBytes;
-    for (int at = static_cast<int>(threadIdx.x); at < kNarrowRows * L::kChunks;
+    const uint32_t target = queries_ + slot * Q::kMatrixBytes;
+    for (int at = static_cast<int>(threadIdx.x); at < kNarrowRows * Q::kChunks;
          at += kAttentionThreads) {
-      const int tile_row = at / L::kChunks;
-      const int chunk = at % L::kChunks;
+      const int tile_row = at / Q::kChunks;
+      const int chunk = at % Q::kChunks;
       const bool there = tile_row < item.rows && chunk * 8 < args_.head_dim;
       const int32_t row = item.first + tile_row;
       const int32_t token = row / args_.group;
@@ -184,7 +203,7 @@ class Kernel {
           args_.qkv + (item.token + token) * args_.q_stride +
           int64_t{ahead_.at.head * args_.group + row - token * args_.group} * args_.head_dim +
           chunk * 8;
-      copy_async(target + L::offset(tile_row, chunk), there ? source : args_.qkv, there ? 16 : 0);
+      copy_async(target + Q::offset(tile_row, chunk), there ? source : args_.qkv, there ? 16 : 0);
     }
   }
 
@@ -229,7 +248,7 @@ class Kernel {
 
   __device__ void wide_segment(const Segment& segment, const ItemUnits& units, bool whole) {
     const int32_t first = warp_ * kBlock;
-    Rows<D> own;
+    Rows own;
     own.place(args_, segment.item, first);
     own.load_queries(args_, segment.item, segment.head, first);
     own.clear();
@@ -241,8 +260,8 @@ class Kernel {
       constexpr int kBlocks = D < 128 ? 4 : D == 128 ? 2 : 1;  // as registers allow
 #pragma unroll 1
       for (int b = 0; b < kUnit / kBlock; b += kBlocks) {
-        own.template attend<kBlocks, false>(0, stage + b * 2 * L::kMatrixBytes,
-                                            position + b * kBlock, args_.scale);
+        own.template attend<kBlocks, false>(0, stage + b * L::kBlockBytes, position + b * kBlock,
+                                            args_.scale);
       }
     }
     own.reduce_sums();
@@ -251,8 +270,8 @@ class Kernel {
   }
 
   __device__ void narrow_segment(const Segment& segment, const ItemUnits& units, bool whole) {
-    const uint32_t queries = queries_ + current_ % kQueryTiles * L::kMatrixBytes;
-    Rows<D> own;
+    const uint32_t queries = queries_ + current_ % kQueryTiles * Q::kMatrixBytes;
+    Rows own;
     Totals totals;
     own.place(args_, segment.item, 0);
     const bool starts = segment.unit == 0;
@@ -268,8 +287,8 @@ class Kernel {
       own.clear();
       for (; unit < end; ++unit) {
         // Every warp brings a part of the queries with the first unit.
-        const uint32_t stage = next_stage(first) + warp_ * 2 * L::kMatrixBytes;
-        if (first) own.read_queries(queries);
+        const uint32_t stage = next_stage(first) + warp_ * L::kBlockBytes;
+        if (first) own.read_queries(queries, args_);
         first = false;
         const int32_t position = (units.base + unit) * kUnit + warp_ * kBlock;
         if (position >= segment.item.end || position + kBlock <= segment.item.begin) continue;
@@ -350,7 +369,7 @@ class Kernel {
 
   // Sums the warps' results of a narrow tile and, if `adds`, adds them to the sum of the call
   // before. If `stores`, stores partial results if there is a slot, else output rows.
-  __device__ void sum_warps(const Rows<D>& own, Totals& totals, const Segment& segment, float* slot,
+  __device__ void sum_warps(const Rows& own, Totals& totals, const Segment& segment, float* slot,
                             bool adds, bool stores) const {
     const int32_t rows = segment.item.rows;
     if (lane_ % 4 == 0) {
@@ -367,12 +386,11 @@ class Kernel {
       if (first >= rows) break;
       const int row = lane_ / 4 - (first & 7);
       if (row >= 0 && row < kMergeRows) {
-        float* target = merge_ + (warp_ * kMergeRows + row) * D + 2 * (lane_ % 4);
+        float* target = merge_ + (warp_ * kMergeRows + row) * D;
 #pragma unroll
         for (int t = 0; t < D / 8; ++t) {
-          *reinterpret_cast<float2*>(target + 8 * t) =
-              first < 8 ? make_float2(own.out[t][0], own.out[t][1])
-                        : make_float2(own.out[t][2], own.out[t][3]);
+          *reinterpret_cast<float2*>(target + Rows::column(t, lane_)) =
+              own.pair(t, first < 8 ? 0 : 1);
         }
       }
       __syncthreads();
@@ -422,7 +440,7 @@ class Kernel {
   }
 
   // Stores a wide tile: output rows, or partial results if there is a slot.
-  __device__ void store_wide(const Rows<D>& own, const Segment& segment, float* slot) const {
+  __device__ void store_wide(const Rows& own, const Segment& segment, float* slot) const {
     const int32_t rows = segment.item.rows;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
@@ -435,20 +453,22 @@ class Kernel {
         }
 #pragma unroll
         for (int t = 0; t < D / 8; ++t) {
-          if (8 * t >= args_.head_dim) continue;  // nobody would read them
-          *reinterpret_cast<uint2*>(slot + tile_row * D + 8 * t + 2 * (lane_ % 4)) =
-              make_uint2(encode(own.out[t][2 * side]), encode(own.out[t][2 * side + 1]));
+          const int col = Rows::column(t, lane_);
+          if (col >= args_.head_dim) continue;  // nobody would read them
+          const float2 pair = own.pair(t, side);
+          *reinterpret_cast<uint2*>(slot + tile_row * D + col) =
+              make_uint2(encode(pair.x), encode(pair.y));
         }
         continue;
       }
       const float factor = 1.0f / own.sum[side];
-      uint16_t* target = output_row(args_, segment, tile_row) + 2 * (lane_ % 4);
+      uint16_t* target = output_row(args_, segment, tile_row);
 #pragma unroll
       for (int t = 0; t < D / 8; ++t) {
-        if (8 * t < args_.head_dim) {
-          *reinterpret_cast<uint32_t*>(target + 8 * t) =
-              pack(own.out[t][2 * side] * factor, own.out[t][2 * side + 1] * factor);
-        }
+        const int col = Rows::column(t, lane_);
+        if (col >= args_.head_dim) continue;
+        const float2 pair = own.pair(t, side);
+        *reinterpret_cast<uint32_t*>(target + col) = pack(pair.x * factor, pair.y * factor);
       }
     }
   }
@@ -571,26 +591,26 @@ class Kernel {
   Walk ahead_;                         // whose unit is requested next
 };
 
-template <int D, AttentionTiles kTiles>
+template <typename Cache, int D, AttentionTiles kTiles>
 __global__ void __launch_bounds__(kAttentionThreads, D <= 128 ? 2 : 1)
     native_attention_kernel(const __grid_constant__ NativeAttentionArgs args) {
   extern __shared__ __align__(128) char shared[];
   launch_next();
   wait_for_previous();
-  Kernel<D, kTiles>(args, shared).run();
+  Kernel<Cache, D, kTiles>(args, shared).run();
 }
 
 }  // namespace native
 
-template <int D>
+template <typename Cache, int D>
 void launch_native_attention(const NativeAttentionArgs& args, const AttentionLaunch& attention,
                              const StepContext& ctx) {
   constexpr std::string_view kOp = "paged_attention";
   const auto kernel = args.tiles == AttentionTiles::kNarrow
-                          ? native::native_attention_kernel<D, AttentionTiles::kNarrow>
+                          ? native::native_attention_kernel<Cache, D, AttentionTiles::kNarrow>
                       : args.tiles == AttentionTiles::kSplits
-                          ? native::native_attention_kernel<D, AttentionTiles::kSplits>
-                          : native::native_attention_kernel<D, AttentionTiles::kWide>;
+                          ? native::native_attention_kernel<Cache, D, AttentionTiles::kSplits>
+                          : native::native_attention_kernel<Cache, D, AttentionTiles::kWide>;
   allow_shared_memory(kOp, kernel, attention.shared_bytes);
   launch(kOp, ctx, kernel, dim3(attention.workers), dim3(kAttentionThreads), attention.shared_bytes,
          args);

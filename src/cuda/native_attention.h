@@ -7,12 +7,29 @@
 
 namespace mrv1::cuda {
 
-constexpr int kMaxStages = 6;  // units in flight
+constexpr int kMaxStages = 8;  // units in flight
 
-// Rows of keys and values in shared memory, in chunks of 16 bytes, so that eight rows' chunks of
-// one column lie in different banks: swizzled where a row is a multiple of 128 bytes, else an odd
-// number of chunks.
-constexpr int row_chunks(int dim) { return dim / 8 % 8 == 0 ? dim / 8 : (dim / 8) | 1; }
+// Rows of queries, keys and values in shared memory, in chunks of 16 bytes, so that eight rows'
+// chunks of one column lie in different banks: swizzled where a row is a multiple or the half of
+// 128 bytes, else an odd number of chunks.
+constexpr int kChunkBytes = 16;
+constexpr bool swizzles(int chunks) { return chunks % 8 == 0 || chunks == 4; }
+constexpr int row_chunks(int dim, int element_bytes) {
+  const int chunks = dim * element_bytes / kChunkBytes;
+  return swizzles(chunks) ? chunks : chunks | 1;
+}
+
+// What the kernel reads: elements of the cache, and whether each token has scales.
+struct BF16Cache {
+  static constexpr int kElementBytes = 2;
+  static constexpr bool kScaled = false;
+};
+struct E4M3Cache {
+  static constexpr int kElementBytes = 1;
+  static constexpr bool kScaled = true;
+};
+// Scales of keys and values of the positions that a warp has of a unit.
+constexpr int kScaleBytes = 2 * kWarpPositions * static_cast<int>(sizeof(float));
 
 // Shared memory of a thread block, besides a stage for each unit in flight: the queries of narrow
 // tiles, what the warps' results are summed in (four rows at a time, with the maximum and the sum
@@ -26,10 +43,12 @@ struct alignas(16) Marks {
 struct AttentionMemory {
   int stage_bytes, fixed_bytes;
 };
+template <typename Cache>
 constexpr AttentionMemory attention_memory(int dim) {
   return {
-      2 * kUnit * row_chunks(dim) * 16,
-      kQueryTiles * kNarrowRows * row_chunks(dim) * 16 +
+      2 * kUnit * row_chunks(dim, Cache::kElementBytes) * kChunkBytes +
+          (Cache::kScaled ? kAttentionWarps * kScaleBytes : 0),
+      kQueryTiles * kNarrowRows * row_chunks(dim, 2) * kChunkBytes +
           kAttentionWarps * (kMergeRows * dim + 2 * kNarrowRows) * static_cast<int>(sizeof(float)) +
           static_cast<int>(sizeof(Marks))};
 }
@@ -40,13 +59,14 @@ struct ScoreScale {
   float factor, cap;
 };
 
-// What the native kernel is launched with; strides and offsets of the cache count chunks of 8
-// elements (16 bytes).
+// What the native kernel is launched with; strides of the cache count chunks, those of the scales
+// floats.
 struct NativeAttentionArgs {
-  const uint16_t* qkv;  // bfloat16, as is all that follows
+  const uint16_t* qkv;  // bfloat16, as is the output
   uint16_t* out;
-  const uint16_t* key;
-  const uint16_t* value;
+  const char* key;
+  const char* value;
+  KvScales scales;
   const int32_t* block_table;  // of the group
   const int32_t* token_batch;
   const AttentionWorker* workers;
@@ -72,5 +92,12 @@ void native_attention_128(const NativeAttentionArgs& args, const AttentionLaunch
                           const StepContext& ctx);
 void native_attention_256(const NativeAttentionArgs& args, const AttentionLaunch& launch,
                           const StepContext& ctx);
+// The same over caches of E4M3.
+void native_attention_e4m3_64(const NativeAttentionArgs& args, const AttentionLaunch& launch,
+                              const StepContext& ctx);
+void native_attention_e4m3_128(const NativeAttentionArgs& args, const AttentionLaunch& launch,
+                               const StepContext& ctx);
+void native_attention_e4m3_256(const NativeAttentionArgs& args, const AttentionLaunch& launch,
+                               const StepContext& ctx);
 
 }  // namespace mrv1::cuda

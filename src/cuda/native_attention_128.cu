@@ -5,8 +5,8 @@ namespace mrv1::cuda {
 
 void native_attention_128(const NativeAttentionArgs& args, const AttentionLaunch& launch,
                           const StepContext& ctx) {
-  if (launch.dim == 96) return launch_native_attention<96>(args, launch, ctx);
-  launch_native_attention<128>(args, launch, ctx);
+  if (launch.dim == 96) return launch_native_attention<BF16Cache, 96>(args, launch, ctx);
+  launch_native_attention<BF16Cache, 128>(args, launch, ctx);
 }
 
 }  // namespace mrv1::cuda

@@ -5,7 +5,7 @@ namespace mrv1::cuda {
 
 void native_attention_256(const NativeAttentionArgs& args, const AttentionLaunch& launch,
                           const StepContext& ctx) {
-  launch_native_attention<256>(args, launch, ctx);
+  launch_native_attention<BF16Cache, 256>(args, launch, ctx);
 }
 
 }  // namespace mrv1::cuda

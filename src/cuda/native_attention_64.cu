@@ -5,8 +5,8 @@ namespace mrv1::cuda {
 
 void native_attention_64(const NativeAttentionArgs& args, const AttentionLaunch& launch,
                          const StepContext& ctx) {
-  if (launch.dim == 64) return launch_native_attention<64>(args, launch, ctx);
-  launch_native_attention<80>(args, launch, ctx);
+  if (launch.dim == 64) return launch_native_attention<BF16Cache, 64>(args, launch, ctx);
+  launch_native_attention<BF16Cache, 80>(args, launch, ctx);
 }
 
 }  // namespace mrv1::cuda

@@ -15,7 +15,6 @@ namespace {
 constexpr std::string_view kOp = "paged_attention";
 constexpr int kThreads = 128;
 constexpr int32_t kMaxHeadDim = 256;
-constexpr int64_t kChunk = cuda::kVectorSize<BFloat16>;  // elements
 constexpr float kLog2e = 1.4426950408889634f;
 
 // Zero rows for padding and masked tokens, for backends that leave them alone.
@@ -30,37 +29,45 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Elements of the cache in one chunk.
+int64_t chunk_elements(const KvCacheLayer& cache) {
+  return cuda::kChunkBytes / static_cast<int64_t>(dtype_size(cache.dtype));
+}
+
 // Whether the native kernel, and with it FlashInfer's, can read queries and cache: in pieces of 16
 // bytes, at offsets of 32 bits.
 bool is_native(const PagedAttentionParams& params) {
   const KvCacheLayer& cache = *params.cache;
-  if (params.dtype != DType::kBF16 || cache.dtype != params.dtype ||
+  const bool is_read = cache.dtype == params.dtype || cache.dtype == DType::kE4M3;
+  if (params.dtype != DType::kBF16 || !is_read ||
       cuda::attention_launch(params.shape.head_dim).stages < 2) {
     return false;
   }
+  const int64_t chunk = chunk_elements(cache);
   const int64_t last = (cache.num_blocks - 1) * cache.block_stride +
                        (cache.block_size - 1) * cache.token_stride +
                        (cache.num_kv_heads - 1) * cache.head_stride + cache.head_dim;
-  const auto in_chunks = [](int64_t stride) { return stride % kChunk == 0; };
-  return in_chunks(cache.block_stride) && in_chunks(cache.token_stride) &&
-         in_chunks(cache.head_stride) && in_chunks(params.q_token_stride()) &&
+  return cache.block_stride % chunk == 0 && cache.token_stride % chunk == 0 &&
+         cache.head_stride % chunk == 0 && cache.head_dim % chunk == 0 &&
+         params.q_token_stride() % cuda::kVectorSize<BFloat16> == 0 &&
          cuda::is_vector_aligned(params.qkv) && cuda::is_vector_aligned(params.out) &&
          cuda::is_vector_aligned(cache.key) && cuda::is_vector_aligned(cache.value) &&
-         last / kChunk < UINT32_MAX;
+         last / chunk < UINT32_MAX;
 }
 
 void native_attention(const PagedAttentionParams& params, const StepContext& ctx) {
   const HeadShape& shape = params.shape;
   const KvCacheLayer& cache = *params.cache;
   const AttentionPlan& plan = *params.plan;
-  const cuda::AttentionLaunch launch = cuda::attention_launch(shape.head_dim);
+  const cuda::AttentionLaunch launch = cuda::attention_launch(shape.head_dim, cache.dtype);
   const cuda::AttentionPlanLayout layout = cuda::attention_plan_layout(plan, launch);
   char* data = static_cast<char*>(plan.data);
   cuda::NativeAttentionArgs args{};
   args.qkv = static_cast<const uint16_t*>(params.qkv);
   args.out = static_cast<uint16_t*>(params.out);
-  args.key = static_cast<const uint16_t*>(cache.key);
-  args.value = static_cast<const uint16_t*>(cache.value);
+  args.key = static_cast<const char*>(cache.key);
+  args.value = static_cast<const char*>(cache.value);
+  args.scales = cache.scales;
   args.block_table =
       ctx.rows.block_table + int64_t{params.kv_group} * ctx.rows.num_rows * ctx.rows.max_blocks;
   args.token_batch = ctx.infer.token_batch;
@@ -72,9 +79,10 @@ void native_attention(const PagedAttentionParams& params, const StepContext& ctx
   args.partials = reinterpret_cast<float*>(data + layout.partials);
   args.worker_floats = layout.worker_floats;
   args.start_floats = layout.start_floats;
-  args.block_stride = static_cast<uint32_t>(cache.block_stride / kChunk);
-  args.token_stride = static_cast<uint32_t>(cache.token_stride / kChunk);
-  args.head_stride = static_cast<uint32_t>(cache.head_stride / kChunk);
+  const int64_t chunk = chunk_elements(cache);
+  args.block_stride = static_cast<uint32_t>(cache.block_stride / chunk);
+  args.token_stride = static_cast<uint32_t>(cache.token_stride / chunk);
+  args.head_stride = static_cast<uint32_t>(cache.head_stride / chunk);
   args.block_size = cache.block_size;
   const auto block_size = static_cast<uint32_t>(cache.block_size);
   args.block_shift = std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1;
@@ -92,13 +100,12 @@ void native_attention(const PagedAttentionParams& params, const StepContext& ctx
       params.softcap > 0.0f
           ? cuda::ScoreScale{2.0f * kLog2e * params.scale / params.softcap, params.softcap * kLog2e}
           : cuda::ScoreScale{params.scale * kLog2e, 0.0f};
-  if (launch.dim <= 80) {
-    cuda::native_attention_64(args, launch, ctx);
-  } else if (launch.dim <= 128) {
-    cuda::native_attention_128(args, launch, ctx);
-  } else {
-    cuda::native_attention_256(args, launch, ctx);
-  }
+  const bool float8 = cache.dtype == DType::kE4M3;
+  const auto run =
+      launch.dim <= 80    ? (float8 ? cuda::native_attention_e4m3_64 : cuda::native_attention_64)
+      : launch.dim <= 128 ? (float8 ? cuda::native_attention_e4m3_128 : cuda::native_attention_128)
+                          : (float8 ? cuda::native_attention_e4m3_256 : cuda::native_attention_256);
+  run(args, launch, ctx);
 }
 
 }  // namespace

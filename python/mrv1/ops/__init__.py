@@ -567,6 +567,7 @@ def plan_attention(
     dtype: str,
     window: int = 0,
     softcap: float = 0.0,
+    kv_cache_dtype: str = "auto",
     stream: object = None,
 ) -> PlannedAttention:
     """Divides the attention of a batch over the device, for all layers of one geometry.
@@ -583,9 +584,10 @@ def plan_attention(
         head_dim: D.
         block_size: Of the cache.
         num_blocks: Of the cache.
-        dtype: Of q and cache, "float32" or "bfloat16".
+        dtype: Of q: "float32", "bfloat16" or "float16".
         window: As of `paged_attention`.
         softcap: As there.
+        kv_cache_dtype: "auto" is dtype; else "fp8_e4m3" or "fp8_e5m2".
         stream: Where it runs on a GPU; docs/ops.md has the default.
     """
     return _ops().plan_attention(
@@ -601,6 +603,7 @@ def plan_attention(
         dtype,
         window,
         softcap,
+        kv_cache_dtype,
         stream,
     )
 
@@ -631,7 +634,8 @@ def paged_attention(
     Tokens of no request, or of one with seq_len 0, give zero rows.
 
     Args:
-        q: [T, H, D]; the heads of a token are contiguous, tokens may be any distance apart.
+        q: [T, H, D], float16 too; the heads of a token are contiguous, tokens may be any distance
+            apart.
         key_cache: [blocks, block_size, K, D], as of `reshape_and_cache_flash`.
         value_cache: As key_cache.
         block_table: int32 [B, max_blocks].

@@ -46,7 +46,7 @@ class Host:
     @staticmethod
     def dtype(name: str) -> np.dtype:
         """A dtype of outputs for inputs of NumPy."""
-        if name in ("float32", "int32"):
+        if name in ("float32", "float16", "int32"):
             return np.dtype(name)
         import ml_dtypes
 

@@ -172,6 +172,10 @@ KvScales cache_scales(OpCall& call, const CacheArguments& arguments, const KvCac
 
 }  // namespace
 
+DType named_cache_dtype(const OpCall& call, const std::string& kv_cache_dtype, DType activation) {
+  return fp8_format(call, kv_cache_dtype).value_or(activation);
+}
+
 void check_head_dim(const OpCall& call, int64_t head_dim) {
   call.require(head_dim > 0 && head_dim % 8 == 0 && head_dim <= kMaxHeadDim, "head_dim is ",
                head_dim, "; must be a multiple of 8 up to ", kMaxHeadDim);

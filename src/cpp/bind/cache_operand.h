@@ -30,6 +30,9 @@ struct CacheOperand {
 CacheOperand cache_operand(OpCall& call, const CacheArguments& arguments, DType activation,
                            bool written);
 
+// The dtype that kv_cache_dtype names: FP8, or that of activations for "auto".
+DType named_cache_dtype(const OpCall& call, const std::string& kv_cache_dtype, DType activation);
+
 void check_head_dim(const OpCall& call, int64_t head_dim);
 
 }  // namespace mrv1

@@ -282,7 +282,7 @@ nb::object slot_mapping(const OpsHandle& self, nb::handle table_array, nb::handl
 
 struct AttentionOptions {
   HeadShape shape;
-  DType dtype;
+  DType dtype, cache_dtype;
   int32_t window;
   float softcap;
   int32_t block_size;
@@ -344,7 +344,7 @@ std::unique_ptr<PlannedAttention> plan_batch(OpCall& call, const AttentionOption
   planned->sizes = {requests, tokens, 0};
   planned->plan.shape = options.shape;
   planned->plan.dtype = options.dtype;
-  planned->plan.cache_dtype = options.dtype;
+  planned->plan.cache_dtype = options.cache_dtype;
   planned->plan.window = options.window;
   planned->plan.softcap = options.softcap;
   planned->plan.max_requests = std::max(requests, 1);
@@ -380,12 +380,13 @@ std::unique_ptr<PlannedAttentionHandle> plan_attention(
     const OpsHandle& self, nb::handle starts_array, nb::handle lens_array, nb::handle table_array,
     int64_t num_tokens, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
     int32_t block_size, int32_t num_blocks, const std::string& dtype_name, int32_t window,
-    float softcap, nb::handle stream) {
+    float softcap, const std::string& kv_cache_dtype, nb::handle stream) {
   const auto context = self.share();
   OpCall call(*context, "plan_attention", stream);
   const DType dtype = dtype_from_name(dtype_name);
-  call.require(dtype == DType::kF32 || dtype == DType::kBF16, "dtype = '", dtype_name,
-               "': must be float32 or bfloat16");
+  call.require(dtype == DType::kF32 || dtype == DType::kBF16 || dtype == DType::kF16, "dtype = '",
+               dtype_name, "': must be float32, bfloat16 or float16");
+  const DType cache_dtype = named_cache_dtype(call, kv_cache_dtype, dtype);
   call.require(num_heads > 0 && num_kv_heads > 0 && num_heads % num_kv_heads == 0,
                "num_heads = ", num_heads, ": must be a positive multiple of num_kv_heads, ",
                num_kv_heads);
@@ -393,9 +394,15 @@ std::unique_ptr<PlannedAttentionHandle> plan_attention(
   Operand starts = call.input("query_start_loc", starts_array);
   Operand lens = call.input("seq_lens", lens_array);
   Operand table = call.input("block_table", table_array);
-  std::unique_ptr<PlannedAttention> planned = plan_batch(
-      call, {{num_heads, num_kv_heads, head_dim}, dtype, window, softcap, block_size, num_tokens},
-      starts, lens, table, num_blocks);
+  std::unique_ptr<PlannedAttention> planned = plan_batch(call,
+                                                         {{num_heads, num_kv_heads, head_dim},
+                                                          dtype,
+                                                          cache_dtype,
+                                                          window,
+                                                          softcap,
+                                                          block_size,
+                                                          num_tokens},
+                                                         starts, lens, table, num_blocks);
   for (auto [operand, to] : {std::pair{&starts, &planned->infer.query_start_loc},
                              std::pair{&lens, &planned->infer.seq_lens},
                              std::pair{&table, &planned->rows.block_table}}) {
@@ -421,7 +428,8 @@ nb::object paged_attention(const OpsHandle& self, nb::handle q_array, nb::handle
   OpCall call(*context, "paged_attention", stream);
   call.require(std::isfinite(scale), "scale = ", scale, ": must be finite");
   const Operand q = call.input("q", q_array);
-  const DType dtype = call.activation(call.ndim(q, 3, "[tokens, heads, head_dim]"));
+  call.ndim(q, 3, "[tokens, heads, head_dim]");
+  const DType dtype = q.is(DType::kF16) ? DType::kF16 : call.activation(q);
   const bool dense = (q.strides[2] == 1 || q.shape[2] == 1) &&
                      (q.strides[1] == q.shape[2] || q.shape[1] == 1) && q.strides[0] >= 0;
   call.require(dense || q.size() == 0, "q has strides [", q.strides[0], ", ", q.strides[1], ", ",
@@ -429,8 +437,6 @@ nb::object paged_attention(const OpsHandle& self, nb::handle q_array, nb::handle
   const CacheOperand taken =
       cache_operand(call, {key_array, value_array, k_scale, v_scale, kv_cache_dtype}, dtype, false);
   const KvCacheLayer& cache = taken.layer;
-  call.require(cache.dtype == dtype, "key_cache is ", mrv1::dtype_name(cache.dtype), "; must be ",
-               mrv1::dtype_name(dtype), ", as q");
   call.require(q.shape[2] == cache.head_dim && q.shape[1] > 0 && q.shape[1] <= kMaxHeads &&
                    q.shape[1] % cache.num_kv_heads == 0,
                "q has ", q.shape[1], " heads of ", q.shape[2], "; must have a multiple of ",
@@ -444,8 +450,9 @@ nb::object paged_attention(const OpsHandle& self, nb::handle q_array, nb::handle
     const Operand table = call.input("block_table", table_array);
     const Operand lens = call.input("seq_lens", lens_array);
     const Operand starts = call.input("query_start_loc", starts_array);
-    planned = plan_batch(call, {shape, dtype, window, softcap, cache.block_size, q.shape[0]},
-                         starts, lens, table, cache.num_blocks);
+    planned =
+        plan_batch(call, {shape, dtype, cache.dtype, window, softcap, cache.block_size, q.shape[0]},
+                   starts, lens, table, cache.num_blocks);
     read.insert(read.end(), {table, lens, starts});
   } else {
     planned = nb::cast<const PlannedAttentionHandle&>(plan_object).share();
@@ -454,8 +461,10 @@ nb::object paged_attention(const OpsHandle& self, nb::handle q_array, nb::handle
     call.require(planned->device.get() == &call.device(), "plan is of ", planned->device->name(),
                  " and q lies on ", call.device().name());
     call.require(planned->plan.serves(shape, window, softcap) && planned->plan.dtype == dtype &&
+                     planned->plan.cache_dtype == cache.dtype &&
                      planned->rows.block_size == cache.block_size,
-                 "plan was made for other heads, dtype, window, softcap or block_size");
+                 "plan was made for other heads, dtype, kv_cache_dtype, window, softcap or "
+                 "block_size");
     call.require(planned->sizes.num_tokens == q.shape[0], "plan is for ", planned->sizes.num_tokens,
                  " tokens; q has ", q.shape[0]);
   }
@@ -545,7 +554,7 @@ void bind_attention_ops(nb::class_<OpsHandle>& ops, nb::module_& m) {
            nb::arg("block_table"), nb::arg("num_tokens"), nb::arg("num_heads"),
            nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("block_size"),
            nb::arg("num_blocks"), nb::arg("dtype"), nb::arg("window") = 0,
-           nb::arg("softcap") = 0.0f, none("stream"))
+           nb::arg("softcap") = 0.0f, nb::arg("kv_cache_dtype") = "auto", none("stream"))
       .def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("key_cache"),
            nb::arg("value_cache"), none("block_table"), none("seq_lens"), none("query_start_loc"),
            nb::arg("scale") = 1.0f, nb::arg("window") = 0, nb::arg("softcap") = 0.0f, none("plan"),

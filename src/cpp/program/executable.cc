@@ -39,7 +39,6 @@ std::vector<AttentionPlan> attention_plans(const Program& program, const PlanLim
     const auto [first_group, num_groups] = layout.groups_of(op.window);
     plans.push_back({.shape = op.heads,
                      .dtype = program.dtype(),
-                     .cache_dtype = program.dtype(),
                      .window = op.window,
                      .softcap = op.softcap,
                      .first_group = first_group,
@@ -101,6 +100,7 @@ Executable::Executable(const Program& program, const PlanLimits& limits, Device&
     const int64_t bytes = device.kernels().attention_plan_bytes(plan, device);
     attention_buffers_.push_back(device.allocate(static_cast<size_t>(bytes), "attention plan"));
     plan.data = attention_buffers_.back().data();
+    plan.cache_dtype = kv.front().dtype;  // of all layers
   }
   calls_.reserve(program.ops().size());
   for (const Op& op : program.ops()) calls_.push_back(bind(program, op, weights, kv));

@@ -1,0 +1,11 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "native_attention.cuh"
+
+namespace mrv1::cuda {
+
+void native_attention_e4m3_256(const NativeAttentionArgs& args, const AttentionLaunch& launch,
+                               const StepContext& ctx) {
+  launch_native_attention<E4M3Cache, 256>(args, launch, ctx);
+}
+
+}  // namespace mrv1::cuda
