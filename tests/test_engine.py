@@ -140,6 +140,25 @@ def test_preempted_requests_draw_the_same_tokens(opened: Opened, caching: bool) 
         assert lives[name, 0].tokens == alone(opened, prompt, params)
 
 
+def test_blocks_of_accepted_drafts_are_found_by_their_tokens(opened: Opened) -> None:
+    """A block that drafts have filled enters the prefix cache under the tokens that they became."""
+    config = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2}
+    runner, engine = opened(speculative_config=config, force_tokens=True, max_model_len=256)
+    prompt = make_prompt(24, 5)
+    echo = prompt + prompt
+    params = greedy(len(echo))
+    row = make_row_spec(prompt, params, eos_token_ids=(), forced_token_ids=echo)
+    engine.add_request("first", row)
+    first = drain(engine)["first", 0]
+    assert first.tokens == echo
+    assert engine.stats()["accepted_tokens"] >= len(prompt)
+    whole = prompt + first.tokens
+    add(engine, "second", whole, greedy(1))
+    # The last token of the first was never computed, and the block that it is in never filled.
+    size = runner.model.block_size
+    assert drain(engine)["second", 0].cached == (len(whole) - 1) // size * size
+
+
 def test_prefix_hits_change_no_token_and_save_the_work(opened: Opened) -> None:
     _, engine = opened()
     shared = make_prompt(41, 1)

@@ -16,8 +16,6 @@ namespace {
 constexpr std::string_view kWhere = "engine";
 // Outputs that a request's history has room for from the start; longer ones grow it.
 constexpr int32_t kReservedOutputs = 4096;
-// Requests ahead whose memory is asked for: between two steps other threads have used the caches.
-constexpr size_t kPrefetch = 8;
 
 RequestEnd end_of(FinishReason reason) {
   switch (reason) {
@@ -92,46 +90,52 @@ void Engine::add(RequestSpec spec, std::span<const int32_t> slots) {
   spec.row.prompt_len = length;
   for (size_t i = 0; i < slots.size(); ++i) {
     const int32_t slot = slots[i];
-    if (static_cast<size_t>(slot) >= requests_.size()) requests_.resize(slot + 1);
-    if (requests_[slot] == nullptr) {
-      requests_[slot] = std::make_unique<Request>();
-      requests_[slot]->slot = slot;
-      requests_[slot]->blocks.resize(num_groups());
-      requests_[slot]->num_dropped.resize(num_groups());
+    if (static_cast<size_t>(slot) >= requests_.size()) {
+      requests_.resize(slot + 1);
+      details_.resize(slot + 1);
+    }
+    if (details_[slot] == nullptr) {
+      details_[slot] = std::make_unique<RequestDetails>();
+      details_[slot]->blocks.resize(num_groups());
+      details_[slot]->num_dropped.resize(num_groups());
     }
     Request& added = request(slot);
+    RequestDetails& its = details(slot);
     check_internal(added.state == RequestState::kNone, kWhere, "slot ", slot, " is in use");
-    added.urgency = {spec.priority, arrivals_, static_cast<int32_t>(i)};
-    added.use_prefix_cache = spec.use_prefix_cache;
-    added.scope = spec.scope;
+    added.slot = slot;
+    its.urgency = {spec.priority, arrivals_, static_cast<int32_t>(i)};
+    its.scope = spec.scope;
     if (i + 1 < slots.size()) {
-      added.row = spec.row;
+      its.row = spec.row;
     } else {
-      added.row = std::move(spec.row);
+      its.row = std::move(spec.row);
     }
-    added.row.seed += i;
+    its.row.seed += i;
+    added.keeps_blocks = enable_prefix_caching_ && spec.use_prefix_cache;
+    added.num_drafts = its.row.num_speculative_tokens < 0 ? config.num_speculative_tokens
+                                                          : its.row.num_speculative_tokens;
     added.max_total_len = static_cast<int32_t>(
-        std::min<int64_t>(int64_t{length} + added.row.max_tokens, config.max_model_len));
-    added.row.token_ids.reserve(std::min(added.max_total_len, length + kReservedOutputs));
-    for (auto& blocks : added.blocks) blocks.reserve(blocks_for(added.max_total_len));
+        std::min<int64_t>(int64_t{length} + its.row.max_tokens, config.max_model_len));
+    its.row.token_ids.reserve(std::min(added.max_total_len, length + kReservedOutputs));
+    for (auto& blocks : its.blocks) blocks.reserve(blocks_for(added.max_total_len));
     added.num_cached_tokens = -1;
-    added.num_draft_tokens = added.num_accepted_tokens = 0;
+    its.num_draft_tokens = its.num_accepted_tokens = 0;
     reset_progress(added);
     ++num_requests_;
     if (i == 0) {
       enqueue(slot);
     } else {
       added.state = RequestState::kHeld;
-      added.first_sample = slots[0];
-      request(slots[0]).held.push_back(slot);
+      its.first_sample = slots[0];
+      details(slots[0]).held.push_back(slot);
       request(slots[0]).has_held = true;
     }
   }
 }
 
 bool Engine::has_request(int32_t slot) const {
-  return slot >= 0 && static_cast<size_t>(slot) < requests_.size() && requests_[slot] != nullptr &&
-         requests_[slot]->state != RequestState::kNone;
+  return slot >= 0 && static_cast<size_t>(slot) < requests_.size() &&
+         requests_[slot].state != RequestState::kNone;
 }
 
 void Engine::end(int32_t slot, RequestEnd reason, std::string_view error, EventBatch& out) {
@@ -143,8 +147,9 @@ void Engine::end(int32_t slot, RequestEnd reason, std::string_view error, EventB
 // prefix cache.
 void Engine::remove(int32_t slot, bool spoilt) {
   Request& ended = request(slot);
+  RequestDetails& its = details(slot);
   if (spoilt) {
-    for (const auto& blocks : ended.blocks) {
+    for (const auto& blocks : its.blocks) {
       for (const int32_t block : blocks) {
         if (block != 0) pool_.forget(block);
       }
@@ -154,22 +159,18 @@ void Engine::remove(int32_t slot, bool spoilt) {
     case RequestState::kNone:
       return;
     case RequestState::kHeld:
-      std::erase(request(ended.first_sample).held, slot);
-      request(ended.first_sample).has_held = !request(ended.first_sample).held.empty();
+      std::erase(details(its.first_sample).held, slot);
+      request(its.first_sample).has_held = !details(its.first_sample).held.empty();
       break;
     case RequestState::kWaiting:
-      waiting_.erase({ended.urgency, slot});
-      if (ended.forked) std::erase(forked_, slot);
-      release_blocks(ended.blocks);
+      waiting_.erase({its.urgency, slot});
+      if (its.forked) std::erase(forked_, slot);
+      release_blocks(its.blocks);
       break;
-    case RequestState::kRunning: {
-      const auto place = std::lower_bound(
-          running_.begin(), running_.end(), ended.urgency,
-          [&](int32_t other, const Urgency& urgency) { return request(other).urgency < urgency; });
-      running_.erase(place);
+    case RequestState::kRunning:
+      running_.erase(running_.begin() + static_cast<int64_t>(place_of(its.urgency)));
       leave_row(ended);
       break;
-    }
   }
   reset_progress(ended);
   ended.state = RequestState::kNone;
@@ -188,33 +189,36 @@ void Engine::end_all(RequestEnd reason, std::string_view error, EventBatch& out)
 void Engine::promote_held(Request& first) {
   if (!first.has_held) return;
   first.has_held = false;
-  const int32_t slot = first.held.front();
-  Request& next = request(slot);
-  next.held.assign(first.held.begin() + 1, first.held.end());
-  for (const int32_t held : next.held) request(held).first_sample = slot;
-  first.held.clear();
-  next.has_held = !next.held.empty();
+  auto& held = details(first).held;
+  const int32_t slot = held.front();
+  RequestDetails& next = details(slot);
+  next.held.assign(held.begin() + 1, held.end());
+  held.clear();
+  for (const int32_t other : next.held) details(other).first_sample = slot;
+  request(slot).has_held = !next.held.empty();
   next.first_sample = -1;
   enqueue(slot);
 }
 
 void Engine::reset_progress(Request& request) {
-  pool_.unpin(request.prefix);
-  request.prefix = BlockPool::kRoot;
+  RequestDetails& its = details(request);
+  pool_.unpin(its.prefix);
+  its.prefix = BlockPool::kRoot;
+  its.forked = false;
+  std::fill(its.num_dropped.begin(), its.num_dropped.end(), 0);
   request.num_kept = 0;
-  request.num_computed = 0;
-  request.num_launched = request.num_certain = 0;
-  request.most_in_flight = request.least_in_flight = 0;
+  request.num_computed = request.num_launched = request.num_certain = 0;
   request.capacity = 0;
-  request.forked = false;
-  std::fill(request.num_dropped.begin(), request.num_dropped.end(), 0);
+  request.next_drop = 0;
+  request.num_tail = 0;
 }
 
 // --- rows and blocks ---------------------------------------------------------------------------
 
-void Engine::append_to_row(const Request& running, int32_t group, int32_t from) {
-  runner_->append_blocks(running.handle, group, std::span(running.blocks[group]).subspan(from),
-                         /*distinct=*/true);
+void Engine::append_tail(Request& running) {
+  auto& tokens = details(running).row.token_ids;
+  tokens.insert(tokens.end(), running.tail, running.tail + running.num_tail);
+  running.num_tail = 0;
 }
 
 // Gives row and blocks back: the row at once, as steps in flight keep its generation, the blocks
@@ -222,11 +226,12 @@ void Engine::append_to_row(const Request& running, int32_t group, int32_t from) 
 void Engine::leave_row(Request& running) {
   runner_->free_row(running.handle);
   running.handle = {};
+  auto& groups = details(running).blocks;
   if (running.last_step <= retired_) {
-    release_blocks(running.blocks);
+    release_blocks(groups);
   } else {
-    draining_.push_back({running.last_step, running.blocks});  // the slot keeps its capacity
-    for (auto& blocks : running.blocks) blocks.clear();
+    draining_.push_back({running.last_step, groups});  // the slot keeps its capacity
+    for (auto& blocks : groups) blocks.clear();
   }
   reset_progress(running);
 }
@@ -259,25 +264,27 @@ void Engine::release_drained() {
 
 // Blocks that retired steps have filled enter the prefix cache.
 void Engine::keep_filled_blocks(Request& running) {
-  if (!enable_prefix_caching_ || !running.use_prefix_cache) return;
-  while ((running.num_kept + 1) * block_size_ <= running.num_computed) {
+  RequestDetails& its = details(running);
+  append_tail(running);
+  while (fills_block(running, running.num_computed)) {
     const int32_t index = running.num_kept++;
-    running.prefix = pool_.descend(running.prefix, running.scope,
-                                   running.row.token_ids.data() + index * block_size_);
+    its.prefix =
+        pool_.descend(its.prefix, its.scope, its.row.token_ids.data() + index * block_size_);
     for (int32_t group = 0; group < num_groups(); ++group) {
-      const int32_t block = running.blocks[group][index];
-      if (block != 0) pool_.keep(running.prefix, group, block);
+      const int32_t block = its.blocks[group][index];
+      if (block != 0) pool_.keep(its.prefix, group, block);
     }
   }
 }
 
 // The first sample's prompt is in its blocks: the others share them, and wait for rows.
-void Engine::fork_held(Request& first) {
+void Engine::fork_held(Request& running) {
+  RequestDetails& first = details(running);
   const int32_t count = blocks_for(first.row.prompt_len);
   for (const int32_t slot : first.held) {
-    Request& sample = request(slot);
+    RequestDetails& sample = details(slot);
     sample.first_sample = -1;
-    sample.num_computed = first.row.prompt_len - 1;
+    request(slot).num_computed = first.row.prompt_len - 1;
     for (int32_t group = 0; group < num_groups(); ++group) {
       sample.blocks[group].assign(first.blocks[group].begin(), first.blocks[group].begin() + count);
       for (const int32_t block : sample.blocks[group]) {
@@ -290,23 +297,29 @@ void Engine::fork_held(Request& first) {
     enqueue(slot);
   }
   first.held.clear();
-  first.has_held = false;
+  running.has_held = false;
 }
 
 // Lets go of blocks that no later query of the row can read. Steps in flight do not read them
 // either, but still have them in their tables.
 void Engine::drop_below_window(Request& running) {
+  RequestDetails& its = details(running);
+  running.next_drop = running.max_total_len;
   for (int32_t group = 0; group < num_groups(); ++group) {
-    int32_t& dropped = running.num_dropped[group];
+    if (windows_[group] == 0) continue;
+    int32_t& dropped = its.num_dropped[group];
     const int32_t first = first_block(group, running.num_computed);
-    if (first <= dropped) continue;
-    for (int32_t index = dropped; index < first; ++index) {
-      int32_t& block = running.blocks[group][index];
-      if (block != 0) dropped_.push_back({running.last_step, block});
-      block = 0;
+    if (first > dropped) {
+      for (int32_t index = dropped; index < first; ++index) {
+        int32_t& block = its.blocks[group][index];
+        if (block != 0) dropped_.push_back({running.last_step, block});
+        block = 0;
+      }
+      runner_->drop_blocks(running.handle, group, dropped, first - dropped);
+      dropped = first;
     }
-    runner_->drop_blocks(running.handle, group, dropped, first - dropped);
-    dropped = first;
+    running.next_drop =
+        std::min(running.next_drop, (dropped + 1) * block_size_ + windows_[group] - 1);
   }
 }
 
@@ -346,8 +359,6 @@ bool Engine::launch(EventBatch& out) {
       const int32_t least = planned.least();
       running.num_launched += planned.tokens;
       running.num_certain += least;
-      running.most_in_flight += planned.tokens;
-      running.least_in_flight += least;
       running.last_step = next.step;
     }
     ++stats_.steps;
@@ -370,9 +381,16 @@ void Engine::fail_touched(std::string_view error, EventBatch& out) {
   if (out.events.size() == before) end_all(RequestEnd::kError, error, out);
 }
 
+// Between two steps other threads have used the caches.
 void Engine::prefetch(int32_t slot) const {
-  const auto* line = reinterpret_cast<const char*>(requests_[slot].get());
-  for (int i = 0; i < 3; ++i) __builtin_prefetch(line + 64 * i, 1);
+  const auto* line = reinterpret_cast<const char*>(&requests_[slot]);
+  for (size_t i = 0; i < sizeof(Request); i += 64) __builtin_prefetch(line + i, 1);
+}
+
+// Asked for together and ahead, the details of all requests that need a block cost one miss.
+void Engine::prefetch_details(int32_t slot) const {
+  const auto* line = reinterpret_cast<const char*>(details_[slot].get());
+  for (size_t i = 0; i < 2 * 64; i += 64) __builtin_prefetch(line + i, 1);
 }
 
 void Engine::take_in(EventBatch& out) {
@@ -392,10 +410,16 @@ void Engine::take_in(EventBatch& out) {
   }
   retired_ = oldest.step;
   for (size_t i = 0; i < oldest.requests.size(); ++i) {
-    if (i + kPrefetch < oldest.requests.size()) prefetch(oldest.requests[i + kPrefetch].slot);
+    if (i + 2 * kPrefetch < oldest.requests.size()) {
+      prefetch(oldest.requests[i + 2 * kPrefetch].slot);
+    }
+    if (i + kPrefetch < oldest.requests.size()) {
+      const Request& ahead = request(oldest.requests[i + kPrefetch].slot);
+      if (fills_block(ahead, ahead.num_computed + 1)) prefetch_details(ahead.slot);
+    }
     const Planned& planned = oldest.requests[i];
     // Ended since, perhaps with another request in the slot: nothing for it here.
-    const RowHandle handle = has_request(planned.slot) ? request(planned.slot).handle : RowHandle{};
+    const RowHandle handle = request(planned.slot).handle;
     if (handle.row != planned.handle.row || handle.generation != planned.handle.generation) {
       const bool masked = i < output_.entries.size() && output_.entries[i].masked != 0;
       ++(masked ? stats_.masked_results : stats_.dropped_results);
@@ -428,20 +452,31 @@ void Engine::take_in_entry(const Planned& planned, const OutputEntry& entry,
     end(planned.slot, reason, "the logits hold no token to draw", out);
     return;
   }
+  // By what the step was counted with, the bounds were too high or too low.
+  const int32_t gained = entry.num_computed - running.num_computed;
   running.num_computed = entry.num_computed;
-  running.most_in_flight -= planned.tokens;
-  running.least_in_flight -= planned.least();
-  running.num_launched = entry.num_computed + running.most_in_flight;
-  running.num_certain = entry.num_computed + running.least_in_flight;
-  running.num_draft_tokens += entry.num_drafts;
-  running.num_accepted_tokens += entry.num_accepted;
-  stats_.draft_tokens += entry.num_drafts;
-  stats_.accepted_tokens += entry.num_accepted;
-  keep_filled_blocks(running);
-  if (running.has_held && running.num_computed >= running.row.prompt_len) fork_held(running);
-  if (has_windows_ && reason == RequestEnd::kNone) drop_below_window(running);
+  running.num_launched += gained - planned.tokens;
+  running.num_certain += gained - planned.least();
+  if (entry.num_drafts > 0) {
+    RequestDetails& its = details(running);
+    its.num_draft_tokens += entry.num_drafts;
+    its.num_accepted_tokens += entry.num_accepted;
+    stats_.draft_tokens += entry.num_drafts;
+    stats_.accepted_tokens += entry.num_accepted;
+  }
+  // First, as accepted drafts may be in a block that is full now.
+  for (const int32_t token : tokens) {
+    if (running.num_tail == Request::kTail) append_tail(running);
+    running.tail[running.num_tail++] = token;
+  }
+  if (fills_block(running, running.num_computed)) keep_filled_blocks(running);
+  if (running.has_held && running.num_computed >= details(running).row.prompt_len) {
+    fork_held(running);
+  }
+  if (has_windows_ && running.num_computed >= running.next_drop && reason == RequestEnd::kNone) {
+    drop_below_window(running);
+  }
   if (tokens.empty()) return;
-  running.row.token_ids.insert(running.row.token_ids.end(), tokens.begin(), tokens.end());
   emit(running, tokens, reason, "", out);
   if (reason != RequestEnd::kNone) remove(planned.slot, false);
 }
@@ -453,8 +488,11 @@ void Engine::emit(const Request& request, std::span<const int32_t> tokens, Reque
   event.end = end;
   event.num_tokens = static_cast<int32_t>(tokens.size());
   event.num_cached_tokens = std::max(0, request.num_cached_tokens);
-  event.num_draft_tokens = request.num_draft_tokens;
-  event.num_accepted_tokens = request.num_accepted_tokens;
+  if (request.num_drafts > 0) {
+    event.num_draft_tokens = details(request).num_draft_tokens;
+    event.num_accepted_tokens = details(request).num_accepted_tokens;
+  }
+  if (end != RequestEnd::kNone) out.ends.push_back(static_cast<int32_t>(out.events.size()));
   if (!error.empty()) {
     event.error = static_cast<int32_t>(out.errors.size());
     out.errors.emplace_back(error);
@@ -494,33 +532,40 @@ void Engine::check_invariants() const {
   for (const Draining& ended : draining_) count(ended.blocks);
   for (const Dropped& dropped : dropped_) ++references[dropped.block];
   int32_t present = 0, held = 0;
-  for (const auto& pointer : requests_) {
-    if (pointer == nullptr) continue;
-    const Request& each = *pointer;
+  for (const Request& each : requests_) {
+    if (each.slot < 0) continue;
+    const RequestDetails& its = details(each);
     present += each.state != RequestState::kNone;
-    count(each.blocks);
-    for (const auto& blocks : each.blocks) {
-      check_internal(blocks.size() == each.blocks[0].size(), kWhere, "slot ", each.slot,
+    count(its.blocks);
+    for (const auto& blocks : its.blocks) {
+      check_internal(blocks.size() == its.blocks[0].size(), kWhere, "slot ", each.slot,
                      " has more blocks in one group than in another");
     }
-    const bool may_hold = each.state == RequestState::kRunning || each.forked;
-    check_internal(may_hold || each.blocks[0].empty(), kWhere, "slot ", each.slot,
+    const bool runs = each.state == RequestState::kRunning;
+    check_internal(runs || its.forked || its.blocks[0].empty(), kWhere, "slot ", each.slot,
                    " holds blocks but neither runs nor waits with a copy");
     check_internal(
-        each.num_computed <= std::max(each.num_launched, each.forked ? each.row.prompt_len : 0),
+        each.num_computed <= std::max(each.num_launched, its.forked ? its.row.prompt_len : 0),
         kWhere, "slot ", each.slot, " has computed more than was launched");
+    check_internal(runs == (each.handle.row >= 0), kWhere, "slot ", each.slot,
+                   " has a row but does not run, or runs without one");
+    check_internal(runs || each.num_tail == 0, kWhere, "slot ", each.slot,
+                   " has outputs apart that do not belong there");
+    check_internal(
+        its.row.token_ids.size() + each.num_tail > static_cast<size_t>(each.num_computed), kWhere,
+        "slot ", each.slot, " has computed all tokens that it knows");
     switch (each.state) {
       case RequestState::kNone:
         break;
       case RequestState::kHeld: {
         ++held;
-        const auto& siblings = request(each.first_sample).held;
+        const auto& siblings = details(its.first_sample).held;
         check_internal(std::count(siblings.begin(), siblings.end(), each.slot) == 1, kWhere,
                        "slot ", each.slot, " is held by nobody");
         break;
       }
       case RequestState::kWaiting:
-        check_internal(waiting_.count({each.urgency, each.slot}) == 1, kWhere, "slot ", each.slot,
+        check_internal(waiting_.count({its.urgency, each.slot}) == 1, kWhere, "slot ", each.slot,
                        " waits but is not in line");
         break;
       case RequestState::kRunning:
@@ -537,7 +582,7 @@ void Engine::check_invariants() const {
                  kWhere, "lists of requests disagree");
   check_internal(
       std::is_sorted(running_.begin(), running_.end(),
-                     [&](int32_t a, int32_t b) { return request(a).urgency < request(b).urgency; }),
+                     [&](int32_t a, int32_t b) { return details(a).urgency < details(b).urgency; }),
       kWhere, "running requests are out of order");
   check_internal(runner_->free_rows() + static_cast<int32_t>(running_.size()) ==
                      runner_->config().max_num_seqs,

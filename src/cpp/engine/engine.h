@@ -53,6 +53,8 @@ class Engine {
  private:
   // Steps launched and not yet taken in: one runs ahead of the one being read.
   static constexpr size_t kRunAhead = 2;
+  // Requests ahead whose memory is asked for.
+  static constexpr size_t kPrefetch = 8;
 
   struct Planned {
     int32_t slot, tokens;
@@ -83,7 +85,8 @@ class Engine {
   // scheduler.cc: what the next step computes.
   bool plan_batch();
   void plan_running(int32_t slot, size_t place);
-  int32_t decode_tokens(const Request& request) const;
+  int32_t decode_tokens(const Request& running) const;
+  size_t place_of(const Urgency& urgency) const;
   int32_t cover(Request& running, int32_t tokens, size_t place);
   bool admit(int32_t slot, size_t place);
   Hit find_prefix(const Request& head);
@@ -98,7 +101,7 @@ class Engine {
   bool give_up_fork();
   void enqueue(int32_t slot);
   int32_t missing_blocks(int32_t tokens, int32_t held) const;
-  int32_t missing_blocks(const Request& request) const;
+  int32_t missing_blocks(const Request& running) const;
   // First block of a group that a query at a position may read.
   int32_t first_block(int32_t group, int32_t position) const;
 
@@ -106,6 +109,7 @@ class Engine {
   bool launch(EventBatch& out);
   void take_in(EventBatch& out);
   void prefetch(int32_t slot) const;
+  void prefetch_details(int32_t slot) const;
   void take_in_entry(const Planned& planned, const OutputEntry& entry,
                      std::span<const int32_t> tokens, EventBatch& out);
   void keep_filled_blocks(Request& running);
@@ -114,7 +118,7 @@ class Engine {
   void fail_touched(std::string_view error, EventBatch& out);
   void emit(const Request& request, std::span<const int32_t> tokens, RequestEnd end,
             std::string_view error, EventBatch& out);
-  void append_to_row(const Request& running, int32_t group, int32_t from);
+  void append_tail(Request& running);
   void leave_row(Request& running);
   void release_blocks(std::vector<std::vector<int32_t>>& blocks);
   void release_drained();
@@ -122,11 +126,19 @@ class Engine {
   void reset_progress(Request& request);
   void promote_held(Request& first);
 
-  Request& request(int32_t slot) { return *requests_[slot]; }
-  const Request& request(int32_t slot) const { return *requests_[slot]; }
+  Request& request(int32_t slot) { return requests_[slot]; }
+  const Request& request(int32_t slot) const { return requests_[slot]; }
+  RequestDetails& details(int32_t slot) { return *details_[slot]; }
+  const RequestDetails& details(int32_t slot) const { return *details_[slot]; }
+  RequestDetails& details(const Request& request) { return *details_[request.slot]; }
+  const RequestDetails& details(const Request& request) const { return *details_[request.slot]; }
   int32_t num_groups() const { return static_cast<int32_t>(windows_.size()); }
   int32_t num_blocks(const Request& request) const {
-    return static_cast<int32_t>(request.blocks[0].size());
+    return static_cast<int32_t>(details(request).blocks[0].size());
+  }
+  // Whether a block is full with so many tokens computed that the prefix cache was not offered yet.
+  bool fills_block(const Request& running, int32_t num_computed) const {
+    return running.keeps_blocks && (running.num_kept + 1) * block_size_ <= num_computed;
   }
   int32_t blocks_for(int32_t tokens) const { return (tokens + block_size_ - 1) / block_size_; }
 
@@ -136,7 +148,8 @@ class Engine {
   const std::vector<int32_t> windows_;  // [group] 0 = full
   const bool has_windows_;
   BlockPool pool_;
-  std::vector<std::unique_ptr<Request>> requests_;  // by slot
+  std::vector<Request> requests_;                         // by slot
+  std::vector<std::unique_ptr<RequestDetails>> details_;  // by slot
   int32_t num_requests_ = 0;
   uint64_t arrivals_ = 0;
   std::set<std::pair<Urgency, int32_t>> waiting_;

@@ -73,6 +73,7 @@ void EngineThread::add_request(NamedRequest request) {
     command.spec = std::move(request.spec);
     commands_.push_back(std::move(command));
     queued_samples_ += request.samples;
+    called_.store(true, std::memory_order_release);
   }
   work_.notify_one();
   apply_now();
@@ -96,9 +97,11 @@ bool EngineThread::abort(const std::string& id, int32_t index, bool report) {
         command.slots = {slot};
         command.is_abort = true;
         commands_.push_back(std::move(command));
+        called_.store(true, std::memory_order_release);
       }
       if (!report) {
         sample.id = nullptr;
+        ++num_unheard_of_;
         --name.unheard;
         drop_outputs(slot);
       }
@@ -220,6 +223,7 @@ void EngineThread::drop_outputs(int32_t slot) {
 }
 
 void EngineThread::free_slot(int32_t slot) {
+  num_unheard_of_ -= samples_[slot].id == nullptr;
   samples_[slot] = {};
   free_slots_.push_back(slot);
   if (--num_samples_ == 0) news_.notify_all();
@@ -228,8 +232,9 @@ void EngineThread::free_slot(int32_t slot) {
 // --- the engine's thread -----------------------------------------------------------------------
 
 void EngineThread::run() {
+  bool more = false;
   for (;;) {
-    {
+    if (!more || called_.load(std::memory_order_acquire)) {
       std::unique_lock lock(mutex_);
       work_.wait(lock, [&] {
         return stopping_ ||
@@ -239,12 +244,15 @@ void EngineThread::run() {
     }
     std::lock_guard engine(engine_mutex_);
     turn(/*step=*/true);
+    more = engine_.has_work() && !out_of_memory_;
   }
 }
 
 void EngineThread::turn(bool step) {
   if (out_of_memory_) return;  // set under both locks, so either may read it
-  const uint64_t start = step ? thread_cpu_ns() : 0;
+  // A thread of its own counts all that it does.
+  const bool counts_turns = step && !options_.background;
+  const uint64_t start = counts_turns ? thread_cpu_ns() : 0;
   const uint64_t waited = engine_.device_wait_cpu_ns();
   try {
     try {
@@ -255,11 +263,12 @@ void EngineThread::turn(bool step) {
     } catch (const std::exception& error) {
       engine_.end_all(RequestEnd::kError, error.what(), events_);
     }
+    if (options_.background) cpu_ns_ = thread_cpu_ns() - engine_.device_wait_cpu_ns();
     publish();
   } catch (const std::exception&) {
     give_up();
   }
-  if (step) cpu_ns_ += thread_cpu_ns() - start - (engine_.device_wait_cpu_ns() - waited);
+  if (counts_turns) cpu_ns_ += thread_cpu_ns() - start - (engine_.device_wait_cpu_ns() - waited);
 }
 
 // A turn was left in the middle, and there may be no memory to say so with.
@@ -273,8 +282,10 @@ void EngineThread::give_up() noexcept {
 }
 
 void EngineThread::carry_out_commands() {
+  if (!called_.load(std::memory_order_acquire)) return;
   {
     std::lock_guard lock(mutex_);
+    called_.store(visitors_ > 0 || stopping_, std::memory_order_relaxed);
     if (commands_.empty()) return;
     taken_commands_.swap(commands_);
     queued_samples_ = 0;
@@ -297,32 +308,37 @@ void EngineThread::publish() {
   {
     std::lock_guard lock(mutex_);
     static_cast<EngineStats&>(stats_) = stats;
-    // A thread of its own counts all that it does, up to here.
-    stats_.thread_cpu_ns =
-        options_.background && !stopping_ ? thread_cpu_ns() - stats.device_wait_cpu_ns : cpu_ns_;
+    stats_.thread_cpu_ns = cpu_ns_;
     engine_has_work_ = has_work;
-    auto token = events_.tokens.begin();
-    for (RequestEvent event : events_.events) {
-      const auto tokens = token;
-      token += event.num_tokens;
-      Sample& sample = samples_[event.slot];
-      const bool ends = event.end != RequestEnd::kNone;
-      if (ends) sample.ended = true;
-      if (sample.id == nullptr) {
-        if (ends) free_slot(event.slot);
-        continue;
-      }
-      if (event.error >= 0) {
-        outputs_.errors.push_back(std::move(events_.errors[event.error]));
-        event.error = static_cast<int32_t>(outputs_.errors.size()) - 1;
-      }
-      outputs_.tokens.insert(outputs_.tokens.end(), tokens, token);
-      outputs_.events.push_back(event);
-      news = true;
+    for (const int32_t index : events_.ends) samples_[events_.events[index].slot].ended = true;
+    if (num_unheard_of_ == 0 && outputs_.events.empty()) {
+      std::swap(outputs_, events_);
+    } else {
+      hand_over_each();
     }
+    news = !outputs_.events.empty();
   }
   events_.clear();
   if (news) news_.notify_all();
+}
+
+// Adds the events to outputs that wait already, but for those of samples that nobody may hear of.
+void EngineThread::hand_over_each() {
+  auto token = events_.tokens.begin();
+  for (RequestEvent event : events_.events) {
+    const auto tokens = token;
+    token += event.num_tokens;
+    if (samples_[event.slot].id == nullptr) {
+      if (event.end != RequestEnd::kNone) free_slot(event.slot);
+      continue;
+    }
+    if (event.error >= 0) {
+      outputs_.errors.push_back(std::move(events_.errors[event.error]));
+      event.error = static_cast<int32_t>(outputs_.errors.size()) - 1;
+    }
+    outputs_.tokens.insert(outputs_.tokens.end(), tokens, token);
+    outputs_.events.push_back(event);
+  }
 }
 
 // --- looking at it, and the end ----------------------------------------------------------------
@@ -340,6 +356,7 @@ void EngineThread::visit_engine(Fn&& fn) {
   {
     std::lock_guard lock(mutex_);
     ++visitors_;
+    called_.store(true, std::memory_order_release);
   }
   const auto leave = [&] {
     {
@@ -371,6 +388,7 @@ void EngineThread::stop() {
   {
     std::lock_guard lock(mutex_);
     stopping_ = true;
+    called_.store(true, std::memory_order_release);
   }
   work_.notify_all();
   if (thread_.joinable()) thread_.join();

@@ -1,6 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -104,6 +105,7 @@ class EngineThread {
   void turn(bool step);
   void carry_out_commands();
   void publish();
+  void hand_over_each();
   void give_up() noexcept;
   void apply_now();
   std::vector<RequestOutput> take_outputs();
@@ -124,12 +126,17 @@ class EngineThread {
   EventBatch events_;
   uint64_t cpu_ns_ = 0;  // of turns, without waiting for the device
 
+  // Commands, visitors or the end are there to be looked at: set under mutex_, so that a turn
+  // without any takes that lock only once.
+  std::atomic<bool> called_{false};
+
   std::mutex mutex_;  // of all below
   std::condition_variable work_, news_;
   std::unordered_map<std::string, Name> names_;
   std::vector<Sample> samples_;  // by slot
   std::vector<int32_t> free_slots_;
-  int32_t num_samples_ = 0;  // in use
+  int32_t num_samples_ = 0;     // in use
+  int32_t num_unheard_of_ = 0;  // of them, those without an id
   std::vector<Command> commands_;
   int32_t queued_samples_ = 0;  // in commands_
   EventBatch outputs_;

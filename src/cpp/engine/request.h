@@ -35,11 +35,13 @@ struct RequestEvent {
 // Events in the order they happened. Its arrays keep their capacity.
 struct EventBatch {
   std::vector<RequestEvent> events;
+  std::vector<int32_t> ends;    // indices of the events with an end
   std::vector<int32_t> tokens;  // of the events, one after the other
   std::vector<std::string> errors;
 
   void clear() {
     events.clear();
+    ends.clear();
     tokens.clear();
     errors.clear();
   }
@@ -75,38 +77,48 @@ enum class RequestState : uint8_t {
   kRunning,  // has a row
 };
 
-// What the engine knows of a request, in a dense slot that is used again. What a decode step
-// touches comes first, in two cache lines.
+// What a decode step touches of a request: two cache lines, in an array by slot, so that a step
+// follows no pointer for a request that merely goes on.
 struct alignas(64) Request {
+  static constexpr int32_t kTail = 16;
+
   RequestState state = RequestState::kNone;
-  bool use_prefix_cache = true;
-  bool forked = false;    // waiting, with blocks of the first sample
-  bool has_held = false;  // `held` is not empty
+  bool has_held = false;      // RequestDetails::held is not empty
+  bool keeps_blocks = false;  // its blocks enter the prefix cache
+  uint8_t num_tail = 0;
   int32_t slot = -1;
-  RowHandle handle;
+  RowHandle handle;            // of no row unless running
   int32_t prefill_target = 0;  // tokens known at admission
+  int32_t num_drafts = 0;      // at most, a step
   // Bounds of the tokens computed once all launched steps have retired. They differ by drafts that
-  // steps in flight may reject.
+  // steps in flight may reject. What they are above num_computed is what the steps in flight add.
   int32_t num_launched = 0;  // at most
   int32_t num_certain = 0;   // at least, unless the row stops
   int32_t num_computed = 0;  // tokens computed by retired steps
-  // What the steps in flight add to num_computed, at most and at least.
-  int32_t most_in_flight = 0, least_in_flight = 0;
-  int32_t capacity = 0;  // tokens that the blocks hold
+  int32_t capacity = 0;      // tokens that the blocks hold
   int32_t max_total_len = 0;
-  int32_t num_kept = 0;               // leading blocks that were offered to the prefix cache
-  int32_t num_cached_tokens = -1;     // -1: not admitted yet
-  int32_t prefix = BlockPool::kRoot;  // pinned: of the first num_kept blocks
+  int32_t num_kept = 0;            // leading blocks that were offered to the prefix cache
+  int32_t next_drop = 0;           // num_computed at which blocks fall below a window
+  int32_t num_cached_tokens = -1;  // -1: not admitted yet
   uint64_t last_step = 0;
-  Urgency urgency;
-  RowSpec row;  // token_ids comes first in it, and grows with the outputs
+  // The newest outputs, which RequestDetails::row does not have yet.
+  int32_t tail[kTail] = {};
+};
+static_assert(sizeof(Request) == 128);
 
+// The rest of a request: what admission, a new block and the end touch.
+struct alignas(64) RequestDetails {
+  // What a new block touches comes first, up to the tokens.
   std::vector<std::vector<int32_t>> blocks;  // [group]; equally many, 0 where dropped
-  std::vector<int32_t> num_dropped;          // [group] leading blocks below the window
+  CacheScope scope;
+  int32_t prefix = BlockPool::kRoot;  // pinned: of the first num_kept blocks
+  bool forked = false;                // waiting, with blocks of the first sample
+  RowSpec row;                        // token_ids grows with the outputs
+  Urgency urgency;
+  std::vector<int32_t> num_dropped;  // [group] leading blocks below the window
   int32_t num_draft_tokens = 0, num_accepted_tokens = 0;
   int32_t first_sample = -1;  // held: the slot of the one that computes the prompt
   std::vector<int32_t> held;  // slots of samples that wait for this one's prompt
-  CacheScope scope;
 };
 
 }  // namespace mrv1

@@ -34,18 +34,23 @@ int32_t Engine::missing_blocks(int32_t tokens, int32_t held) const {
   return missing;
 }
 
-int32_t Engine::missing_blocks(const Request& request) const {
-  return missing_blocks(request.prefill_target, num_blocks(request));
+int32_t Engine::missing_blocks(const Request& running) const {
+  return missing_blocks(running.prefill_target, running.capacity / block_size_);
+}
+
+// The running request at or behind this place of the order.
+size_t Engine::place_of(const Urgency& urgency) const {
+  const auto less = [&](int32_t slot, const Urgency& other) {
+    return details(slot).urgency < other;
+  };
+  return std::lower_bound(running_.begin(), running_.end(), urgency, less) - running_.begin();
 }
 
 // Tokens that a decoding request takes in a step: one and places for its drafts, unless those in
 // flight will end it.
-int32_t Engine::decode_tokens(const Request& request) const {
-  const int32_t own = request.row.num_speculative_tokens;
-  const int32_t drafts = !drafts_fit_ ? 0
-                         : own < 0    ? runner_->config().num_speculative_tokens
-                                      : own;
-  return request.num_certain < request.max_total_len - 1 ? 1 + drafts : 0;
+int32_t Engine::decode_tokens(const Request& running) const {
+  const int32_t drafts = drafts_fit_ ? running.num_drafts : 0;
+  return running.num_certain < running.max_total_len - 1 ? 1 + drafts : 0;
 }
 
 // One pass over running and waiting requests, the most urgent first, so that whoever lacks blocks
@@ -67,12 +72,14 @@ bool Engine::plan_batch() {
     prompts = static_cast<int32_t>(running_.size()) < config.max_num_seqs ||
               last_yields_to(request(waiting_.begin()->second));
   }
-  for (const int32_t slot : running_) {
-    const Request& running = request(slot);
+  for (size_t place = 0; place < running_.size(); ++place) {
+    if (place + kPrefetch < running_.size()) prefetch(running_[place + kPrefetch]);
+    const Request& running = request(running_[place]);
     if (running.num_launched >= running.prefill_target) {
       const int32_t tokens = decode_tokens(running);
       decode += tokens;
       least += tokens > 0;
+      if (running.num_launched + tokens > running.capacity) prefetch_details(running.slot);
     } else {
       promised_ += missing_blocks(running);
       prompts = true;
@@ -89,13 +96,16 @@ bool Engine::plan_batch() {
   prefill_budget_ = limit - decode_budget_;
 
   bool line_moves = true;
+  // Where the head of the line belongs among the running ones; a preempted one belongs at the end.
+  const auto place_of_head = [&] {
+    return waiting_.empty() ? running_.size() : place_of(waiting_.begin()->first);
+  };
+  size_t next_admission = place_of_head();
   for (size_t place = 0;; ++place) {
-    if (line_moves && !waiting_.empty()) {
-      const auto [urgency, head] = *waiting_.begin();
-      if (place == running_.size() || urgency < request(running_[place]).urgency) {
-        line_moves = admit(head, place);
-        if (wants_drain_) return false;
-      }
+    if (line_moves && place >= std::min(next_admission, running_.size()) && !waiting_.empty()) {
+      line_moves = admit(waiting_.begin()->second, place);
+      if (wants_drain_) return false;
+      next_admission = place_of_head();
     }
     if (place >= running_.size()) return true;
     plan_running(running_[place], place);
@@ -126,11 +136,12 @@ int32_t Engine::cover(Request& running, int32_t tokens, size_t place) {
   if (goal <= running.capacity) return tokens;
   const bool prefill = running.num_launched < running.prefill_target;
   if (prefill) promised_ -= missing_blocks(running);
+  RequestDetails& its = details(running);
   const int32_t held = num_blocks(running);
   const int32_t needed = blocks_for(goal);
   while (num_blocks(running) < needed) {
     if (pool_.free() >= num_groups()) {
-      for (auto& blocks : running.blocks) blocks.push_back(pool_.take());
+      for (auto& blocks : its.blocks) blocks.push_back(pool_.take());
       running.capacity += block_size_;
       continue;
     }
@@ -144,7 +155,8 @@ int32_t Engine::cover(Request& running, int32_t tokens, size_t place) {
   if (prefill) promised_ += missing_blocks(running);
   if (num_blocks(running) > held) {
     for (int32_t group = 0; group < num_groups(); ++group) {
-      append_to_row(running, group, held);
+      runner_->append_blocks(running.handle, group, std::span(its.blocks[group]).subspan(held),
+                             /*distinct=*/true);
     }
   }
   return goal <= running.capacity ? tokens : running.capacity - running.num_launched;
@@ -165,13 +177,14 @@ bool Engine::admit(int32_t slot, size_t place) {
   }
   blocked_slot_ = -1;
   touched_ = slot;
-  head.prefill_target = static_cast<int32_t>(head.row.token_ids.size());
+  RequestDetails& its = details(slot);
+  head.prefill_target = static_cast<int32_t>(its.row.token_ids.size());
   Hit hit;
   for (;;) {
     const bool alone = running_.empty();
     int32_t needed = 0;
-    if (runner_->can_add(head.row)) {
-      hit = head.forked ? Hit{} : find_prefix(head);
+    if (runner_->can_add(its.row)) {
+      hit = its.forked ? Hit{} : find_prefix(head);
       needed = blocks_to_admit(head, hit);
       // Every running request may need another block in the next steps. A request that runs alone
       // starts with what there is.
@@ -192,7 +205,7 @@ bool Engine::admit(int32_t slot, size_t place) {
     }
     return false;
   }
-  if (head.forked) {
+  if (its.forked) {
     own_last_block(head);
   } else {
     take_hit(head, hit);
@@ -205,13 +218,14 @@ bool Engine::admit(int32_t slot, size_t place) {
 // window reaches of the others. The last token is always computed.
 Engine::Hit Engine::find_prefix(const Request& head) {
   Hit best;
-  if (!enable_prefix_caching_ || !head.use_prefix_cache) return best;
-  const int32_t* tokens = head.row.token_ids.data();
+  if (!head.keeps_blocks) return best;
+  const RequestDetails& its = details(head);
+  const int32_t* tokens = its.row.token_ids.data();
   const int32_t most = (head.prefill_target - 1) / block_size_;
   table_.assign(num_groups(), 0);  // blocks in a row that are there, up to this one
   int32_t prefix = BlockPool::kRoot;
   for (int32_t count = 1; count <= most; ++count, tokens += block_size_) {
-    prefix = pool_.find(prefix, head.scope, tokens);
+    prefix = pool_.find(prefix, its.scope, tokens);
     if (prefix == BlockPool::kNone) break;
     bool hits = true, ends = false;
     for (int32_t group = 0; group < num_groups(); ++group) {
@@ -243,21 +257,22 @@ void Engine::each_block(const Hit& hit, Visit&& visit) const {
 
 // Free blocks that admission takes, or that the known tokens will.
 int32_t Engine::blocks_to_admit(const Request& head, const Hit& hit) const {
-  if (head.forked) return num_groups();  // a copy of the last block
+  if (details(head).forked) return num_groups();  // a copy of the last block
   return missing_blocks(head.prefill_target, hit.num_blocks) + hit.from_line;
 }
 
 void Engine::take_hit(Request& head, const Hit& hit) {
+  RequestDetails& its = details(head);
   for (int32_t group = 0; group < num_groups(); ++group) {
-    head.blocks[group].assign(hit.num_blocks, 0);
-    head.num_dropped[group] = first_block(group, hit.num_blocks * block_size_);
+    its.blocks[group].assign(hit.num_blocks, 0);
+    its.num_dropped[group] = first_block(group, hit.num_blocks * block_size_);
   }
   each_block(hit, [&](int32_t group, int32_t index, int32_t block) {
     pool_.share(block);
-    head.blocks[group][index] = block;
+    its.blocks[group][index] = block;
   });
   pool_.pin(hit.prefix);
-  head.prefix = hit.prefix;
+  its.prefix = hit.prefix;
   head.num_kept = hit.num_blocks;
   head.num_computed = hit.num_blocks * block_size_;
   stats_.prefix_hit_tokens += head.num_computed;
@@ -268,7 +283,7 @@ void Engine::take_hit(Request& head, const Hit& hit) {
 void Engine::own_last_block(Request& sample) {
   const bool partial = sample.num_computed % block_size_ > 0;
   copies_.clear();
-  for (auto& blocks : sample.blocks) {
+  for (auto& blocks : details(sample).blocks) {
     const int32_t shared = blocks.back();
     if (pool_.references(shared) == 1 && !pool_.is_cached(shared)) continue;
     blocks.back() = pool_.take();
@@ -277,20 +292,21 @@ void Engine::own_last_block(Request& sample) {
     pool_.release(shared);
   }
   if (!copies_.empty()) runner_->copy_blocks(copies_);
-  sample.forked = false;
+  details(sample).forked = false;
   std::erase(forked_, sample.slot);
 }
 
 void Engine::place_row(int32_t slot, size_t place) {
   Request& head = request(slot);
+  RequestDetails& its = details(slot);
   head.num_launched = head.num_certain = head.num_computed;
   head.capacity = num_blocks(head) * block_size_;
-  head.row.num_computed = head.num_computed;
-  head.row.block_ids = head.blocks;
-  head.handle = runner_->add_row(head.row);
+  its.row.num_computed = head.num_computed;
+  its.row.block_ids = its.blocks;
+  head.handle = runner_->add_row(its.row);
   if (head.num_cached_tokens < 0) head.num_cached_tokens = head.num_computed;
   head.last_step = 0;
-  waiting_.erase({head.urgency, slot});
+  waiting_.erase({its.urgency, slot});
   head.state = RequestState::kRunning;
   running_.insert(running_.begin() + static_cast<int64_t>(place), slot);
   promised_ += missing_blocks(head);
@@ -300,7 +316,8 @@ void Engine::place_row(int32_t slot, size_t place) {
 
 // Whether the least urgent running request makes room for the head of the line.
 bool Engine::last_yields_to(const Request& head) const {
-  return !running_.empty() && request(running_.back()).urgency.priority > head.urgency.priority;
+  return !running_.empty() &&
+         details(running_.back()).urgency.priority > details(head).urgency.priority;
 }
 
 // Sends the least urgent running request back to the line. Its blocks must be free at once and all
@@ -314,6 +331,7 @@ bool Engine::preempt_last() {
   Request& victim = request(slot);
   if (victim.num_launched < victim.prefill_target) promised_ -= missing_blocks(victim);
   running_.pop_back();
+  append_tail(victim);
   leave_row(victim);
   enqueue(slot);
   ++stats_.preemptions;
@@ -325,19 +343,18 @@ bool Engine::preempt_last() {
 bool Engine::give_up_fork() {
   if (forked_.empty()) return false;
   const auto least = std::max_element(forked_.begin(), forked_.end(), [&](int32_t a, int32_t b) {
-    return request(a).urgency < request(b).urgency;
+    return details(a).urgency < details(b).urgency;
   });
-  Request& sample = request(*least);
+  const int32_t slot = *least;
   forked_.erase(least);
-  sample.forked = false;
-  release_blocks(sample.blocks);
-  reset_progress(sample);
+  release_blocks(details(slot).blocks);
+  reset_progress(request(slot));
   return true;
 }
 
 void Engine::enqueue(int32_t slot) {
   request(slot).state = RequestState::kWaiting;
-  waiting_.emplace(request(slot).urgency, slot);
+  waiting_.emplace(details(slot).urgency, slot);
 }
 
 }  // namespace mrv1

@@ -88,9 +88,13 @@ StepShape GraphLadder::choose(std::span<const BatchEntry> entries, StepSizes exa
     const StepSizes sizes = sizes_of(size);
     // Steps of a token a request propose nothing.
     if (exact.speculates && !sizes.speculates) continue;
-    int64_t places = 0;
-    for (const BatchEntry& entry : entries) {
-      places += (entry.num_tokens + size.tokens_per_request - 1) / size.tokens_per_request;
+    // Entries of a token each need a place each.
+    int64_t places = exact.num_requests;
+    if (exact.num_tokens > exact.num_requests) {
+      places = 0;
+      for (const BatchEntry& entry : entries) {
+        places += (entry.num_tokens + size.tokens_per_request - 1) / size.tokens_per_request;
+      }
     }
     if (places > size.requests) continue;
     const StepMode mode = mode_ == StepMode::kFull ? StepMode::kFull : StepMode::kEager;

@@ -31,6 +31,7 @@ RowTable::RowTable(const RunnerConfig& config, int32_t vocab_size, std::vector<K
       groups_(std::move(groups)),
       send_(std::move(send)),
       rows_(config.max_num_seqs),
+      holdings_(config.max_num_seqs),
       block_marks_(config.num_blocks, 0) {
   // The lowest free row is taken first.
   for (int32_t row = config_.max_num_seqs; row-- > 0;) free_rows_.push_back(row);
@@ -38,15 +39,13 @@ RowTable::RowTable(const RunnerConfig& config, int32_t vocab_size, std::vector<K
   staged_.reserve(config_.max_num_seqs);
 }
 
-HostRow& RowTable::checked(RowHandle handle, const char* where) {
+void RowTable::refuse_handle(RowHandle handle, const char* where) const {
   const auto& [row, generation] = handle;
   check(row >= 0 && row < config_.max_num_seqs, where, "row ", row, " is outside [0, ",
         config_.max_num_seqs, ")");
   check(rows_[row].active, where, "row ", row, " is free");
-  check(generation == kAnyGeneration || rows_[row].generation == generation, where, "row ", row,
-        " belongs to another request now: generation ", rows_[row].generation, ", not ",
-        generation);
-  return rows_[row];
+  fail(ErrorKind::kInvalidArgument, where, "row ", row,
+       " belongs to another request now: generation ", rows_[row].generation, ", not ", generation);
 }
 
 void RowTable::check_group(int32_t group, const char* where) const {
@@ -186,9 +185,6 @@ RowHandle RowTable::add(const RowSpec& spec) {
   free_rows_.pop_back();
   HostRow& host = rows_[row];
   const int32_t generation = host.generation + 1;
-  std::vector<std::vector<int32_t>> blocks = std::move(host.blocks);  // they keep their capacity
-  blocks.resize(groups_.size());
-  for (std::vector<int32_t>& held : blocks) held.clear();
   host = HostRow{.active = true,
                  .generation = generation,
                  .prefill_target = static_cast<int32_t>(spec.token_ids.size()),
@@ -197,11 +193,13 @@ RowHandle RowTable::add(const RowSpec& spec) {
                  .max_total_len = max_total_length(spec),
                  .num_speculative_tokens = spec.num_speculative_tokens < 0
                                                ? config_.num_speculative_tokens
-                                               : spec.num_speculative_tokens,
-                 .blocks = std::move(blocks),
-                 .stop_offset = stop_offset,
-                 .stop_count = stop_count};
-  for (std::vector<int32_t>& held : host.blocks) {
+                                               : spec.num_speculative_tokens};
+  RowHoldings& holdings = holdings_[row];
+  holdings.stop_offset = stop_offset;
+  holdings.stop_count = stop_count;
+  holdings.blocks.resize(groups_.size());
+  for (std::vector<int32_t>& held : holdings.blocks) {
+    held.clear();  // it keeps its capacity
     held.reserve((host.max_total_len + config_.block_size - 1) / config_.block_size);
   }
 
@@ -239,35 +237,42 @@ RowHandle RowTable::add(const RowSpec& spec) {
   for (size_t group = 0; group < spec.block_ids.size(); ++group) {
     add_blocks(row, static_cast<int32_t>(group), spec.block_ids[group]);
   }
-  host.staged_for = record_;
+  holdings.staged_for = record_;
   return {row, generation};
 }
 
 void RowTable::append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids,
                              bool distinct) {
   const char* where = "append_blocks";
-  const HostRow& host = checked(row, where);
+  checked(row, where);
   check_group(group, where);
-  const size_t held = host.blocks[group].size();
+  const auto& blocks = holdings_[row.row].blocks;
+  const size_t held = blocks[group].size();
   check(held + block_ids.size() <= static_cast<size_t>(max_blocks_), where, "row ", row.row,
         " holds ", held, " of ", max_blocks_, " blocks, ", block_ids.size(), " more do not fit");
-  if (!distinct) check_blocks(host.blocks, block_ids, where);
+  if (!distinct) check_blocks(blocks, block_ids, where);
   add_blocks(row.row, group, block_ids);
 }
 
 void RowTable::add_blocks(int32_t row, int32_t group, std::span<const int32_t> block_ids) {
-  HostRow& host = rows_[row];
-  std::vector<int32_t>& held = host.blocks[group];
+  RowHoldings& holdings = holdings_[row];
+  std::vector<int32_t>& held = holdings.blocks[group];
   stage_blocks(row, group, static_cast<int32_t>(held.size()), block_ids);
   held.insert(held.end(), block_ids.begin(), block_ids.end());
-  host.staged_for = record_;
+  holdings.staged_for = record_;
+  size_t least = held.size();
+  for (const std::vector<int32_t>& blocks : holdings.blocks) {
+    least = std::min(least, blocks.size());
+  }
+  rows_[row].capacity = static_cast<int32_t>(least) * config_.block_size;
 }
 
 void RowTable::drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t count) {
   const char* where = "drop_blocks";
-  HostRow& host = checked(row, where);
+  const HostRow& host = checked(row, where);
   check_group(group, where);
-  std::vector<int32_t>& held = host.blocks[group];
+  RowHoldings& holdings = holdings_[row.row];
+  std::vector<int32_t>& held = holdings.blocks[group];
   // Steps in flight have the table as their own record left it, and may reject what they draft.
   const int32_t lowest = lowest_seen(group, host.num_certain);
   check(first >= 0 && count >= 0 && first <= static_cast<int32_t>(held.size()) - count, where,
@@ -277,16 +282,17 @@ void RowTable::drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t 
         group, " still reads");
   std::fill_n(held.begin() + first, count, 0);
   stage_blocks(row.row, group, first, std::span(held).subspan(first, count));
-  host.staged_for = record_;
+  holdings.staged_for = record_;
 }
 
 void RowTable::free(RowHandle row) {
   HostRow& host = checked(row, "free_row");
+  const RowHoldings& holdings = holdings_[row.row];
   // apply() frees before it writes: changes of this row that are still staged must go first.
-  if (host.staged_for == record_) send_();
+  if (holdings.staged_for == record_) send_();
   make_room(sizeof(FreeRow));
   staged_.free_row({row.row, host.generation});
-  release_stop_ids(host.stop_offset, host.stop_count);
+  release_stop_ids(holdings.stop_offset, holdings.stop_count);
   host.active = false;
   free_rows_.push_back(row.row);
 }
@@ -337,30 +343,34 @@ void RowTable::stage_stop_ids(int32_t offset, std::span<const int32_t> ids) {
 }
 
 void RowTable::check_tokens(const BatchItem& item, const HostRow& row) const {
-  const char* where = "execute";
   const int32_t left = row.prefill_target - row.num_launched;
   int32_t needed = row.num_launched + item.num_tokens;  // tokens that the cache must hold
+  bool fits = item.num_tokens >= 1;
   if (left > 0) {
-    check(item.num_tokens >= 1 && item.num_tokens <= left, where, "row ", item.row, " takes 1 to ",
-          left, " prefill tokens, not ", item.num_tokens);
+    fits &= item.num_tokens <= left;
   } else {
-    check(item.num_tokens >= 1 && item.num_tokens <= 1 + row.num_speculative_tokens, where, "row ",
-          item.row, " decodes ",
-          row.num_speculative_tokens > 0
-              ? concat("1 to ", 1 + row.num_speculative_tokens, " tokens")
-              : std::string("1 token"),
-          " a step, not ", item.num_tokens);
-    check(row.num_certain < row.max_total_len - 1, where, "row ", item.row,
-          " has reached its length of ", row.max_total_len, " tokens");
+    fits &= item.num_tokens <= 1 + row.num_speculative_tokens;
+    fits &= row.num_certain < row.max_total_len - 1;
     // The device proposes no drafts past the length, and the last token is never computed.
     needed = std::min(needed, row.max_total_len - 1);
   }
-  for (const std::vector<int32_t>& held : row.blocks) {
-    const auto blocks = static_cast<int32_t>(held.size());
-    check(needed <= blocks * config_.block_size, where, "row ", item.row, " needs ",
-          (needed + config_.block_size - 1) / config_.block_size, " blocks for this step, has ",
-          blocks);
-  }
+  if (!fits) refuse_tokens(item, row);
+  check(needed <= row.capacity, "execute", "row ", item.row, " needs ",
+        (needed + config_.block_size - 1) / config_.block_size, " blocks for this step, has ",
+        row.capacity / config_.block_size);
+}
+
+void RowTable::refuse_tokens(const BatchItem& item, const HostRow& row) const {
+  const char* where = "execute";
+  const int32_t left = row.prefill_target - row.num_launched;
+  const int32_t most = 1 + row.num_speculative_tokens;
+  check(left <= 0, where, "row ", item.row, " takes 1 to ", left, " prefill tokens, not ",
+        item.num_tokens);
+  check(item.num_tokens >= 1 && item.num_tokens <= most, where, "row ", item.row, " decodes ",
+        most > 1 ? concat("1 to ", most, " tokens") : std::string("1 token"), " a step, not ",
+        item.num_tokens);
+  fail(ErrorKind::kInvalidArgument, where, "row ", item.row, " has reached its length of ",
+       row.max_total_len, " tokens");
 }
 
 int32_t RowTable::num_samples(const BatchItem& item, const HostRow& row) {

@@ -14,8 +14,9 @@
 
 namespace mrv1 {
 
-// What the host knows of a row: upper bounds, where the device holds the truth.
-struct HostRow {
+// What the host knows of a row: upper bounds, where the device holds the truth. This is what each
+// step touches, one cache line; RowHoldings has the rest.
+struct alignas(64) HostRow {
   bool active = false;
   int32_t generation = 0;
   int32_t prefill_target = 0;
@@ -23,15 +24,20 @@ struct HostRow {
   // what steps may still compute whose results have not been read.
   int32_t num_launched = 0;  // at most
   int32_t num_certain = 0;   // at least, if the row has not stopped
-  // The same counts without what results have taken back, for retire().
-  uint64_t sum_launched = 0, sum_certain = 0;
   int32_t max_total_len = 0;
   int32_t num_speculative_tokens = 0;
-  std::vector<std::vector<int32_t>> blocks = {};  // by KV group; 0 where dropped
-  int32_t stop_offset = 0, stop_count = 0;
+  int32_t capacity = 0;  // tokens that the blocks of every KV group hold
+  // The bounds without what results have taken back, for retire().
+  uint64_t sum_launched = 0, sum_certain = 0;
   uint64_t last_step = 0;
-  uint64_t staged_for = 0;  // step whose record carries the newest change of the row
   uint64_t batch_mark = 0;  // newest execute() call that named the row
+};
+static_assert(sizeof(HostRow) == 64);
+
+struct RowHoldings {
+  std::vector<std::vector<int32_t>> blocks;  // by KV group; 0 where dropped
+  int32_t stop_offset = 0, stop_count = 0;
+  uint64_t staged_for = 0;  // step whose record carries the newest change of the row
 };
 
 // The rows of a runner as the host sees them, and the changes of the next control record. Nothing
@@ -56,8 +62,14 @@ class RowTable {
   void free(RowHandle row);
 
   // Throws kInvalidArgument unless the row is in use, by the handle's request if it names one.
-  HostRow& checked(RowHandle row, const char* where);
-  HostRow& at(int32_t row) { return rows_[row]; }
+  HostRow& checked(RowHandle handle, const char* where) {
+    const auto& [row, generation] = handle;
+    if (row < 0 || row >= config_.max_num_seqs || !rows_[row].active ||
+        (generation != kAnyGeneration && rows_[row].generation != generation)) {
+      refuse_handle(handle, where);
+    }
+    return rows_[row];
+  }
   uint64_t last_step(RowHandle row) const;
   int32_t free_rows() const { return static_cast<int32_t>(free_rows_.size()); }
 
@@ -85,6 +97,8 @@ class RowTable {
   void drop_changes();
 
  private:
+  [[noreturn]] void refuse_handle(RowHandle handle, const char* where) const;
+  [[noreturn]] void refuse_tokens(const BatchItem& item, const HostRow& row) const;
   int32_t max_total_length(const RowSpec& spec) const;
   void check_group(int32_t group, const char* where) const;
   // The ids are in range, and neither repeated nor among those that the groups hold.
@@ -106,6 +120,7 @@ class RowTable {
   const std::vector<KvGroup> groups_;
   const std::function<void()> send_;
   std::vector<HostRow> rows_;
+  std::vector<RowHoldings> holdings_;  // by row
   std::vector<uint32_t> block_marks_;  // by block: newest check_blocks() call that saw it
   uint32_t block_mark_ = 0;
   std::vector<int32_t> free_rows_;
