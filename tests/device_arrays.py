@@ -107,6 +107,11 @@ class Storage:
         address = self._address + offset * dtype.itemsize
         return Exported(address, shape, strides, dtype, "cuda", self._pinned)
 
+    def wait(self, stream: Any = None) -> None:
+        """For what is in a stream, which is that of the bytes' own device by default."""
+        self._pinned.fence(stream)
+        self._pinned.wait()
+
     def view(
         self, shape: Sequence[int], strides: Sequence[int], dtype: Any, offset: int = 0
     ) -> np.ndarray:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import json
 import os
 import pty
 import select
@@ -15,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from mrv1 import LLM, SamplingParams, __version__, _core, cli, envs
+from mrv1 import LLM, SamplingParams, __version__, _core, cli, envs, ops
 from mrv1.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -305,6 +308,37 @@ def test_examples_run(name: str, model: str) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert done.stdout.count("\n") >= 2
+
+
+def test_the_example_of_single_ops_runs_with_torch() -> None:
+    pytest.importorskip("torch")
+    example = str(ROOT / "examples" / "ops_torch.py")
+    done = subprocess.run(
+        [sys.executable, example, "cpu"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    attention, tokens = done.stdout.splitlines()
+    assert attention.startswith("attention differs from torch by at most ")
+    assert float(attention.rpartition(" ")[2]) < 0.02
+    assert all(0 <= token < 1000 for token in json.loads(tokens.removeprefix("tokens ")))
+
+
+@pytest.mark.parametrize("name", ["ops_torch", "ops_cupy"])
+def test_examples_of_single_ops_call_what_there_is(name: str) -> None:
+    """Each call of an op names arguments that it has; the libraries need not be installed."""
+    tree = ast.parse((ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8"))
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and ast.unparse(node.func.value) == "ops"
+    ]
+    assert len(calls) >= 3
+    for call in calls:
+        assert isinstance(call.func, ast.Attribute)
+        keywords = {keyword.arg: None for keyword in call.keywords if keyword.arg is not None}
+        inspect.signature(getattr(ops, call.func.attr)).bind(*call.args, **keywords)
 
 
 def test_the_scheduler_of_the_example_gives_what_llm_gives(model: str) -> None:

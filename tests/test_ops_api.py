@@ -131,20 +131,6 @@ def test_linear_with_all_its_parts(place: Any, fetch: Any, dtype: Any) -> None:
     assert (fetch(fused) == fetch(ops.silu_mul(ops.linear(place(x), packed)))).all()
 
 
-def test_bits_are_those_of_a_program(place: Any, fetch: Any, native_device: _core.Device) -> None:
-    x, weight = values((4, 32), 1), values((32,), 2)
-    program = _core.Program("float32")
-    source = program.input("x", 32)
-    vector = program.weight("weight", True, 1, [("weight", 32)])
-    out = program.rms_norm(source, vector, 1e-6)
-    program.output(out)
-    session = _core.ProgramSession(native_device, program, max_tokens=4)
-    session.load_weight(vector, weight)
-    session.set_value(source, x)
-    session.run(1, 4)
-    assert (fetch(ops.rms_norm(place(x), place(weight))) == session.value(out, 4)).all()
-
-
 def attend(q: np.ndarray, keys: np.ndarray, vals: np.ndarray, lens: list[int]) -> np.ndarray:
     """One token a request; keys and vals are [B, positions, K, D]."""
     out = np.zeros(q.shape)

@@ -47,7 +47,7 @@ class Board:
     def wait(self) -> None:
         """For what is in the stream."""
         for pinned in self._outs:
-            pinned.fence(self._device)
+            pinned.fence()
             pinned.wait()
         self._outs.clear()
 
@@ -133,3 +133,77 @@ def test_a_result_that_is_an_input_is_refused() -> None:
     lengths = np.int32([4])
     with pytest.raises(InvalidArgumentError, match="num_out is lengths"):
         ops.ngram_propose(np.int32([[7, 8, 9, 7]]), lengths, 2, num_out=lengths)
+
+
+@given(data=st.data())
+def test_slot_mapping_matches_its_rules(board: Board, data: st.DataObject) -> None:
+    """`token_map` with positions, as callers of single ops have it."""
+    requests = data.draw(st.sampled_from([0, 1, 2, 7, 300]))
+    block_size = data.draw(st.sampled_from([1, 3, 16]))
+    cols = data.draw(st.integers(1, 4))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    queries = rng.choice([0, 1, 1, 2, 9], requests)
+    starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
+    tokens = int(starts[-1]) + data.draw(st.integers(0, 3))
+    table = rng.integers(0, 50, (requests, cols)).astype(np.int32)
+    positions = rng.integers(0, cols * block_size, tokens).astype(np.int32)
+    out, slots = board.out(tokens)
+    ops.slot_mapping(
+        board.put(table), board.put(positions), board.put(starts), block_size,
+        out=out, stream=board.stream,
+    )  # fmt: skip
+    board.wait()
+    owner = np.repeat(np.arange(requests), queries)
+    for token in range(tokens):
+        block = 0
+        if token < len(owner):
+            block = int(table[owner[token], positions[token] // block_size])
+        expected = block * block_size + int(positions[token]) % block_size if block > 0 else -1
+        assert slots[token] == expected
+
+
+@given(data=st.data())
+def test_positions_of_attention_come_from_lengths(board: Board, data: st.DataObject) -> None:
+    """`token_map` with lengths: what a plan works out is what a cache of one-hot values shows.
+
+    Each position of a request has a key of its own and equal scores, so a token's result is the
+    mean over the positions that it sees: 1 / (position + 1) in each of them.
+    """
+    block_size, dim = 4, 32
+    requests = data.draw(st.integers(1, 4))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    lens = rng.integers(0, dim + 1, requests).astype(np.int32)
+    queries = np.minimum(rng.choice([1, 1, 2, 6], requests), lens)
+    starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
+    padding = data.draw(st.integers(0, 2))
+    tokens = int(starts[-1]) + padding
+    cols = dim // block_size
+    table = (1 + rng.permutation(requests * cols)).reshape(requests, cols).astype(np.int32)
+    value = np.zeros((requests * cols + 1, block_size, 1, dim), np.float32)
+    for b in range(requests):
+        for position in range(dim):
+            value[table[b, position // block_size], position % block_size, 0, position] = 1
+    if tokens == 0:
+        return
+    out = None
+    pinned: Any = None
+    if board.on_cpu:
+        out = np.full((tokens, 1, dim), np.nan, np.float32)
+    else:
+        pinned = memory.pinned((tokens, 1, dim), np.float32, board.stream)
+        out = pinned.device()
+    ops.paged_attention(
+        board.put(np.ones((tokens, 1, dim), np.float32)), board.put(np.zeros_like(value)),
+        board.put(value), board.put(table), board.put(lens), board.put(starts),
+        out=out, stream=board.stream,
+    )  # fmt: skip
+    if pinned is not None:
+        pinned.fence()
+        pinned.wait()
+        out = pinned.numpy()
+    expected = np.zeros((tokens, 1, dim))
+    for b in range(requests):
+        for token in range(starts[b], starts[b + 1]):
+            position = lens[b] - starts[b + 1] + token
+            expected[token, 0, : position + 1] = 1 / (position + 1)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
