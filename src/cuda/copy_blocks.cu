@@ -1,7 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
-// A thread block copies one KV block of one array, 16 bytes a thread and turn, or 2 where blocks
-// are no multiple of that.
+// A thread block copies what one KV block has in one array.
+#include "copy_bytes.cuh"
 #include "launch.h"
 #include "ops/copy_blocks.h"
 
@@ -9,14 +9,7 @@ namespace mrv1 {
 namespace {
 
 constexpr int kThreads = 256;
-
-template <typename Piece>
-__device__ void copy_pieces(const char* from, char* to, int64_t bytes) {
-  const auto* source = reinterpret_cast<const Piece*>(from);
-  auto* target = reinterpret_cast<Piece*>(to);
-  const int64_t pieces = bytes / static_cast<int64_t>(sizeof(Piece));
-  for (int64_t i = threadIdx.x; i < pieces; i += kThreads) target[i] = source[i];
-}
+constexpr int32_t kMaxArrays = 65535;  // of a launch, by the limit of a grid
 
 __global__ void __launch_bounds__(kThreads)
     copy_blocks_kernel(const __grid_constant__ CopyBlocksParams params) {
@@ -25,22 +18,22 @@ __global__ void __launch_bounds__(kThreads)
   const CacheArray array = params.arrays[blockIdx.y];
   const BlockCopy copy = params.copies[blockIdx.x];
   char* base = static_cast<char*>(array.base);
-  const char* from = base + copy.source * array.block_bytes;
-  char* to = base + copy.target * array.block_bytes;
-  const auto address = reinterpret_cast<unsigned long long>(base);
-  if (address % sizeof(uint4) == 0 && array.block_bytes % sizeof(uint4) == 0) {
-    copy_pieces<uint4>(from, to, array.block_bytes);
-  } else {
-    copy_pieces<unsigned short>(from, to, array.block_bytes);  // elements have 2 or 4 bytes
-  }
+  cuda::copy_bytes(base + copy.source * array.stride, base + copy.target * array.stride,
+                   array.bytes, threadIdx.x, kThreads);
 }
 
 }  // namespace
 
 void copy_blocks_cuda(const CopyBlocksParams& params, const StepContext& ctx) {
-  if (params.count == 0 || params.num_arrays == 0) return;
-  const dim3 grid(static_cast<unsigned>(params.count), static_cast<unsigned>(params.num_arrays));
-  cuda::launch("copy_blocks", ctx, copy_blocks_kernel, grid, dim3(kThreads), 0, params);
+  if (params.count == 0) return;
+  for (int32_t first = 0; first < params.num_arrays; first += kMaxArrays) {
+    CopyBlocksParams part = params;
+    part.arrays = params.arrays + first;
+    part.num_arrays =
+        params.num_arrays - first < kMaxArrays ? params.num_arrays - first : kMaxArrays;
+    const dim3 grid(static_cast<unsigned>(part.count), static_cast<unsigned>(part.num_arrays));
+    cuda::launch("copy_blocks", ctx, copy_blocks_kernel, grid, dim3(kThreads), 0, part);
+  }
 }
 
 }  // namespace mrv1

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from mrv1 import _core, envs
+from mrv1.errors import InvalidArgumentError
 from mrv1.ops._host import Host, check_threads
 
 __all__ = [
     "Array",
+    "BatchParams",
     "PackedWeight",
     "PlannedAttention",
     "add",
@@ -29,8 +31,10 @@ __all__ = [
     "cache_write",
     "copy_blocks",
     "embedding",
+    "gather_blocks",
     "gather_rows",
     "gelu_mul",
+    "infer_params",
     "linear",
     "ngram_propose",
     "pack_linear",
@@ -46,12 +50,34 @@ __all__ = [
     "silu_mul",
     "slot_mapping",
     "soft_cap",
+    "swap_blocks",
+    "zero_blocks",
 ]
 
 # An array with __dlpack__, or one of NumPy; what a call returns is of its first array's kind.
 Array: TypeAlias = Any
 PackedWeight = _core.PackedWeight
 PlannedAttention = _core.PlannedAttention
+
+
+class BatchParams(NamedTuple):
+    """What kernels read about a batch; all int32.
+
+    Attributes:
+        positions: [T], of each token in its request.
+        token_batch: [T], the request of a token; -1 for padding.
+        slot_mapping: [T], as `slot_mapping` gives them; -1 writes nothing.
+        row: [B], the request's own index; -1 where its length is 0.
+        counts: [6]: requests, tokens, 0, those with at most one token before the first with more,
+            the other requests, 0.
+    """
+
+    positions: Array
+    token_batch: Array
+    slot_mapping: Array
+    row: Array
+    counts: Array
+
 
 _native: _core.Ops | None = None
 _num_threads = 0
@@ -553,6 +579,43 @@ def slot_mapping(
     return _ops().slot_mapping(block_table, positions, query_start_loc, block_size, out, stream)
 
 
+def infer_params(
+    query_start_loc: Array,
+    seq_lens: Array,
+    block_table: Array,
+    block_size: int,
+    *,
+    num_tokens: int,
+    stream: object = None,
+) -> BatchParams:
+    """Works out from the lengths of requests what kernels read about each token.
+
+    Request b has the tokens query_start_loc[b] to query_start_loc[b + 1], the last ones of the
+    seq_lens[b] that it has: token t stands at seq_lens[b] - query_start_loc[b + 1] + t. Tokens of
+    no request, and of one of length 0, are padding: token_batch -1, position 0, slot -1.
+
+    Args:
+        query_start_loc: int32 [B + 1], not decreasing, from 0 to at most num_tokens.
+        seq_lens: int32 [B], tokens in the cache once those of this batch are there; 0 masks a
+            request.
+        block_table: int32 [B, max_blocks]. Block 0 is the null block: its tokens have slot -1, as
+            have those beyond the table.
+        block_size: Tokens of a block.
+        num_tokens: Of the batch, padding included.
+        stream: Where it runs on a GPU; docs/ops.md has the default.
+
+    Example:
+        >>> ops.infer_params(
+        ...     np.int32([0, 2]), np.int32([5]), np.int32([[3, 7]]), 4, num_tokens=3
+        ... ).slot_mapping
+        array([15, 28, -1], dtype=int32)
+    """
+    arrays = _ops().infer_params(
+        query_start_loc, seq_lens, block_table, num_tokens, block_size, stream
+    )
+    return BatchParams(*arrays)
+
+
 def plan_attention(
     query_start_loc: Array,
     seq_lens: Array,
@@ -677,17 +740,125 @@ def copy_blocks(
     value_cache: Array,
     block_mapping: Sequence[tuple[int, int]],
     *,
+    kv_cache_dtype: str = "auto",
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
     stream: object = None,
 ) -> None:
-    """Copies whole blocks of a cache: block target becomes what block source is.
+    """Copies whole blocks of a cache: block target becomes what block source is, byte by byte.
 
     Args:
-        key_cache: [blocks, block_size, K, D], contiguous.
-        value_cache: As key_cache.
+        key_cache: As of `reshape_and_cache_flash`, as are those without a text here. Scales of
+            tokens are part of a block; those of a tensor or of heads stay as they are.
+        value_cache: As there.
         block_mapping: Pairs (source, target) in [1, blocks); a target is in no other pair.
+        kv_cache_dtype: As there.
+        k_scale: As there.
+        v_scale: As there.
         stream: Where it runs on a GPU; docs/ops.md has the default.
     """
-    _ops().copy_blocks(key_cache, value_cache, list(block_mapping), stream)
+    _ops().copy_blocks(
+        key_cache, value_cache, list(block_mapping), kv_cache_dtype, k_scale, v_scale, stream
+    )
+
+
+def zero_blocks(
+    key_cache: Array,
+    value_cache: Array,
+    block_ids: Sequence[int],
+    *,
+    kv_cache_dtype: str = "auto",
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
+    stream: object = None,
+) -> None:
+    """Makes keys, values and scales of tokens of whole blocks 0, all bits.
+
+    Args:
+        key_cache: As of `copy_blocks`, as are those without a text here.
+        value_cache: As there.
+        block_ids: In [0, blocks).
+        kv_cache_dtype: As there.
+        k_scale: As there.
+        v_scale: As there.
+        stream: Where it runs on a GPU; docs/ops.md has the default.
+    """
+    _ops().zero_blocks(
+        key_cache, value_cache, list(block_ids), kv_cache_dtype, k_scale, v_scale, stream
+    )
+
+
+def gather_blocks(
+    key_cache: Array,
+    value_cache: Array,
+    block_ids: Array,
+    *,
+    num_tokens: int | None = None,
+    dtype: str | None = None,
+    kv_cache_dtype: str = "auto",
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
+    key_out: Array | None = None,
+    value_out: Array | None = None,
+    stream: object = None,
+) -> tuple[Array, Array]:
+    """Copies the tokens of blocks into contiguous keys and values, [num_tokens, K, D] each.
+
+    Token t is place t % block_size of block block_ids[t // block_size]. Elements of an FP8 cache
+    become code * scale, in float32 and then rounded to `dtype`.
+
+    Args:
+        key_cache: As of `reshape_and_cache_flash`, as are those without a text here.
+        value_cache: As there.
+        block_ids: int32 [n] in [0, blocks); a block may be named several times.
+        num_tokens: At most n * block_size, which None stands for.
+        dtype: "float32", "bfloat16" or "float16"; None keeps that of the cache, but not FP8.
+        kv_cache_dtype: As there.
+        k_scale: As there.
+        v_scale: As there.
+        key_out: [num_tokens, K, D] of the dtype, contiguous.
+        value_out: As key_out.
+        stream: Where it runs on a GPU; docs/ops.md has the default.
+    """
+    if num_tokens is not None and num_tokens < 0:
+        raise InvalidArgumentError(field="num_tokens", value=num_tokens, allowed="not negative")
+    keys, values = _ops().gather_blocks(
+        key_cache,
+        value_cache,
+        block_ids,
+        -1 if num_tokens is None else num_tokens,
+        "" if dtype is None else dtype,
+        kv_cache_dtype,
+        k_scale,
+        v_scale,
+        key_out,
+        value_out,
+        stream,
+    )
+    return keys, values
+
+
+def swap_blocks(
+    source: Array,
+    target: Array,
+    block_mapping: Sequence[tuple[int, int]],
+    *,
+    stream: object = None,
+) -> None:
+    """Copies blocks between two arrays, as to move them out of a GPU's memory and back.
+
+    One call is for one array of a cache: keys, values, or the scales of either. On a GPU, either
+    array may be memory of the host that the GPU addresses: `mrv1.memory.pinned(...).device()`. The
+    copy then runs in the stream while the host goes on; a fence of the pinned array says when it is
+    done.
+
+    Args:
+        source: [blocks, ...] of any dtype; the elements of a block are contiguous.
+        target: The same dtype and shape of a block; it shares no element with source.
+        block_mapping: Pairs (block of source, block of target); each target once.
+        stream: Where it runs on a GPU; docs/ops.md has the default.
+    """
+    _ops().swap_blocks(source, target, list(block_mapping), stream)
 
 
 def sample(

@@ -100,7 +100,7 @@ constexpr nb::dlpack::dtype kUint8{static_cast<uint8_t>(nb::dlpack::dtype_code::
 
 // Element type of the cache.
 DType cache_dtype(const OpCall& call, const Operand& key, const std::string& kv_cache_dtype,
-                  DType activation) {
+                  std::optional<DType> activation) {
   if (const std::optional<DType> format = fp8_format(call, kv_cache_dtype)) {
     if (!(key.dtype == kUint8)) call.typed(key, *format);
     return *format;
@@ -110,8 +110,12 @@ DType cache_dtype(const OpCall& call, const Operand& key, const std::string& kv_
   }
   call.require(!(key.dtype == kUint8), key.name,
                " is uint8; kv_cache_dtype must say which, fp8_e4m3 or fp8_e5m2");
-  call.typed(key, activation);
-  return activation;
+  if (!activation.has_value()) {
+    if (key.is(DType::kF16)) return DType::kF16;
+    return call.activation(key);
+  }
+  call.typed(key, *activation);
+  return *activation;
 }
 
 void check_static_scales(OpCall& call, const Operand& scales) {
@@ -181,8 +185,8 @@ void check_head_dim(const OpCall& call, int64_t head_dim) {
                head_dim, "; must be a multiple of 8 up to ", kMaxHeadDim);
 }
 
-CacheOperand cache_operand(OpCall& call, const CacheArguments& arguments, DType activation,
-                           bool written) {
+CacheOperand cache_operand(OpCall& call, const CacheArguments& arguments,
+                           std::optional<DType> activation, bool written) {
   const auto take = [&](const char* name, nb::handle array) {
     return written ? call.in_place(name, array) : call.input(name, array);
   };

@@ -21,6 +21,7 @@ void bind_ops(nb::module_& m) {
       nb::arg("host"), nb::arg("sync_launches") = false, nb::arg("check_slots") = false);
   bind_dense_ops(ops, m);
   bind_attention_ops(ops, m);
+  bind_block_ops(ops);
   bind_sampling_ops(ops);
 }
 

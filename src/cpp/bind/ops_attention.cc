@@ -280,6 +280,49 @@ nb::object slot_mapping(const OpsHandle& self, nb::handle table_array, nb::handl
   return call.result(out);
 }
 
+nb::typed<nb::tuple, nb::object, nb::object, nb::object, nb::object, nb::object> infer_params(
+    const OpsHandle& self, nb::handle starts_array, nb::handle lens_array, nb::handle table_array,
+    int64_t num_tokens, int32_t block_size, nb::handle stream) {
+  const auto context = self.share();
+  OpCall call(*context, "infer_params", stream);
+  call.require(block_size > 0, "block_size = ", block_size, ": must be positive");
+  call.require(num_tokens >= 0 && num_tokens <= kMaxInt, "num_tokens = ", num_tokens,
+               ": must be in [0, 2**31)");
+  const Operand starts = call.input("query_start_loc", starts_array);
+  const int32_t num_requests = check_starts(call, starts, num_tokens);
+  const Operand lens = call.input("seq_lens", lens_array);
+  call.ints(lens, num_requests);
+  call.in_range(lens, 0, kMaxInt, "lengths");
+  const Operand table = call.input("block_table", table_array);
+  check_table(call, table, num_requests);
+  call.in_range(table, 0, kMaxInt / block_size, "block ids");
+  const auto output = [&](const char* name, int64_t count) {
+    return call.output(name, nb::none(), {count}, DType::kI32);
+  };
+  const Operand positions = output("positions", num_tokens);
+  const Operand token_batch = output("token_batch", num_tokens);
+  const Operand slots = output("slot_mapping", num_tokens);
+  const Operand row = output("row", num_requests);
+  const Operand counts = output("counts", sizeof(InferCounts) / sizeof(int32_t));
+  TokenMapParams params{};
+  params.num_requests = num_requests;
+  params.num_tokens = static_cast<int32_t>(num_tokens);
+  params.query_start_loc = static_cast<const int32_t*>(starts.data);
+  params.seq_lens = static_cast<const int32_t*>(lens.data);
+  params.positions = static_cast<int32_t*>(positions.data);
+  params.token_batch = static_cast<int32_t*>(token_batch.data);
+  params.row = static_cast<int32_t*>(row.data);
+  params.counts = static_cast<InferCounts*>(counts.data);
+  params.slot_mapping = static_cast<int32_t*>(slots.data);
+  params.block_table = static_cast<const int32_t*>(table.data);
+  params.max_blocks = static_cast<int32_t>(table.cols());
+  params.block_size = block_size;
+  call.launch(
+      0, [&](const Kernels& kernels, const StepContext& ctx) { kernels.token_map(params, ctx); });
+  return nb::make_tuple(call.result(positions), call.result(token_batch), call.result(slots),
+                        call.result(row), call.result(counts));
+}
+
 struct AttentionOptions {
   HeadShape shape;
   DType dtype, cache_dtype;
@@ -497,38 +540,6 @@ nb::object paged_attention(const OpsHandle& self, nb::handle q_array, nb::handle
   return call.result(out);
 }
 
-void copy_blocks(const OpsHandle& self, nb::handle key_array, nb::handle value_array,
-                 const std::vector<std::pair<int32_t, int32_t>>& mapping, nb::handle stream) {
-  const auto context = self.share();
-  OpCall call(*context, "copy_blocks", stream);
-  const DType dtype = call.activation(call.input("key_cache", key_array));
-  const CacheOperand taken =
-      cache_operand(call, {key_array, value_array, nb::none(), nb::none()}, dtype, true);
-  const KvCacheLayer& cache = taken.layer;
-  const Operand& key = taken.arrays[0];
-  const Operand& value = taken.arrays[1];
-  call.contiguous(key);
-  std::vector<BlockCopy> copies;
-  for (const auto& [source, target] : mapping) copies.push_back({source, target});
-  check_copies(copies, cache.num_blocks);
-  const int64_t block_bytes = cache.block_stride * static_cast<int64_t>(dtype_size(cache.dtype));
-  const CacheArray arrays[] = {{key.data, block_bytes}, {value.data, block_bytes}};
-  void* listed = call.scratch(sizeof(arrays));
-  call.device().copy_in_stream(listed, arrays, sizeof(arrays), call.stream());
-  call.launch(0, [&](const Kernels& kernels, const StepContext& ctx) {
-    CopyBlocksParams params{};
-    params.arrays = static_cast<const CacheArray*>(listed);
-    params.num_arrays = 2;
-    params.num_blocks = cache.num_blocks;
-    for (size_t first = 0; first < copies.size(); first += CopyBlocksParams::kMaxCopies) {
-      params.count = static_cast<int32_t>(
-          std::min<size_t>(copies.size() - first, CopyBlocksParams::kMaxCopies));
-      std::copy_n(copies.begin() + static_cast<int64_t>(first), params.count, params.copies);
-      kernels.copy_blocks(params, ctx);
-    }
-  });
-}
-
 }  // namespace
 
 void bind_attention_ops(nb::class_<OpsHandle>& ops, nb::module_& m) {
@@ -550,6 +561,8 @@ void bind_attention_ops(nb::class_<OpsHandle>& ops, nb::module_& m) {
            nb::arg("kv_cache_dtype") = "auto", none("k_scale"), none("v_scale"), none("stream"))
       .def("slot_mapping", &slot_mapping, nb::arg("block_table"), nb::arg("positions"),
            nb::arg("query_start_loc"), nb::arg("block_size"), none("out"), none("stream"))
+      .def("infer_params", &infer_params, nb::arg("query_start_loc"), nb::arg("seq_lens"),
+           nb::arg("block_table"), nb::arg("num_tokens"), nb::arg("block_size"), none("stream"))
       .def("plan_attention", &plan_attention, nb::arg("query_start_loc"), nb::arg("seq_lens"),
            nb::arg("block_table"), nb::arg("num_tokens"), nb::arg("num_heads"),
            nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("block_size"),
@@ -559,9 +572,7 @@ void bind_attention_ops(nb::class_<OpsHandle>& ops, nb::module_& m) {
            nb::arg("value_cache"), none("block_table"), none("seq_lens"), none("query_start_loc"),
            nb::arg("scale") = 1.0f, nb::arg("window") = 0, nb::arg("softcap") = 0.0f, none("plan"),
            nb::arg("kv_cache_dtype") = "auto", none("k_scale"), none("v_scale"), none("out"),
-           none("stream"))
-      .def("copy_blocks", &copy_blocks, nb::arg("key_cache"), nb::arg("value_cache"),
-           nb::arg("block_mapping"), none("stream"));
+           none("stream"));
 }
 
 }  // namespace mrv1

@@ -3,6 +3,9 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
+
+#include "ops/kv_cache.h"
 
 namespace mrv1 {
 
@@ -13,15 +16,19 @@ struct BlockCopy {
   int32_t source, target;
 };
 
-// The keys or the values of one layer: block b lies at base + b * block_bytes.
+// Contiguous bytes that each block has: those of block b begin at base + b * stride.
 struct CacheArray {
   void* base;
-  int64_t block_bytes;
+  int64_t stride, bytes;
 };
 
-// Copies whole blocks in every array, keys and values of all layers: array[target] = array[source]
-// byte by byte. Copies of one call run in any order, so no target may be another one's source or
-// target. Launched between steps, in stream order.
+// Where the blocks of a layer lie, its keys, values and, where tokens have them, the scales of
+// both, in as few arrays as its strides allow.
+std::vector<CacheArray> block_arrays(const KvCacheLayer& layer);
+
+// Copies whole blocks in every array, those of all layers: target becomes source byte by byte.
+// Copies of one call run in any order, so no target may be another one's source or target. Launched
+// between steps, in stream order.
 struct CopyBlocksParams {
   static constexpr int32_t kMaxCopies = 64;  // parameters travel with the launch
 

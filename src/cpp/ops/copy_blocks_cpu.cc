@@ -14,8 +14,8 @@ void copy_blocks_cpu(const CopyBlocksParams& params, const StepContext& ctx) {
       const CacheArray& array = params.arrays[piece % params.num_arrays];
       const BlockCopy& copy = params.copies[piece / params.num_arrays];
       char* base = static_cast<char*>(array.base);
-      std::memcpy(base + copy.target * array.block_bytes, base + copy.source * array.block_bytes,
-                  static_cast<size_t>(array.block_bytes));
+      std::memcpy(base + copy.target * array.stride, base + copy.source * array.stride,
+                  static_cast<size_t>(array.bytes));
     }
   });
 }

@@ -6,13 +6,16 @@
 #include "ops/elementwise.h"
 #include "ops/embedding.h"
 #include "ops/fill_random.h"
+#include "ops/gather_blocks.h"
 #include "ops/linear.h"
 #include "ops/ngram_propose.h"
 #include "ops/paged_attention.h"
 #include "ops/qkv_prepare.h"
 #include "ops/rms_norm.h"
 #include "ops/sampling_rows.h"
+#include "ops/swap_blocks.h"
 #include "ops/token_map.h"
+#include "ops/zero_blocks.h"
 #include "sampling/sample.h"
 #include "state/infer_param_view.h"
 #include "state/infer_params.h"
@@ -54,6 +57,11 @@ struct Kernels {
 
   // Between steps: blocks that a row is about to write and shares with others.
   void (*copy_blocks)(const CopyBlocksParams&, const StepContext&);
+
+  // For callers of single ops: moves of blocks.
+  void (*gather_blocks)(const GatherBlocksParams&, const StepContext&);
+  void (*zero_blocks)(const ZeroBlocksParams&, const StepContext&);
+  void (*swap_blocks)(const SwapBlocksParams&, const StepContext&);
 
   // For callers of single ops: what infer_params and apply give a step.
   void (*token_map)(const TokenMapParams&, const StepContext&);

@@ -129,17 +129,14 @@ KvStore::KvStore(Device& device, const KvCacheSpec& spec, const Program& program
   std::vector<CacheArray> arrays;
   for (const size_t i : slots) {
     KvCacheLayer& layer = layers_[i];
-    const int64_t code_bytes = layer.block_stride * static_cast<int64_t>(dtype_size(layer.dtype));
-    for (void** side : {&layer.key, &layer.value}) {
-      *side = take(layer.bytes());
-      arrays.push_back({*side, code_bytes});
+    for (void** side : {&layer.key, &layer.value}) *side = take(layer.bytes());
+    if (layer.scales.kind == KvScaleKind::kToken) {
+      for (float** side : {&layer.scales.key, &layer.scales.value}) {
+        *side = reinterpret_cast<float*>(take(layer.scale_bytes()));
+      }
     }
-    if (layer.scales.kind != KvScaleKind::kToken) continue;
-    const int64_t scale_bytes = layer.scales.block_stride * static_cast<int64_t>(sizeof(float));
-    for (float** side : {&layer.scales.key, &layer.scales.value}) {
-      *side = reinterpret_cast<float*>(take(layer.scale_bytes()));
-      arrays.push_back({*side, scale_bytes});
-    }
+    const std::vector<CacheArray> parts = block_arrays(layer);
+    arrays.insert(arrays.end(), parts.begin(), parts.end());
   }
   for (size_t i = 0; i < layers_.size(); ++i) {
     const KvCacheLayer& owner = layers_[slots[static_cast<size_t>(layout_.layers[i].slot)]];
