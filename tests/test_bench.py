@@ -429,8 +429,60 @@ def test_read_probe_reads_every_byte(native_device: _core.Device, count: int) ->
     probe.close()
     with pytest.raises(InvalidArgumentError, match="bytes"):
         _core.ReadProbe(native_device, 100)
+    assert probe_copies(native_device, count)
     with pytest.raises(OutOfMemoryError, match="bytes"):
         _core.ReadProbe(native_device, 1 << 50)
+
+
+def probe_copies(device: _core.Device, count: int) -> bool:
+    """Whether the second half is the first after a copy; the last of an odd count stays."""
+    probe = _core.ReadProbe(device, 8 * count)
+    assert probe.copy() > 0
+    probe.run()
+    words = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    half = count // 2
+    words[half : 2 * half] = words[:half]
+    same = probe.checksum == int(words.sum(dtype=np.uint64))
+    probe.close()
+    return same
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "scales", "head_bytes"),
+    [("auto", "none", 128), ("fp8_e4m3", "tensor", 64), ("fp8_e4m3", "head", 64),
+     ("fp8_e4m3", "token", 68), ("fp8_e5m2", "token", 68)],
+)  # fmt: skip
+def test_attention_probe(
+    native_device: _core.Device,
+    kv_cache_dtype: str,
+    scales: str,
+    head_bytes: int,
+    tokens_first: bool,
+) -> None:
+    options: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+    probe = _core.AttentionProbe(
+        native_device, [1, 40, 100], kv_cache_dtype=kv_cache_dtype, scales=scales,
+        tokens_first=tokens_first, copies=2, **options,
+    )  # fmt: skip
+    assert probe.read_bytes == 2 * 141 * 2 * head_bytes
+    assert probe.supports(_core.AttentionBackend.NATIVE)
+    times = probe.time_runs(_core.AttentionBackend.NATIVE, 3)
+    assert len(times) == 3
+    assert min(times) > 0
+    out = probe.output().reshape(3, 4, 64)
+    # Queries of a head over one token: its value, the same for all that share it.
+    np.testing.assert_array_equal(out[0, 0], out[0, 1])
+    assert np.isfinite(out).all()
+    assert 0 < np.abs(out[1:]).max() < np.abs(out[0]).max() <= 1.0
+    probe.close()
+    with pytest.raises(InvalidArgumentError, match="scales"):
+        _core.AttentionProbe(
+            native_device, [1], kv_cache_dtype=kv_cache_dtype,
+            scales="none" if scales != "none" else "token", **options,
+        )  # fmt: skip
+    with pytest.raises(InvalidArgumentError, match="tokens"):
+        _core.AttentionProbe(native_device, [0], **options)
 
 
 def test_rates_that_do_not_count_say_so() -> None:

@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -49,9 +50,10 @@ class Case:
     rows: int
     logits_rows: int = 0
     ints: dict[str, Array] = dataclasses.field(default_factory=dict)
-    limits: dict[str, int] = dataclasses.field(default_factory=dict)
+    limits: dict[str, Any] = dataclasses.field(default_factory=dict)
     requests: int = 1
-    cache: list[Array] = dataclasses.field(default_factory=list)
+    cache: list[Array] = dataclasses.field(default_factory=list)  # keys, values; codes if FP8
+    scales: list[Array] = dataclasses.field(default_factory=list)  # of an FP8 cache
     options: dict[str, object] = dataclasses.field(default_factory=dict)
 
 
@@ -71,6 +73,8 @@ def session_of(device: _core.Device, case: Case) -> _core.ProgramSession:
         session.set_ints(name, np.ascontiguousarray(data, dtype=np.int32))
     for side, data in enumerate(case.cache):
         session.set_cache(0, bool(side), data.astype(np.float32).reshape(-1))
+    for side, data in enumerate(case.scales):
+        session.set_cache_scales(0, bool(side), data.astype(np.float32).reshape(-1))
     return session
 
 
@@ -781,14 +785,20 @@ def test_linear_row_does_not_depend_on_the_batch(
     np.testing.assert_array_equal(whole[: first + 1], linear_of(data[: first + 1]))
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e4m3", "fp8_e5m2"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=EXAMPLES)
 @given(draw=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_attention_of_a_request_does_not_depend_on_batch_or_chunks(
-    native_device: _core.Device, dtype: str, draw: st.DataObject, seed: int
+    native_device: _core.Device, kv_cache_dtype: str, dtype: str, draw: st.DataObject, seed: int
 ) -> None:
-    case = paged_attention(draw, np.random.default_rng(seed), dtype)
+    rng = np.random.default_rng(seed)
+    case = paged_attention(draw, rng, dtype)
     case.options = {"batch_invariant": True}
+    if kv_cache_dtype != "auto":
+        # What was cached before is taken for codes; the step's own tokens are quantised.
+        case.limits["kv_cache_dtype"] = kv_cache_dtype
+        case.scales = [np.exp2(rng.integers(-3, 3, side.shape[:3])) for side in case.cache]
     whole = run(native_device, case)
     starts, lengths = case.ints["query_start_loc"], case.ints["seq_lens"]
     row = draw.draw(st.integers(0, len(lengths) - 1))

@@ -1017,6 +1017,54 @@ class ReadProbe:
     def run(self) -> float:
         """Reads the buffer once; returns the seconds it took."""
 
+    def copy(self) -> float:
+        """
+        Copies the first half of the buffer over the second, so that as many bytes as the buffer
+        has are read or written; returns the seconds it took.
+        """
+
+    def close(self) -> None: ...
+
+class AttentionProbe:
+    """
+    Decode attention by itself: a bfloat16 token for each request over random caches.
+
+    Args:
+        device: Where it runs.
+        lengths: Cached tokens of each request.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads.
+        head_dim: Of a head.
+        kv_cache_dtype: auto (bfloat16), fp8_e4m3 or fp8_e5m2.
+        scales: Of an FP8 cache: tensor, head or token; else none.
+        tokens_first: Whether a block lies as [block_size, kv_heads, head_dim], not as
+            [kv_heads, block_size, head_dim].
+        block_size: Tokens of a block.
+        copies: Caches that a run goes through, one call each.
+
+    Raises:
+        InvalidArgumentError: what cannot be.
+        OutOfMemoryError: less memory is free.
+    """
+
+    def __init__(self, device: Device, lengths: Sequence[int], *, num_heads: int, num_kv_heads: int, head_dim: int, kv_cache_dtype: str = 'auto', scales: str = 'none', tokens_first: bool = False, block_size: int = 16, copies: int = 1) -> None: ...
+
+    @property
+    def read_bytes(self) -> int:
+        """Keys, values and scales that a call must read."""
+
+    def supports(self, backend: AttentionBackend) -> bool:
+        """Whether the backend has kernels for it."""
+
+    def time_runs(self, backend: AttentionBackend, repeats: int = 1) -> list[float]:
+        """
+        Seconds of a call, of each of `repeats` runs over all caches, after one that warms up;
+        on a GPU by its own clock, each run launched as one graph.
+        """
+
+    def output(self) -> NDArray[numpy.float32]:
+        """Of the last call, float32 [requests * heads * head_dim], a copy."""
+
     def close(self) -> None: ...
 
 class Ops:

@@ -331,8 +331,7 @@ AttentionPlanLayout attention_plan_layout(const AttentionPlan& plan,
 
 AttentionRoute attention_route(const AttentionPlan& plan, const StepContext& ctx) {
   AttentionRoute route;
-  // FlashInfer reads caches of bfloat16 here.
-  if (!is_planned(plan) || plan.cache_dtype != plan.dtype || ctx.batch_invariant) return route;
+  if (!is_planned(plan) || ctx.batch_invariant) return route;
   route.flashinfer_prefill = ctx.eager_attention && flashinfer_prefill_supports(plan, ctx);
   // FlashInfer's decode kernels take one token a row.
   route.flashinfer_decode = ctx.attention_backend == AttentionBackend::kFlashInfer &&
@@ -341,6 +340,11 @@ AttentionRoute attention_route(const AttentionPlan& plan, const StepContext& ctx
   if (route.flashinfer_prefill) route.native_rows = AttentionRows::kDecode;
   if (route.flashinfer_decode) route.native_rows = AttentionRows::kPrefill;
   return route;
+}
+
+AttentionBackend decode_backend_cuda(const AttentionPlan& plan, const StepContext& ctx) {
+  return attention_route(plan, ctx).flashinfer_decode ? AttentionBackend::kFlashInfer
+                                                      : AttentionBackend::kNative;
 }
 
 int64_t attention_plan_bytes_cuda(const AttentionPlan& plan, Device& device) {

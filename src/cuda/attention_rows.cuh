@@ -69,10 +69,16 @@ __device__ __forceinline__ void copy_async(uint32_t target, const void* source, 
                : "memory");
 }
 
-// 4 bytes of them.
+// 4 bytes, of which the neighbours are another thread block's, who needs them soon.
 __device__ __forceinline__ void copy_word_async(uint32_t target, const void* source, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source), "r"(bytes)
+  asm volatile("cp.async.ca.shared.global.L2::256B [%0], [%1], 4, %2;" ::"r"(target), "l"(source),
+               "r"(bytes)
                : "memory");
+}
+
+// Asks for a line of the second cache: nothing waits for it, and nothing is read.
+__device__ __forceinline__ void prefetch_line(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 __device__ __forceinline__ void commit_copies() {

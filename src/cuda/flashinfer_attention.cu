@@ -477,11 +477,11 @@ cuda::FlashPlan flash_plan(const AttentionPlan& plan, const Gpu& gpu) {
 }  // namespace
 
 bool flashinfer_prefill_supports(const AttentionPlan& plan, const StepContext& ctx) {
-  return geometry_fits(plan, ctx);
+  return plan.cache_dtype == plan.dtype && geometry_fits(plan, ctx);
 }
 
 bool flashinfer_decode_supports(const AttentionPlan& plan, const StepContext& ctx) {
-  return geometry_fits(plan, ctx);
+  return plan.cache_dtype == plan.dtype && geometry_fits(plan, ctx);
 }
 
 int64_t flashinfer_plan_bytes(const AttentionPlan& plan, Device& device) {

@@ -40,6 +40,7 @@ const Kernels& cuda_kernels() {
                         sample_workspace_cuda(limits));
       },
       .attention_plan_bytes = attention_plan_bytes_cuda,
+      .decode_backend = decode_backend_cuda,
       .linear_layout = WeightLayout::kRowMajor,
   };
   return kKernels;

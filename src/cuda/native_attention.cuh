@@ -79,6 +79,7 @@ class Kernel {
   using Rows = RowsOf<Cache, D>;
   static constexpr bool kSplits = kTiles == AttentionTiles::kSplits;
   static constexpr int kPasses = kNarrowRows / kMergeRows;
+  static constexpr int kTableAhead = 16;  // units whose blocks are looked up soon
   // Groups of four columns of kMergeRows rows that a thread has a part in.
   static constexpr int kShares = (kMergeRows * D / 4 + kAttentionThreads - 1) / kAttentionThreads;
   using Totals = Partial[kPasses][kShares];
@@ -122,15 +123,25 @@ class Kernel {
            (lane_id() & 15);
   }
 
-  // Starts to read the block id of this lane's position of the unit that is requested next.
+  // Where the block table has the block of a position of the item that is requested.
+  __device__ const int32_t* table_entry(int32_t position) const {
+    const int32_t index =
+        args_.block_shift >= 0 ? position >> args_.block_shift : position / args_.block_size;
+    return args_.block_table + int64_t{ahead_.at.item.row} * args_.max_blocks + index;
+  }
+
+  // Starts to read the block id of this lane's position of the unit that is requested next. The
+  // table is brought near long before: the units in flight would be too few to wait for it.
   __device__ void look_up() {
     block_ = 0;
     if (ahead_.done(worker_)) return;
     const int32_t position = ahead_position();
     if (position < ahead_.at.item.begin || position >= ahead_.at.item.end) return;
-    const int32_t index =
-        args_.block_shift >= 0 ? position >> args_.block_shift : position / args_.block_size;
-    block_ = args_.block_table[int64_t{ahead_.at.item.row} * args_.max_blocks + index];
+    block_ = *table_entry(position);
+    if (warp_ == 0 && lane_ == 0) prefetch_table(position + kTableAhead * kUnit);
+  }
+  __device__ void prefetch_table(int32_t position) const {
+    if (position < ahead_.at.item.end) prefetch_line(table_entry(position));
   }
 
   // Whether there is a unit, and room for its segment's queries if it is the first.
@@ -190,6 +201,9 @@ class Kernel {
     __syncwarp();
     ++entered_;
     const AttentionItem& item = ahead_.at.item;
+    if (warp_ == 0 && lane_ < kTableAhead) {
+      prefetch_table((item.begin / kUnit + ahead_.at.unit + lane_) * kUnit);
+    }
     if (kTiles == AttentionTiles::kWide && item.rows > kNarrowRows) return;
     const uint32_t target = queries_ + slot * Q::kMatrixBytes;
     for (int at = static_cast<int>(threadIdx.x); at < kNarrowRows * Q::kChunks;
@@ -596,6 +610,16 @@ __global__ void __launch_bounds__(kAttentionThreads, D <= 128 ? 2 : 1)
     native_attention_kernel(const __grid_constant__ NativeAttentionArgs args) {
   extern __shared__ __align__(128) char shared[];
   launch_next();
+  // What the block starts with was written long ago, and other data may have taken its place in the
+  // cache. Only lines are asked for: what is in them is read after the wait.
+  constexpr int kSectorBytes = 32;
+  constexpr int kSectors = (sizeof(AttentionWorker) + kSectorBytes - 1) / kSectorBytes;
+  if (threadIdx.x < kSectors) {
+    prefetch_line(reinterpret_cast<const char*>(args.workers + blockIdx.x) +
+                  threadIdx.x * kSectorBytes);
+  } else if (threadIdx.x == kSectors && plans_blocks(args.block_size)) {
+    prefetch_line(args.first_blocks + blockIdx.x * kAttentionWarps);
+  }
   wait_for_previous();
   Kernel<Cache, D, kTiles>(args, shared).run();
 }

@@ -1,10 +1,17 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "bind/bind.h"
 #include "core/probes.h"
+#include "program/attention_probe.h"
 
 namespace mrv1 {
 namespace {
@@ -65,7 +72,7 @@ class ReadProbe {
       return;
     }
     // Pages that were never written would all be the one zero page, which stays in cache.
-    each_piece([words = words()](int64_t begin, int64_t end, int) {
+    each_piece(num_words_, [words = words()](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i)
         words[i] = static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15;
     });
@@ -75,6 +82,27 @@ class ReadProbe {
 
   // Seconds that one read of the whole buffer takes.
   double run() { return device_->type() == DeviceType::kCuda ? run_cuda() : run_cpu(); }
+
+  // Seconds that a copy of the first half of the buffer over the second takes.
+  double copy() {
+    const int64_t half = num_words_ / 2;
+    const uint64_t* from = words();
+    uint64_t* to = words() + half;
+    double seconds = 0.0;
+    if (device_->type() == DeviceType::kCuda) {
+      run_on_stream(*device_, [&] {
+        seconds = cuda::time_launches(*device_, [&] {
+          device_->copy_within(to, from, static_cast<size_t>(half) * sizeof(uint64_t));
+        });
+      });
+      return seconds;
+    }
+    const auto start = std::chrono::steady_clock::now();
+    each_piece(half, [from, to](int64_t begin, int64_t end, int) {
+      std::copy(from + begin, from + end, to + begin);
+    });
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
 
   uint64_t checksum() const { return checksum_; }
 
@@ -99,7 +127,7 @@ class ReadProbe {
     std::atomic<uint64_t> total{0};
     const SumWords sum_words = widest_sum();
     const auto start = std::chrono::steady_clock::now();
-    each_piece([words, &total, sum_words](int64_t begin, int64_t end, int) {
+    each_piece(num_words_, [words, &total, sum_words](int64_t begin, int64_t end, int) {
       total.fetch_add(sum_words(words + begin, end - begin), std::memory_order_relaxed);
     });
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
@@ -107,10 +135,10 @@ class ReadProbe {
     return elapsed.count();
   }
 
-  // Runs fn over the words in the device's stream, which is where the pool may be used.
+  // Runs fn over the first words in the device's stream, which is where the pool may be used.
   template <typename Fn>
-  void each_piece(const Fn& fn) {
-    run_on_stream(*device_, [&] { device_->pool()->parallel_for(num_words_, kWordsPerPiece, fn); });
+  void each_piece(int64_t count, const Fn& fn) {
+    run_on_stream(*device_, [&] { device_->pool()->parallel_for(count, kWordsPerPiece, fn); });
   }
 
   std::shared_ptr<Device> device_;  // outlives the buffer
@@ -122,6 +150,27 @@ class ReadProbe {
 struct ReadProbeHandle : Handle<ReadProbe> {
   using Handle::Handle;
 };
+
+struct AttentionProbeHandle : Handle<AttentionProbe> {
+  using Handle::Handle;
+};
+
+DType cache_dtype_named(const std::string& name) {
+  if (name == "auto") return DType::kBF16;
+  if (name == "fp8_e4m3") return DType::kE4M3;
+  check(name == "fp8_e5m2", "attention_probe", "kv_cache_dtype = '", name,
+        "': must be auto, fp8_e4m3 or fp8_e5m2");
+  return DType::kE5M2;
+}
+
+KvScaleKind scales_named(const std::string& name) {
+  if (name == "none") return KvScaleKind::kNone;
+  if (name == "tensor") return KvScaleKind::kTensor;
+  if (name == "head") return KvScaleKind::kHead;
+  check(name == "token", "attention_probe", "scales = '", name,
+        "': must be none, tensor, head or token");
+  return KvScaleKind::kToken;
+}
 
 }  // namespace
 
@@ -149,7 +198,78 @@ void bind_bench(nb::module_& m) {
           "run", [](const ReadProbeHandle& self) { return self->run(); },
           nb::call_guard<nb::gil_scoped_release>(),
           "Reads the buffer once; returns the seconds it took.")
+      .def(
+          "copy", [](const ReadProbeHandle& self) { return self->copy(); },
+          nb::call_guard<nb::gil_scoped_release>(),
+          "Copies the first half of the buffer over the second, so that as many bytes as the "
+          "buffer\n"
+          "has are read or written; returns the seconds it took.")
       .def("close", &ReadProbeHandle::close);
+  nb::class_<AttentionProbeHandle>(
+      m, "AttentionProbe",
+      "Decode attention by itself: a bfloat16 token for each request over random caches.\n\n"
+      "Args:\n"
+      "    device: Where it runs.\n"
+      "    lengths: Cached tokens of each request.\n"
+      "    num_heads: Query heads.\n"
+      "    num_kv_heads: Key/value heads.\n"
+      "    head_dim: Of a head.\n"
+      "    kv_cache_dtype: auto (bfloat16), fp8_e4m3 or fp8_e5m2.\n"
+      "    scales: Of an FP8 cache: tensor, head or token; else none.\n"
+      "    tokens_first: Whether a block lies as [block_size, kv_heads, head_dim], not as\n"
+      "        [kv_heads, block_size, head_dim].\n"
+      "    block_size: Tokens of a block.\n"
+      "    copies: Caches that a run goes through, one call each.\n\n"
+      "Raises:\n"
+      "    InvalidArgumentError: what cannot be.\n"
+      "    OutOfMemoryError: less memory is free.")
+      .def(
+          "__init__",
+          [](AttentionProbeHandle* self, const DeviceHandle& device, std::vector<int32_t> lengths,
+             int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
+             const std::string& kv_cache_dtype, const std::string& scales, bool tokens_first,
+             int32_t block_size, int32_t copies) {
+            AttentionProbe::Options options;
+            options.shape = {num_heads, num_kv_heads, head_dim};
+            options.cache_dtype = cache_dtype_named(kv_cache_dtype);
+            options.scales = scales_named(scales);
+            options.tokens_first = tokens_first;
+            options.block_size = block_size;
+            options.lengths = std::move(lengths);
+            options.copies = copies;
+            new (self) AttentionProbeHandle(
+                std::make_shared<AttentionProbe>(device.share(), options), "attention probe");
+          },
+          nb::arg("device"), nb::arg("lengths"), nb::kw_only(), nb::arg("num_heads"),
+          nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("kv_cache_dtype") = "auto",
+          nb::arg("scales") = "none", nb::arg("tokens_first") = false, nb::arg("block_size") = 16,
+          nb::arg("copies") = 1, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro(
+          "read_bytes", [](const AttentionProbeHandle& self) { return self->read_bytes(); },
+          "Keys, values and scales that a call must read.")
+      .def(
+          "supports",
+          [](const AttentionProbeHandle& self, AttentionBackend backend) {
+            return self->supports(backend);
+          },
+          nb::arg("backend"), nb::call_guard<nb::gil_scoped_release>(),
+          "Whether the backend has kernels for it.")
+      .def(
+          "time_runs",
+          [](const AttentionProbeHandle& self, AttentionBackend backend, int32_t repeats) {
+            return self->time_runs(backend, repeats);
+          },
+          nb::arg("backend"), nb::arg("repeats") = 1, nb::call_guard<nb::gil_scoped_release>(),
+          "Seconds of a call, of each of `repeats` runs over all caches, after one that warms up;\n"
+          "on a GPU by its own clock, each run launched as one graph.")
+      .def(
+          "output",
+          [](const AttentionProbeHandle& self) {
+            const std::vector<float> values = self->output();
+            return to_numpy(values, {values.size()});
+          },
+          "Of the last call, float32 [requests * heads * head_dim], a copy.")
+      .def("close", &AttentionProbeHandle::close);
 }
 
 }  // namespace mrv1

@@ -75,6 +75,8 @@ struct Kernels {
   int64_t (*workspace_bytes)(const WorkspaceLimits&);
   // Bytes of AttentionPlan::data.
   int64_t (*attention_plan_bytes)(const AttentionPlan&, Device&);
+  // Whose kernels take a step's decode rows: the context's attention_backend, if it can.
+  AttentionBackend (*decode_backend)(const AttentionPlan&, const StepContext&);
   // Layout that `linear` reads, for the loader.
   WeightLayout linear_layout;
 };

@@ -43,6 +43,8 @@ const Kernels& cpu_kernels() {
       .fill_random = fill_random_cpu,
       .workspace_bytes = workspace_bytes_cpu,
       .attention_plan_bytes = [](const AttentionPlan&, Device&) -> int64_t { return 0; },
+      .decode_backend = [](const AttentionPlan&,
+                           const StepContext&) { return AttentionBackend::kNative; },
       .linear_layout = WeightLayout::kPanel16,
   };
   return kernels;

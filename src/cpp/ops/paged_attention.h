@@ -63,6 +63,7 @@ void paged_attention_cuda(const PagedAttentionParams& params, const StepContext&
 
 // Bytes of AttentionPlan::data: the work list and the partial results of split rows.
 int64_t attention_plan_bytes_cuda(const AttentionPlan& plan, Device& device);
+AttentionBackend decode_backend_cuda(const AttentionPlan& plan, const StepContext& ctx);
 void plan_attention_cuda(const AttentionPlan& plan, const StepContext& ctx);
 
 }  // namespace mrv1
