@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mrv1 import _core, bench, bench_cli, bench_op, cli, shapes
+from mrv1 import _core, bench, bench_cli, bench_kv, bench_op, cli, shapes
 from mrv1.bench_decode import DecodeRun, decode_options, idle_share, measure_decode
 from mrv1.bench_mix import MixRequest, measure_mix, mix_options, mix_requests
 from mrv1.bench_peers import add_peers, read_peers
@@ -72,7 +72,7 @@ def check_record(record: dict[str, Any]) -> None:
         assert value is not None or key in nullable, key
         assert value is None or isinstance(value, str | int | float), f"{key} is not flat"
     assert record["step_ms"] > 0
-    assert record["figure"] in ("decode", "prefill", "mix", "op", "profile")
+    assert record["figure"] in ("decode", "prefill", "mix", "op", "profile", "kv_write")
     if record.get("x_floor") is not None and record["floor_ms"] > 1e-3:  # not lost in rounding
         ratio = record["step_ms"] / record["floor_ms"]
         assert record["x_floor"] == pytest.approx(ratio, rel=1e-2, abs=1e-3)
@@ -416,6 +416,43 @@ def test_prefill_costs_by_hand() -> None:
     assert bench.prefill_costs(config, "float32", 4, 1) == bench.decode_costs(
         config, "float32", 4, 1
     )
+
+
+def test_cache_writes(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["bench", "kv_write", "--device", device, "--json", str(path), "--read-mb", "4"]
+    arguments += ["--tokens", "1,9", "--kv-heads", "2", "--group", "3", "--head-dim", "64"]
+    arguments += ["--layout", "NHD,HND", "--caches", "auto,fp8_e4m3/dynamic", "--steps", "2"]
+    assert cli.main(arguments) == 0
+    records = json.loads(path.read_text())
+    assert len(records) == 2 * 2 * 2 * 2
+    for record in records:
+        check_record(record)
+        assert (record["heads"], record["kv_heads"], record["head_dim"]) == (6, 2, 64)
+        assert record["shape"] == "6+2x64" and record["tokens"] == record["batch"]
+        size = 2 if record["cache_dtype"] == "auto" else 1
+        scale = 4 if record["scale"] == "dynamic" else 0
+        assert record["scale"] == ("none" if record["cache_dtype"] == "auto" else "dynamic")
+        moved = 2 * 2 * (64 * (2 + size) + scale) + 4
+        if record["op"] == "rope_write":
+            # Packed rows are read once and q and k heads stored; positions are read.
+            moved += 2 * 6 * 64 * 2 + 2 * 64 * 2 + 4
+            again = 2 * 64 * 2
+            assert record["x_separate_bytes"] == pytest.approx((moved + again) / moved, rel=1e-3)
+            assert record["separate_us"] > 0
+        assert record["gb_s"] == pytest.approx(
+            moved * record["tokens"] / record["us"] / 1e3, rel=0.02, abs=0.02
+        )
+        assert record["read_gb_s"] > 0 and record["copy_gb_s"] > 0
+    check_table(capsys.readouterr().out, records)
+    assert {record["layout"] for record in records} == {"NHD", "HND"}
+    for wrong in (["--shape", "demo"], ["--kv-cache-dtype", "fp8_e4m3"], ["--batch", "1"]):
+        assert cli.main(["bench", "kv_write", "--device", device, *wrong]) != 0
+
+
+def test_names_of_the_command_are_the_figure_s() -> None:
+    assert tuple(bench_kv.FORMATS) == bench_cli.CACHES
+    assert bench_kv.LAYOUTS == bench_cli.LAYOUTS and bench_kv.WRITES == bench_cli.WRITES
 
 
 @pytest.mark.parametrize("count", [3 * MIB // 8 + 5, 9 * MIB // 8 + 2049])

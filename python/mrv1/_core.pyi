@@ -1067,6 +1067,42 @@ class AttentionProbe:
 
     def close(self) -> None: ...
 
+class CacheWriteProbe:
+    """
+    Rows of keys and values and a paged cache to write them to: measures what that takes.
+
+    Every launch of a run has rows and slots of its own, as long as `working_set` bytes, or 256
+    launches, allow.
+
+    Args:
+        device: Where.
+        tokens: Of a launch.
+        num_heads: Query heads, which a rotary embedding turns too.
+        num_kv_heads: Heads of the cache.
+        head_dim: A multiple of 8 up to 256.
+        dtype: Of the rows, "float32" or "bfloat16".
+        kv_cache_dtype: "auto", "fp8_e4m3" or "fp8_e5m2".
+        scale: "none", or of FP8 "static" for one, "dynamic" for one a token and head.
+        layout: "NHD" or "HND": what lies between blocks and elements.
+        block_size: Tokens of a block.
+        working_set: Bytes.
+
+    Raises:
+        InvalidArgumentError: something is not what it must be.
+        OutOfMemoryError: less memory is free.
+    """
+
+    def __init__(self, device: Device, tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, kv_cache_dtype: str = 'auto', scale: str = 'none', layout: str = 'HND', block_size: int = 16, working_set: int = 67108864) -> None: ...
+
+    def time(self, part: str, repeats: int) -> list[float]:
+        """
+        Seconds of a launch in each of several runs: "write", "rope_write" in one launch,
+        or both in "separate" ones. A run on a GPU is one graph of 8 launches or more, timed by
+        the GPU's clock, with nothing in its caches before.
+        """
+
+    def close(self) -> None: ...
+
 class Ops:
     """
     The backend table's ops on arrays of the caller. Use mrv1.ops, which documents them.

@@ -23,7 +23,7 @@ from mrv1.config import ModelConfig
 from mrv1.env_report import commit, cpu_model, package_version
 from mrv1.errors import InvalidArgumentError
 
-Figure = Literal["decode", "prefill", "mix", "op", "profile"]
+Figure = Literal["decode", "prefill", "mix", "op", "profile", "kv_write"]
 
 # Bytes that the plain read covers, unless less memory is free.
 READ_BYTES: Final = {"cpu": 1 << 30, "cuda": 8 << 30}
@@ -65,6 +65,17 @@ class Record(_RequiredKeys, total=False):
     backend: str
     scale: str
     kernels: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layout: str
+    cache_dtype: str
+    us: float
+    gb_s: float
+    copy_gb_s: float
+    separate_us: float
+    x_separate_bytes: float
     read_share: float | None
     gflops: float | None
     x_floor: float | None
@@ -121,6 +132,21 @@ class Rates:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bandwidth:
+    """How fast the machine moves bytes, measured in the same run as what is compared with it.
+
+    Attributes:
+        read_gb_s: Plain read of a buffer larger than the caches, in 10^9 bytes a second.
+        copy_gb_s: Copy of one half of it to the other, bytes read and bytes written.
+        counts: As of `Rates`.
+    """
+
+    read_gb_s: float
+    copy_gb_s: float
+    counts: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class OpCost:
     """What one op of a step must at least do.
 
@@ -150,7 +176,7 @@ class CacheFormat:
     def head_bytes(self, head_dim: int, dtype: str) -> int:
         """Bytes of a key (or value) head of a token, its scale included, in a model of `dtype`."""
         if self.kv_cache_dtype == "auto":
-            return head_dim * _element_size(dtype)
+            return head_dim * element_size(dtype)
         return head_dim + (4 if self.kv_scales == "dynamic" else 0)
 
 
@@ -181,16 +207,33 @@ def measure_rates(device: _core.Device, dtype: str, read_bytes: int | None = Non
         dtype: Of the product.
         read_bytes: What is read, at most half of the free memory; None takes `READ_BYTES`.
     """
+    rate, probe_bytes = _best_rate(device, read_bytes, _core.ReadProbe.run)
+    return Rates(rate, _measure_gflops(device, dtype), read_counts(device.name, rate, probe_bytes))
+
+
+def measure_bandwidth(device: _core.Device, read_bytes: int | None = None) -> Bandwidth:
+    """Measures how fast a device reads and copies, best of 10 each.
+
+    Args:
+        device: Idle.
+        read_bytes: As of `measure_rates`.
+    """
+    read, probe_bytes = _best_rate(device, read_bytes, _core.ReadProbe.run)
+    copy, _ = _best_rate(device, read_bytes, _core.ReadProbe.copy)
+    return Bandwidth(read, copy, read_counts(device.name, read, probe_bytes))
+
+
+def _best_rate(
+    device: _core.Device, read_bytes: int | None, move: Callable[[_core.ReadProbe], float]
+) -> tuple[float, int]:
+    """The best rate of moving a buffer once, in 10^9 bytes a second, and the buffer's bytes."""
     free, _ = device.memory()
     wanted = READ_BYTES[device.kind] if read_bytes is None else read_bytes
     probe = _core.ReadProbe(device, min(wanted, free // 2))
-    probe_bytes = probe.bytes
     try:
-        seconds = min(probe.run() for _ in range(_READS))
+        return probe.bytes / min(move(probe) for _ in range(_READS)) / 1e9, probe.bytes
     finally:
         probe.close()
-    rate = probe_bytes / seconds / 1e9
-    return Rates(rate, _measure_gflops(device, dtype), read_counts(device.name, rate, probe_bytes))
 
 
 def read_counts(device_name: str, read_gb_s: float, read_bytes: int) -> bool | None:
@@ -290,7 +333,8 @@ def mix_costs(
     ]
 
 
-def _element_size(dtype: str) -> int:
+def element_size(dtype: str) -> int:
+    """Bytes of an activation, "float32" or "bfloat16"."""
     return 4 if dtype == "float32" else 2
 
 
@@ -300,7 +344,7 @@ def _step_costs(
     """A step of `tokens` tokens with logits for `draws` of them, and one layer's attention."""
     from mrv1.loader import wire_model
 
-    size = _element_size(dtype)
+    size = element_size(dtype)
     costs = []
     for name, is_vector, cols, segments in wire_model(config, dtype).weights:
         rows = sum(count for _, count in segments)
@@ -379,15 +423,27 @@ def make_record(
             record["floor_ms"] = round(floor, 6)
             record["read_share"] = round(read_bytes / seconds / (rates.read_gb_s * 1e9), 4)
             record["x_floor"] = round(timing.step_ms / floor, 3)
-        if rates.counts is not None:
-            record["counts"] = rates.counts
-            if not rates.counts:
-                record["fault"] = f"the plain read reached {record['read_gb_s']} GB/s only"
+        _set_counts(record, rates.counts)
     if cache.kv_scales != "none":
         record["scale"] = cache.kv_scales
     if timing.idle_share is not None:
         record["idle_share"] = round(timing.idle_share, 5)
     return record
+
+
+def set_bandwidth(record: Record, bandwidth: Bandwidth) -> None:
+    """Sets a record of a kernel that is bound by memory beside what the machine can do."""
+    record["read_gb_s"] = round(bandwidth.read_gb_s, 2)
+    record["copy_gb_s"] = round(bandwidth.copy_gb_s, 2)
+    _set_counts(record, bandwidth.counts)
+
+
+def _set_counts(record: Record, counts: bool | None) -> None:
+    if counts is None:
+        return
+    record["counts"] = counts
+    if not counts:
+        record["fault"] = f"the plain read reached {record['read_gb_s']} GB/s only"
 
 
 def describe_device(device: _core.Device) -> str:
@@ -456,8 +512,12 @@ _COLUMNS: Final[tuple[tuple[str, Callable[[Record], str]], ...]] = (
     ("peer ms", lambda record: _number(record.get("peer_step_ms"), 3)),
     ("peer tokens/s", lambda record: _number(record.get("peer_tokens_per_s"), 1)),
     ("x peer", lambda record: _number(record.get("times_peer"), 2)),
+    ("us", lambda record: _number(record.get("us"), 2)),
+    ("GB/s", lambda record: _number(record.get("gb_s"), 1)),
+    ("apart us", lambda record: _number(record.get("separate_us"), 2)),
     ("read share", lambda record: _percent(record.get("read_share"))),
     ("read GB/s", lambda record: _number(record["read_gb_s"], 1)),
+    ("copy GB/s", lambda record: _number(record.get("copy_gb_s"), 1)),
     ("GFLOP/s", lambda record: _number(record.get("gflops"), 0)),
     ("peak MB", lambda record: _number(record["peak_memory_mb"], 0)),
 )
@@ -473,7 +533,9 @@ def format_table(records: Sequence[Record]) -> str:
             record.get("op"),
             record.get("lengths"),
             record.get("backend"),
+            record.get("layout"),
             None if cache == "auto" else cache,
+            record.get("scale") if "cache_dtype" in record and cache != "auto" else None,
         )
         columns[0].append(record["figure"])
         columns[1].append(" ".join(part for part in (*parts, record.get("peer")) if part))

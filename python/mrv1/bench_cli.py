@@ -49,6 +49,16 @@ def _names(*allowed: str) -> Callable[[str], list[str]]:
 OPS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "logits", "attention")
 LENGTHS = ("even", "log-uniform", "one-long")
 BACKENDS = ("native", "flashinfer")
+# As bench_kv has them.
+LAYOUTS = ("NHD", "HND")
+CACHES = (
+    "auto",
+    "fp8_e4m3/static",
+    "fp8_e4m3/dynamic",
+    "fp8_e5m2/static",
+    "fp8_e5m2/dynamic",
+)
+WRITES = ("write", "rope_write")
 
 # Of the figures that run a whole model.
 _SHAPE_DEFAULTS: Mapping[str, object] = {"layers": None, "save": None}
@@ -86,7 +96,20 @@ _DEFAULTS: dict[Figure, dict[str, object]] = {
         "read_mb": None,
         **_SHAPE_DEFAULTS,
     },
+    "kv_write": {
+        "tokens": [1, 64, 1024],
+        "steps": 9,
+        "read_mb": None,
+        "kv_heads": [8],
+        "group": [4],
+        "head_dim": [128],
+        "layout": ["HND"],
+        "caches": ["auto", "fp8_e4m3/static", "fp8_e4m3/dynamic"],
+        "writes": ["write", "rope_write"],
+    },
 }
+# Figures of kernels by themselves, which have no model.
+_WITHOUT_MODEL: tuple[Figure, ...] = ("kv_write",)
 # What differs on a GPU.
 _GPU_DEFAULTS: dict[Figure, dict[str, object]] = {
     "decode": {"batch": list(_GPU_BATCHES), "steps": 128},
@@ -94,6 +117,7 @@ _GPU_DEFAULTS: dict[Figure, dict[str, object]] = {
     "mix": {},
     "op": {"batch": list(_GPU_BATCHES)},
     "profile": {"batch": [64]},
+    "kv_write": {"tokens": [4**power for power in range(9)]},
 }
 _OPTIONS = (
     "batch",
@@ -106,9 +130,17 @@ _OPTIONS = (
     "ops",
     "lengths",
     "backend",
+    "tokens",
+    "kv_heads",
+    "group",
+    "head_dim",
+    "layout",
+    "caches",
+    "writes",
 )
 # Bytes that a run of a single op reads at least: on a GPU several times what its caches hold.
 _GPU_WORKING_SET = 512 << 20
+_CPU_WORKING_SET = 64 << 20
 
 
 def add_bench(
@@ -125,9 +157,9 @@ def add_bench(
         choices=tuple(_DEFAULTS),
         help="decode: steps of one token a request; prefill: whole prompts; mix: requests of many "
         "lengths from first to last token; op: single ops of a decode step; profile: where the "
-        "time of a decode step on a GPU goes",
+        "time of a decode step on a GPU goes; kv_write: writes to a paged KV cache",
     )
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", metavar="MODEL", help="a directory, or a name in the local cache")
     what.add_argument("--shape", choices=NAMES, help="sizes of a public model, random weights")
     parser.add_argument(
@@ -148,7 +180,7 @@ def add_bench(
         type=_positive,
         metavar="N",
         help="decode, prefill, op, profile: steps that count (default: 32; decode on a GPU: 128; "
-        "prefill: 3; profile: 20)",
+        "prefill: 3; profile: 20); kv_write: runs (default: 9)",
     )
     parser.add_argument(
         "--requests",
@@ -175,6 +207,7 @@ def add_bench(
         metavar="NAME[,NAME]",
         help="op: kernels of attention, native or flashinfer (default: native)",
     )
+    _add_kv_options(parser)
     parser.add_argument(
         "--layers",
         type=_positive,
@@ -203,7 +236,38 @@ def add_bench(
         help="buffer of the bandwidth measurement in MiB (default: 1024; on a GPU 8192)",
     )
     add_device_options(parser)
-    parser.set_defaults(run=_run_bench)
+    parser.set_defaults(run=_run_bench, usage_error=parser.error)
+
+
+def _add_kv_options(parser: argparse.ArgumentParser) -> None:
+    for name, default, text in (
+        ("--tokens", "1,64,1024; on a GPU 1,4,16,...,65536", "tokens of a launch"),
+        ("--kv-heads", "8", "key heads"),
+        ("--group", "4", "query heads of a key head"),
+        ("--head-dim", "128", "elements of a head"),
+    ):
+        parser.add_argument(
+            name,
+            type=_positive_list,
+            metavar="N[,N]",
+            help=f"kv_write: {text} (default: {default})",
+        )
+    for name, allowed, default, text in (
+        ("--layout", LAYOUTS, "HND", "what lies between blocks and elements"),
+        (
+            "--caches",
+            CACHES,
+            "auto,fp8_e4m3/static,fp8_e4m3/dynamic",
+            "what the cache holds, of " + ", ".join(CACHES),
+        ),
+        ("--writes", WRITES, ",".join(WRITES), "by itself, or with the rotary embedding"),
+    ):
+        parser.add_argument(
+            name,
+            type=_names(*allowed),
+            metavar="NAME[,NAME]",
+            help=f"kv_write: {text} (default: {default})",
+        )
 
 
 def _run_bench(options: argparse.Namespace) -> int:
@@ -221,6 +285,7 @@ def _run_bench(options: argparse.Namespace) -> int:
         "mix": _mix_records,
         "op": _op_records,
         "profile": _profile_records,
+        "kv_write": _kv_write_records,
     }[options.figure](options)
     if options.commit is not None:
         for record in records:
@@ -236,6 +301,15 @@ def _run_bench(options: argparse.Namespace) -> int:
 def _set_defaults(options: argparse.Namespace) -> None:
     """Fills in what was not given, and refuses what the figure would ignore."""
     defaults = dict(_DEFAULTS[options.figure])
+    given = options.model if options.model is not None else options.shape
+    if given is None and options.figure not in _WITHOUT_MODEL:
+        options.usage_error("one of the arguments --model --shape is required")
+    if given is not None and options.figure in _WITHOUT_MODEL:
+        raise InvalidArgumentError(
+            field="--shape" if options.model is None else "--model",
+            value=given,
+            allowed=f"left out for the figure {options.figure}, which has no model",
+        )
     if options.device == "cuda":
         defaults.update(_GPU_DEFAULTS[options.figure])
     for name in _OPTIONS:
@@ -470,6 +544,43 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
                         if fault is not None:
                             made["counts"], made["fault"] = False, fault
                         records.append(made)
+        return records
+    finally:
+        device.close()
+
+
+def _kv_write_records(options: argparse.Namespace) -> list[Record]:
+    import itertools
+
+    from mrv1 import bench, bench_kv, tuning
+
+    if options.kv_cache_dtype != "auto":
+        raise InvalidArgumentError(
+            field="--kv-cache-dtype",
+            value=options.kv_cache_dtype,
+            allowed="left out for the figure kv_write, which takes --caches",
+        )
+    dtype = "bfloat16" if options.dtype == "auto" else options.dtype
+    device = tuning.make_device(options.device)
+    try:
+        bandwidth = bench.measure_bandwidth(device, _read_bytes(options))
+        working_set = _GPU_WORKING_SET if options.device == "cuda" else _CPU_WORKING_SET
+        records: list[Record] = []
+        for kv_heads, group, head_dim, layout, cache in itertools.product(
+            options.kv_heads, options.group, options.head_dim, options.layout, options.caches
+        ):
+            geometry = bench_kv.Geometry(kv_heads, group, head_dim, layout)
+            records += bench_kv.measure_writes(
+                device,
+                dtype,
+                geometry,
+                bench_kv.FORMATS[cache],
+                options.tokens,
+                options.writes,
+                options.steps,
+                working_set,
+                bandwidth,
+            )
         return records
     finally:
         device.close()

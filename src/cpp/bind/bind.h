@@ -43,6 +43,7 @@ void bind_sampling(nb::module_& m);
 void bind_runner(nb::module_& m);
 void bind_engine(nb::module_& m);
 void bind_bench(nb::module_& m);
+void bind_cache_write_probe(nb::module_& m);
 void bind_ops(nb::module_& m);
 
 }  // namespace mrv1
