@@ -23,9 +23,14 @@ BlockPool::BlockPool(int32_t num_blocks, int32_t block_size, int32_t num_groups)
     : block_size_(block_size), num_groups_(num_groups), blocks_(num_blocks) {
   for (int32_t block = 1; block < num_blocks; ++block) link_before(block, 0);
   const size_t prefixes = num_blocks;
-  prefixes_.reserve(prefixes);
-  prefix_tokens_.reserve(prefixes * block_size);
-  prefix_blocks_.reserve(prefixes * num_groups);
+  // Written once, so that no step touches a page of theirs for the first time.
+  const auto commit = [](auto& items, size_t count) {
+    items.resize(count);
+    items.clear();
+  };
+  commit(prefixes_, prefixes);
+  commit(prefix_tokens_, prefixes * block_size);
+  commit(prefix_blocks_, prefixes * num_groups);
   buckets_.assign(std::bit_ceil(2 * prefixes), kNone);
 }
 
