@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/device.h"
+#include "ops/kernels.h"
 #include "ops/paged_attention.h"
 #include "state/step_context.h"
 
@@ -40,7 +41,12 @@ void plain_attention(const PagedAttentionParams& params, const StepContext& ctx)
 // not part of a captured graph (ctx.eager_attention) and the step need not be batch invariant; may
 // look at ctx.sizes, ctx.rows and whatever host side lengths the context has. Cheap: asked per
 // layer.
+//
+// It reads bfloat16. Of an FP8 cache, what the rows see is dequantised layer by layer into the
+// step's workspace: of as many key/value heads at a time as fit. Where not even one does, or where
+// few tokens read many keys, the rows are left to the native kernel, which reads FP8 itself.
 bool flashinfer_prefill_supports(const AttentionPlan& plan, const StepContext& ctx);
+int64_t flashinfer_workspace_bytes(const WorkspaceLimits& limits);
 void flashinfer_prefill(const PagedAttentionParams& params, const StepContext& ctx);
 
 // Whether FlashInfer can take the step's decode rows. Asked only if ctx.attention_backend says so

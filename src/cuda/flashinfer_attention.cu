@@ -8,6 +8,10 @@
 // cost, or chunks of the keys of decode rows. Grids come from what the host knows (padded sizes);
 // the surplus finds no work.
 //
+// They read bfloat16. From an FP8 cache, what prefill rows see is dequantised into scratch memory
+// of fixed size before the launch. Should it not fit, it is cut by key/value heads: each part is
+// whole for its heads, so that nothing has to be merged, and parts are as exact as the whole.
+//
 // On Hopper a step may launch both prefill kernels, and the plan gives each row to one of them. FA3
 // has the higher rate, FA2 loses less time at the ends of tiles and has none half empty: rows of
 // few tokens or few keys are faster there, if they are many.
@@ -45,6 +49,11 @@ constexpr int32_t kChunkUnit = 128;
 // Blocks per multiprocessor that splitting rows may add. More even out rows of different lengths,
 // and cost partial results.
 constexpr int32_t kSplitBlocksPerSm = 3;
+// FP8 caches. The scratch that a runner has at most: all heads of a Llama-8B hold 64k positions.
+constexpr int64_t kScratchBytes = int64_t{256} << 20;
+// Query rows per key from which dequantising, which reads and writes three bytes for an element,
+// takes less time than FA3 gains over the native kernel.
+constexpr int64_t kMinRowsPerKey = 256;
 
 struct Gpu {
   int32_t compute_capability = 0;
@@ -93,10 +102,12 @@ Tiling sm90_tiling(const HeadShape& shape, const StepSizes& sizes, const Gpu& gp
   return tiling;
 }
 
-// Not used where FA3 is sure to take all rows; in most steps only the device knows.
+// Not used where FA3 is sure to take all rows; in most steps only the device knows. Its outputs
+// have no stride, so it cannot take a part of the heads.
 Tiling fa2_tiling(const HeadShape& shape, const StepSizes& sizes, const Tiling& sm90,
-                  const Gpu& gpu) {
+                  bool all_heads, const Gpu& gpu) {
   Tiling tiling;
+  if (!all_heads) return tiling;
   const bool is_short =
       int64_t{sm90.bound} * shape.num_heads <= int64_t{kShortStepRounds} * gpu.multiprocessors;
   const bool is_long = sizes.num_tokens >= int64_t{kLongRow} * sizes.num_requests;
@@ -134,6 +145,8 @@ class PlanLayout {
     const int64_t splits = int64_t{decode_blocks} + (plan.window > 0 ? plan.max_requests : 0);
     flash.num_tiles = take<int32_t>(1);
     flash.page_begin = take<int32_t>(plan.max_requests + 1);
+    flash.key_begin = take<int32_t>(plan.max_requests + 1);
+    flash.key_count = take<int32_t>(plan.max_requests);
     flash.tiles = take<cuda::FlashTile>(sm90_tiles);
     flash.prefill = blocks(fa2_tiles);
     flash.decode = blocks(decode_blocks);
@@ -179,6 +192,7 @@ struct PlanArgs {
   int32_t decode_bound;
   int32_t decode_tiles;
   bool prefill, decode;  // what FlashInfer takes
+  int32_t scratch_keys;  // prefill rows read scratch memory that has room for so many keys, or 0
 };
 
 // Order of a tile that sees `keys` keys: falling, 32 steps an octave.
@@ -190,6 +204,36 @@ __device__ int32_t cost_bucket(int32_t keys) {
 
 __device__ int32_t query_length(const InferParams& infer, int32_t batch) {
   return infer.query_start_loc[batch + 1] - infer.query_start_loc[batch];
+}
+
+// Keys of a row's cache that its tokens in the step see: the last ones.
+__device__ int32_t seen_keys(const PlanArgs& args, int32_t query_len, int32_t kv_len) {
+  return args.window > 0 ? min(kv_len, args.window - 1 + query_len) : kv_len;
+}
+
+// Gives the keys of prefill rows their places in the scratch, one row after the other. A row that
+// does not fit gets none and is left out: one that the host counts as decoding, after a step that
+// failed.
+__device__ void place_keys(const PlanArgs& args, const InferParams& infer) {
+  const int32_t num_decodes = infer.counts->num_decodes;
+  const int32_t num_requests = infer.counts->num_requests;
+  int32_t begin = 0;
+  for (int32_t first = 0; first <= infer.max_requests; first += kPlanThreads) {
+    const int32_t batch = first + static_cast<int32_t>(threadIdx.x);
+    int32_t count = 0;
+    if (batch >= num_decodes && batch < num_requests) {
+      count = seen_keys(args, query_length(infer, batch), infer.seq_lens[batch]);
+    }
+    int32_t total = 0;
+    const int32_t before = cuda::block_exclusive_scan<kPlanThreads>(count, &total);
+    const int32_t place = begin + before;
+    if (batch <= infer.max_requests) args.flash.key_begin[batch] = min(place, args.scratch_keys);
+    if (batch < infer.max_requests) {
+      args.flash.key_count[batch] = place + count <= args.scratch_keys ? count : 0;
+    }
+    begin += total;
+  }
+  __syncthreads();
 }
 
 // Whether one kernel takes all prefill rows.
@@ -230,6 +274,7 @@ __device__ void for_each_tile(const PlanArgs& args, const InferParams& infer, Ta
     const int32_t kv_len = infer.seq_lens[batch];
     const int32_t query_len = query_length(infer, batch);
     if (kv_len == 0 || is_for_sm90(args, taker, query_len, kv_len) != kSm90) continue;
+    if (args.scratch_keys > 0 && args.flash.key_count[batch] == 0) continue;
     const int32_t tiles = (query_len * pack + size - 1) / size;
     for (int32_t tile = lane; tile < tiles; tile += cuda::kWarpSize) {
       const int32_t begin = tile * size / pack;
@@ -260,13 +305,16 @@ __device__ void plan_prefill(const PlanArgs& args, const RowState& state,
   for_each_tile<kSm90>(args, infer, taker, [&](int32_t batch, int32_t tile, int32_t bucket) {
     const int32_t place = atomicAdd(&buckets[bucket], 1);
     if constexpr (kSm90) {
-      args.flash.tiles[place] = {tile,
-                                 batch,
-                                 infer.query_start_loc[batch],
-                                 query_length(infer, batch),
-                                 infer.row[batch] * state.max_blocks,
-                                 infer.seq_lens[batch],
-                                 {0, 0}};
+      const int32_t query_len = query_length(infer, batch);
+      const int32_t kv_len = infer.seq_lens[batch];
+      args.flash.tiles[place] = {
+          tile,
+          batch,
+          infer.query_start_loc[batch],
+          query_len,
+          args.scratch_keys > 0 ? batch : infer.row[batch] * state.max_blocks,
+          args.scratch_keys > 0 ? args.flash.key_count[batch] : kv_len,
+          {0, 0}};
     } else {
       args.flash.prefill.batch[place] = batch;
       args.flash.prefill.tile[place] = tile;
@@ -366,11 +414,14 @@ __global__ void __launch_bounds__(kPlanThreads)
     plan_kernel(PlanArgs args, RowState state, InferParams infer) {
   cuda::launch_next();
   cuda::wait_for_previous();
+  // Both blocks of prefill kernels read it, so both write it, and the same.
+  if (args.scratch_keys > 0 && blockIdx.x < 2) place_keys(args, infer);
   if (blockIdx.x == 0) {
     if (args.prefill && args.sm90.tile > 0) plan_prefill<true>(args, state, infer);
     const int32_t num_requests = infer.counts->num_requests;
     for (int32_t batch = threadIdx.x; batch <= infer.max_requests; batch += kPlanThreads) {
-      args.flash.page_begin[batch] = batch < num_requests
+      args.flash.page_begin[batch] = args.scratch_keys > 0 ? batch
+                                     : batch < num_requests
                                          ? max(0, infer.row[batch]) * state.max_blocks
                                          : state.num_rows * state.max_blocks;
     }
@@ -460,8 +511,7 @@ bool geometry_fits(const AttentionPlan& plan, const StepContext& ctx) {
          int64_t{ctx.rows.block_size} * shape.num_kv_heads * shape.head_dim < kLimit;
 }
 
-void check_cache(const PagedAttentionParams& params) {
-  const KvCacheLayer& cache = *params.cache;
+void check_cache(const KvCacheLayer& cache) {
   constexpr int64_t kLimit = int64_t{1} << 32;
   constexpr int64_t kAlign = 8;  // elements of a 16-byte load
   for (const int64_t stride : {cache.block_stride, cache.token_stride, cache.head_stride}) {
@@ -474,14 +524,106 @@ cuda::FlashPlan flash_plan(const AttentionPlan& plan, const Gpu& gpu) {
   return PlanLayout(plan, flashinfer_plan_data(plan), gpu).flash;
 }
 
+// Of a key and value of one head, dequantised.
+int64_t scratch_bytes_per_key(int32_t head_dim) {
+  return 2 * static_cast<int64_t>(sizeof(__nv_bfloat16)) * head_dim;
+}
+
+// The scratch of a step with an FP8 cache: room for `keys` keys of `heads` heads.
+struct Scratch {
+  int64_t keys = 0;   // that prefill rows see, at most
+  int32_t heads = 0;  // at a time; 0: not even one fits, or dequantising would not pay
+};
+
+Scratch scratch_of(const AttentionPlan& plan, const StepContext& ctx) {
+  const HeadShape& shape = plan.shape;
+  Scratch scratch;
+  scratch.keys = ctx.prefill.keys;
+  if (plan.window > 0) {
+    const int64_t seen = ctx.sizes.num_tokens + int64_t{ctx.sizes.num_requests} * (plan.window - 1);
+    scratch.keys = std::min(scratch.keys, seen);
+  }
+  if (scratch.keys == 0 ||
+      ctx.prefill.scores / ctx.prefill.keys * group_size(shape) < kMinRowsPerKey) {
+    return scratch;
+  }
+  const auto capacity =
+      static_cast<int64_t>(ctx.workspace_bytes) / scratch_bytes_per_key(shape.head_dim);
+  const int64_t most = std::min<int64_t>(capacity / scratch.keys, shape.num_kv_heads);
+  if (most == 0) return scratch;
+  const auto passes = ceil_div(shape.num_kv_heads, static_cast<int32_t>(most));
+  scratch.heads = ceil_div(shape.num_kv_heads, passes);
+  return scratch;
+}
+
+// Whether a launch of prefill kernels is for all heads.
+bool takes_all_heads(const AttentionPlan& plan, const StepContext& ctx) {
+  return !is_float8(plan.cache_dtype) || scratch_of(plan, ctx).heads == plan.shape.num_kv_heads;
+}
+
+cuda::FlashKeys cached_keys(const PagedAttentionParams& params, const StepContext& ctx) {
+  const int64_t group_blocks = int64_t{ctx.rows.num_rows} * ctx.rows.max_blocks;
+  return {*params.cache, ctx.rows.block_table + params.kv_group * group_blocks, ctx.infer.seq_lens};
+}
+
+// Keys [heads, keys, head_dim] from the beginning of the workspace, then values. A block has room
+// for any row, so that a row has one; they overlap, and begin wherever a key does.
+cuda::FlashKeys scratch_keys(const PagedAttentionParams& params, const StepContext& ctx,
+                             const cuda::FlashPlan& flash, const Scratch& scratch, int32_t heads) {
+  KvCacheLayer layer;
+  layer.dtype = DType::kBF16;
+  layer.num_kv_heads = heads;
+  layer.head_dim = params.shape.head_dim;
+  layer.block_size = ctx.rows.max_blocks * ctx.rows.block_size;
+  layer.block_stride = layer.token_stride = layer.head_dim;
+  layer.head_stride = scratch.keys * layer.head_dim;
+  layer.key = ctx.workspace;
+  layer.value = static_cast<__nv_bfloat16*>(ctx.workspace) + heads * layer.head_stride;
+  return {layer, flash.key_begin, flash.key_count};
+}
+
+void launch_prefill(const PagedAttentionParams& params, const StepContext& ctx,
+                    const cuda::FlashPlan& flash, const cuda::FlashKeys& keys, bool all_heads,
+                    int32_t out_stride) {
+  check_cache(keys.cache);
+  const Gpu gpu = current_gpu();
+  const Tiling sm90 = sm90_tiling(params.shape, ctx.sizes, gpu);
+  const Tiling fa2 = fa2_tiling(params.shape, ctx.sizes, sm90, all_heads, gpu);
+  dispatch_head_dim(params.shape.head_dim, [&](auto head_dim) {
+#ifdef MRV1_FLASHINFER_SM90
+    if (sm90.tile > 0) {
+      const int64_t items = int64_t{sm90.bound} * params.shape.num_heads;
+      const auto grid = static_cast<int32_t>(std::min<int64_t>(items, gpu.multiprocessors));
+      cuda::launch_flash_prefill_sm90<head_dim()>({params, ctx, flash, keys, out_stride, grid});
+    }
+#endif
+    if (fa2.tile > 0) {
+      cuda::launch_flash_prefill<head_dim()>({params, ctx, flash, keys, out_stride, fa2.bound},
+                                             fa2.tile);
+    }
+  });
+}
+
 }  // namespace
 
 bool flashinfer_prefill_supports(const AttentionPlan& plan, const StepContext& ctx) {
-  return plan.cache_dtype == plan.dtype && geometry_fits(plan, ctx);
+  if (!geometry_fits(plan, ctx)) return false;
+  if (plan.cache_dtype != DType::kE4M3) return plan.cache_dtype == plan.dtype;
+  const int32_t heads = scratch_of(plan, ctx).heads;
+  return heads == plan.shape.num_kv_heads ||
+         (heads > 0 && sm90_tiling(plan.shape, ctx.sizes, current_gpu()).tile > 0);
 }
 
 bool flashinfer_decode_supports(const AttentionPlan& plan, const StepContext& ctx) {
   return plan.cache_dtype == plan.dtype && geometry_fits(plan, ctx);
+}
+
+int64_t flashinfer_workspace_bytes(const WorkspaceLimits& limits) {
+  const int64_t elements = limits.float8_kv_heads * limits.head_dim;
+  if (elements == 0) return 0;
+  const int64_t most = kScratchBytes / (2 * static_cast<int64_t>(sizeof(__nv_bfloat16)) * elements);
+  return std::min(limits.float8_keys, most) * 2 * static_cast<int64_t>(sizeof(__nv_bfloat16)) *
+         elements;
 }
 
 int64_t flashinfer_plan_bytes(const AttentionPlan& plan, Device& device) {
@@ -497,41 +639,49 @@ void flashinfer_plan(const AttentionPlan& plan, const StepContext& ctx) {
   args.window = plan.window;
   args.group_size = group_size(plan.shape);
   args.sm90 = sm90_tiling(plan.shape, ctx.sizes, gpu);
-  args.fa2 = fa2_tiling(plan.shape, ctx.sizes, args.sm90, gpu);
+  args.fa2 = fa2_tiling(plan.shape, ctx.sizes, args.sm90, takes_all_heads(plan, ctx), gpu);
   args.fa2_percent = fa2_percent(plan.shape.head_dim);
   args.short_step = kShortStepRounds * gpu.multiprocessors / plan.shape.num_heads;
   args.decode_bound = decode_bound(plan.shape, ctx.sizes.num_requests, gpu);
   args.decode_tiles = decode_tiles_per_row(plan.shape);
   args.prefill = route.flashinfer_prefill;
   args.decode = route.flashinfer_decode;
+  if (is_float8(plan.cache_dtype)) {
+    args.scratch_keys = static_cast<int32_t>(scratch_of(plan, ctx).keys);
+  }
   cuda::launch(kPlanOp, ctx, plan_kernel, dim3(args.decode ? 3 : 2), dim3(kPlanThreads), 0, args,
                ctx.rows, ctx.infer);
 }
 
 void flashinfer_prefill(const PagedAttentionParams& params, const StepContext& ctx) {
   if (ctx.sizes.num_tokens == 0) return;
-  check_cache(params);
-  const Gpu gpu = current_gpu();
-  const cuda::FlashPlan flash = flash_plan(*params.plan, gpu);
-  const Tiling sm90 = sm90_tiling(params.shape, ctx.sizes, gpu);
-  const Tiling fa2 = fa2_tiling(params.shape, ctx.sizes, sm90, gpu);
-  dispatch_head_dim(params.shape.head_dim, [&](auto head_dim) {
-#ifdef MRV1_FLASHINFER_SM90
-    if (sm90.tile > 0) {
-      const int64_t items = int64_t{sm90.bound} * params.shape.num_heads;
-      const auto grid = static_cast<int32_t>(std::min<int64_t>(items, gpu.multiprocessors));
-      cuda::launch_flash_prefill_sm90<head_dim()>({params, ctx, flash, grid});
-    }
-#endif
-    if (fa2.tile > 0) {
-      cuda::launch_flash_prefill<head_dim()>({params, ctx, flash, fa2.bound}, fa2.tile);
-    }
-  });
+  const cuda::FlashPlan flash = flash_plan(*params.plan, current_gpu());
+  const HeadShape& shape = params.shape;
+  if (!is_float8(params.cache->dtype)) {
+    const cuda::FlashKeys keys = cached_keys(params, ctx);
+    return launch_prefill(params, ctx, flash, keys, /*all_heads=*/true, shape.q_cols());
+  }
+  const Scratch scratch = scratch_of(*params.plan, ctx);
+  check_internal(scratch.heads > 0, kOp, "no room to dequantise keys and values");
+  const bool all_heads = scratch.heads == shape.num_kv_heads;
+  for (int32_t first = 0; first < shape.num_kv_heads; first += scratch.heads) {
+    const int32_t heads = std::min(scratch.heads, shape.num_kv_heads - first);
+    const cuda::FlashKeys keys = scratch_keys(params, ctx, flash, scratch, heads);
+    cuda::dequantize_keys(params, ctx, flash, first, keys.cache, scratch.keys);
+    PagedAttentionParams part = params;
+    part.shape.num_kv_heads = heads;
+    part.shape.num_heads = heads * group_size(shape);
+    part.q_stride = params.q_token_stride();
+    const int64_t first_column = int64_t{first} * group_size(shape) * shape.head_dim;
+    part.qkv = static_cast<const __nv_bfloat16*>(params.qkv) + first_column;
+    part.out = static_cast<__nv_bfloat16*>(params.out) + first_column;
+    launch_prefill(part, ctx, flash, keys, all_heads, shape.q_cols());
+  }
 }
 
 void flashinfer_decode(const PagedAttentionParams& params, const StepContext& ctx) {
   if (ctx.sizes.num_requests == 0) return;
-  check_cache(params);
+  check_cache(*params.cache);
   const Gpu gpu = current_gpu();
   const cuda::FlashPlan flash = flash_plan(*params.plan, gpu);
   const HeadShape& shape = params.shape;
@@ -540,8 +690,9 @@ void flashinfer_decode(const PagedAttentionParams& params, const StepContext& ct
   const int32_t tokens = std::min(ctx.sizes.num_requests, ctx.sizes.num_tokens);
   const int64_t warps = int64_t{tokens} * shape.num_heads;
   dispatch_head_dim(shape.head_dim, [&](auto head_dim) {
-    cuda::launch_flash_decode<head_dim()>(
-        {params, ctx, flash, decode_bound(shape, ctx.sizes.num_requests, gpu)});
+    cuda::launch_flash_decode<head_dim()>({params, ctx, flash, cached_keys(params, ctx),
+                                           shape.q_cols(),
+                                           decode_bound(shape, ctx.sizes.num_requests, gpu)});
     cuda::launch("paged_attention.merge", ctx, merge_kernel<head_dim()>,
                  dim3(static_cast<unsigned>((warps + kWarpsPerBlock - 1) / kWarpsPerBlock)),
                  dim3(kWarpsPerBlock * cuda::kWarpSize), 0, flash, ctx.infer,

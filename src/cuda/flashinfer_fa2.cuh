@@ -49,7 +49,7 @@ struct Fa2 {
   static void launch(std::string_view op, const FlashArgs& args, const FlashBlocks& blocks,
                      int32_t* out_begin, Out* out, float* lse) {
     const PagedAttentionParams& op_params = args.params;
-    const KvCacheLayer& cache = *op_params.cache;
+    const KvCacheLayer& cache = args.keys.cache;
     const StepContext& ctx = args.ctx;
     const HeadShape& shape = op_params.shape;
     Fa2Params<Out> params;
@@ -57,7 +57,7 @@ struct Fa2 {
     params.q_indptr = ctx.infer.query_start_loc;
     params.q_stride_n = op_params.q_token_stride();
     params.q_stride_h = shape.head_dim;
-    params.seq_lens = ctx.infer.seq_lens;
+    params.seq_lens = args.keys.lengths;
     params.num_qo_heads = shape.num_heads;
     params.group_size = flashinfer::uint_fastdiv(shape.num_heads / shape.num_kv_heads);
     const int64_t strides[3] = {cache.block_stride, cache.head_stride, cache.token_stride};
@@ -65,9 +65,8 @@ struct Fa2 {
         shape.num_kv_heads, cache.block_size, shape.head_dim, ctx.infer.max_requests,
         flashinfer::QKVLayout::kHND, static_cast<__nv_bfloat16*>(cache.key),
         static_cast<__nv_bfloat16*>(cache.value), strides,
-        ctx.rows.block_table +
-            int64_t{op_params.kv_group} * ctx.rows.num_rows * ctx.rows.max_blocks,
-        args.plan.page_begin, /*last_page_len=*/nullptr);
+        const_cast<int32_t*>(args.keys.block_table), args.plan.page_begin,
+        /*last_page_len=*/nullptr);
     params.window_left = op_params.window > 0 ? op_params.window - 1 : -1;
     params.sm_scale = op_params.scale;
     params.request_indices = blocks.batch;

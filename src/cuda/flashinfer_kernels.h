@@ -22,7 +22,7 @@ struct alignas(16) FlashTile {
   int32_t batch;        // batch position
   int32_t query_begin;  // the row's first token in the step
   int32_t query_len;    // the row's tokens in the step
-  int32_t page_begin;   // the row's first entry in its group's block table
+  int32_t page_begin;   // the row's first entry in the block table
   int32_t kv_len;
   int32_t unused[2];
 };
@@ -40,6 +40,8 @@ struct FlashBlocks {
 struct FlashPlan {
   int32_t* num_tiles;   // entries of `tiles` in use
   int32_t* page_begin;  // [max_requests + 1] per batch position; last: end of the block table
+  int32_t* key_begin;   // [max_requests + 1] FP8 caches: a prefill row's keys in the scratch; total
+  int32_t* key_count;   // [max_requests] how many, the last of the row; 0 for other rows
   FlashTile* tiles;     // prefill on Hopper, the longest first
   FlashBlocks prefill;  // prefill elsewhere
   FlashBlocks decode;
@@ -53,13 +55,32 @@ struct FlashPlan {
 constexpr int32_t sm90_tile(int32_t head_dim) { return head_dim == 64 ? 192 : 128; }
 constexpr int32_t kDecodeTile = 16;
 
-// What a kernel needs besides its work list.
+// Keys and values as a kernel reads them, in bfloat16: the cache itself, or what of an FP8 cache
+// lies in scratch memory. There a row's keys follow each other: its block table has one entry, the
+// row's first key, and blocks are as long as any row.
+struct FlashKeys {
+  KvCacheLayer cache;
+  const int32_t* block_table;
+  const int32_t* lengths;  // [max_requests] keys of a row, of which the step's tokens are the last
+};
+
+// What a kernel needs besides its work list. The heads are those of params.shape, from where
+// params.qkv and params.out point to.
 struct FlashArgs {
   const PagedAttentionParams& params;
   const StepContext& ctx;
   const FlashPlan& plan;
-  int32_t grid;  // blocks of an FA2 launch per key/value head; of a Hopper launch in all
+  const FlashKeys& keys;
+  int32_t out_stride;  // elements from a token's output to the next one's; FA2: of its heads only
+  int32_t grid;        // blocks of an FA2 launch per key/value head; of a Hopper launch in all
 };
+
+// Multiplies codes of an FP8 cache by their scales, rounds to bfloat16 and writes them to `to`: of
+// key/value heads [first_head, first_head + to.num_kv_heads), the keys and values that the plan's
+// key_begin and key_count name. `max_keys` is a bound of how many.
+void dequantize_keys(const PagedAttentionParams& params, const StepContext& ctx,
+                     const FlashPlan& plan, int32_t first_head, const KvCacheLayer& to,
+                     int64_t max_keys);
 
 // FA2: `tile` is 64 or 128 (128 not for head_dim 256). The decode kernel writes partial results.
 template <int kHeadDim>

@@ -93,7 +93,7 @@ void launch_flash_prefill_sm90(const FlashArgs& args) {
   constexpr int kNoWindow = 1 << 30;
 
   const PagedAttentionParams& op_params = args.params;
-  const KvCacheLayer& cache = *op_params.cache;
+  const KvCacheLayer& cache = args.keys.cache;
   const StepContext& ctx = args.ctx;
   const HeadShape& shape = op_params.shape;
   Element* keys = static_cast<Element*>(cache.key);
@@ -104,13 +104,12 @@ void launch_flash_prefill_sm90(const FlashArgs& args) {
       {static_cast<const Element*>(op_params.qkv),
        flashinfer::get_gmem_layout(ctx.sizes.num_tokens, shape.num_heads, kHeadDim,
                                    op_params.q_token_stride(), kHeadDim),
-       keys, kv_layout, values, kv_layout,
-       ctx.rows.block_table + int64_t{op_params.kv_group} * ctx.rows.num_rows * ctx.rows.max_blocks,
+       keys, kv_layout, values, kv_layout, args.keys.block_table,
        op_params.window > 0 ? op_params.window - 1 : kNoWindow, cache.block_stride,
        cache.block_stride, static_cast<uint32_t>(cache.block_size), Fa3Softmax{op_params.scale}});
   const auto epilogue = Epilogue::to_underlying_arguments(
       {static_cast<Element*>(op_params.out),
-       flashinfer::get_gmem_layout(ctx.sizes.num_tokens, shape.num_heads, kHeadDim, shape.q_cols(),
+       flashinfer::get_gmem_layout(ctx.sizes.num_tokens, shape.num_heads, kHeadDim, args.out_stride,
                                    kHeadDim),
        /*lse_ptr=*/nullptr,
        flashinfer::get_lse_gmem_layout(ctx.sizes.num_tokens, shape.num_heads)});

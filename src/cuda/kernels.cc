@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "attention_backends.h"
 #include "linear_context.h"
 #include "sample.h"
 
@@ -36,8 +37,8 @@ const Kernels& cuda_kernels() {
       .ngram_propose = ngram_propose_cuda,
       .fill_random = fill_random_cuda,
       .workspace_bytes = [](const WorkspaceLimits& limits) -> int64_t {
-        return std::max(cuda::linear_workspace_bytes(limits.max_tokens, limits.gated_rows),
-                        sample_workspace_cuda(limits));
+        return std::max({cuda::linear_workspace_bytes(limits.max_tokens, limits.gated_rows),
+                         sample_workspace_cuda(limits), flashinfer_workspace_bytes(limits)});
       },
       .attention_plan_bytes = attention_plan_bytes_cuda,
       .decode_backend = decode_backend_cuda,

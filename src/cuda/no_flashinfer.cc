@@ -15,6 +15,7 @@ namespace {
 
 bool flashinfer_prefill_supports(const AttentionPlan&, const StepContext&) { return false; }
 bool flashinfer_decode_supports(const AttentionPlan&, const StepContext&) { return false; }
+int64_t flashinfer_workspace_bytes(const WorkspaceLimits&) { return 0; }
 int64_t flashinfer_plan_bytes(const AttentionPlan&, Device&) { return 0; }
 void flashinfer_plan(const AttentionPlan&, const StepContext&) { refuse(); }
 void flashinfer_prefill(const PagedAttentionParams&, const StepContext&) { refuse(); }

@@ -69,11 +69,13 @@ WorkspaceLimits Executable::workspace_limits(const Program& program, const PlanL
   if (program.logits_value() >= 0) sizes.vocab_size = program.values()[program.logits_value()].cols;
   for (const HeadShape& heads : program.kv_layers()) {
     sizes.head_dim = std::max<int64_t>(sizes.head_dim, heads.head_dim);
+    sizes.float8_kv_heads = std::max<int64_t>(sizes.float8_kv_heads, heads.num_kv_heads);
   }
   for (const Op& op : program.ops()) {
     if (op.kind != OpKind::kLinearGatedMul) continue;
     sizes.gated_rows = std::max(sizes.gated_rows, program.weights()[op.weights[0]].rows);
   }
+  sizes.float8_keys = limits.float8_keys;
   sizes.max_tokens = limits.max_tokens;
   sizes.max_logits = limits.max_logits;
   sizes.num_threads = device.pool() != nullptr ? device.pool()->num_threads() : 1;

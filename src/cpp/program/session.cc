@@ -70,8 +70,10 @@ ProgramSession::ProgramSession(std::shared_ptr<Device> device, Program program,
   ctx_.pool = device_->pool();
   ctx_.stream = device_->stream();
 
-  const PlanLimits plan{limits.max_tokens, limits.max_logits, limits.max_requests};
   const DType kv_dtype = limits.kv_cache_dtype.value_or(program_.dtype());
+  const int64_t keys = int64_t{limits.max_requests} * rows.max_model_len;
+  const PlanLimits plan{limits.max_tokens, limits.max_logits, limits.max_requests,
+                        is_float8(kv_dtype) ? keys : 0};
   const KvScaleKind kind = is_float8(kv_dtype) ? limits.kv_scales : KvScaleKind::kNone;
   for (const HeadShape& heads : program_.kv_layers()) {
     KvCacheLayer layer =
@@ -178,6 +180,8 @@ void ProgramSession::set_ints(const std::string& name, const std::vector<int32_t
     if (name != target.name) continue;
     check(static_cast<int64_t>(data.size()) <= target.count, "session", "'", name, "' holds ",
           target.count, " values, not ", data.size());
+    if (target.data == infer.seq_lens) seq_lens_ = data;
+    if (target.data == infer.query_start_loc) query_start_loc_ = data;
     device_->copy_in(target.data, data.data(), data.size() * sizeof(int32_t));
     return;
   }
@@ -237,6 +241,11 @@ void ProgramSession::set_sizes(int32_t num_requests, int32_t num_tokens, int32_t
             num_tokens <= limits_.max_tokens && num_logits >= 0 && num_logits <= limits_.max_logits,
         "session", "the run exceeds the session's limits");
   ctx_.sizes = {num_requests, num_tokens, num_logits};
+  ctx_.prefill = {};
+  for (size_t i = 0; i < seq_lens_.size() && i + 1 < query_start_loc_.size(); ++i) {
+    ctx_.prefill.keys += seq_lens_[i];
+    ctx_.prefill.scores += int64_t{seq_lens_[i]} * (query_start_loc_[i + 1] - query_start_loc_[i]);
+  }
 }
 
 void ProgramSession::run(int32_t num_requests, int32_t num_tokens, int32_t num_logits) {

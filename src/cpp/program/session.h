@@ -81,6 +81,7 @@ class ProgramSession {
   std::vector<Buffer> buffers_;
   std::vector<KvCacheLayer> kv_;
   StepContext ctx_;
+  std::vector<int32_t> seq_lens_, query_start_loc_;  // as set last
   std::unique_ptr<Executable> executable_;
 };
 

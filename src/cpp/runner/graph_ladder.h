@@ -35,6 +35,7 @@ struct StepShape {
   int32_t graph = -1;  // index of the size, in the order of the ladder
   bool whole = false;  // the size is one of whole steps, so these kernels run in every mode
   StepSizes sizes;
+  PrefillWork prefill = {};
 };
 
 // The sizes that are captured, and which of them a batch runs at: the smallest that holds it.

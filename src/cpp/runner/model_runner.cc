@@ -61,7 +61,9 @@ int64_t staged_bytes(const RunnerConfig& config) {
 }  // namespace
 
 PlanLimits ModelRunner::plan_limits(const RunnerConfig& config) {
-  return {config.max_num_batched_tokens, max_logits_rows(config), config.max_num_seqs};
+  const int64_t keys = int64_t{config.max_num_seqs} * config.max_model_len;
+  return {config.max_num_batched_tokens, max_logits_rows(config), config.max_num_seqs,
+          config.kv_cache.dtype.has_value() ? keys : 0};
 }
 
 Program ModelRunner::prepared(Program program, const RunnerConfig& config) {
@@ -355,6 +357,7 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
         config_.max_num_seqs, " rows, not ", batch.size());
   int64_t tokens = 0;
   int32_t samples = 0;
+  PrefillWork prefill;
   entries_.clear();
   ++batch_mark_;
   for (const BatchItem& item : batch) {
@@ -363,6 +366,11 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
     row.batch_mark = batch_mark_;
     rows_->check_tokens(item, row);
     tokens += item.num_tokens;
+    if (row.num_launched < row.prefill_target) {
+      const int64_t keys = int64_t{row.num_launched} + item.num_tokens;
+      prefill.keys += keys;
+      prefill.scores += keys * item.num_tokens;
+    }
     const int32_t draws = RowTable::num_samples(item, row);
     samples += draws;
     entries_.push_back({item.row, row.generation, item.num_tokens, draws});
@@ -377,6 +385,7 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
       std::lock_guard lock(side_mutex_);
       shape = ladder_.choose(entries_, exact);
     }
+    shape.prefill = prefill;
     // Until there are graphs, the same kernels are launched one by one.
     if (!captured_) shape.mode = StepMode::kEager;
     if (shape.mode == StepMode::kEager) {
@@ -507,7 +516,9 @@ CaptureReport ModelRunner::capture_graphs() {
   }
   const std::vector<int32_t>& tokens = ladder_.piecewise();
   for (size_t i = tokens.size(); i-- > 0;) {
-    warm_up({StepMode::kEager, -1, false, {1, tokens[i], 1}});
+    // As for a prompt that fills the step, so that its kernels are loaded.
+    const PrefillWork prompt{tokens[i], int64_t{tokens[i]} * tokens[i]};
+    warm_up({StepMode::kEager, -1, false, {1, tokens[i], 1}, prompt});
     run_on_stream(*device_, [&] { step_->capture_pieces(i, tokens[i]); });
     ++report.piecewise_graphs;
   }

@@ -22,10 +22,11 @@ void Step::find_pieces() {
   }
 }
 
-StepContext Step::context_for(const StepSizes& sizes, bool eager_attention) const {
+StepContext Step::context_for(const StepShape& shape) const {
   StepContext ctx = ctx_;
-  ctx.sizes = sizes;
-  ctx.eager_attention = eager_attention;
+  ctx.sizes = shape.sizes;
+  ctx.prefill = shape.prefill;
+  ctx.eager_attention = !shape.whole;
   return ctx;
 }
 
@@ -51,7 +52,7 @@ void Step::run_back(const StepContext& ctx) const {
 void Step::capture_full(size_t index, const StepSizes& sizes) {
   if (full_.size() <= index) full_.resize(index + 1);
   full_[index] = device_.capture([this, sizes] {
-    const StepContext ctx = context_for(sizes, /*eager_attention=*/false);
+    const StepContext ctx = context_for({.whole = true, .sizes = sizes});
     run_front(ctx);
     executable_.run(ctx, 0, executable_.num_ops());
     run_back(ctx);
@@ -66,7 +67,7 @@ void Step::capture_pieces(size_t index, int32_t tokens) {
     if (!piece.captured) continue;
     graphs.push_back(device_.capture([this, piece, tokens] {
       // Only the number of tokens matters to these ops; the others are those of a smallest batch.
-      executable_.run(context_for({1, tokens, 1}, true), piece.first, piece.last);
+      executable_.run(context_for({.sizes = {1, tokens, 1}}), piece.first, piece.last);
     }));
   }
 }
@@ -77,7 +78,7 @@ void Step::drop_graphs() {
 }
 
 void Step::run(const StepShape& shape) const {
-  const StepContext ctx = context_for(shape.sizes, !shape.whole);
+  const StepContext ctx = context_for(shape);
   if (shape.mode == StepMode::kFull) {
     device_.launch(*full_.at(static_cast<size_t>(shape.graph)));
     return;
@@ -97,7 +98,7 @@ void Step::run(const StepShape& shape) const {
 }
 
 void Step::run_and_fail(const StepShape& shape, std::string_view message) const {
-  const StepContext ctx = context_for(shape.sizes, !shape.whole);
+  const StepContext ctx = context_for(shape);
   run_front(ctx);
   executable_.run(ctx, 0, executable_.num_ops());
   fail(ErrorKind::kInternal, "step", message);

@@ -54,7 +54,7 @@ class Step {
   };
 
   void find_pieces();
-  StepContext context_for(const StepSizes& sizes, bool eager_attention) const;
+  StepContext context_for(const StepShape& shape) const;
   void run_front(const StepContext& ctx) const;
   void run_back(const StepContext& ctx) const;
 

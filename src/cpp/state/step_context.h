@@ -40,6 +40,13 @@ struct StepRings {
   }
 };
 
+// What attention has to do for the extend and prefill rows of a step, as the host knows it. Zeros
+// where it does not: with rows like that, kernels are chosen that need no such bound.
+struct PrefillWork {
+  int64_t keys = 0;    // positions that these rows have in the cache after the step, at most
+  int64_t scores = 0;  // products of a row's tokens in the step and its positions
+};
+
 // Which kernels compute the attention of decode rows.
 enum class AttentionBackend { kNative, kFlashInfer };
 
@@ -50,9 +57,10 @@ struct StepContext {
   ThreadPool* pool = nullptr;  // CPU
   void* stream = nullptr;      // CUDA: cudaStream_t
   StepSizes sizes;             // padded
-  StepRings rings;             // device addresses
-  RowState rows{};             // device addresses
-  InferParams infer{};         // device addresses, written by infer_params
+  PrefillWork prefill;
+  StepRings rings;            // device addresses
+  RowState rows{};            // device addresses
+  InferParams infer{};        // device addresses, written by infer_params
   void* workspace = nullptr;  // scratch of ops, workspace_bytes long; contents do not outlive an op
   size_t workspace_bytes = 0;
   // A row's results must not depend on what else is in the batch, bit for bit.
