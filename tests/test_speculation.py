@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrv1 import _core
+from mrv1.engine import Engine
 from mrv1.errors import InvalidArgumentError, RequestError
 from mrv1.llm import LLM
 from mrv1.runner import ModelRunner, RowHandle
@@ -592,6 +593,43 @@ def test_generated_text_is_the_same(device: str) -> None:
     assert got == expected
     assert stats["accepted_tokens"] >= 20
     assert stats["draft_tokens"] > stats["accepted_tokens"]
+
+
+def test_engine_forces_tokens(device: str) -> None:
+    """Also of requests that are preempted, of all samples, and only where that was asked for."""
+    options: dict[str, Any] = {
+        "device": device,
+        "progress": False,
+        "dtype": "float32",
+        "block_size": 4,
+        "max_num_seqs": 4,
+        "num_kv_blocks": 40,
+        "max_model_len": 128,
+        "speculative_config": ngram(),
+    }
+    prompts = [make_prompt(20, seed) for seed in range(4)]
+    with Engine(LLAMA, force_tokens=True, **options) as engine:
+        for index, prompt in enumerate(prompts):
+            params = greedy(40, n=1 + index % 2)
+            engine.add_request(str(index), prompt, params, forced_token_ids=prompt * 2)
+        tokens: dict[tuple[str, int], list[int]] = collections.defaultdict(list)
+        while engine.has_unfinished():
+            for update in engine.step():
+                tokens[update.request_id, update.index] += update.token_ids
+        assert len(tokens) == 6
+        for (name, _), got in tokens.items():
+            assert got == prompts[int(name)] * 2
+        stats = engine.stats()
+        assert stats["preemptions"] > 0 and stats["accepted_tokens"] > 60
+        with pytest.raises(RequestError, match="request 'long': .*forced_token_ids has 109 tokens"):
+            engine.add_request("long", prompts[0], greedy(4), forced_token_ids=[5] * 109)
+        with pytest.raises(RequestError, match="request 'text': .*forced_token_ids"):
+            engine.add_request("text", prompts[0], greedy(4), forced_token_ids=["5"])  # type: ignore[list-item]
+    with (
+        Engine(LLAMA, **options) as engine,
+        pytest.raises(RequestError, match="request 'none': .*force_tokens"),
+    ):
+        engine.add_request("none", prompts[0], greedy(4), forced_token_ids=[5])
 
 
 # --- logits and hidden states --------------------------------------------------------------------

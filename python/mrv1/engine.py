@@ -106,6 +106,7 @@ class Engine(Closing):
         callback: Callback | None = None,
         cache_salt: str | None = None,
         skip_prefix_cache: bool = False,
+        forced_token_ids: Sequence[int] = (),
     ) -> list[int]:
         """Queues a request; returns its prompt's token ids.
 
@@ -120,6 +121,8 @@ class Engine(Closing):
                 not take long, as all requests wait for it.
             cache_salt: Requests share cached blocks only where it is equal.
             skip_prefix_cache: Neither take blocks from the prefix cache nor leave any there.
+            forced_token_ids: The first outputs of all samples, whatever is drawn; for testing, with
+                `force_tokens`.
 
         Raises:
             RequestError: It cannot be admitted, now or ever; other requests are unhurt.
@@ -146,15 +149,16 @@ class Engine(Closing):
                 value=params.n,
                 allowed=f"at most max_num_seqs = {model.max_num_seqs}",
             )
-        spec = make_row_spec(
-            token_ids,
-            params,
-            eos_token_ids=model.config.eos_token_ids,
-        )
         detokenizers = None
         if params.detokenize:
             detokenizers = [IncrementalDetokenizer(self.tokenizer, params) for _ in range(params.n)]
         try:
+            spec = make_row_spec(
+                token_ids,
+                params,
+                eos_token_ids=model.config.eos_token_ids,
+                forced_token_ids=forced_token_ids,
+            )
             self._pump.add(
                 Request(request_id, params, callback, detokenizers),
                 spec,
