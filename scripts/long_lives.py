@@ -6,9 +6,10 @@
 
 A share is one run of tests/test_engine_lifecycles.py with a seed of its own (1, 2, ...) and must
 pass by itself. Shares run until the stepped engines have taken so many steps; engines with a thread
-take a fifth on top. The report has what was counted, summed up, and time and memory of each share,
-which do not depend on how many there are. The first share that fails ends the run: its output is
-printed, and its seed repeats it.
+take a fifth on top. The report has what was counted, summed up, and time and memory of each share:
+Hypothesis keeps what it has drawn, so a process grows with its steps, though the engine does not.
+The first share that fails ends the run: its output is printed, and its seed repeats it. COMMIT=id
+tells what the package was built from where there is no repository.
 """
 
 from __future__ import annotations
@@ -65,16 +66,22 @@ def run_share(seed: int, steps: int, device: str) -> dict[str, Any]:
     }
 
 
-def describe() -> dict[str, str]:
-    """What a report speaks of; a commit with a plus has changes that are in none."""
+def commit() -> str:
+    """The commit of the tree, with a plus if it has changes that are in none."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
 
     def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
+        return subprocess.check_output(["git", *args], cwd=ROOT, text=True).strip()
 
-    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def describe() -> dict[str, str]:
+    """What a report speaks of."""
     return {
-        "commit": git("rev-parse", "--short", "HEAD") + changed,
+        "commit": commit(),
         "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, python "
         f"{platform.python_version()}",
