@@ -124,6 +124,35 @@ def test_decode_prints_a_table_and_writes_records(
     check_table(capsys.readouterr().out, records)
 
 
+@pytest.mark.parametrize("figure", ["decode", "prefill", "mix", "op"])
+def test_figures_take_an_fp8_cache(
+    small_dir: Path, device: str, tmp_path: Path, figure: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Floors are those of its codes and scales."""
+    path = tmp_path / "out.json"
+    arguments = ["bench", figure, "--model", str(small_dir), "--device", device, "--read-mb", "4"]
+    if figure == "mix":
+        arguments += ["--requests", "1"]
+    else:
+        arguments += ["--batch", "2", "--context", "100", "--steps", "2"]
+    if figure == "op":
+        arguments += ["--ops", "attention"]
+    floors = {}
+    for name in ("auto", "fp8_e4m3", "fp8_e5m2"):
+        assert cli.main([*arguments, "--kv-cache-dtype", name, "--json", str(path)]) == 0
+        (record,) = json.loads(path.read_text())
+        check_record(record)
+        assert record["kv_cache_dtype"] == name
+        assert record.get("scale") == (None if name == "auto" else "dynamic")
+        rate = record["read_gb_s"] * record["step_ms"]
+        floors[name] = record["read_share"] * rate  # bytes, in some unit
+        assert (name in capsys.readouterr().out) == (name != "auto")
+    for name in ("fp8_e4m3", "fp8_e5m2"):
+        assert floors[name] < floors["auto"]
+    if figure == "op":  # the cache is all that is read: 64 codes and a scale, or 64 of bfloat16
+        assert floors["fp8_e4m3"] / floors["auto"] == pytest.approx((64 + 4) / 128, rel=0.01)
+
+
 def test_records_name_the_commit_and_the_peer(
     small_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -395,6 +424,23 @@ def test_costs_and_floor_by_hand() -> None:
     assert bench.floor_ms([costs["attention"]] * 2, rates) == pytest.approx(
         2 * bench.floor_ms([costs["attention"]], rates)
     )
+
+
+def test_costs_of_an_fp8_cache_by_hand() -> None:
+    """A byte an element and, where each token has scales, 4 a head."""
+    config = ModelConfig.from_values(SMALL)
+    exact = bench.decode_costs(config, "bfloat16", 3, 10)
+    for scales, head_bytes in (("static", 64), ("dynamic", 68)):
+        cache = bench.CacheFormat("fp8_e4m3", scales)
+        costs = bench.decode_costs(config, "bfloat16", 3, 10, cache)
+        for cost, other in zip(costs, exact, strict=True):
+            if cost.name == "attention":
+                other = dataclasses.replace(other, read_bytes=3 * 10 * 2 * 2 * head_bytes)
+            assert cost == other
+        prefill = {c.name: c for c in bench.prefill_costs(config, "bfloat16", 3, 10, cache)}
+        mix = {c.name: c for c in bench.mix_costs(config, "bfloat16", [(10, 1)] * 3, cache)}
+        assert prefill["attention"] == mix["attention"]
+        assert prefill["attention"].read_bytes == 3 * 10 * 2 * 2 * head_bytes
 
 
 def test_prefill_costs_by_hand() -> None:

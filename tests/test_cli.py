@@ -73,6 +73,17 @@ def test_sampling_options_reach_the_sampler(model: str) -> None:
     assert given.stdout == text + "\n"
 
 
+def test_the_cache_dtype_reaches_the_model(model: str) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=24)
+    with LLM(model, device="cpu", kv_cache_dtype="fp8_e5m2") as llm:
+        assert llm.model.kv_cache_dtype == "fp8_e5m2" and llm.model.kv_scales == "dynamic"
+        text = llm.generate(["hello there"], params)[0].text
+    options = "--temperature 0 --max-tokens 24 --device cpu --kv-cache-dtype fp8_e5m2"
+    given = run("generate", "--model", model, *options.split(), "hello there")
+    assert given.stdout == text + "\n"
+    assert (text,) != tuple(expected(model, ["hello there"], params))
+
+
 def test_temperature_comes_from_the_model_unless_given(model: str, tmp_path: Path) -> None:
     for source in Path(model).iterdir():
         (tmp_path / source.name).symlink_to(source)
@@ -98,6 +109,11 @@ def test_temperature_comes_from_the_model_unless_given(model: str, tmp_path: Pat
         (["generate", "--model", "MODEL", ""], "prompt"),
         (["generate", "--model", "MODEL", "--dtype", "int8", "hello"], "dtype"),
         (["generate", "--model", "MODEL", "--device", "tpu", "hello"], "device"),
+        (["generate", "--model", "MODEL", "--kv-cache-dtype", "fp8", "hello"], "kv_cache_dtype"),
+        (
+            ["bench", "decode", "--model", "MODEL", "--kv-cache-dtype", "int8", "--context", "9"],
+            "kv_cache_dtype",
+        ),
         (["bench", "decode", "--model", "MODEL", "--context", "1000000"], "max_model_len"),
         (["bench", "decode", "--model", "MODEL", "--layers", "1"], "--layers"),
         (["bench", "decode", "--shape", "qwen3-0.6b", "--layers", "29"], "layers"),

@@ -2,10 +2,10 @@
 """Random lives of requests over the native engine, against one request at a time.
 
 Hypothesis adds requests that share prefixes, wants several samples of some, aborts, and steps,
-over engines with few blocks, rows and tokens a step, with drafts and without; layers see all
-positions, or some a window. Every token and end must be that of the request alone, without drafts.
-After each rule lists, rows and references to blocks are checked, at the end that all are back. On a
-GPU rows are batch invariant, as they are on the CPU.
+over engines with few blocks, rows and tokens a step, with drafts and without, with caches in
+float32 and in FP8; layers see all positions, or some a window. Every token and end must be that of
+the request alone, without drafts. After each rule lists, rows and references to blocks are checked,
+at the end that all are back. On a GPU rows are batch invariant, as they are on the CPU.
 
 MRV1_TEST_STEPS sets how many engine steps are taken at least. MRV1_TEST_SEED draws other lives than
 those of every run, and MRV1_TEST_COUNTS names a directory for what was counted, as JSON;
@@ -58,6 +58,7 @@ COUNTS = os.environ.get("MRV1_TEST_COUNTS")
 LEAST = 200  # of each rare event
 RARE = ("preemption", "prefix hit", "chunk edge", "stop in flight", "abort in flight")
 DRAFTING = ", drafting"  # ends the names of what engines with drafts count besides
+FP8 = ", FP8 cache"  # and of those with FP8 caches
 STEPS_AN_EXAMPLE = 50  # fewer than there are on average
 WINDOW = 9
 BLOCK_SIZES = (1, 4, 8)
@@ -114,13 +115,15 @@ class References:
     def __init__(self, device: str, repeating: Path) -> None:
         self._device = device
         self._repeating = repeating
-        self._opened: dict[tuple[bool, bool, int], SlowReference] = {}
+        self._opened: dict[tuple[bool, bool, int, str], SlowReference] = {}
 
     def model(self, repeats: bool) -> Path:
         return self._repeating if repeats else LLAMA
 
-    def of(self, repeats: bool, windowed: bool, block_size: int) -> SlowReference:
-        key = (repeats, windowed, block_size)
+    def of(
+        self, repeats: bool, windowed: bool, block_size: int, kv_cache_dtype: str
+    ) -> SlowReference:
+        key = (repeats, windowed, block_size, kv_cache_dtype)
         if key not in self._opened:
             self._opened[key] = open_windowed(
                 windowed,
@@ -130,6 +133,7 @@ class References:
                 block_size=block_size,
                 max_model_len=64,
                 num_kv_blocks=2 * 64 + 1,
+                kv_cache_dtype=kv_cache_dtype,
             )
         return self._opened[key]
 
@@ -214,6 +218,7 @@ class EngineLives(RuleBasedStateMachine):
         caching=st.sampled_from((True, True, True, True, True, False)),
         drafts=st.sampled_from((0, 4, 1, 0, 3, 7)),
         lookup=st.sampled_from(((1, 3), (1, 1), (2, 4))),
+        kv_cache_dtype=st.sampled_from(("auto", "fp8_e4m3", "auto", "fp8_e5m2")),
     )
     def open(
         self,
@@ -227,9 +232,11 @@ class EngineLives(RuleBasedStateMachine):
         caching: bool,
         drafts: int,
         lookup: tuple[int, int],
+        kv_cache_dtype: str,
     ) -> None:
         self.windows = [WINDOW, 0] if windowed else [0]
         self.drafts = drafts
+        self.is_fp8 = kv_cache_dtype != "auto"
         least, most = lookup
         speculative_config = {
             "method": "ngram",
@@ -240,7 +247,7 @@ class EngineLives(RuleBasedStateMachine):
         self.block_size, self.rows, self.budget, self.caching = block_size, rows, budget, caching
         # In percent of what the longest request needs.
         self.total = max(2, len(self.windows) * num_blocks(LONGEST, block_size) * room // 100)
-        self.reference = self.references.of(repeats, windowed, block_size)
+        self.reference = self.references.of(repeats, windowed, block_size, kv_cache_dtype)
         self.runner = open_windowed(
             windowed,
             open_runner,
@@ -254,6 +261,7 @@ class EngineLives(RuleBasedStateMachine):
             pad_requests=rows if padded else 0,
             pad_tokens=budget if padded else 0,
             speculative_config=speculative_config if drafts else None,
+            kv_cache_dtype=kv_cache_dtype,
         )
         assert sorted(self.runner.kv_windows) == sorted(self.windows)
         options = _core.EngineOptions(enable_prefix_caching=caching, background=self.background)
@@ -263,6 +271,8 @@ class EngineLives(RuleBasedStateMachine):
         self.counters[name] += happened
         if self.drafts:
             self.counters[name + DRAFTING] += happened
+        if self.is_fp8:
+            self.counters[name + FP8] += happened
 
     # --- what a request must give ----------------------------------------------------------------
 
@@ -530,3 +540,4 @@ def test_lives_over_the_native_engine(
         assert counters[name] >= LEAST, (name, counters)
     for name in RARE:
         assert counters[name + DRAFTING] >= LEAST // 4, (name, counters)
+        assert counters[name + FP8] >= LEAST // 4, (name, counters)

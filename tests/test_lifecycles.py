@@ -61,10 +61,15 @@ class Wish:
     text: str | None = None  # with a stop string: what is in front of it
 
 
+@pytest.fixture(scope="module", params=["auto", "fp8_e4m3"])
+def kv_cache_dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def wishes(device: str) -> Iterator[list[Wish]]:
+def wishes(device: str, kv_cache_dtype: str) -> Iterator[list[Wish]]:
     """The menu: greedy and seeded, ended by length, stop tokens, stop strings."""
-    reference = SlowReference(device)
+    reference = SlowReference(device, kv_cache_dtype=kv_cache_dtype)
     tokenizer = Tokenizer.from_dir(LLAMA)
     menu: list[Wish] = []
     for length in PROMPT_LENGTHS:
@@ -130,7 +135,7 @@ class RunnerMachine(RuleBasedStateMachine):
     BLOCKS = 16
     BUDGET = 24
 
-    def __init__(self, device: str, wishes: list[Wish]) -> None:
+    def __init__(self, device: str, wishes: list[Wish], kv_cache_dtype: str) -> None:
         super().__init__()
         self.wishes = [wish for wish in wishes if wish.text is None]
         self.runner = open_runner(
@@ -140,6 +145,7 @@ class RunnerMachine(RuleBasedStateMachine):
             num_kv_blocks=self.BLOCKS,
             max_num_batched_tokens=self.BUDGET,
             max_model_len=48,
+            kv_cache_dtype=kv_cache_dtype,
         )
         self.pool = BlockPool(self.runner)
         self.jobs: list[Job] = []
@@ -362,11 +368,11 @@ class RunnerMachine(RuleBasedStateMachine):
         assert len(self.pool.free) == self.pool.total and self.runner.free_rows == self.ROWS
 
 
-def test_lives_over_the_runner(device: str, wishes: list[Wish]) -> None:
+def test_lives_over_the_runner(device: str, wishes: list[Wish], kv_cache_dtype: str) -> None:
     # What is drawn depends on the process a little; the minimums leave room for that.
     counters.clear()
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        lambda: RunnerMachine(device, wishes),
+        lambda: RunnerMachine(device, wishes, kv_cache_dtype),
         settings=settings(max_examples=200, stateful_step_count=50),
     )
     for name, least in (
@@ -401,9 +407,9 @@ class EngineJob:
 class EngineMachine(RuleBasedStateMachine):
     NAMES = ("a", "b", "c", "d", "e", "f", "g")
 
-    def __init__(self, device: str, wishes: list[Wish]) -> None:
+    def __init__(self, device: str, wishes: list[Wish], kv_cache_dtype: str) -> None:
         super().__init__()
-        self.device = device
+        self.device, self.kv_cache_dtype = device, kv_cache_dtype
         self.wishes = wishes
         self.jobs: dict[str, EngineJob] = {}
         self.failed = False
@@ -430,6 +436,7 @@ class EngineMachine(RuleBasedStateMachine):
             num_kv_blocks=blocks,
             pad_requests=rows if padded else 0,
             pad_tokens=budget if padded else 0,
+            kv_cache_dtype=self.kv_cache_dtype,
             background=False,
         )
 
@@ -524,10 +531,10 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.close()
 
 
-def test_lives_over_the_engine(device: str, wishes: list[Wish]) -> None:
+def test_lives_over_the_engine(device: str, wishes: list[Wish], kv_cache_dtype: str) -> None:
     counters.clear()
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        lambda: EngineMachine(device, wishes),
+        lambda: EngineMachine(device, wishes, kv_cache_dtype),
         settings=settings(max_examples=120, stateful_step_count=40),
     )
     for name, least in (

@@ -496,6 +496,8 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
             field="--backend", value=",".join(options.backend), allowed="native on the cpu"
         )
     dtype = resolve_dtype(options.dtype, config)
+    scales = "none" if options.kv_cache_dtype == "auto" else "dynamic"
+    cache = bench.CacheFormat(resolve_kv_cache_dtype(options.kv_cache_dtype), scales)
     threads = envs.NUM_THREADS.get() or 0
     device = tuning.make_device(options.device, num_threads=threads)
     ops = bench_op.OPS if options.ops is None else tuple(options.ops)
@@ -505,9 +507,6 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
         working_set = _read_bytes(options) or bench.READ_BYTES[options.device]
         if options.device == "cuda":
             working_set = _GPU_WORKING_SET
-
-        scales = "none" if options.kv_cache_dtype == "auto" else "dynamic"
-        cache = bench.CacheFormat(resolve_kv_cache_dtype(options.kv_cache_dtype), scales)
 
         def record(cost: bench.OpCost, timing: Timing) -> Record:
             made = bench.make_record("op", shape, described, dtype, timing, [cost], rates, cache)
