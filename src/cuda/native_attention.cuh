@@ -221,8 +221,9 @@ class Kernel {
     }
   }
 
-  // Waits for the oldest unit, and requests the one that takes the place of the unit before it.
-  __device__ uint32_t next_stage(bool whole_block) {
+  // Waits for the oldest units, and requests those that take the place of the units before them.
+  template <int kCount>
+  __device__ void next_stages(bool whole_block, uint32_t (&stages)[kCount]) {
     const auto meet = [whole_block] {
       if (whole_block) {
         __syncthreads();
@@ -230,13 +231,18 @@ class Kernel {
         __syncwarp();
       }
     };
-    wait_copies(in_flight_ - 1);
+    wait_copies(in_flight_ - kCount);
     meet();
-    --in_flight_;
-    if (may_request()) request();
-    const uint32_t stage = stages_ + reading_ * L::kStageBytes;
-    reading_ = reading_ + 1 == args_.stages ? 0 : reading_ + 1;
-    return stage;
+    in_flight_ -= kCount;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (in_flight_ + kCount < args_.stages && may_request()) request();
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      stages[i] = stages_ + reading_ * L::kStageBytes;
+      reading_ = reading_ + 1 == args_.stages ? 0 : reading_ + 1;
+    }
   }
 
   // --- a segment ---
@@ -268,14 +274,17 @@ class Kernel {
     own.clear();
     const int32_t unit_end = segment.unit_end;
     for (int32_t unit = segment.unit; unit < unit_end; ++unit) {
-      const uint32_t stage = next_stage(true);
+      uint32_t stage[1];
+      next_stages(true, stage);
       if (first >= segment.item.rows) continue;
       const int32_t position = (units.base + unit) * kUnit;
       constexpr int kBlocks = D < 128 ? 4 : D == 128 ? 2 : 1;  // as registers allow
 #pragma unroll 1
       for (int b = 0; b < kUnit / kBlock; b += kBlocks) {
-        own.template attend<kBlocks, false>(0, stage + b * L::kBlockBytes, position + b * kBlock,
-                                            args_.scale);
+        uint32_t keys[kBlocks];
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) keys[i] = stage[0] + (b + i) * L::kBlockBytes;
+        own.template attend<kBlocks, false>(0, keys, position + b * kBlock, kBlock, args_.scale);
       }
     }
     own.reduce_sums();
@@ -299,14 +308,17 @@ class Kernel {
         end = min(end, ((units.base + unit) | ((1 << kSplitUnitsLog2) - 1)) + 1 - units.base);
       }
       own.clear();
-      for (; unit < end; ++unit) {
-        // Every warp brings a part of the queries with the first unit.
-        const uint32_t stage = next_stage(first) + warp_ * L::kBlockBytes;
-        if (first) own.read_queries(queries, args_);
+      while (unit < end) {
+        // Pairs begin at even units from position 0, whatever the segment begins at.
+        if (Rows::kUnits == 2 && (units.base + unit) % 2 == 0 && unit + 1 < end &&
+            args_.stages > 2) {
+          take_units<Rows::kUnits>(own, segment, units.base + unit, queries, first);
+          unit += Rows::kUnits;
+        } else {
+          take_units<1>(own, segment, units.base + unit, queries, first);
+          ++unit;
+        }
         first = false;
-        const int32_t position = (units.base + unit) * kUnit + warp_ * kBlock;
-        if (position >= segment.item.end || position + kBlock <= segment.item.begin) continue;
-        own.template attend<1, true>(queries, stage, position, args_.scale);
       }
       own.reduce_sums();
       // Splits of a segment that starts are added up here; others await what comes before them.
@@ -319,6 +331,25 @@ class Kernel {
       }
       sum_warps(own, totals, segment, target, kSplits && starts && split > 0, last || !starts);
     }
+  }
+
+  // Units from number `unit` on, counted from position 0; `first` if they are the segment's first.
+  template <int kCount>
+  __device__ void take_units(Rows& own, const Segment& segment, int32_t unit, uint32_t queries,
+                             bool first) {
+    if (kCount > 1 && in_flight_ < kCount) {
+      __syncwarp();  // what was read before has been
+      while (in_flight_ < kCount) request();
+    }
+    uint32_t keys[kCount];
+    next_stages(first, keys);  // every warp brings a part of the queries with the first unit
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) keys[i] += warp_ * L::kBlockBytes;
+    if (first) own.read_queries(queries, args_);
+    const int32_t position = unit * kUnit + warp_ * kBlock;
+    const int32_t last = position + (kCount - 1) * kUnit;
+    if (position >= segment.item.end || last + kBlock <= segment.item.begin) return;
+    own.template attend<kCount, true>(queries, keys, position, kUnit, args_.scale);
   }
 
   __device__ static uint16_t* output_row(const NativeAttentionArgs& args, const Segment& segment,
