@@ -18,6 +18,7 @@
 #   attention-8b                       batch x context, and uneven lengths, by two backends
 #   profile-0.6b-1 profile-8b-1 profile-8b-64 profile-8b-256    where the rest of a step goes
 #   kv-write                           writes to a paged KV cache
+#   kv-attention kv-attention-uneven   decode attention by itself, over caches of all formats
 #   load-0.6b load-8b                  a model directory from the disk, twice
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -29,7 +30,7 @@ shift 2
 parts=("$@")
 ((${#parts[@]})) || parts=(decode-0.6b decode-8b prefill-0.6b prefill-8b mix-0.6b mix-8b
   linear-0.6b linear-8b attention-8b profile-0.6b-1 profile-8b-1 profile-8b-64 profile-8b-256
-  kv-write load-0.6b load-8b)
+  kv-write kv-attention kv-attention-uneven load-0.6b load-8b)
 commit=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
 
 scratch=$(mktemp -d)
@@ -109,6 +110,13 @@ run_part() {
         --lengths even,log-uniform,one-long --backend native,flashinfer --steps 20
       ;;
     profile-*) bench "${part}" profile --shape "${shape}" --batch "${part##*-}" ;;
+    kv-attention)
+      bench "${part}" decode_attention --group 1,4,8 --layout HND,NHD
+      ;;
+    kv-attention-uneven)
+      # The second has as many bytes in rows of one length.
+      bench "${part}" decode_attention --batch 256 --context 766 --lengths one-long,even
+      ;;
     kv-write) bench "${part}" kv_write --kv-heads 1,2,4,8,32,128 --layout HND,NHD ;;
     load-*) load "${part}" "${shape}" ;;
     *)

@@ -72,7 +72,8 @@ def check_record(record: dict[str, Any]) -> None:
         assert value is not None or key in nullable, key
         assert value is None or isinstance(value, str | int | float), f"{key} is not flat"
     assert record["step_ms"] > 0
-    assert record["figure"] in ("decode", "prefill", "mix", "op", "profile", "kv_write")
+    figures = ("decode", "prefill", "mix", "op", "profile", "kv_write", "decode_attention")
+    assert record["figure"] in figures
     if record.get("x_floor") is not None and record["floor_ms"] > 1e-3:  # not lost in rounding
         ratio = record["step_ms"] / record["floor_ms"]
         assert record["x_floor"] == pytest.approx(ratio, rel=1e-2, abs=1e-3)
@@ -494,6 +495,32 @@ def test_cache_writes(device: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert {record["layout"] for record in records} == {"NHD", "HND"}
     for wrong in (["--shape", "demo"], ["--kv-cache-dtype", "fp8_e4m3"], ["--batch", "1"]):
         assert cli.main(["bench", "kv_write", "--device", device, *wrong]) != 0
+
+
+def test_decode_attention(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["bench", "decode_attention", "--device", device, "--json", str(path)]
+    arguments += ["--kv-heads", "2", "--group", "3", "--head-dim", "64", "--layout", "NHD,HND"]
+    arguments += ["--batch", "3", "--context", "40,100", "--steps", "2", "--read-mb", "4"]
+    assert cli.main(arguments) == 0
+    records = json.loads(path.read_text())
+    assert len(records) == 2 * 3 * 2
+    for record in records:
+        check_record(record)
+        assert record["shape"] == "6+2x64" and record["batch"] == 3
+        size = 2 * 64 if record["cache_dtype"] == "auto" else 64
+        scale = 4 if record["scale"] == "dynamic" else 0
+        moved = 3 * record["context"] * 2 * 2 * (size + scale)
+        assert record["gb_s"] == pytest.approx(moved / record["us"] / 1e3, rel=0.02, abs=0.02)
+        share = record["gb_s"] / record["read_gb_s"]
+        assert record["read_share"] == pytest.approx(share, rel=0.02, abs=0.01)
+        assert record["copy_gb_s"] > 0
+    check_table(capsys.readouterr().out, records)
+    assert [record["context"] for record in records] == [40, 100] * 6
+    assert {record["scale"] for record in records} == {"none", "static", "dynamic"}
+    wrongs = (["--shape", "demo"], ["--writes", "write"], ["--dtype", "float32"])
+    for wrong in wrongs:
+        assert cli.main(["bench", "decode_attention", "--device", device, *wrong]) != 0
 
 
 def test_names_of_the_command_are_the_figure_s() -> None:

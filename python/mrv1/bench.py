@@ -23,7 +23,7 @@ from mrv1.config import ModelConfig
 from mrv1.env_report import commit, cpu_model, package_version
 from mrv1.errors import InvalidArgumentError
 
-Figure = Literal["decode", "prefill", "mix", "op", "profile", "kv_write"]
+Figure = Literal["decode", "prefill", "mix", "op", "profile", "kv_write", "decode_attention"]
 
 # Bytes that the plain read covers, unless less memory is free.
 READ_BYTES: Final = {"cpu": 1 << 30, "cuda": 8 << 30}
@@ -75,6 +75,7 @@ class Record(_RequiredKeys, total=False):
     gb_s: float
     copy_gb_s: float
     separate_us: float
+    flashinfer_us: float
     x_separate_bytes: float
     read_share: float | None
     gflops: float | None
@@ -514,6 +515,7 @@ _COLUMNS: Final[tuple[tuple[str, Callable[[Record], str]], ...]] = (
     ("x peer", lambda record: _number(record.get("times_peer"), 2)),
     ("us", lambda record: _number(record.get("us"), 2)),
     ("GB/s", lambda record: _number(record.get("gb_s"), 1)),
+    ("FlashInfer us", lambda record: _number(record.get("flashinfer_us"), 2)),
     ("apart us", lambda record: _number(record.get("separate_us"), 2)),
     ("read share", lambda record: _percent(record.get("read_share"))),
     ("read GB/s", lambda record: _number(record["read_gb_s"], 1)),

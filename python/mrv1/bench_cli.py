@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrv1.errors import DeviceError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from mrv1.bench import CacheFormat, Figure, Rates, Record, Timing
+    from mrv1 import _core
+    from mrv1.bench import Bandwidth, CacheFormat, Figure, Rates, Record, Timing
+    from mrv1.bench_kv import Geometry
     from mrv1.loader import LoadedModel, RunnerOptions
 
 
@@ -107,9 +110,21 @@ _DEFAULTS: dict[Figure, dict[str, object]] = {
         "caches": ["auto", "fp8_e4m3/static", "fp8_e4m3/dynamic"],
         "writes": ["write", "rope_write"],
     },
+    "decode_attention": {
+        "batch": [1, 8],
+        "context": [1024],
+        "lengths": ["even"],
+        "steps": 9,
+        "read_mb": None,
+        "kv_heads": [8],
+        "group": [4],
+        "head_dim": [128],
+        "layout": ["HND"],
+        "caches": ["auto", "fp8_e4m3/static", "fp8_e4m3/dynamic"],
+    },
 }
 # Figures of kernels by themselves, which have no model.
-_WITHOUT_MODEL: tuple[Figure, ...] = ("kv_write",)
+_WITHOUT_MODEL: tuple[Figure, ...] = ("kv_write", "decode_attention")
 # What differs on a GPU.
 _GPU_DEFAULTS: dict[Figure, dict[str, object]] = {
     "decode": {"batch": list(_GPU_BATCHES), "steps": 128},
@@ -118,6 +133,7 @@ _GPU_DEFAULTS: dict[Figure, dict[str, object]] = {
     "op": {"batch": list(_GPU_BATCHES)},
     "profile": {"batch": [64]},
     "kv_write": {"tokens": [4**power for power in range(9)]},
+    "decode_attention": {"batch": [64, 256], "context": [1024, 8192], "steps": 20},
 }
 _OPTIONS = (
     "batch",
@@ -157,7 +173,8 @@ def add_bench(
         choices=tuple(_DEFAULTS),
         help="decode: steps of one token a request; prefill: whole prompts; mix: requests of many "
         "lengths from first to last token; op: single ops of a decode step; profile: where the "
-        "time of a decode step on a GPU goes; kv_write: writes to a paged KV cache",
+        "time of a decode step on a GPU goes; kv_write: writes to a paged KV cache; "
+        "decode_attention: decode attention over one, by itself",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", metavar="MODEL", help="a directory, or a name in the local cache")
@@ -166,21 +183,24 @@ def add_bench(
         "--batch",
         type=_positive_list,
         metavar="N[,N]",
-        help="decode, prefill, op, profile: requests (default: 1,8; profile: 1; on a GPU "
-        f"{','.join(map(str, _GPU_BATCHES))}; prefill: 256; profile: 64)",
+        help="decode, prefill, op, profile, decode_attention: requests (default: 1,8; profile: 1; "
+        f"on a GPU {','.join(map(str, _GPU_BATCHES))}; prefill: 256; profile: 64; "
+        "decode_attention: 64,256)",
     )
     parser.add_argument(
         "--context",
         type=_positive_list,
         metavar="N[,N]",
-        help="decode, op, profile: cached tokens; prefill: tokens of a prompt (default: 1024)",
+        help="decode, op, profile, decode_attention: cached tokens; prefill: tokens of a prompt "
+        "(default: 1024; decode_attention on a GPU: 1024,8192)",
     )
     parser.add_argument(
         "--steps",
         type=_positive,
         metavar="N",
         help="decode, prefill, op, profile: steps that count (default: 32; decode on a GPU: 128; "
-        "prefill: 3; profile: 20); kv_write: runs (default: 9)",
+        "prefill: 3; profile: 20); kv_write, decode_attention: runs (default: 9; "
+        "decode_attention on a GPU: 20)",
     )
     parser.add_argument(
         "--requests",
@@ -198,8 +218,8 @@ def add_bench(
         "--lengths",
         type=_names(*LENGTHS),
         metavar="KIND[,KIND]",
-        help="op: cached tokens of the requests for attention: even (--context each), log-uniform "
-        "(1 to 32768), one-long (65536, the others 512) (default: even)",
+        help="op, decode_attention: cached tokens of the requests for attention: even (--context "
+        "each), log-uniform (1 to 32768), one-long (65536, the others 512) (default: even)",
     )
     parser.add_argument(
         "--backend",
@@ -240,33 +260,41 @@ def add_bench(
 
 
 def _add_kv_options(parser: argparse.ArgumentParser) -> None:
-    for name, default, text in (
-        ("--tokens", "1,64,1024; on a GPU 1,4,16,...,65536", "tokens of a launch"),
-        ("--kv-heads", "8", "key heads"),
-        ("--group", "4", "query heads of a key head"),
-        ("--head-dim", "128", "elements of a head"),
+    both = "kv_write, decode_attention"
+    for name, figures, default, text in (
+        ("--tokens", "kv_write", "1,64,1024; on a GPU 1,4,16,...,65536", "tokens of a launch"),
+        ("--kv-heads", both, "8", "key heads"),
+        ("--group", both, "4", "query heads of a key head"),
+        ("--head-dim", both, "128", "elements of a head"),
     ):
         parser.add_argument(
             name,
             type=_positive_list,
             metavar="N[,N]",
-            help=f"kv_write: {text} (default: {default})",
+            help=f"{figures}: {text} (default: {default})",
         )
-    for name, allowed, default, text in (
-        ("--layout", LAYOUTS, "HND", "what lies between blocks and elements"),
+    for name, figures, allowed, default, text in (
+        ("--layout", both, LAYOUTS, "HND", "what lies between blocks and elements"),
         (
             "--caches",
+            both,
             CACHES,
             "auto,fp8_e4m3/static,fp8_e4m3/dynamic",
             "what the cache holds, of " + ", ".join(CACHES),
         ),
-        ("--writes", WRITES, ",".join(WRITES), "by itself, or with the rotary embedding"),
+        (
+            "--writes",
+            "kv_write",
+            WRITES,
+            ",".join(WRITES),
+            "by itself, or with the rotary embedding",
+        ),
     ):
         parser.add_argument(
             name,
             type=_names(*allowed),
             metavar="NAME[,NAME]",
-            help=f"kv_write: {text} (default: {default})",
+            help=f"{figures}: {text} (default: {default})",
         )
 
 
@@ -286,6 +314,7 @@ def _run_bench(options: argparse.Namespace) -> int:
         "op": _op_records,
         "profile": _profile_records,
         "kv_write": _kv_write_records,
+        "decode_attention": _decode_attention_records,
     }[options.figure](options)
     if options.commit is not None:
         for record in records:
@@ -549,38 +578,77 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
 
 
 def _kv_write_records(options: argparse.Namespace) -> list[Record]:
-    import itertools
+    from mrv1 import bench_kv
 
+    dtype = "bfloat16" if options.dtype == "auto" else options.dtype
+    records: list[Record] = []
+    for device, geometry, cache, bandwidth in _kv_caches(options):
+        records += bench_kv.measure_writes(
+            device,
+            dtype,
+            geometry,
+            cache,
+            options.tokens,
+            options.writes,
+            options.steps,
+            _kv_working_set(options),
+            bandwidth,
+        )
+    return records
+
+
+def _decode_attention_records(options: argparse.Namespace) -> list[Record]:
+    from mrv1 import bench_kv, bench_op
+
+    if options.dtype not in ("auto", "bfloat16"):
+        raise InvalidArgumentError(
+            field="--dtype", value=options.dtype, allowed="bfloat16 for the figure decode_attention"
+        )
+    records: list[Record] = []
+    for device, geometry, cache, bandwidth in _kv_caches(options):
+        for batch, kind in itertools.product(options.batch, options.lengths):
+            for context in options.context if kind == "even" else options.context[:1]:
+                lengths = bench_op.request_lengths(kind, batch, context)
+                record = bench_kv.measure_attention(
+                    device,
+                    geometry,
+                    cache,
+                    lengths,
+                    options.steps,
+                    # A run of more calls hides how long its graph takes to start.
+                    4 * _kv_working_set(options),
+                    bandwidth,
+                )
+                if kind != "even":
+                    record["lengths"] = kind
+                records.append(record)
+    return records
+
+
+def _kv_working_set(options: argparse.Namespace) -> int:
+    return _GPU_WORKING_SET if options.device == "cuda" else _CPU_WORKING_SET
+
+
+def _kv_caches(
+    options: argparse.Namespace,
+) -> Iterator[tuple[_core.Device, Geometry, CacheFormat, Bandwidth]]:
+    """The caches that a figure of its kernels goes through, on a device that is open meanwhile."""
     from mrv1 import bench, bench_kv, tuning
 
     if options.kv_cache_dtype != "auto":
         raise InvalidArgumentError(
             field="--kv-cache-dtype",
             value=options.kv_cache_dtype,
-            allowed="left out for the figure kv_write, which takes --caches",
+            allowed=f"left out for the figure {options.figure}, which takes --caches",
         )
-    dtype = "bfloat16" if options.dtype == "auto" else options.dtype
     device = tuning.make_device(options.device)
     try:
         bandwidth = bench.measure_bandwidth(device, _read_bytes(options))
-        working_set = _GPU_WORKING_SET if options.device == "cuda" else _CPU_WORKING_SET
-        records: list[Record] = []
         for kv_heads, group, head_dim, layout, cache in itertools.product(
             options.kv_heads, options.group, options.head_dim, options.layout, options.caches
         ):
             geometry = bench_kv.Geometry(kv_heads, group, head_dim, layout)
-            records += bench_kv.measure_writes(
-                device,
-                dtype,
-                geometry,
-                bench_kv.FORMATS[cache],
-                options.tokens,
-                options.writes,
-                options.steps,
-                working_set,
-                bandwidth,
-            )
-        return records
+            yield device, geometry, bench_kv.FORMATS[cache], bandwidth
     finally:
         device.close()
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
-"""Figures of the paged KV cache's kernels: `kv_write`."""
+"""Figures of the paged KV cache's kernels: `kv_write` and `decode_attention`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Final, Literal
+
+import numpy as np
 
 from mrv1 import _core, bench
 from mrv1.bench import Bandwidth, CacheFormat, Figure, Record, Timing
@@ -16,6 +18,8 @@ Layout = Literal["NHD", "HND"]
 LAYOUTS: Final[tuple[Layout, ...]] = ("NHD", "HND")
 # "write" is reshape_and_cache_flash; "rope_write" turns q and k heads in the same launch.
 WRITES: Final = ("write", "rope_write")
+# Of the largest value, that results of two backends may differ by.
+_TOLERANCE: Final = 0.05
 
 # Formats of a cache by the names that `--caches` takes.
 FORMATS: Final = {
@@ -171,3 +175,86 @@ def measure_writes(
                 yield record
         finally:
             probe.close()
+
+
+def measure_attention(
+    device: _core.Device,
+    geometry: Geometry,
+    cache: CacheFormat,
+    lengths: Sequence[int],
+    repeats: int,
+    working_set: int,
+    bandwidth: Bandwidth,
+) -> Record:
+    """Times decode attention of one layer by itself, in bfloat16.
+
+    Where FlashInfer has a kernel it is timed on the same inputs; for scales of tokens on the same
+    codes with one scale for all.
+
+    Args:
+        device: Where.
+        geometry: Of the cache.
+        cache: What it holds.
+        lengths: Cached tokens of each request.
+        repeats: Runs; their median is the time.
+        working_set: Bytes that a run reads, at least, unless that takes more than 256 caches.
+        bandwidth: Of the same run.
+    """
+    native, other = _core.AttentionBackend.NATIVE, _core.AttentionBackend.FLASHINFER
+    probe = _attention_probe(device, geometry, cache, lengths, working_set)
+    try:
+        seconds = statistics.median(probe.time_runs(native, repeats))
+        moved = probe.read_bytes
+    finally:
+        probe.close()
+    context = round(sum(lengths) / len(lengths))
+    timing = Timing(len(lengths), context, 1e3 * seconds, None, peak_memory_mb())
+    record = kv_record(
+        "decode_attention",
+        bench.describe_device(device),
+        "bfloat16",
+        geometry,
+        cache,
+        timing,
+        moved,
+        bandwidth,
+    )
+    record["read_share"] = round(record["gb_s"] / bandwidth.read_gb_s, 4)
+    static = cache if cache.kv_scales == "none" else dataclasses.replace(cache, kv_scales="static")
+    probe = _attention_probe(device, geometry, static, lengths, working_set)
+    try:
+        if not probe.supports(other):
+            return record
+        probe.time_runs(native, 1)
+        expected = probe.output()
+        record["flashinfer_us"] = round(1e6 * statistics.median(probe.time_runs(other, repeats)), 4)
+        off = float(np.abs(probe.output() - expected).max())
+    finally:
+        probe.close()
+    if not off <= _TOLERANCE * float(np.abs(expected).max()):
+        record["counts"] = False
+        record["fault"] = f"attention by FlashInfer is off by {off:.3g} from the native one"
+    return record
+
+
+def _attention_probe(
+    device: _core.Device,
+    geometry: Geometry,
+    cache: CacheFormat,
+    lengths: Sequence[int],
+    working_set: int,
+) -> _core.AttentionProbe:
+    head = cache.head_bytes(geometry.head_dim, "bfloat16")
+    read_bytes = 2 * sum(lengths) * geometry.kv_heads * head
+    return _core.AttentionProbe(
+        device,
+        list(lengths),
+        num_heads=geometry.heads,
+        num_kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+        kv_cache_dtype=cache.kv_cache_dtype,
+        scales={"none": "none", "static": "tensor", "dynamic": "token"}[cache.kv_scales],
+        tokens_first=geometry.layout == "NHD",
+        block_size=geometry.block_size,
+        copies=max(1, min(256, -(-working_set // read_bytes))),
+    )
