@@ -69,10 +69,9 @@ __device__ __forceinline__ void copy_async(uint32_t target, const void* source, 
                : "memory");
 }
 
-// 4 bytes, of which the neighbours are another thread block's, who needs them soon.
+// 4 bytes of them. Their neighbours are other heads', which are read much later.
 __device__ __forceinline__ void copy_word_async(uint32_t target, const void* source, int bytes) {
-  asm volatile("cp.async.ca.shared.global.L2::256B [%0], [%1], 4, %2;" ::"r"(target), "l"(source),
-               "r"(bytes)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source), "r"(bytes)
                : "memory");
 }
 
