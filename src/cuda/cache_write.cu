@@ -20,9 +20,10 @@ namespace {
 constexpr std::string_view kOp = "cache_write";
 constexpr int kThreads = 256;
 constexpr int kPieceSize = 8;
-// Pieces of keys, and as many of values, that a thread has in flight; fewer where there is too
-// little to do for all processors.
-constexpr int kInFlight = 4;
+// Vectors of keys, and as many of values, that a thread has in flight: more where bits are only
+// copied, as the others need registers; one where there is too little to do for all processors.
+constexpr int kCopied = 4;
+constexpr int kQuantised = 2;
 constexpr int64_t kManyPieces = 1 << 18;
 
 struct WriteArgs {
@@ -314,7 +315,7 @@ void launch_places(const StepContext& ctx, WriteArgs& args, int32_t head_places,
 
 template <typename T, typename F>
 void launch_quantise(const StepContext& ctx, WriteArgs& args) {
-  constexpr int kMost = sizeof(T) == 4 ? kInFlight / 2 : kInFlight;
+  constexpr int kMost = kQuantised * static_cast<int>(sizeof(BFloat16)) / sizeof(T);
   const int32_t pieces = args.cache.head_dim / kPieceSize;
   const auto run = [&](auto lanes, int32_t head_places) {
     constexpr int kLanes = decltype(lanes)::value;
@@ -345,7 +346,7 @@ void launch_write(const CacheWriteParams& params, const StepContext& ctx, WriteA
   if (!is_float8(cache.dtype)) {
     if (!is_aligned(params, cuda::kVectorBytes)) return launch_plain<T, T>(ctx, args);
     return launch_places(ctx, args, cache.head_dim / cuda::kVectorSize<T>,
-                         cache_copy_kernel<kInFlight>, kInFlight, cache_copy_kernel<1>,
+                         cache_copy_kernel<kCopied>, kCopied, cache_copy_kernel<1>,
                          static_cast<int32_t>(sizeof(T)));
   }
   const auto quantise = [&](auto format) {

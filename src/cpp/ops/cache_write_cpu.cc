@@ -1,9 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include "ops/cache_write.h"
 
-#include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "core/error.h"
 #include "ops/cache_head_cpu.h"
@@ -13,66 +11,34 @@ namespace {
 
 constexpr int64_t kElementsPerPiece = 8192;
 
-int64_t cache_index(const KvCacheLayer& cache, int64_t slot, int64_t head) {
-  return slot / cache.block_size * cache.block_stride +
-         slot % cache.block_size * cache.token_stride + head * cache.head_stride;
-}
-
-void copy_head(const KvCacheLayer& cache, bool is_key, int64_t slot, int64_t head,
-               const void* from) {
-  const auto size = static_cast<int64_t>(dtype_size(cache.dtype));
-  std::memcpy(
-      static_cast<char*>(is_key ? cache.key : cache.value) + cache_index(cache, slot, head) * size,
-      from, static_cast<size_t>(cache.head_dim * size));
-}
-
-// The largest finite magnitude. Comparisons with NaN are false.
-template <typename T>
-float largest_finite(const T* values, int64_t count) {
-  float largest = 0.0f;
-  for (int64_t i = 0; i < count; ++i) {
-    const float magnitude = std::fabs(to_float(values[i]));
-    const float finite = magnitude <= std::numeric_limits<float>::max() ? magnitude : 0.0f;
-    largest = finite > largest ? finite : largest;
-  }
-  return largest;
-}
-
-template <typename T, typename F>
-void quantise_head(const KvCacheLayer& cache, bool is_key, int64_t slot, int64_t head,
-                   const void* from) {
-  const T* values = static_cast<const T*>(from);
-  const KvScales& scales = cache.scales;
-  float& scale =
-      (is_key ? scales.key
-              : scales.value)[scales.index(slot / cache.block_size, slot % cache.block_size, head)];
-  if (scales.kind == KvScaleKind::kToken) {
-    scale = kv_token_scale<F>(largest_finite(values, cache.head_dim));
-  }
-  const float inverse = 1.0f / scale;
-  F* codes = static_cast<F*>(is_key ? cache.key : cache.value) + cache_index(cache, slot, head);
-  for (int64_t i = 0; i < cache.head_dim; ++i) {
-    codes[i] = from_float<F>(to_float(values[i]) * inverse);
-  }
-}
-
-template <typename T>
-WriteCacheHead quantiser(DType format) {
-  return format == DType::kE4M3 ? quantise_head<T, Float8E4M3> : quantise_head<T, Float8E5M2>;
-}
-
 }  // namespace
 
-WriteCacheHead cache_head_writer(const KvCacheLayer& cache, DType dtype) {
-  if (!is_float8(cache.dtype)) return copy_head;
-  switch (dtype) {
-    case DType::kF32:
-      return quantiser<float>(cache.dtype);
-    case DType::kBF16:
-      return quantiser<BFloat16>(cache.dtype);
-    default:
-      return quantiser<Float16>(cache.dtype);
+CacheHeadWriter::CacheHeadWriter(const KvCacheLayer& cache, DType dtype) : cache_(cache) {
+  if (!is_float8(cache.dtype)) return;
+  const VectorOps& ops = vector_ops();
+  codes_ = dtype == DType::kF32    ? &ops.f32_codes
+           : dtype == DType::kBF16 ? &ops.bf16_codes
+                                   : &ops.f16_codes;
+}
+
+void CacheHeadWriter::write(bool is_key, int64_t slot, int64_t head, const void* from) const {
+  const int64_t block = slot / cache_.block_size, place = slot % cache_.block_size;
+  const int64_t index =
+      block * cache_.block_stride + place * cache_.token_stride + head * cache_.head_stride;
+  const auto size = static_cast<int64_t>(dtype_size(cache_.dtype));
+  char* to = static_cast<char*>(is_key ? cache_.key : cache_.value) + index * size;
+  if (codes_ == nullptr) {
+    std::memcpy(to, from, static_cast<size_t>(cache_.head_dim * size));
+    return;
   }
+  const bool is_e4m3 = cache_.dtype == DType::kE4M3;
+  const KvScales& scales = cache_.scales;
+  float& scale = (is_key ? scales.key : scales.value)[scales.index(block, place, head)];
+  if (scales.kind == KvScaleKind::kToken) {
+    const float largest = codes_->largest_finite(from, cache_.head_dim);
+    scale = is_e4m3 ? kv_token_scale<Float8E4M3>(largest) : kv_token_scale<Float8E5M2>(largest);
+  }
+  (is_e4m3 ? codes_->encode_e4m3 : codes_->encode_e5m2)(from, 1.0f / scale, to, cache_.head_dim);
 }
 
 void check_slots(std::string_view op, const KvCacheLayer& cache, const SlotMapping& slots,
@@ -91,7 +57,7 @@ void cache_write_cpu(const CacheWriteParams& params, const StepContext& ctx) {
                     params.dtype);
   const SlotMapping slots = slots_of(params.slots, params.kv_group, ctx);
   check_slots(kOp, cache, slots, ctx);
-  const WriteCacheHead write = cache_head_writer(cache, params.dtype);
+  const CacheHeadWriter writer(cache, params.dtype);
   const auto size = static_cast<int64_t>(dtype_size(params.dtype));
   const int64_t heads = cache.num_kv_heads;
   ctx.pool->parallel_for(
@@ -103,8 +69,8 @@ void cache_write_cpu(const CacheWriteParams& params, const StepContext& ctx) {
           const int64_t within = head * cache.head_dim;
           const char* key = static_cast<const char*>(params.key);
           const char* value = static_cast<const char*>(params.value);
-          write(cache, true, slot, head, key + (token * params.key_stride + within) * size);
-          write(cache, false, slot, head, value + (token * params.value_stride + within) * size);
+          writer.write(true, slot, head, key + (token * params.key_stride + within) * size);
+          writer.write(false, slot, head, value + (token * params.value_stride + within) * size);
         }
       });
 }

@@ -2,6 +2,7 @@
 #include "ops/qkv_prepare.h"
 
 #include <cstring>
+#include <optional>
 
 #include "core/error.h"
 #include "ops/cache_head_cpu.h"
@@ -49,8 +50,8 @@ void qkv_prepare_cpu(const QkvPrepareParams& params, const StepContext& ctx) {
   const int first_key = shape.num_heads;
   const int first_value = shape.num_heads + shape.num_kv_heads;
   const int num_heads = shape.num_heads + 2 * shape.num_kv_heads;
-  const WriteCacheHead write =
-      params.cache == nullptr ? nullptr : cache_head_writer(*params.cache, params.dtype);
+  std::optional<CacheHeadWriter> writer;
+  if (params.cache != nullptr) writer.emplace(*params.cache, params.dtype);
 
   // One head of a token: through the parts it takes, to `out` and to the cache.
   const auto prepare_head = [&](int64_t token, int head, int64_t slot) {
@@ -76,7 +77,7 @@ void qkv_prepare_cpu(const QkvPrepareParams& params, const StepContext& ctx) {
     if (from != to) std::memcpy(to, from, static_cast<size_t>(head_bytes));
     if (head >= first_key && slot >= 0) {
       const bool is_key = head < first_value;
-      write(*params.cache, is_key, slot, head - (is_key ? first_key : first_value), to);
+      writer->write(is_key, slot, head - (is_key ? first_key : first_value), to);
     }
   };
 
@@ -87,7 +88,7 @@ void qkv_prepare_cpu(const QkvPrepareParams& params, const StepContext& ctx) {
                            for (int64_t i = begin; i < end; ++i) {
                              const int64_t token = i / num_heads;
                              const int head = static_cast<int>(i % num_heads);
-                             prepare_head(token, head, write == nullptr ? -1 : slots[token]);
+                             prepare_head(token, head, writer ? slots[token] : -1);
                            }
                          });
 }

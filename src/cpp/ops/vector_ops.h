@@ -96,10 +96,20 @@ struct TypedVectorOps {
   void (*attention)(const AttentionTile& tile);
 };
 
+// Entries for heads that become FP8 codes, for one activation dtype.
+struct CodeOps {
+  // The largest finite magnitude, 0 if there is none.
+  float (*largest_finite)(const void* values, int64_t n);
+  // codes = float8_from_float(value * inverse)
+  void (*encode_e4m3)(const void* values, float inverse, void* codes, int64_t n);
+  void (*encode_e5m2)(const void* values, float inverse, void* codes, int64_t n);
+};
+
 struct VectorOps {
   TypedVectorOps f32, bf16;
   // For float16 queries and outputs, with float32 in between.
   void (*attention_f16)(const AttentionTile& tile);
+  CodeOps f32_codes, bf16_codes, f16_codes;
 };
 
 // For current_cpu_isa().

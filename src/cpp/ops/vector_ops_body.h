@@ -424,6 +424,7 @@ void rope_head(const void* x, const float* cos_sin, void* out, int64_t pairs, bo
 }  // namespace mrv1::MRV1_SIMD_NAMESPACE
 
 #include "ops/attention_body.h"
+#include "ops/cache_code_body.h"
 
 namespace mrv1::MRV1_SIMD_NAMESPACE {
 namespace {
@@ -438,6 +439,7 @@ constexpr TypedVectorOps typed_vector_ops() {
 
 extern const VectorOps kVectorOps;
 const VectorOps kVectorOps = {typed_vector_ops<float>(), typed_vector_ops<BFloat16>(),
-                              attention<float, Float16>};
+                              attention<float, Float16>, code_ops<float>(),
+                              code_ops<BFloat16>(),      code_ops<Float16>()};
 
 }  // namespace mrv1::MRV1_SIMD_NAMESPACE
