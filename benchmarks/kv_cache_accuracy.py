@@ -10,7 +10,8 @@ in chunks, and one token a step as decoding does. Beside the cache in the activa
 
 logits: Kullback-Leibler divergence from the distribution of tokens with a bfloat16 cache to that
 with an FP8 one, at forced tokens after random prompts. Weights are random, but in the projection of
-keys some channels are 20 to 50 times larger, outliers as trained models are known for.
+keys some channels are 20 to 50 times larger, outliers as trained models are known for, and in that
+of queries as much smaller. The line "auto" has a bfloat16 cache too, and other chunks of prompts.
 
 needle: one key among 65,536 random ones has half of the softmax's weight. The error of attention is
 against float64, over the keys and values before they were rounded to the cache ("error") and over
@@ -187,6 +188,8 @@ class OpDevice:
         """Opens "cpu" or "cuda"."""
         self.native = _core.Device(name)
         self.on_cpu = name == "cpu"
+        # Options of calls that `wait` waits for.
+        self.stream: dict[str, Any] = {} if self.on_cpu else {"stream": self.native.stream}
         self._pinned: list[memory.PinnedArray] = []
 
     def put(self, array: NDArray[Any]) -> Any:
@@ -235,7 +238,7 @@ def measure_needle(device: OpDevice, needle: Needle, cache: Cache) -> tuple[floa
         for source in (needle.keys, needle.values):
             scale = static_scale(source, cache.dtype, axis=(0, 2))
             scales.append((device.put(scale), scale))
-    options = {"kv_cache_dtype": cache.dtype}
+    options: dict[str, Any] = {"kv_cache_dtype": cache.dtype, **device.stream}
     if scales:
         options.update(k_scale=scales[0][0], v_scale=scales[1][0])
     slots = device.put(np.arange(context, dtype=np.int32))
@@ -503,26 +506,38 @@ def run_perplexity(options: argparse.Namespace) -> Iterator[dict[str, object]]:
 
 
 def outlier_keys(model: LoadedModel, outliers: int, seed: int) -> None:
-    """Draws the projection of keys anew, with some channels of each head 20 to 50 times larger."""
+    """Draws the projections of queries and keys anew, with outliers among the channels of keys.
+
+    In each key head some channels are 20 to 50 times larger, and in the queries that meet it as
+    much smaller, so that scores are what they were. The two channels that RoPE turns together,
+    half a head apart, have one factor.
+    """
     rng = np.random.default_rng(seed)
     config = model.config
+    half, heads = config.head_dim // 2, config.num_key_value_heads
+    factors = np.ones((heads, 2, half), np.float32)
+    for head in factors:
+        chosen = rng.choice(half, max(1, outliers // 2), replace=False)
+        head[:, chosen] = rng.uniform(*OUTLIER_FACTORS, len(chosen))
+    group = config.num_attention_heads // heads
+    by_name: dict[str, NDArray[np.float32]] = {
+        "k_proj.weight": factors.reshape(-1, 1),
+        "q_proj.weight": np.reciprocal(np.repeat(factors, group, axis=0)).reshape(-1, 1),
+    }
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "keys"
         tensors = []
         with path.open("wb") as file:
             for weight, (_, _, cols, segments) in enumerate(model.runner.program.weights):
                 for segment, (name, rows) in enumerate(segments):
-                    if not name.endswith("k_proj.weight"):
+                    scale = by_name.get(".".join(name.split(".")[-2:]))
+                    if scale is None:
                         continue
-                    factors = np.ones((rows // config.head_dim, config.head_dim), np.float32)
-                    for head in factors:
-                        chosen = rng.choice(config.head_dim, outliers, replace=False)
-                        head[chosen] = rng.uniform(*OUTLIER_FACTORS, outliers)
                     matrix = rng.uniform(-RANGE, RANGE, (rows, cols)).astype(np.float32)
                     tensors.append((weight, segment, file.tell(), "bfloat16"))
-                    file.write((matrix * factors.reshape(-1, 1)).astype(BF16).tobytes())
+                    file.write((matrix * scale).astype(BF16).tobytes())
         if not tensors:
-            raise SystemExit("the model has no k_proj.weight")
+            raise SystemExit("the model has no k_proj.weight and q_proj.weight")
         model.runner.load_tensors(_core.MappedFile(str(path)), tensors, lambda _: None)
         model.device.synchronize()
 

@@ -140,3 +140,8 @@ def stored(values: np.ndarray, device: _core.Device) -> Any:
     storage = Storage(max(values.nbytes, 1), device)
     storage.bytes[: values.nbytes] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     return storage.array(values.shape, contiguous(values.shape), values.dtype)
+
+
+def in_stream_of(device: _core.Device) -> dict[str, Any]:
+    """Options of a call of an op that `device.synchronize()` waits for."""
+    return {"stream": device.stream} if device.kind == "cuda" else {}

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device_arrays import Storage, contiguous, stored
+from device_arrays import Storage, contiguous, in_stream_of, stored
 from mrv1 import _core, memory, ops
 from mrv1.errors import InvalidArgumentError
 from test_kv_cache import Layout, layout_of
@@ -130,7 +130,7 @@ def test_copy_blocks(native_device: _core.Device, data: st.DataObject, seed: int
     for part in expected:
         for source, target in mapping:
             part[target] = part[source]
-    ops.copy_blocks(*cache.args, mapping, **cache.options)
+    ops.copy_blocks(*cache.args, mapping, **cache.options, **in_stream_of(native_device))
     wait(native_device)
     check_blocks(cache, expected, before, [target for _, target in mapping])
 
@@ -159,7 +159,7 @@ def test_zero_blocks(native_device: _core.Device, data: st.DataObject, seed: int
     expected = [part.copy() for part in cache.block_parts()]
     for part in expected:
         part[ids] = 0
-    ops.zero_blocks(*cache.args, ids, **cache.options)
+    ops.zero_blocks(*cache.args, ids, **cache.options, **in_stream_of(native_device))
     wait(native_device)
     check_blocks(cache, expected, before, ids)
 
@@ -187,6 +187,7 @@ def test_gather_blocks(native_device: _core.Device, data: st.DataObject, seed: i
         key_out=outs[0].array(shape, contiguous(shape), dtype),
         value_out=outs[1].array(shape, contiguous(shape), dtype),
         **cache.options,
+        **in_stream_of(native_device),
     )
     assert len(found) == 2
     wait(native_device)
@@ -234,10 +235,10 @@ def test_swap_blocks_out_and_in(
     original, before = view.copy(), near.bytes.copy()
     order = rng.permutation(blocks)[: data.draw(st.integers(0, blocks))]
     places = rng.permutation(blocks + 2)[: len(order)]
-    ops.swap_blocks(cache, host, [(int(a), int(b)) for a, b in zip(order, places, strict=True)])
-    ops.swap_blocks(
-        host, cache, [(int(b), int(a)) for a, b in zip(order[::-1], places, strict=True)]
-    )
+    out_pairs = [(int(a), int(b)) for a, b in zip(order, places, strict=True)]
+    in_pairs = [(int(b), int(a)) for a, b in zip(order[::-1], places, strict=True)]
+    ops.swap_blocks(cache, host, out_pairs, **in_stream_of(native_device))
+    ops.swap_blocks(host, cache, in_pairs, **in_stream_of(native_device))
     far.fence()
     far.wait()
     wait(native_device)
@@ -260,7 +261,7 @@ def test_swap_blocks_does_not_wait(native_device: _core.Device) -> None:
     host = far.device() if native_device.kind == "cuda" else far.numpy()
     mapping = [(block, 63 - block) for block in range(64)]
     for _ in range(20):
-        ops.swap_blocks(cache, host, mapping)
+        ops.swap_blocks(cache, host, mapping, **in_stream_of(native_device))
     far.fence()
     far.wait()
     found: Any = far.numpy()
@@ -287,9 +288,11 @@ def test_infer_params_are_those_of_loops(
     table = rng.integers(0, 50, (len(queries), most)).astype(np.int32)
     tokens = int(starts[-1]) + data.draw(st.integers(0, 5))
     given_arrays = [stored(array, native_device) for array in (starts, np.int32(lens), table)]
-    found = ops.infer_params(*given_arrays, block_size, num_tokens=tokens)
+    found = ops.infer_params(
+        *given_arrays, block_size, num_tokens=tokens, **in_stream_of(native_device)
+    )
     wait(native_device)
-    host = [array_to_host(array) for array in found]
+    host = [array_to_host(array, native_device) for array in found]
     positions, batch = np.zeros(tokens, np.int32), np.full(tokens, -1, np.int32)
     slots = np.full(tokens, -1, np.int32)
     for request, (start, end) in enumerate(itertools.pairwise(starts)):
@@ -308,11 +311,12 @@ def test_infer_params_are_those_of_loops(
         assert got.dtype == np.int32 and np.array_equal(got, expected)
 
 
-def array_to_host(array: Any) -> np.ndarray:
+def array_to_host(array: Any, device: _core.Device) -> np.ndarray:
     if isinstance(array, np.ndarray):
         return array
-    far = memory.pinned(array.shape, array.dtype, "cuda")
-    ops.swap_blocks(array, far.device(), [(i, i) for i in range(array.shape[0])])
+    far = memory.pinned(array.shape, array.dtype, device)
+    rows = [(i, i) for i in range(array.shape[0])]
+    ops.swap_blocks(array, far.device(), rows, **in_stream_of(device))
     far.fence()
     far.wait()
     return far.numpy()

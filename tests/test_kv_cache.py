@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device_arrays import Exported, Storage, contiguous, stored
+from device_arrays import Exported, Storage, contiguous, in_stream_of, stored
 from mrv1 import _core, ops
 from mrv1.errors import InvalidArgumentError
 
@@ -273,8 +273,7 @@ class Caches:
 
 @pytest.fixture
 def stream(native_device: _core.Device) -> dict[str, Any]:
-    """Options of a call whose results synchronize() waits for."""
-    return {"stream": native_device.stream} if native_device.kind == "cuda" else {}
+    return in_stream_of(native_device)
 
 
 @settings(max_examples=300)

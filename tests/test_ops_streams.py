@@ -258,6 +258,7 @@ def test_arrays_by_the_functions_of_dlpack(native_device: _core.Device, streams:
     np.testing.assert_array_equal(result.read(streams[0]), 3 * values(4, 8))
     del total
     gc.collect()
+    ops.add(x, x, out=result.array, stream=streams[0])  # lets go of what is done with
     assert Exchanged.deleted == deleted + 1
     # What would lose a gradient is the library's to refuse.
     x.requires_grad = True
