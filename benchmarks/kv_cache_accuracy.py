@@ -517,7 +517,7 @@ def outlier_keys(model: LoadedModel, outliers: int, seed: int) -> None:
     half, heads = config.head_dim // 2, config.num_key_value_heads
     factors = np.ones((heads, 2, half), np.float32)
     for head in factors:
-        chosen = rng.choice(half, max(1, outliers // 2), replace=False)
+        chosen = rng.choice(half, outliers // 2, replace=False)
         head[:, chosen] = rng.uniform(*OUTLIER_FACTORS, len(chosen))
     group = config.num_attention_heads // heads
     by_name: dict[str, NDArray[np.float32]] = {
