@@ -2,13 +2,15 @@
 //
 // A head is spread over head_dim / 8 lanes of a warp, eight neighbouring elements each: it is read
 // once, stays in registers, and RoPE gets the other element of a pair from another lane, or from
-// this one if pairs are interleaved.
-// Each part rounds its result to the activation dtype, so one launch with all parts equals three
+// this one if pairs are interleaved. Where head_dim / 8 is no power of two some lanes idle.
+// Where RoPE turns all of a head in half-split pairs, as most models have it, half as many lanes
+// do: each has both elements of its pairs, and reads their angles once. What does not divide into
+// lanes takes the last kernel, a block per head. Each part rounds its result to the activation
+// dtype, and all kernels compute it in one order, so one launch with all parts equals three
 // launches with one part each, bit for bit. Value heads go through unchanged, and a head is read
-// before it is written, so in-place use is safe. Where head_dim / 8 is no
-// power of two some lanes idle. What does not divide into lanes takes the second kernel, a block
-// per head.
+// before it is written, so in-place use is safe.
 #include <algorithm>
+#include <type_traits>
 
 #include "block.cuh"
 #include "cache_head.cuh"
@@ -48,10 +50,12 @@ struct CacheTarget {
   cuda::FastDivider block_size;
 };
 
-// Codes of the elements that a lane has; `scale` is the head's.
-template <typename F>
-__device__ uint2 lane_codes(const float (&values)[kLaneSize], float scale) {
-  return cuda::encode<F>(values, 1.0f / scale);
+// A pair after its turn. Written out, so that every kernel rounds alike.
+__device__ __forceinline__ float turn_first(float first, float second, float cosine, float sine) {
+  return fmaf(-second, sine, __fmul_rn(first, cosine));
+}
+__device__ __forceinline__ float turn_second(float first, float second, float cosine, float sine) {
+  return fmaf(first, sine, __fmul_rn(second, cosine));
 }
 
 // Part of a packed row that a head belongs to.
@@ -67,6 +71,70 @@ __device__ HeadKind head_kind(const HeadShape& shape, int32_t head) {
 __device__ int32_t cache_head(const HeadShape& shape, HeadKind kind, int32_t head) {
   return head - shape.num_heads - (kind == HeadKind::kKey ? 0 : shape.num_kv_heads);
 }
+
+// A head of a token on its way to the cache, as each of its lanes has it.
+struct CacheHead {
+  void* side;
+  float* scales;  // of the side
+  int32_t head;
+  int64_t slot;  // -1 where nothing is written
+  float scale = 1.0f;
+
+  __device__ CacheHead(const CacheTarget& target, const HeadShape& shape, HeadKind kind,
+                       int32_t head_of_row, int64_t token, bool is_written) {
+    const KvCacheLayer& cache = target.cache;
+    const bool is_key = kind == HeadKind::kKey;
+    side = is_key ? cache.key : cache.value;
+    scales = is_key ? cache.scales.key : cache.scales.value;
+    head = cache_head(shape, kind, head_of_row);
+    slot = is_written ? target.slots[token] : -1;
+    const KvScaleKind scale_kind = cache.scales.kind;
+    if (is_written && (scale_kind == KvScaleKind::kTensor || scale_kind == KvScaleKind::kHead)) {
+      scale = scales[head * cache.scales.head_stride];
+    }
+  }
+
+  // Of the largest magnitude in a lane, where each token has its own; all of a warp's lanes call
+  // this.
+  template <int kLanes>
+  __device__ void set_token_scale(const CacheTarget& target, float largest) {
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(cuda::kFullWarp, largest, offset));
+    }
+    scale = target.cache.dtype == DType::kE4M3 ? kv_token_scale<Float8E4M3>(largest)
+                                               : kv_token_scale<Float8E5M2>(largest);
+  }
+
+  // Writes pieces of kLaneSize elements, the first at `within` and each next one `step` beyond; the
+  // first lane writes the scale.
+  template <typename T, int kPieces>
+  __device__ void write(const CacheTarget& target, const float (&values)[kPieces][kLaneSize],
+                        int within, int step) const {
+    if (slot < 0) return;
+    const KvCacheLayer& cache = target.cache;
+    uint32_t place;
+    const uint32_t block = target.block_size.divide(static_cast<uint32_t>(slot), place);
+    const int64_t index = cuda::cache_index(cache, block, place, head) + within;
+    const float inverse = 1.0f / scale;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int64_t at = index + i * step;
+      if (cache.dtype == DType::kE4M3) {
+        *reinterpret_cast<uint2*>(static_cast<char*>(side) + at) =
+            cuda::encode<Float8E4M3>(values[i], inverse);
+      } else if (cache.dtype == DType::kE5M2) {
+        *reinterpret_cast<uint2*>(static_cast<char*>(side) + at) =
+            cuda::encode<Float8E5M2>(values[i], inverse);
+      } else {
+        cuda::store_exact(static_cast<T*>(side) + at, values[i]);
+      }
+    }
+    if (cache.scales.kind == KvScaleKind::kToken && within == 0) {
+      scales[cache.scales.index(block, place, head)] = scale;
+    }
+  }
+};
 
 __device__ void load_half(const float* from, float (&values)[kLaneSize]) {
   static_assert(kLaneSize == 8);
@@ -103,20 +171,13 @@ __global__ void __launch_bounds__(kThreads)
   }
   cuda::wait_for_previous();
 
-  float values[kLaneSize] = {};
+  float pieces[1][kLaneSize] = {};
+  float (&values)[kLaneSize] = pieces[0];
   if (active) {
     cuda::load_values(static_cast<const T*>(params.qkv) + start, values);
   }
-  const KvCacheLayer& cache = target.cache;
-  const KvScales& scales = cache.scales;
-  const int32_t kv_head = cache_head(shape, kind, head);
-  const bool is_written = params.cache != nullptr && active && kind != HeadKind::kQuery;
-  float* const scale_array = kind == HeadKind::kKey ? scales.key : scales.value;
-  const int64_t slot = is_written ? target.slots[token] : -1;
-  float scale = 1.0f;
-  if (is_written && (scales.kind == KvScaleKind::kTensor || scales.kind == KvScaleKind::kHead)) {
-    scale = scale_array[kv_head * scales.head_stride];
-  }
+  CacheHead cached(target, shape, kind, head, token,
+                   params.cache != nullptr && active && kind != HeadKind::kQuery);
   // Lanes of the elements that RoPE turns, and those of the first elements of half-split pairs.
   const int pairs = params.rope_pairs;
   const int pair_lanes = pairs / kLaneSize;
@@ -158,8 +219,8 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < kLaneSize; i += 2) {
           const float first = values[i];
           const float second = values[i + 1];
-          values[i] = first * cosines[i / 2] - second * sines[i / 2];
-          values[i + 1] = second * cosines[i / 2] + first * sines[i / 2];
+          values[i] = turn_first(first, second, cosines[i / 2], sines[i / 2]);
+          values[i + 1] = turn_second(first, second, cosines[i / 2], sines[i / 2]);
         }
       }
     } else {
@@ -171,40 +232,118 @@ __global__ void __launch_bounds__(kThreads)
         if (!rotates) continue;
         const float first = is_first ? values[i] : other;
         const float second = is_first ? other : values[i];
-        values[i] = is_first ? first * cosines[i] - second * sines[i]
-                             : second * cosines[i] + first * sines[i];
+        values[i] = is_first ? turn_first(first, second, cosines[i], sines[i])
+                             : turn_second(first, second, cosines[i], sines[i]);
       }
     }
     if (rotates) cuda::round_values<T>(values);
   }
 
-  const bool is_e4m3 = cache.dtype == DType::kE4M3;
-  if (scales.kind == KvScaleKind::kToken) {
-    float largest = cuda::largest_finite(values);
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(cuda::kFullWarp, largest, offset));
-    }
-    scale = is_e4m3 ? kv_token_scale<Float8E4M3>(largest) : kv_token_scale<Float8E5M2>(largest);
+  if (target.cache.scales.kind == KvScaleKind::kToken) {
+    cached.set_token_scale<kLanes>(target, cuda::largest_finite(values));
   }
-
   if (!active) return;
   const bool stays = kind == HeadKind::kValue && params.out == params.qkv;
   if (!stays) cuda::store_exact(static_cast<T*>(params.out) + start, values);
-  if (slot < 0) return;
-  uint32_t place;
-  const uint32_t block = target.block_size.divide(static_cast<uint32_t>(slot), place);
-  const int64_t index = cuda::cache_index(cache, block, place, kv_head) + lane * kLaneSize;
-  void* const side = kind == HeadKind::kKey ? cache.key : cache.value;
-  if (!is_float8(cache.dtype)) {
-    cuda::store_exact(static_cast<T*>(side) + index, values);
-    return;
+  cached.write<T>(target, pieces, lane * kLaneSize, 0);
+}
+
+// Heads of 2 * kLanes * kLaneSize elements, all of which RoPE turns in half-split pairs.
+template <typename T, int kLanes, bool kNorms>
+__global__ void __launch_bounds__(kThreads)
+    qkv_prepare_paired_kernel(const __grid_constant__ QkvPrepareParams params,
+                              const __grid_constant__ CacheTarget target,
+                              const int32_t* positions) {
+  constexpr int kHeads = kThreads / kLanes;  // of a block
+  constexpr int kHalf = kLanes * kLaneSize;
+  const HeadShape& shape = params.shape;
+  const int32_t num_heads = shape.num_heads + 2 * shape.num_kv_heads;
+  const int within = threadIdx.x % kLanes * kLaneSize;
+  const int64_t token = blockIdx.x;
+  // Lanes without a head stay for the shuffles.
+  const int32_t head = blockIdx.y * kHeads + threadIdx.x / kLanes;
+  const bool active = head < num_heads;
+  const HeadKind kind = head_kind(shape, head);
+  const bool is_turned = active && kind != HeadKind::kValue;
+  const int64_t start = (token * num_heads + head) * (2 * kHalf) + within;
+
+  cuda::launch_next();
+  float norm[kNorms ? 2 : 1][kLaneSize];
+  if (kNorms && is_turned) {
+    const float* from = (kind == HeadKind::kQuery ? params.q_norm : params.k_norm) + within;
+#pragma unroll
+    for (int half = 0; half < (kNorms ? 2 : 0); ++half) {
+      cuda::load_values(from + half * kHalf, norm[half]);
+    }
   }
-  *reinterpret_cast<uint2*>(static_cast<char*>(side) + index) =
-      is_e4m3 ? lane_codes<Float8E4M3>(values, scale) : lane_codes<Float8E5M2>(values, scale);
-  if (scales.kind == KvScaleKind::kToken && lane == 0) {
-    scale_array[scales.index(block, place, kv_head)] = scale;
+  cuda::wait_for_previous();
+
+  float values[2][kLaneSize] = {};
+  if (active) {
+    const T* from = static_cast<const T*>(params.qkv) + start;
+    cuda::load_values(from, values[0]);
+    cuda::load_values(from + kHalf, values[1]);
   }
+  CacheHead cached(target, shape, kind, head, token,
+                   params.cache != nullptr && active && kind != HeadKind::kQuery);
+  float cosines[kLaneSize];
+  float sines[kLaneSize];
+  if (is_turned) {
+    const float* angles = params.rope + int64_t{positions[token]} * (2 * kHalf) + within;
+    cuda::load_values(angles, cosines);
+    cuda::load_values(angles + kHalf, sines);
+  }
+
+  if constexpr (kNorms) {
+    // In the other kernel's order, whose first exchange is between the halves.
+    float squares[2] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < kLaneSize; ++i) {
+        squares[half] = fmaf(values[half][i], values[half][i], squares[half]);
+      }
+    }
+    float sum = squares[0] + squares[1];
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(cuda::kFullWarp, sum, offset);
+    }
+    if (is_turned) {
+      const float scale = 1.0f / sqrtf(sum / static_cast<float>(2 * kHalf) + params.eps);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < kLaneSize; ++i) {
+          values[half][i] = values[half][i] * scale * norm[half][i];
+        }
+        cuda::round_values<T>(values[half]);
+      }
+    }
+  }
+  if (is_turned) {
+#pragma unroll
+    for (int i = 0; i < kLaneSize; ++i) {
+      const float first = values[0][i];
+      const float second = values[1][i];
+      values[0][i] = turn_first(first, second, cosines[i], sines[i]);
+      values[1][i] = turn_second(first, second, cosines[i], sines[i]);
+    }
+    cuda::round_values<T>(values[0]);
+    cuda::round_values<T>(values[1]);
+  }
+  if (target.cache.scales.kind == KvScaleKind::kToken) {
+    cached.set_token_scale<kLanes>(
+        target, fmaxf(cuda::largest_finite(values[0]), cuda::largest_finite(values[1])));
+  }
+  if (!active) return;
+  const bool stays = kind == HeadKind::kValue && params.out == params.qkv;
+  if (!stays) {
+    T* to = static_cast<T*>(params.out) + start;
+    cuda::store_exact(to, values[0]);
+    cuda::store_exact(to + kHalf, values[1]);
+  }
+  cached.write<T>(target, values, within, kHalf);
 }
 
 // A block writes the codes of a head, and its scale if the token has one.
@@ -287,8 +426,8 @@ __global__ void __launch_bounds__(kThreads)
       float& high = values[params.interleaved ? 2 * i + 1 : pairs + i];
       const float first = low;
       const float second = high;
-      low = rounded<T>(first * c - second * s);
-      high = rounded<T>(second * c + first * s);
+      low = rounded<T>(turn_first(first, second, c, s));
+      high = rounded<T>(turn_second(first, second, c, s));
     }
     __syncthreads();
   }
@@ -344,6 +483,23 @@ void launch_qkv_prepare(const QkvPrepareParams& params, const CacheTarget& targe
   };
   if (!divides || lanes < 2 || !all_aligned(params, target.cache)) {
     return run(qkv_prepare_any_kernel<T>, 1);
+  }
+  // Half as many lanes where each can have both elements of its pairs.
+  const auto run_paired = [&](auto half) {
+    constexpr int kLanes = decltype(half)::value;
+    run(params.q_norm != nullptr ? qkv_prepare_paired_kernel<T, kLanes, true>
+                                 : qkv_prepare_paired_kernel<T, kLanes, false>,
+        kThreads / kLanes);
+  };
+  if (params.rope != nullptr && !params.interleaved && 2 * params.rope_pairs == shape.head_dim) {
+    switch (lanes) {
+      case 8:
+        return run_paired(std::integral_constant<int, 4>{});
+      case 16:
+        return run_paired(std::integral_constant<int, 8>{});
+      case 32:
+        return run_paired(std::integral_constant<int, 16>{});
+    }
   }
   switch (lanes) {
     case 2:
