@@ -559,6 +559,30 @@ def probe_copies(device: _core.Device, count: int) -> bool:
 
 @pytest.mark.parametrize("tokens_first", [False, True])
 @pytest.mark.parametrize(
+    ("kv_cache_dtype", "scales"),
+    [("auto", "none"), ("fp8_e4m3", "tensor"), ("fp8_e4m3", "token")],
+)
+def test_backends_of_attention_agree(
+    native_device: _core.Device, kv_cache_dtype: str, scales: str, tokens_first: bool
+) -> None:
+    native, flashinfer = _core.AttentionBackend.NATIVE, _core.AttentionBackend.FLASHINFER
+    probe = _core.AttentionProbe(
+        native_device, [700, 1, 33, 90], num_heads=8, num_kv_heads=2, head_dim=128,
+        kv_cache_dtype=kv_cache_dtype, scales=scales, tokens_first=tokens_first,
+    )  # fmt: skip
+    if native_device.kind == "cpu" or scales == "token":
+        assert not probe.supports(flashinfer)  # it has no kernel for either
+    if probe.supports(flashinfer):
+        probe.time_runs(native, 1)
+        expected = probe.output()
+        probe.time_runs(flashinfer, 1)
+        size = np.abs(expected).max()
+        assert np.abs(probe.output() - expected).max() <= 0.02 * size
+    probe.close()
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+@pytest.mark.parametrize(
     ("kv_cache_dtype", "scales", "head_bytes"),
     [("auto", "none", 128), ("fp8_e4m3", "tensor", 64), ("fp8_e4m3", "head", 64),
      ("fp8_e4m3", "token", 68), ("fp8_e5m2", "token", 68)],

@@ -436,7 +436,7 @@ __global__ void __launch_bounds__(kPlanThreads)
 template <int kHeadDim>
 __global__ void __launch_bounds__(128)
     merge_kernel(cuda::FlashPlan flash, InferParams infer, __nv_bfloat16* out, int32_t num_tokens,
-                 int32_t num_heads) {
+                 int32_t num_heads, const float* value_scale) {
   cuda::launch_next();
   cuda::wait_for_previous();
   constexpr int kPerLane = kHeadDim / cuda::kWarpSize;
@@ -471,11 +471,12 @@ __global__ void __launch_bounds__(128)
       result[j + 1] = fmaf(weight, part.y, result[j + 1]);
     }
   }
+  const float scale = value_scale != nullptr ? *value_scale : 1.0f;
   __nv_bfloat16* target = out + (token * num_heads + head) * kHeadDim + lane * kPerLane;
 #pragma unroll
   for (int j = 0; j < kPerLane; j += 2) {
     *reinterpret_cast<__nv_bfloat162*>(target + j) =
-        __floats2bfloat162_rn(result[j] / sum, result[j + 1] / sum);
+        __floats2bfloat162_rn(result[j] / sum * scale, result[j + 1] / sum * scale);
   }
 }
 
@@ -513,10 +514,10 @@ bool geometry_fits(const AttentionPlan& plan, const StepContext& ctx) {
 
 void check_cache(const KvCacheLayer& cache) {
   constexpr int64_t kLimit = int64_t{1} << 32;
-  constexpr int64_t kAlign = 8;  // elements of a 16-byte load
+  const int64_t align = 16 / static_cast<int64_t>(dtype_size(cache.dtype));  // of a load
   for (const int64_t stride : {cache.block_stride, cache.token_stride, cache.head_stride}) {
-    check(stride > 0 && stride < kLimit && stride % kAlign == 0, kOp, "a stride of the cache is ",
-          stride, "; FlashInfer takes multiples of ", kAlign, " below 2^32");
+    check(stride > 0 && stride < kLimit && stride % align == 0, kOp, "a stride of the cache is ",
+          stride, "; FlashInfer takes multiples of ", align, " below 2^32");
   }
 }
 
@@ -615,7 +616,10 @@ bool flashinfer_prefill_supports(const AttentionPlan& plan, const StepContext& c
 }
 
 bool flashinfer_decode_supports(const AttentionPlan& plan, const StepContext& ctx) {
-  return plan.cache_dtype == plan.dtype && geometry_fits(plan, ctx);
+  const bool float8 = plan.cache_dtype == DType::kE4M3 &&
+                      plan.cache_scales == KvScaleKind::kTensor &&
+                      plan.shape.head_dim == cuda::kFloat8DecodeDim;
+  return (plan.cache_dtype == plan.dtype || float8) && geometry_fits(plan, ctx);
 }
 
 int64_t flashinfer_workspace_bytes(const WorkspaceLimits& limits) {
@@ -689,14 +693,23 @@ void flashinfer_decode(const PagedAttentionParams& params, const StepContext& ct
   // Decode rows come first and have one token each.
   const int32_t tokens = std::min(ctx.sizes.num_requests, ctx.sizes.num_tokens);
   const int64_t warps = int64_t{tokens} * shape.num_heads;
+  const bool float8 = is_float8(params.cache->dtype);
+  check_internal(!float8 || params.cache->scales.kind == KvScaleKind::kTensor, kOp,
+                 "the plan is for a cache with one scale");
+  const cuda::FlashKeys keys = cached_keys(params, ctx);
+  const cuda::FlashArgs args{
+      params, ctx, flash, keys, shape.q_cols(), decode_bound(shape, ctx.sizes.num_requests, gpu)};
   dispatch_head_dim(shape.head_dim, [&](auto head_dim) {
-    cuda::launch_flash_decode<head_dim()>({params, ctx, flash, cached_keys(params, ctx),
-                                           shape.q_cols(),
-                                           decode_bound(shape, ctx.sizes.num_requests, gpu)});
+    if (float8) {
+      cuda::launch_flash_decode_e4m3<cuda::kFloat8DecodeDim>(args);
+    } else {
+      cuda::launch_flash_decode<head_dim()>(args);
+    }
     cuda::launch("paged_attention.merge", ctx, merge_kernel<head_dim()>,
                  dim3(static_cast<unsigned>((warps + kWarpsPerBlock - 1) / kWarpsPerBlock)),
                  dim3(kWarpsPerBlock * cuda::kWarpSize), 0, flash, ctx.infer,
-                 static_cast<__nv_bfloat16*>(params.out), tokens, shape.num_heads);
+                 static_cast<__nv_bfloat16*>(params.out), tokens, shape.num_heads,
+                 static_cast<const float*>(params.cache->scales.value));
   });
 }
 

@@ -87,6 +87,10 @@ template <int kHeadDim>
 void launch_flash_prefill(const FlashArgs& args, int32_t tile);
 template <int kHeadDim>
 void launch_flash_decode(const FlashArgs& args);
+// Over E4M3 with one scale for all keys and one for all values, which partial results lack.
+constexpr int32_t kFloat8DecodeDim = 128;
+template <int kHeadDim>
+void launch_flash_decode_e4m3(const FlashArgs& args);
 
 // FA3, sm_90a only.
 template <int kHeadDim>

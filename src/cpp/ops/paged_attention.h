@@ -27,6 +27,7 @@ struct AttentionPlan {
   HeadShape shape;
   DType dtype = DType::kF32;
   DType cache_dtype = DType::kF32;  // of its layers: dtype, or FP8
+  KvScaleKind cache_scales = KvScaleKind::kNone;
   int32_t window = 0;
   float softcap = 0.0f;
   int32_t first_group = 0, num_groups = 1;  // KV groups of its layers, one after the other

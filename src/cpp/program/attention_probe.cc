@@ -123,6 +123,7 @@ void AttentionProbe::make_batch() {
   plan_.shape = shape;
   plan_.dtype = DType::kBF16;
   plan_.cache_dtype = options_.cache_dtype;
+  plan_.cache_scales = options_.scales;
   plan_.max_requests = plan_.max_tokens = batch;
   plan_.data = allocate(device_->kernels().attention_plan_bytes(plan_, *device_)).data();
 

@@ -102,7 +102,8 @@ Executable::Executable(const Program& program, const PlanLimits& limits, Device&
     const int64_t bytes = device.kernels().attention_plan_bytes(plan, device);
     attention_buffers_.push_back(device.allocate(static_cast<size_t>(bytes), "attention plan"));
     plan.data = attention_buffers_.back().data();
-    plan.cache_dtype = kv.front().dtype;  // of all layers
+    plan.cache_dtype = kv.front().dtype;  // of all layers, as are the scales
+    plan.cache_scales = kv.front().scales.kind;
   }
   calls_.reserve(program.ops().size());
   for (const Op& op : program.ops()) calls_.push_back(bind(program, op, weights, kv));
