@@ -11,14 +11,10 @@ MRV1_INLINE CodeFloats code_floats(const float* p) {
   return floats;
 }
 MRV1_INLINE CodeFloats code_floats(const BFloat16* p) {
-  CodeHalves halves;
-  std::memcpy(&halves, p, sizeof(halves));
-  return words_to_floats(__builtin_convertvector(halves, CodeWords) << 16);
+  return words_to_floats(load_code_halves(p) << 16);
 }
 MRV1_INLINE CodeFloats code_floats(const Float16* p) {
-  CodeHalves halves;
-  std::memcpy(&halves, p, sizeof(halves));
-  return CodeOf<Float16>::decode(__builtin_convertvector(halves, CodeWords));
+  return CodeOf<Float16>::decode(load_code_halves(p));
 }
 
 // float8_from_float by lane.
@@ -76,9 +72,9 @@ void encode(const void* values, float inverse, void* codes, int64_t count) {
   F* to = static_cast<F*>(codes);
   for_each_code_vec(static_cast<const T*>(values), count,
                     [&](int64_t i, int lanes, const CodeFloats& floats) {
-                      const CodeBytes bytes =
-                          __builtin_convertvector(encode_lanes<F>(floats * inverse), CodeBytes);
-                      std::memcpy(to + i, &bytes, static_cast<size_t>(lanes));
+                      uint8_t bytes[kCodeLanes];
+                      store_code_bytes(bytes, encode_lanes<F>(floats * inverse));
+                      std::memcpy(to + i, bytes, static_cast<size_t>(lanes));
                     });
 }
 

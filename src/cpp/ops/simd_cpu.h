@@ -289,8 +289,39 @@ constexpr int kCodeLanes = 4;
 #endif
 typedef float CodeFloats __attribute__((vector_size(kCodeLanes * 4)));
 typedef uint32_t CodeWords __attribute__((vector_size(kCodeLanes * 4)));
-typedef uint16_t CodeHalves __attribute__((vector_size(kCodeLanes * 2)));
-typedef uint8_t CodeBytes __attribute__((vector_size(kCodeLanes)));
+
+// kCodeLanes codes, each in a word of its own. Compilers make one element after the other of the
+// plain conversion.
+MRV1_INLINE CodeWords load_code_bytes(const void* p) {
+#if defined(MRV1_SIMD_AVX512)
+  return (CodeWords)_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#elif defined(MRV1_SIMD_AVX2)
+  return (CodeWords)_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(kCodeLanes)));
+  return __builtin_convertvector(read_as<Bytes>(p), CodeWords);
+#endif
+}
+MRV1_INLINE CodeWords load_code_halves(const void* p) {
+#if defined(MRV1_SIMD_AVX512)
+  return (CodeWords)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif defined(MRV1_SIMD_AVX2)
+  return (CodeWords)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(read_as<QuadHalves>(p), CodeWords);
+#endif
+}
+
+// The low byte of each word.
+MRV1_INLINE void store_code_bytes(uint8_t* p, const CodeWords& words) {
+#if defined(MRV1_SIMD_AVX512)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)words));
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(kCodeLanes)));
+  const Bytes bytes = __builtin_convertvector(words, Bytes);
+  std::memcpy(p, &bytes, sizeof(bytes));
+#endif
+}
 
 MRV1_INLINE CodeFloats words_to_floats(const CodeWords& words) {
   return reinterpret_cast<CodeFloats>(words);
@@ -306,7 +337,7 @@ template <typename T>
 struct CodeOf;
 template <>
 struct CodeOf<Float16> {
-  using Narrow = CodeHalves;
+  static MRV1_INLINE CodeWords load(const void* p) { return load_code_halves(p); }
   static MRV1_INLINE CodeFloats decode(const CodeWords& code) {
     const CodeWords rest = (code & 0x7fffu) << 13;
     const CodeWords exponent = rest & (0x1fu << 23);
@@ -320,14 +351,14 @@ struct CodeOf<Float16> {
 };
 template <>
 struct CodeOf<Float8E5M2> {
-  using Narrow = CodeBytes;
+  static MRV1_INLINE CodeWords load(const void* p) { return load_code_bytes(p); }
   static MRV1_INLINE CodeFloats decode(const CodeWords& code) {
     return CodeOf<Float16>::decode(code << 8);
   }
 };
 template <>
 struct CodeOf<Float8E4M3> {
-  using Narrow = CodeBytes;
+  static MRV1_INLINE CodeWords load(const void* p) { return load_code_bytes(p); }
   static MRV1_INLINE CodeFloats decode(const CodeWords& code) {
     const CodeWords rest = code & 0x7fu;
     const CodeWords normal = (rest << 20) + (120u << 23);
@@ -344,9 +375,7 @@ MRV1_INLINE Vec load_codes(const T* p) {
   CodeFloats floats[kLanes / kCodeLanes];
 #pragma GCC unroll 4
   for (int i = 0; i < kLanes / kCodeLanes; ++i) {
-    typename CodeOf<T>::Narrow narrow;
-    std::memcpy(&narrow, p + i * kCodeLanes, sizeof(narrow));
-    floats[i] = CodeOf<T>::decode(__builtin_convertvector(narrow, CodeWords));
+    floats[i] = CodeOf<T>::decode(CodeOf<T>::load(p + i * kCodeLanes));
   }
   Vec result;
   static_assert(sizeof(result) == sizeof(floats));

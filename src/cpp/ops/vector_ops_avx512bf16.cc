@@ -12,6 +12,7 @@
 
 // A false alarm of GCC 12 about its own intrinsics.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 #define MRV1_SIMD_AVX512
 #define MRV1_SIMD_BF16_DOT
