@@ -24,7 +24,10 @@ settings.register_profile(
 settings.load_profile("default")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cuda":
+        # Python sees no signal while native code waits for a kernel that never ends.
+        config.option.timeout_method = "thread"
     # A job in the background of a script starts with interrupts ignored, and so would its children.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

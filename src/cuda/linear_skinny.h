@@ -23,7 +23,7 @@ struct SkinnyConfig {
   SkinnyEngine engine = SkinnyEngine::kMma;
   uint8_t warps = 8;        // kMma: warps that split K; others: unused
   uint8_t split = 1;        // blocks of the cluster that split K; kMma: unused
-  uint8_t stages = 3;       // depth of the rings through which weights stream
+  uint8_t stages = 3;       // of the rings through which weights stream; but for kMma two at least
   uint16_t tile_rows = 32;  // weight rows of a block's tile
   uint8_t share = 1;        // kWide: tiles of the cluster, whose blocks load tokens for each other
 

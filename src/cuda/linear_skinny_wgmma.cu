@@ -188,11 +188,7 @@ void launch_wgmma(const SkinnyArgs& args, const SkinnyConfig& config, const Devi
   const CUtensorMap x_map = tensor_map<2>(args.x, {size(args.k), size(args.tokens)}, {row_bytes},
                                           {kGroup, static_cast<cuuint32_t>(tile_tokens)});
 
-  int stages = std::clamp<int>(config.stages, 1, kMaxStages);
-  while (stages > 1 &&
-         Shape::shared_bytes(stages) + sizeof(uint64_t) * 2 * kMaxStages > limits.shared_bytes) {
-    --stages;
-  }
+  const int stages = ring_stages<Shape>(config, limits);
   const size_t shared_bytes = Shape::shared_bytes(stages);
   allow_shared_memory(kSkinnyOp, wgmma_kernel<kRows, kTokens>, shared_bytes);
   const int outputs = args.gated() ? kRows / 2 : kRows;
@@ -226,14 +222,16 @@ bool wgmma_is_built() {
 
 bool wgmma_offers(const SkinnyConfig& config) {
   return config.tile_rows >= 64 && config.tile_rows <= 256 && config.tile_rows % 64 == 0 &&
-         config.split >= 1 && config.split <= kMaxSplit && config.stages >= 1;
+         config.split >= 1 && config.split <= kMaxSplit && config.stages >= kMinStages &&
+         config.stages <= kMaxStages;
 }
 
 void skinny_wgmma(const SkinnyArgs& args, const SkinnyConfig& config, const DeviceLimits& limits,
                   const StepContext& ctx) {
   check(limits.wgmma, kSkinnyOp, "config.engine is kWgmma; it must be kMma on this GPU");
-  check(config.split >= 1 && config.split <= kMaxSplit, kSkinnyOp, "config.split is ",
-        +config.split, "; it must be in [1, ", kMaxSplit, "]");
+  check(wgmma_offers(config), kSkinnyOp, "config is kWgmma with tiles of ", config.tile_rows,
+        " rows, split ", +config.split, " and ", +config.stages,
+        " stages, which the kernels do not offer");
   switch (config.tile_rows) {
     case 64:
       return launch_wgmma<64>(args, config, limits, ctx);
@@ -241,11 +239,8 @@ void skinny_wgmma(const SkinnyArgs& args, const SkinnyConfig& config, const Devi
       return launch_wgmma<128>(args, config, limits, ctx);
     case 192:
       return launch_wgmma<192>(args, config, limits, ctx);
-    case 256:
-      return launch_wgmma<256>(args, config, limits, ctx);
     default:
-      fail(ErrorKind::kInvalidArgument, kSkinnyOp, "config.tile_rows is ", config.tile_rows,
-           "; it must be 64, 128, 192 or 256 with kWgmma");
+      return launch_wgmma<256>(args, config, limits, ctx);
   }
 }
 

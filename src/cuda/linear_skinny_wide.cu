@@ -10,6 +10,12 @@
 // part of the tokens each, for all of them. In a block one warp fills the ring, the weight's part
 // of it before the kernel waits for the one before it, and each warpgroup multiplies 64 tokens.
 //
+// No block waits for ever. Those of one range of K have the same number of groups, none returns
+// early, and a box of TMA counts whole, with the zeros beyond the tensor: a group's bytes arrive
+// once all its blocks have issued its loads. Those of group g wait only until each block has given
+// back the stage of group g - stages, which it does as soon as group g - stages + 1 has arrived;
+// with kMinStages or more that is a group before g, so by induction all are loaded.
+//
 // With an activation each 16 rows of a tile are 8 of gate and the 8 of up that go with them.
 #include <algorithm>
 
@@ -248,11 +254,7 @@ void launch_wide(const SkinnyArgs& args, const SkinnyConfig& config, int token_t
   cut.part_tokens = ceil_div(ceil_div(cut.tile_tokens, cut.share), 8) * 8;
   const CUtensorMap x_map = tensor_map<2>(args.x, {size(args.k), size(args.tokens)}, {row_bytes},
                                           {kGroup, static_cast<cuuint32_t>(cut.part_tokens)});
-  cut.stages = std::clamp<int>(config.stages, 1, kMaxStages);
-  while (cut.stages > 1 && Shape::shared_bytes(cut.stages) + sizeof(uint64_t) * 2 * kMaxStages >
-                               limits.shared_bytes) {
-    --cut.stages;
-  }
+  cut.stages = ring_stages<Shape>(config, limits);
   cut.vector_stores = args.out_cols % 4 == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
   const size_t shared_bytes = Shape::shared_bytes(cut.stages);
   allow_shared_memory(kSkinnyOp, wide_kernel<kTokens, kRows>, shared_bytes);
@@ -285,7 +287,7 @@ bool wide_offers(const SkinnyConfig& config) {
                     std::end(kWideRows);
   const bool share = config.share == 1 || config.share == 2 || config.share == kMaxShare;
   return rows && share && config.split >= 1 && config.split * config.share <= kMaxCluster &&
-         config.stages >= 1 && config.stages <= kMaxStages;
+         config.stages >= kMinStages && config.stages <= kMaxStages;
 }
 
 int wide_tile_tokens(int tile_rows) { return max_tile_tokens(tile_rows); }

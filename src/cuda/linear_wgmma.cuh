@@ -16,6 +16,9 @@ namespace mrv1::cuda {
 constexpr int kGroup = 64;      // columns of a stage: one 128-byte row of the swizzle
 constexpr int kRowBytes = 128;  // of a stage
 constexpr int kMaxStages = 12;
+// A stage is given back once the products of the next one are under way, which therefore must not
+// wait for it: with one stage a block of two groups would wait for ever.
+constexpr int kMinStages = 2;
 constexpr int kMaxSplit = 8;
 constexpr int kSwizzleBytes = 1024;  // the period of the swizzle, to which the ring is aligned
 
@@ -381,6 +384,17 @@ CUtensorMap tensor_map(const void* data, const cuuint64_t (&sizes)[kDims],
          "cuTensorMapEncodeTiled failed: ", static_cast<int>(status));
   }
   return map;
+}
+
+// The stages of a ring: as many as asked for, of those that a block has the memory for.
+template <typename Shape>
+int ring_stages(const SkinnyConfig& config, const DeviceLimits& limits) {
+  constexpr size_t kBarriers = sizeof(uint64_t) * 2 * kMaxStages;
+  int stages = std::clamp<int>(config.stages, kMinStages, kMaxStages);
+  while (stages > kMinStages && Shape::shared_bytes(stages) + kBarriers > limits.shared_bytes) {
+    --stages;
+  }
+  return stages;
 }
 
 // launch() with clusters.

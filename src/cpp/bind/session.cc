@@ -160,7 +160,10 @@ void bind_session(nb::module_& m) {
       .def(
           "value",
           [](const SessionHandle& self, int32_t value, int64_t rows) {
-            const std::vector<float> data = self->value(value, rows);
+            const std::vector<float> data = [&] {
+              const nb::gil_scoped_release release;  // it waits for the device
+              return self->value(value, rows);
+            }();
             const size_t cols = rows > 0 ? data.size() / rows : 0;
             return to_numpy(data, {static_cast<size_t>(rows), cols});
           },
