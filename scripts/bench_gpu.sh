@@ -117,7 +117,7 @@ run_part() {
       # The second has as many bytes in rows of one length.
       bench "${part}" decode_attention --batch 256 --context 766 --lengths one-long,even
       ;;
-    kv-write) bench "${part}" kv_write --kv-heads 1,2,4,8,32,128 --layout HND,NHD ;;
+    kv-write) bench "${part}" kv_write --kv-heads 1,2,4,8,32,128 --launches overlapped,plain ;;
     load-*) load "${part}" "${shape}" ;;
     *)
       echo "no part '${part}'" >&2

@@ -470,9 +470,10 @@ def test_cache_writes(device: str, tmp_path: Path, capsys: pytest.CaptureFixture
     arguments = ["bench", "kv_write", "--device", device, "--json", str(path), "--read-mb", "4"]
     arguments += ["--tokens", "1,9", "--kv-heads", "2", "--group", "3", "--head-dim", "64"]
     arguments += ["--layout", "NHD,HND", "--caches", "auto,fp8_e4m3/dynamic", "--steps", "2"]
+    arguments += ["--launches", "plain,overlapped"]
     assert cli.main(arguments) == 0
     records = json.loads(path.read_text())
-    assert len(records) == 2 * 2 * 2 * 2
+    assert len(records) == 2 * 2 * 2 * 2 * 2
     for record in records:
         check_record(record)
         assert (record["heads"], record["kv_heads"], record["head_dim"]) == (6, 2, 64)
@@ -493,6 +494,7 @@ def test_cache_writes(device: str, tmp_path: Path, capsys: pytest.CaptureFixture
         assert record["read_gb_s"] > 0 and record["copy_gb_s"] > 0
     check_table(capsys.readouterr().out, records)
     assert {record["layout"] for record in records} == {"NHD", "HND"}
+    assert {record["launches"] for record in records} == {"plain", "overlapped"}
     for wrong in (["--shape", "demo"], ["--kv-cache-dtype", "fp8_e4m3"], ["--batch", "1"]):
         assert cli.main(["bench", "kv_write", "--device", device, *wrong]) != 0
 
@@ -526,6 +528,7 @@ def test_decode_attention(device: str, tmp_path: Path, capsys: pytest.CaptureFix
 def test_names_of_the_command_are_the_figure_s() -> None:
     assert tuple(bench_kv.FORMATS) == bench_cli.CACHES
     assert bench_kv.LAYOUTS == bench_cli.LAYOUTS and bench_kv.WRITES == bench_cli.WRITES
+    assert bench_kv.LAUNCHES == bench_cli.LAUNCHES
 
 
 @pytest.mark.parametrize("count", [3 * MIB // 8 + 5, 9 * MIB // 8 + 2049])

@@ -1094,10 +1094,11 @@ class CacheWriteProbe:
 
     def __init__(self, device: Device, tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, kv_cache_dtype: str = 'auto', scale: str = 'none', layout: str = 'HND', block_size: int = 16, working_set: int = 67108864) -> None: ...
 
-    def time(self, part: str, repeats: int) -> list[float]:
+    def time(self, part: str, repeats: int, overlap: bool = True) -> list[float]:
         """
         Seconds of a launch in each of several runs: "write", "rope_write" in one launch,
-        or both in "separate" ones. A run on a GPU is one graph of 8 launches or more, timed by
+        or both in "separate" ones. On a GPU launches overlap as in a step, or wait for each
+        other as single ops do. A run on a GPU is one graph of 8 launches or more, timed by
         the GPU's clock, with nothing in its caches before.
         """
 

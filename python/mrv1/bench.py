@@ -74,6 +74,7 @@ class Record(_RequiredKeys, total=False):
     us: float
     gb_s: float
     copy_gb_s: float
+    launches: str
     separate_us: float
     flashinfer_us: float
     x_separate_bytes: float
@@ -535,6 +536,7 @@ def format_table(records: Sequence[Record]) -> str:
             record.get("op"),
             record.get("lengths"),
             record.get("backend"),
+            record.get("launches"),
             record.get("layout"),
             None if cache == "auto" else cache,
             record.get("scale") if "cache_dtype" in record and cache != "auto" else None,

@@ -62,6 +62,7 @@ CACHES = (
     "fp8_e5m2/dynamic",
 )
 WRITES = ("write", "rope_write")
+LAUNCHES = ("overlapped", "plain")
 
 # Of the figures that run a whole model.
 _SHAPE_DEFAULTS: Mapping[str, object] = {"layers": None, "save": None}
@@ -109,6 +110,7 @@ _DEFAULTS: dict[Figure, dict[str, object]] = {
         "layout": ["HND"],
         "caches": ["auto", "fp8_e4m3/static", "fp8_e4m3/dynamic"],
         "writes": ["write", "rope_write"],
+        "launches": ["overlapped"],
     },
     "decode_attention": {
         "batch": [1, 8],
@@ -153,6 +155,7 @@ _OPTIONS = (
     "layout",
     "caches",
     "writes",
+    "launches",
 )
 # Bytes that a run of a single op reads at least: on a GPU several times what its caches hold.
 _GPU_WORKING_SET = 512 << 20
@@ -288,6 +291,13 @@ def _add_kv_options(parser: argparse.ArgumentParser) -> None:
             WRITES,
             ",".join(WRITES),
             "by itself, or with the rotary embedding",
+        ),
+        (
+            "--launches",
+            "kv_write",
+            LAUNCHES,
+            "overlapped",
+            "as in a step, or each after the one before",
         ),
     ):
         parser.add_argument(
@@ -590,6 +600,7 @@ def _kv_write_records(options: argparse.Namespace) -> list[Record]:
             cache,
             options.tokens,
             options.writes,
+            options.launches,
             options.steps,
             _kv_working_set(options),
             bandwidth,

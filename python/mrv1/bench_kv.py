@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Final, Literal
@@ -20,6 +21,8 @@ LAYOUTS: Final[tuple[Layout, ...]] = ("NHD", "HND")
 WRITES: Final = ("write", "rope_write")
 # Of the largest value, that results of two backends may differ by.
 _TOLERANCE: Final = 0.05
+# As in a step, where a kernel may start before the one before it ends, or as single ops are called.
+LAUNCHES: Final = ("overlapped", "plain")
 
 # Formats of a cache by the names that `--caches` takes.
 FORMATS: Final = {
@@ -122,6 +125,7 @@ def measure_writes(
     cache: CacheFormat,
     tokens: Sequence[int],
     writes: Sequence[str],
+    launches: Sequence[str],
     repeats: int,
     working_set: int,
     bandwidth: Bandwidth,
@@ -135,13 +139,14 @@ def measure_writes(
         cache: What it holds.
         tokens: Of a launch.
         writes: Of `WRITES`.
+        launches: Of `LAUNCHES`.
         repeats: Runs; their median is the time.
         working_set: Bytes that a run touches, if 256 launches can; on a GPU its caches are emptied
             before each.
         bandwidth: Of the same run.
 
     Yields:
-        A record for each number of tokens and each kind of write.
+        A record for each number of tokens, kind of write and kind of launch.
     """
     described = bench.describe_device(device)
     for count in tokens:
@@ -159,16 +164,17 @@ def measure_writes(
             working_set,
         )
         try:
-            for write in writes:
-                seconds = statistics.median(probe.time(write, repeats))
+            for write, launch in itertools.product(writes, launches):
+                overlap = launch == "overlapped"
+                seconds = statistics.median(probe.time(write, repeats, overlap))
                 timing = Timing(count, 0, 1e3 * seconds, None, peak_memory_mb())
                 moved = write_bytes(write, count, geometry, dtype, cache, False)
                 record = kv_record(
                     "kv_write", described, dtype, geometry, cache, timing, moved, bandwidth
                 )
-                record["op"], record["tokens"] = write, count
+                record["op"], record["tokens"], record["launches"] = write, count, launch
                 if write != "write":
-                    apart = statistics.median(probe.time("separate", repeats))
+                    apart = statistics.median(probe.time("separate", repeats, overlap))
                     record["separate_us"] = round(1e6 * apart, 4)
                     twice = write_bytes(write, count, geometry, dtype, cache, True)
                     record["x_separate_bytes"] = round(twice / moved, 4)

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t first = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
   const int64_t vector_size = cuda::kVectorBytes / size;
   Place places[kUnroll];
-  int64_t slots[kUnroll];
+  int32_t slots[kUnroll];
   uint4 keys[kUnroll], values[kUnroll];
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
     keys[i] = __ldcs(reinterpret_cast<const uint4*>(static_cast<const char*>(args.key) + key));
     values[i] =
         __ldcs(reinterpret_cast<const uint4*>(static_cast<const char*>(args.value) + value));
-    slots[i] = args.slots[places[i].token];
+    slots[i] = static_cast<int32_t>(args.slots[places[i].token]);
   }
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t first = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
   const KvScales& scales = args.cache.scales;
   Place places[kUnroll];
-  int64_t slots[kUnroll];
+  int32_t slots[kUnroll];
   Piece<T> pieces[kUnroll][2];
   float scale[kUnroll][2];
 #pragma unroll
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads)
     const T* value = static_cast<const T*>(args.value) + place.token * args.value_stride + within;
     pieces[i][0].load(key);
     pieces[i][1].load(value);
-    slots[i] = args.slots[place.token];
+    slots[i] = static_cast<int32_t>(args.slots[place.token]);
     if constexpr (!kStoresScales) {
       scale[i][0] = scales.key[place.head * scales.head_stride];
       scale[i][1] = scales.value[place.head * scales.head_stride];

@@ -171,6 +171,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   cuda::wait_for_previous();
 
+  // First, since angles wait for it.
+  const int64_t position = params.rope != nullptr ? positions[token] : 0;
   float pieces[1][kLaneSize] = {};
   float (&values)[kLaneSize] = pieces[0];
   if (active) {
@@ -185,7 +187,7 @@ __global__ void __launch_bounds__(kThreads)
   float cosines[kLaneSize];  // the first half of them if pairs are interleaved
   float sines[kLaneSize];
   if (params.rope != nullptr && rotates) {
-    const float* angles = params.rope + int64_t{positions[token]} * (2 * pairs);
+    const float* angles = params.rope + position * (2 * pairs);
     if (params.interleaved) {
       load_half(angles + lane * (kLaneSize / 2), cosines);
       load_half(angles + pairs + lane * (kLaneSize / 2), sines);
@@ -278,6 +280,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   cuda::wait_for_previous();
 
+  const int64_t position = positions[token];  // first, since angles wait for it
   float values[2][kLaneSize] = {};
   if (active) {
     const T* from = static_cast<const T*>(params.qkv) + start;
@@ -289,7 +292,7 @@ __global__ void __launch_bounds__(kThreads)
   float cosines[kLaneSize];
   float sines[kLaneSize];
   if (is_turned) {
-    const float* angles = params.rope + int64_t{positions[token]} * (2 * kHalf) + within;
+    const float* angles = params.rope + position * (2 * kHalf) + within;
     cuda::load_values(angles, cosines);
     cuda::load_values(angles + kHalf, sines);
   }

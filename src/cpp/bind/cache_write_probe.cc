@@ -75,13 +75,14 @@ class CacheWriteProbe {
   }
 
   // Seconds of a launch (of two, if they are separate) in each of `repeats` runs. part: "write",
-  // "rope_write" in one launch or in "separate" ones.
-  std::vector<double> time(const std::string& part, int32_t repeats) {
+  // "rope_write" in one launch or in "separate" ones. Launches overlap as those of a step, or wait
+  // for the one before as single ops do.
+  std::vector<double> time(const std::string& part, int32_t repeats, bool overlap) {
     check(part == "write" || part == "rope_write" || part == "separate", kWhere, "part = '", part,
           "': must be write, rope_write or separate");
     const int64_t launches = std::max(copies_, kLeastLaunches);
     const auto run = [&] {
-      for (int64_t i = 0; i < launches; ++i) launch(part, i % copies_);
+      for (int64_t i = 0; i < launches; ++i) launch(part, i % copies_, overlap);
     };
     std::unique_ptr<Graph> graph;
     run_on_stream(*device_, [&] {
@@ -135,13 +136,14 @@ class CacheWriteProbe {
     }
   }
 
-  void launch(const std::string& part, int64_t copy) {
+  void launch(const std::string& part, int64_t copy, bool overlap) {
     const HeadShape& shape = spec_.shape;
     const int64_t first = copy * spec_.tokens;
     StepContext ctx;
     ctx.device = device_.get();
     ctx.pool = device_->pool();
     ctx.stream = device_->stream();
+    ctx.overlap_launches = overlap;
     ctx.sizes.num_tokens = spec_.tokens;
     ctx.infer.positions = static_cast<int32_t*>(positions_.data()) + first;
     const SlotMapping slots{static_cast<int32_t*>(slots_.data()) + first, false};
@@ -280,12 +282,13 @@ void bind_cache_write_probe(nb::module_& m) {
           nb::arg("working_set") = int64_t{1} << 26, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "time",
-          [](const CacheWriteProbeHandle& self, const std::string& part, int32_t repeats) {
-            return self->time(part, repeats);
-          },
-          nb::arg("part"), nb::arg("repeats"), nb::call_guard<nb::gil_scoped_release>(),
+          [](const CacheWriteProbeHandle& self, const std::string& part, int32_t repeats,
+             bool overlap) { return self->time(part, repeats, overlap); },
+          nb::arg("part"), nb::arg("repeats"), nb::arg("overlap") = true,
+          nb::call_guard<nb::gil_scoped_release>(),
           "Seconds of a launch in each of several runs: \"write\", \"rope_write\" in one launch,\n"
-          "or both in \"separate\" ones. A run on a GPU is one graph of 8 launches or more, timed "
+          "or both in \"separate\" ones. On a GPU launches overlap as in a step, or wait for each\n"
+          "other as single ops do. A run on a GPU is one graph of 8 launches or more, timed "
           "by\n"
           "the GPU's clock, with nothing in its caches before.")
       .def("close", &CacheWriteProbeHandle::close);
