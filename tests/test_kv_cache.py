@@ -572,6 +572,7 @@ class Refusals:
         self.cache = poisoned(2 * 3 * 4 * 2 * 8, device)
         self.shape = (3, 4, 2, 8)
         self.scale = stored(np.float32([0.5]), device)
+        self.options = in_stream_of(device)
 
     def side(self, offset: int, strides: tuple[int, ...] = (64, 16, 8, 1), **changed: Any) -> Any:
         shape = changed.get("shape", self.shape)
@@ -584,7 +585,7 @@ class Refusals:
             "slot_mapping": stored(np.int32([0, -1, 11]), self.device),
             "kv_cache_dtype": "fp8_e4m3", "k_scale": self.scale, "v_scale": self.scale,
         }  # fmt: skip
-        ops.reshape_and_cache_flash(**{**arguments, **changed})
+        ops.reshape_and_cache_flash(**{**arguments, **changed}, **self.options)
 
 
 def test_what_does_not_fit_is_refused(native_device: _core.Device) -> None:
@@ -677,6 +678,7 @@ def test_slots_and_scales_are_checked(
                 fit.call(slot_mapping=stored(np.int64([0, 1, 2**32]), native_device))
         assert (fit.cache.bytes == POISON).all()
         fit.call(slot_mapping=stored(np.array([11, -1], wide), native_device))
+        native_device.synchronize()
     finally:
         ops._forget()
 
@@ -692,7 +694,9 @@ def test_read_only_scales_of_tokens_are_refused() -> None:
         fit.call(k_scale=scales[0], v_scale=scales[1])
 
 
-def test_all_orders_of_dimensions_at_once(native_device: _core.Device) -> None:
+def test_all_orders_of_dimensions_at_once(
+    native_device: _core.Device, stream: dict[str, Any]
+) -> None:
     """Keys and values packed at each level, in each order: what was written is what lies there."""
     values = np.arange(2 * 3 * 8, dtype=np.float32).reshape(2, 3, 8)
     for order in itertools.permutations(range(3)):
@@ -702,7 +706,7 @@ def test_all_orders_of_dimensions_at_once(native_device: _core.Device) -> None:
             ops.reshape_and_cache_flash(
                 stored(values, native_device), stored(-values, native_device),
                 *pair(storage, layout, F32), stored(np.int32([7, 0]), native_device),
-                **({"stream": native_device.stream} if native_device.kind == "cuda" else {}),
+                **stream,
             )  # fmt: skip
             native_device.synchronize()
             key, value = views(storage, layout, F32)
