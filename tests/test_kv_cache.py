@@ -667,6 +667,7 @@ def test_slots_and_scales_are_checked(
             ("slot_mapping\\[1\\] is -2", [0, -2, 1]),
             ("slot_mapping\\[2\\] is 12; slots must be in \\[0, 12\\)", [0, 1, 12]),
             ("names slot 3 twice", [3, -1, 3]),
+            ("names slot 5 twice", [5, 4, 5]),
         ):
             with pytest.raises(InvalidArgumentError, match=message):
                 fit.call(slot_mapping=stored(np.array(slots, wide), native_device))

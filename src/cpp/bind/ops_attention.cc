@@ -47,10 +47,16 @@ template <typename T>
 void check_slot_values(OpCall& call, const Operand& slots, const KvCacheLayer& cache) {
   const std::span<const T> values = call.look_for_cache<T>(slots);
   const int64_t count = int64_t{cache.num_blocks} * cache.block_size;
+  bool ascends = true;
+  T last = -1;
   for (size_t i = 0; i < values.size(); ++i) {
     call.require(values[i] >= -1 && values[i] < count, "slot_mapping[", i, "] is ", values[i],
                  "; slots must be in [0, ", count, "), or -1 for none");
+    if (values[i] < 0) continue;
+    ascends = ascends && values[i] > last;
+    last = values[i];
   }
+  if (ascends) return;  // as those of one request do
   std::vector<T> sorted(values.begin(), values.end());
   std::sort(sorted.begin(), sorted.end());
   for (size_t i = 1; i < sorted.size(); ++i) {
