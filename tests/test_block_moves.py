@@ -207,10 +207,13 @@ def test_gather_blocks(native_device: _core.Device, data: st.DataObject, seed: i
 def test_gather_blocks_makes_its_results(native_device: _core.Device) -> None:
     rng = np.random.default_rng(0)
     values = rng.standard_normal((2, 3, 4, 2, 8)).astype(np.float32)
-    if native_device.kind == "cpu":
-        keys, found = ops.gather_blocks(values[0], values[1], np.int32([2, 0]), num_tokens=5)
-        assert np.array_equal(keys, values[0][[2, 0]].reshape(8, 2, 8)[:5])
-        assert np.array_equal(found, values[1][[2, 0]].reshape(8, 2, 8)[:5])
+    sides = [stored(side, native_device) for side in values]
+    ids = stored(np.int32([2, 0]), native_device)
+    made = ops.gather_blocks(*sides, ids, num_tokens=5, **in_stream_of(native_device))
+    wait(native_device)
+    for found, side in zip(made, values, strict=True):
+        expected = side[[2, 0]].reshape(8, 2, 8)[:5]
+        assert np.array_equal(array_to_host(found, native_device), expected)
 
 
 @settings(max_examples=EXAMPLES)
@@ -374,6 +377,11 @@ def test_gather_refuses(native_device: _core.Device) -> None:
     with pytest.raises(InvalidArgumentError, match="dtype is missing; an FP8 cache"):
         ops.gather_blocks(*codes, ids, kv_cache_dtype="fp8_e4m3", k_scale=ones, v_scale=ones)
     out = plain(native_device, 4, 1, 8)
+    held = Storage(4 * 2 * 8 * 4 + 4 * 8 * 4, native_device)
+    inside = held.array((4, 1, 8), contiguous((4, 1, 8)), np.float32, 24)
+    read = held.array((4, 2, 1, 8), contiguous((4, 2, 1, 8)), np.float32)
+    with pytest.raises(InvalidArgumentError, match="key_out overlaps key_cache"):
+        ops.gather_blocks(read, b, ids, key_out=inside)
     with pytest.raises(InvalidArgumentError, match="value_out is key_out"):
         ops.gather_blocks(a, b, ids, key_out=out, value_out=out)
     if native_device.kind == "cpu":

@@ -428,3 +428,29 @@ def test_a_plan_for_other_caches_is_refused(device: str) -> None:
             starts, lengths, table, num_tokens=1, num_heads=2, num_kv_heads=1, head_dim=64,
             block_size=16, num_blocks=2, dtype="bfloat16", kv_cache_dtype="fp8",
         )  # fmt: skip
+
+
+def test_a_plan_for_more_blocks_is_refused(device: str) -> None:
+    """Its block table may name blocks that a smaller cache does not have."""
+    cache = [on_device(device, np.zeros(2 * 4 * 8, np.float32)).reshape(2, 4, 1, 8)] * 2
+    q = on_device(device, np.ones(8, np.float32)).reshape(1, 1, 8)
+    plan = ops.plan_attention(
+        on_device(device, np.int32([0, 1])), on_device(device, np.int32([4])),
+        on_device(device, np.int32([7])).reshape(1, 1), num_tokens=1, num_heads=1, num_kv_heads=1,
+        head_dim=8, block_size=4, num_blocks=8, dtype="float32",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="plan is for caches of 8 blocks; key_cache has 2"):
+        ops.paged_attention(q, *cache, plan=plan)
+    with pytest.raises(ValueError, match="plan must be what plan_attention made"):
+        ops.paged_attention(q, *cache, plan=3)  # type: ignore[arg-type]
+
+
+def test_queries_that_lie_at_one_place_are_refused(device: str) -> None:
+    cache = [on_device(device, np.zeros(2 * 4 * 8, np.float32)).reshape(2, 4, 1, 8)] * 2
+    row = on_device(device, np.ones(8, np.float32)).reshape(1, 1, 8)
+    q = np.broadcast_to(row, (3, 1, 8)) if device == "cpu" else row.expand(3, 1, 8)
+    table = on_device(device, np.int32([1])).reshape(1, 1)
+    lengths = on_device(device, np.int32([3]))
+    starts = on_device(device, np.int32([0, 3]))
+    with pytest.raises(ValueError, match="tokens a positive stride apart"):
+        ops.paged_attention(q, *cache, table, lengths, starts)

@@ -8,6 +8,7 @@
 #include <span>
 
 #include "ops/paged_attention.h"
+#include "program/program.h"
 
 namespace mrv1 {
 namespace {
@@ -208,8 +209,9 @@ CacheOperand cache_operand(OpCall& call, const CacheArguments& arguments,
   call.require(key.shape[0] > 0 && key.shape[1] > 0 && key.shape[2] > 0,
                "key_cache must not be empty");
   check_head_dim(call, key.shape[3]);
-  call.require(key.shape[0] <= kMaxSlots / key.shape[1] && key.shape[2] <= kMaxSlots,
-               "key_cache has ", key.shape[0], " blocks of ", key.shape[1],
+  call.require(key.shape[2] <= kMaxHeads, "key_cache has ", key.shape[2],
+               " heads; must have at most ", kMaxHeads);
+  call.require(key.shape[0] <= kMaxSlots / key.shape[1], "key_cache has ", key.shape[0], " blocks of ", key.shape[1],
                " slots; must have fewer than 2**31 slots");
   check_same_strides(call, key, value);
   if (written) check_apart(call, key, value);

@@ -26,6 +26,7 @@ struct PlannedAttention {
   RowState rows{};
   StepSizes sizes;
   AttentionPlan plan;
+  int64_t num_blocks = 0;  // of the caches that its block table is for
 };
 
 struct PlannedAttentionHandle : Handle<PlannedAttention> {
@@ -159,7 +160,7 @@ nb::object qkv_prepare(const OpsHandle& self, const std::string& op, nb::handle 
   call.no_partial_overlap(out, qkv);
   for (const Operand& other : read) {
     call.require(out.data != other.data || out.size() == 0, "out is ", other.name);
-    if (other.ndim < 3) call.no_partial_overlap(out, other);
+    call.no_partial_overlap(out, other);
   }
   params.out = out.data;
   call.context().sizes.num_tokens = static_cast<int32_t>(qkv.rows());
@@ -372,6 +373,7 @@ std::unique_ptr<PlannedAttention> plan_batch(OpCall& call, const AttentionOption
   };
   auto planned = std::make_unique<PlannedAttention>();
   planned->device = call.shared().device;
+  planned->num_blocks = num_blocks;
   const auto tokens = static_cast<int32_t>(options.num_tokens);
   InferParams& infer = planned->infer;
   infer.max_requests = requests;
@@ -480,9 +482,11 @@ nb::object paged_attention(const OpsHandle& self, nb::handle q_array, nb::handle
   call.ndim(q, 3, "[tokens, heads, head_dim]");
   const DType dtype = q.is(DType::kF16) ? DType::kF16 : call.activation(q);
   const bool dense = (q.strides[2] == 1 || q.shape[2] == 1) &&
-                     (q.strides[1] == q.shape[2] || q.shape[1] == 1) && q.strides[0] >= 0;
+                     (q.strides[1] == q.shape[2] || q.shape[1] == 1) &&
+                     (q.strides[0] > 0 || q.shape[0] <= 1);
   call.require(dense || q.size() == 0, "q has strides [", q.strides[0], ", ", q.strides[1], ", ",
-               q.strides[2], "]; the heads of a token must be contiguous");
+               q.strides[2],
+               "]; the heads of a token must be contiguous, and tokens a positive stride apart");
   const CacheOperand taken =
       cache_operand(call, {key_array, value_array, k_scale, v_scale, kv_cache_dtype}, dtype, false);
   const KvCacheLayer& cache = taken.layer;
@@ -504,6 +508,8 @@ nb::object paged_attention(const OpsHandle& self, nb::handle q_array, nb::handle
                    starts, lens, table, cache.num_blocks);
     read.insert(read.end(), {table, lens, starts});
   } else {
+    call.require(nb::isinstance<PlannedAttentionHandle>(plan_object),
+                 "plan must be what plan_attention made");
     planned = nb::cast<const PlannedAttentionHandle&>(plan_object).share();
     call.require(table_array.is_none() && lens_array.is_none() && starts_array.is_none(),
                  "plan has block_table, seq_lens and query_start_loc; they must not be given too");
@@ -514,13 +520,15 @@ nb::object paged_attention(const OpsHandle& self, nb::handle q_array, nb::handle
                      planned->rows.block_size == cache.block_size,
                  "plan was made for other heads, dtype, kv_cache_dtype, window, softcap or "
                  "block_size");
+    call.require(planned->num_blocks <= cache.num_blocks, "plan is for caches of ",
+                 planned->num_blocks, " blocks; key_cache has ", cache.num_blocks);
     call.require(planned->sizes.num_tokens == q.shape[0], "plan is for ", planned->sizes.num_tokens,
                  " tokens; q has ", q.shape[0]);
   }
   const Operand out = call.output("out", out_array, q.sizes(), dtype);
   for (const Operand& operand : read) {
     call.require(out.data != operand.data || out.size() == 0, "out is ", operand.name);
-    if (operand.ndim < 3) call.no_partial_overlap(out, operand);
+    call.no_partial_overlap(out, operand);
   }
   use(call, *planned);
   WorkspaceLimits limits{};
@@ -538,7 +546,7 @@ nb::object paged_attention(const OpsHandle& self, nb::handle q_array, nb::handle
   params.softcap = softcap;
   params.cache = &cache;
   params.plan = &planned->plan;
-  params.q_stride = q.strides[0] != 0 ? q.strides[0] : shape.q_cols();
+  params.q_stride = q.shape[0] > 1 ? q.strides[0] : shape.q_cols();
   call.launch(workspace, [&](const Kernels& kernels, const StepContext& ctx) {
     if (is_new) launch_plan(*planned, kernels, ctx);
     kernels.paged_attention(params, ctx);

@@ -131,6 +131,7 @@ nb::typed<nb::tuple, nb::object, nb::object> gather_blocks(
     call.no_partial_overlap(*out, ids);
     for (const Operand& read : cache.arrays) {
       call.require(out->data != read.data || out->size() == 0, out->name, " is ", read.name);
+      call.no_partial_overlap(*out, read);
     }
   }
   call.require(keys.data != values.data || keys.size() == 0, "value_out is key_out");

@@ -71,6 +71,18 @@ bool is_contiguous(const Operand& operand) {
   return true;
 }
 
+// The bytes from the lowest element to past the highest, gaps between them included.
+std::pair<const char*, const char*> reach(const Operand& operand) {
+  const int64_t size = operand.dtype.bits / 8;
+  const char* begin = static_cast<const char*>(operand.data);
+  const char* end = begin + size;
+  for (int i = 0; i < operand.ndim; ++i) {
+    const int64_t bytes = (operand.shape[i] - 1) * operand.strides[i] * size;
+    (bytes < 0 ? begin : end) += bytes;
+  }
+  return {begin, end};
+}
+
 // Memory of an output, and the stream it is given back in.
 struct OutputMemory {
   OutputMemory(StreamBuffer memory, nb::object stream)
@@ -407,10 +419,8 @@ const Operand& OpCall::floats(const Operand& operand, int64_t count) const {
 
 void OpCall::no_partial_overlap(const Operand& out, const Operand& in) const {
   if (out.data == in.data || out.size() == 0 || in.size() == 0) return;
-  const auto* out_begin = static_cast<const char*>(out.data);
-  const auto* in_begin = static_cast<const char*>(in.data);
-  const char* out_end = out_begin + out.size() * (out.dtype.bits / 8);
-  const char* in_end = in_begin + in.size() * (in.dtype.bits / 8);
+  const auto [out_begin, out_end] = reach(out);
+  const auto [in_begin, in_end] = reach(in);
   check(out_end <= in_begin || in_end <= out_begin, op_, out.name, " overlaps ", in.name,
         "; must be the same array or share nothing with it");
 }

@@ -54,16 +54,24 @@ std::vector<CacheArray> block_arrays(const KvCacheLayer& layer) {
 
 void check_copies(std::span<const BlockCopy> copies, int32_t num_blocks) {
   const char* where = "copy_blocks";
-  for (size_t i = 0; i < copies.size(); ++i) {
-    for (const int32_t block : {copies[i].source, copies[i].target}) {
+  std::vector<int32_t> targets;
+  targets.reserve(copies.size());
+  for (const BlockCopy& copy : copies) {
+    for (const int32_t block : {copy.source, copy.target}) {
       check(block > 0 && block < num_blocks, where, "block id ", block, " is outside [1, ",
             num_blocks, ")");
     }
-    for (size_t j = 0; j < copies.size(); ++j) {
-      check(
-          copies[i].target != copies[j].source && (i == j || copies[i].target != copies[j].target),
-          where, "block ", copies[i].target, " is written by one copy and named by another");
-    }
+    targets.push_back(copy.target);
+  }
+  std::sort(targets.begin(), targets.end());
+  const auto refuse = [&](int32_t block) {
+    fail(ErrorKind::kInvalidArgument, where, "block ", block,
+         " is written by one copy and named by another");
+  };
+  const auto twice = std::adjacent_find(targets.begin(), targets.end());
+  if (twice != targets.end()) refuse(*twice);
+  for (const BlockCopy& copy : copies) {
+    if (std::binary_search(targets.begin(), targets.end(), copy.source)) refuse(copy.source);
   }
 }
 

@@ -29,7 +29,7 @@ struct WorkspaceLimits {
   int64_t vocab_size, head_dim;
   int64_t max_tokens, max_logits;
   int64_t gated_rows;   // weight rows of the largest linear with an activation, 0 if there is none
-  int64_t float8_keys;  // positions that a step's requests have in an FP8 cache; 0 for others
+  int64_t float8_keys;  // positions that prompts may read from an E4M3 cache; 0 for other caches
   int64_t float8_kv_heads;  // of the layer that has most
   int num_threads;
 };

@@ -14,7 +14,7 @@ struct PlanLimits {
   int64_t max_tokens = 0;
   int64_t max_logits = 0;
   int64_t max_requests = 0;
-  int64_t float8_keys = 0;  // positions that its requests have in an FP8 cache; 0 for others
+  int64_t float8_keys = 0;  // positions that prompts may read from an E4M3 cache
 };
 
 // Where each value lies in the activation arena. Values whose lives overlap do not share bytes; an

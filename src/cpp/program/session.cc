@@ -73,7 +73,7 @@ ProgramSession::ProgramSession(std::shared_ptr<Device> device, Program program,
   const DType kv_dtype = limits.kv_cache_dtype.value_or(program_.dtype());
   const int64_t keys = int64_t{limits.max_requests} * rows.max_model_len;
   const PlanLimits plan{limits.max_tokens, limits.max_logits, limits.max_requests,
-                        is_float8(kv_dtype) ? keys : 0};
+                        kv_dtype == DType::kE4M3 ? keys : 0};
   const KvScaleKind kind = is_float8(kv_dtype) ? limits.kv_scales : KvScaleKind::kNone;
   for (const HeadShape& heads : program_.kv_layers()) {
     KvCacheLayer layer =

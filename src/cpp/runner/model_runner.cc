@@ -61,9 +61,11 @@ int64_t staged_bytes(const RunnerConfig& config) {
 }  // namespace
 
 PlanLimits ModelRunner::plan_limits(const RunnerConfig& config) {
+  // No other cache is dequantised for prompts, nor this one where all rows take one kernel.
+  const bool dequantises = config.kv_cache.dtype == DType::kE4M3 && !config.batch_invariant;
   const int64_t keys = int64_t{config.max_num_seqs} * config.max_model_len;
   return {config.max_num_batched_tokens, max_logits_rows(config), config.max_num_seqs,
-          config.kv_cache.dtype.has_value() ? keys : 0};
+          dequantises ? keys : 0};
 }
 
 Program ModelRunner::prepared(Program program, const RunnerConfig& config) {
