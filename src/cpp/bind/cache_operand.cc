@@ -211,8 +211,8 @@ CacheOperand cache_operand(OpCall& call, const CacheArguments& arguments,
   check_head_dim(call, key.shape[3]);
   call.require(key.shape[2] <= kMaxHeads, "key_cache has ", key.shape[2],
                " heads; must have at most ", kMaxHeads);
-  call.require(key.shape[0] <= kMaxSlots / key.shape[1], "key_cache has ", key.shape[0], " blocks of ", key.shape[1],
-               " slots; must have fewer than 2**31 slots");
+  call.require(key.shape[0] <= kMaxSlots / key.shape[1], "key_cache has ", key.shape[0],
+               " blocks of ", key.shape[1], " slots; must have fewer than 2**31 slots");
   check_same_strides(call, key, value);
   if (written) check_apart(call, key, value);
   layer.key = key.data;
