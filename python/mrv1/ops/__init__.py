@@ -849,8 +849,7 @@ def swap_blocks(
 
     One call is for one array of a cache: keys, values, or the scales of either. On a GPU, either
     array may be memory of the host that the GPU addresses: `mrv1.memory.pinned(...).device()`. The
-    copy then runs in the stream while the host goes on; a fence of the pinned array says when it is
-    done.
+    copy then runs in `stream` while the host goes on; `PinnedArray.fence(stream)` marks its end.
 
     Args:
         source: [blocks, ...] of any dtype; the elements of a block are contiguous.
