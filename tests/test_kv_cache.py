@@ -482,7 +482,7 @@ def test_offsets_beyond_31_bits(
     tmp_path: Path,
     kv_cache_dtype: str,
 ) -> None:
-    """Blocks 2**30 elements of bfloat16, or 2**31 of FP8, apart."""
+    """Blocks 2**30 elements of bfloat16, or 2**31 of FP8, apart: written, copied and read."""
     heads, dim, block_size = 2, 64, 4
     is_fp8 = kv_cache_dtype != "auto"
     dtype = np.dtype(np.uint8) if is_fp8 else BF16
@@ -541,6 +541,42 @@ def test_offsets_beyond_31_bits(
             if is_fp8:
                 want = encode(want.astype(np.float32), np.float32(2), kv_cache_dtype)
             np.testing.assert_array_equal(found, want.view(np.uint8))
+
+    kept = values.astype(np.float32)
+    if is_fp8:
+        kept = encode(kept, np.float32(2), kv_cache_dtype).view(FORMATS[kv_cache_dtype][0])
+        kept = kept.astype(np.float32) / 2
+    expected = np.zeros((3 * block_size, heads, dim), np.float32)
+    expected[slots] = kept
+    expected[block_size : 2 * block_size] = expected[2 * block_size :]
+    ops.copy_blocks(side(0), side(block), [(2, 1)], **options, **stream)
+    outs = [Storage(expected.nbytes, native_device) for _ in range(2)]
+    key_out, value_out = (
+        out.array(expected.shape, contiguous(expected.shape), F32) for out in outs
+    )
+    ops.gather_blocks(
+        side(0), side(block), stored(np.int32([0, 1, 2]), native_device), dtype="float32",
+        key_out=key_out, value_out=value_out, **options, **stream,
+    )  # fmt: skip
+    query = np.random.default_rng(1).standard_normal((1, heads, dim)).astype(BF16)
+    result = Storage(query.nbytes, native_device)
+    ops.paged_attention(
+        stored(query, native_device), side(0), side(block),
+        stored(np.int32([[1, 2]]), native_device), stored(np.int32([8]), native_device),
+        stored(np.int32([0, 1]), native_device),
+        out=result.array(query.shape, contiguous(query.shape), BF16), **options, **stream,
+    )  # fmt: skip
+    native_device.synchronize()
+    for out, sign in zip(outs, (1, -1), strict=True):
+        assert np.array_equal(out.view(expected.shape, contiguous(expected.shape), F32),
+                              sign * expected)  # fmt: skip
+    seen = expected[block_size:].astype(np.float64)
+    scores = np.einsum("hd,thd->ht", query[0].astype(np.float64), seen) * dim**-0.5
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    weights /= weights.sum(1, keepdims=True)
+    exact = -np.einsum("ht,thd->hd", weights, seen)
+    found = result.view(exact.shape, contiguous(exact.shape), BF16).astype(np.float64)
+    assert np.abs(found - exact).max() < 0.01 * np.abs(exact).max()
 
 
 def test_other_libraries_arrays_of_fp8(native_device: _core.Device, stream: dict[str, Any]) -> None:

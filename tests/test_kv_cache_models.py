@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from golden_data import GOLDEN_NAMES, load_golden, relative_error
+from mrv1 import shapes
 from mrv1.llm import LLM
+from mrv1.random_model import save_random_model
 from mrv1.runner import ModelRunner
 from mrv1.sampling_params import SamplingParams
 from serving_tools import (
@@ -198,3 +201,48 @@ def test_samples_that_share_and_copy_blocks_are_those_of_requests_alone(
         stats = llm.engine.stats()
         assert stats["preemptions"] > 0, stats
         assert any(result.num_cached_tokens > 0 for result in results)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", FORMATS)
+def test_prompts_beside_rows_with_drafts(device: str, kv_cache_dtype: str, tmp_path: Path) -> None:
+    """Chunks of prompts long enough that a GPU dequantises what they see, in mixed steps."""
+    values = {
+        **shapes.shape_config("qwen3-0.6b", 2)[1],
+        "vocab_size": 500,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    model = save_random_model(tmp_path / "model", values, progress=False)
+    prompts = [make_prompt(length, length, 500) for length in (30, 700, 450)]
+    found = []
+    for batch_invariant in (True, False):
+        with open_runner(
+            device,
+            model,
+            dtype="bfloat16",
+            max_model_len=1024,
+            max_num_batched_tokens=1024,
+            num_kv_blocks=1024,
+            speculative_config={"method": "ngram", "num_speculative_tokens": 3},
+            batch_invariant=batch_invariant,
+            kv_cache_dtype=kv_cache_dtype,
+        ) as runner:
+            pool = BlockPool(runner)
+            rows = [
+                runner.add_row(prompt, greedy(40), block_ids=pool.take_groups(200))
+                for prompt in prompts
+            ]
+            runner.execute([(rows[0], 30)]).result()
+            for counts in ((350, 150), (350, 300)):
+                batch = [(rows[0], 4), *zip(rows[1:], counts, strict=True)]
+                runner.execute(batch).result()
+            found.append([runner.logits(item) for item in (1, 2)])
+    for exact, other in zip(*found, strict=True):
+        assert relative_error(other[None], exact[None]) < 0.03
+        if device == "cpu":
+            assert np.array_equal(exact, other)

@@ -12,6 +12,7 @@
 #include "bind/bind.h"
 #include "core/probes.h"
 #include "program/attention_probe.h"
+#include "program/kv_store.h"
 
 namespace mrv1 {
 namespace {
@@ -155,14 +156,6 @@ struct AttentionProbeHandle : Handle<AttentionProbe> {
   using Handle::Handle;
 };
 
-DType cache_dtype_named(const std::string& name) {
-  if (name == "auto") return DType::kBF16;
-  if (name == "fp8_e4m3") return DType::kE4M3;
-  check(name == "fp8_e5m2", "attention_probe", "kv_cache_dtype = '", name,
-        "': must be auto, fp8_e4m3 or fp8_e5m2");
-  return DType::kE5M2;
-}
-
 KvScaleKind scales_named(const std::string& name) {
   if (name == "none") return KvScaleKind::kNone;
   if (name == "tensor") return KvScaleKind::kTensor;
@@ -231,7 +224,8 @@ void bind_bench(nb::module_& m) {
              int32_t block_size, int32_t copies) {
             AttentionProbe::Options options;
             options.shape = {num_heads, num_kv_heads, head_dim};
-            options.cache_dtype = cache_dtype_named(kv_cache_dtype);
+            options.cache_dtype =
+                kv_cache_dtype_from_name(kv_cache_dtype, "attention_probe").value_or(DType::kBF16);
             options.scales = scales_named(scales);
             options.tokens_first = tokens_first;
             options.block_size = block_size;

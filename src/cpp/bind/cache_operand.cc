@@ -8,7 +8,7 @@
 #include <span>
 
 #include "ops/paged_attention.h"
-#include "program/program.h"
+#include "program/kv_store.h"
 
 namespace mrv1 {
 namespace {
@@ -90,19 +90,12 @@ void check_apart(const OpCall& call, const Operand& key, const Operand& value) {
   call.require(!overlaps, value.name, " overlaps ", key.name, "; they must share no element");
 }
 
-std::optional<DType> fp8_format(const OpCall& call, const std::string& name) {
-  if (name == "fp8_e4m3") return DType::kE4M3;
-  if (name == "fp8_e5m2") return DType::kE5M2;
-  call.require(name == "auto", "kv_cache_dtype = '", name, "': must be auto, fp8_e4m3 or fp8_e5m2");
-  return std::nullopt;
-}
-
 constexpr nb::dlpack::dtype kUint8{static_cast<uint8_t>(nb::dlpack::dtype_code::UInt), 8, 1};
 
 // Element type of the cache.
 DType cache_dtype(const OpCall& call, const Operand& key, const std::string& kv_cache_dtype,
                   std::optional<DType> activation) {
-  if (const std::optional<DType> format = fp8_format(call, kv_cache_dtype)) {
+  if (const auto format = kv_cache_dtype_from_name(kv_cache_dtype, call.op())) {
     if (!(key.dtype == kUint8)) call.typed(key, *format);
     return *format;
   }
@@ -178,7 +171,7 @@ KvScales cache_scales(OpCall& call, const CacheArguments& arguments, const KvCac
 }  // namespace
 
 DType named_cache_dtype(const OpCall& call, const std::string& kv_cache_dtype, DType activation) {
-  return fp8_format(call, kv_cache_dtype).value_or(activation);
+  return kv_cache_dtype_from_name(kv_cache_dtype, call.op()).value_or(activation);
 }
 
 void check_head_dim(const OpCall& call, int64_t head_dim) {

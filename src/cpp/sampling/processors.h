@@ -27,8 +27,9 @@
 //                the mass equally. The division is a product with float(1 / double(temperature)),
 //                which is clamped to the largest float.
 //   min_p        keeps q >= ceil(min_p * 2^43).
-//   top_k        keeps the first k tokens of what is left; at an edge of equal logits the lower
-//   ids. top_p        keeps the shortest prefix of what is left whose sum of q is at least
+//   top_k        keeps the first k tokens of what is left; at an edge of equal logits those of
+//                lower ids.
+//   top_p        keeps the shortest prefix of what is left whose sum of q is at least
 //                ceil(top_p * total), total being the sum of what is left. (top_p is read in 2^-63
 //                units, rounded down: exact for top_p >= 2^-40.)
 //  At least the first token is always kept.
