@@ -25,26 +25,34 @@ _CODES = {
 }
 
 
-class _Tensor(ctypes.Structure):
+class DLTensor(ctypes.Structure):
+    """An array as DLPack describes it; dlpack.h has the fields."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _Managed(ctypes.Structure):
     """DLManagedTensor."""
 
 
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Tensor))
-_Tensor._fields_ = [
-    ("data", ctypes.c_void_p),
-    ("device_type", ctypes.c_int32),
-    ("device_id", ctypes.c_int32),
-    ("ndim", ctypes.c_int32),
-    ("code", ctypes.c_uint8),
-    ("bits", ctypes.c_uint8),
-    ("lanes", ctypes.c_uint16),
-    ("shape", ctypes.POINTER(ctypes.c_int64)),
-    ("strides", ctypes.POINTER(ctypes.c_int64)),
-    ("byte_offset", ctypes.c_uint64),
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Managed))
+_Managed._fields_ = [
+    ("tensor", DLTensor),
     ("manager", ctypes.c_void_p),
     ("deleter", _Deleter),
 ]
-_keep = _Deleter(lambda tensor: None)  # the exporting object owns everything
+_keep = _Deleter(lambda managed: None)  # the exporting object owns everything
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
@@ -78,12 +86,13 @@ class Exported:
             (ctypes.c_int64 * dims)(*self.shape),
             (ctypes.c_int64 * dims)(*self._strides),
         )
-        tensor = _Tensor(
+        tensor = DLTensor(
             self._address, *self._device, len(self.shape), _CODES[self._dtype],
-            8 * self._dtype.itemsize, 1, shape, strides, 0, None, _keep,
+            8 * self._dtype.itemsize, 1, shape, strides, 0,
         )  # fmt: skip
-        self._exports.append((tensor, shape, strides))
-        return _new_capsule(ctypes.addressof(tensor), b"dltensor", None)
+        managed = _Managed(tensor, None, _keep)
+        self._exports.append((managed, shape, strides))
+        return _new_capsule(ctypes.addressof(managed), b"dltensor", None)
 
 
 class Storage:

@@ -254,8 +254,8 @@ def test_swap_blocks_out_and_in(
     assert np.array_equal(near.bytes, before), "bytes between blocks were written"
 
 
-def test_swap_blocks_does_not_wait(native_device: _core.Device) -> None:
-    """A fence of the pinned memory says when the copy is done, in the stream of the call."""
+def test_a_fence_says_when_swaps_are_done(native_device: _core.Device) -> None:
+    """One of the pinned memory, in the stream of the calls."""
     dtype = np.dtype(np.float32)
     near = Storage(64 * 4096 * 4, native_device)
     near.bytes.view(np.float32)[:] = np.arange(64 * 4096)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from device_arrays import Exported, Storage, contiguous, stored
+from device_arrays import DLTensor, Exported, Storage, contiguous, stored
 from mrv1 import _core, ops
 from mrv1.errors import InvalidArgumentError
 
@@ -39,30 +39,13 @@ class _Versioned(ctypes.Structure):
 _Delete = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-class _Lent(ctypes.Structure):
-    """DLTensor."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
 _Versioned._fields_ = (
     ("major", ctypes.c_uint32),
     ("minor", ctypes.c_uint32),
     ("manager", ctypes.c_void_p),
     ("deleter", _Delete),
     ("flags", ctypes.c_uint64),
-    ("tensor", _Lent),
+    ("tensor", DLTensor),
 )
 
 
@@ -82,7 +65,7 @@ class Exchanged(Recorded):
 
 
 def _lend(array: Any, out: int) -> int:
-    lent = ctypes.cast(out, ctypes.POINTER(_Lent)).contents
+    lent = ctypes.cast(out, ctypes.POINTER(DLTensor)).contents
     dims = len(array.shape)
     sizes = ((ctypes.c_int64 * dims)(*array.shape), (ctypes.c_int64 * dims)(*array._strides))
     array._exports.append(sizes)

@@ -223,9 +223,9 @@ void EngineThread::drop_outputs(int32_t slot) {
 }
 
 void EngineThread::free_slot(int32_t slot) {
+  free_slots_.push_back(slot);  // first, as it may find no memory
   num_unheard_of_ -= samples_[slot].id == nullptr;
   samples_[slot] = {};
-  free_slots_.push_back(slot);
   if (--num_samples_ == 0) news_.notify_all();
 }
 
