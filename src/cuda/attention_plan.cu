@@ -34,7 +34,6 @@ struct PlanArgs {
   int32_t* first_blocks;
   int32_t max_blocks, block_size;
   int64_t split_rows;  // tile rows of splits that a worker's partial results can hold
-  int32_t cut_cost;    // cells that a worker loses where both its ends are cut
 };
 
 // The last of `count` ascending starts that is at most `value`; starts[0] <= value.
@@ -190,7 +189,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArgs args, InferPara
     // cost more than the uneven share does.
     const int32_t pieces = total / most_cells;
     const int32_t each = (pieces + worker.num_workers - 1) / worker.num_workers;
-    const int64_t uneven = int64_t{each} * most_cells - args.cut_cost;
+    const int64_t uneven = int64_t{each} * most_cells - cuda::kCutCost;
     if (pieces % each == 0 && uneven * worker.num_workers <= total) {
       worker.num_workers = pieces / each;
     }
@@ -395,8 +394,6 @@ void plan_attention_cuda(const AttentionPlan& plan, const StepContext& ctx) {
   }
   args.max_blocks = ctx.rows.max_blocks;
   args.block_size = ctx.rows.block_size;
-  // A unit of E4M3 takes half as long to read.
-  args.cut_cost = is_float8(plan.cache_dtype) ? 2 * cuda::kCutCost : cuda::kCutCost;
   args.split_rows = layout.start_floats / cuda::partial_row_floats(launch.dim);
   size_t shared_bytes = static_cast<size_t>(ctx.sizes.num_requests + 1 + items) * sizeof(int32_t);
   if (shared_bytes > static_cast<size_t>(kPlanSharedBytes)) {

@@ -26,7 +26,7 @@ constexpr int kUnit = kWarpPositions * kAttentionWarps;  // positions of a unit
 constexpr int kNarrowRows = 16;
 constexpr int kWideRows = 64;
 constexpr int kSegmentCost = 1;  // cells
-constexpr int kCutCost = 3;      // cells, if a unit is of bfloat16: what two cut ends take
+constexpr int kCutCost = 3;      // cells that a worker loses where both its ends are cut
 constexpr int kMostPieces = 64;  // of an item and head, as one worker merges them
 constexpr int kSplitUnitsLog2 =
     3;                          // batch invariant: units that are summed as one, from position 0
