@@ -90,9 +90,9 @@ class Kernel {
         warp_(static_cast<int>(threadIdx.x) / 32),
         lane_(static_cast<int>(threadIdx.x) % 32),
         worker_(args.workers[blockIdx.x]),
-        block_(plans_blocks(args.block_size)
-                   ? args.first_blocks[blockIdx.x * kAttentionWarps + threadIdx.x / 32]
-                   : 0),
+        blocks_(plans_blocks(args.block_size)
+                    ? args.first_blocks[blockIdx.x * kAttentionWarps + threadIdx.x / 32]
+                    : 0),
         stages_(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
         queries_(stages_ + args.stages * L::kStageBytes),
         merge_(reinterpret_cast<float*>(shared + args.stages * L::kStageBytes +
@@ -103,7 +103,7 @@ class Kernel {
   __device__ void run() {
     const int32_t batch = token_batch(0);
     ahead_.start(args_, worker_);
-    if (!plans_blocks(args_.block_size)) look_up();
+    look_up_segment(plans_blocks(args_.block_size));
     for (;; ++current_) {
       while (in_flight_ < args_.stages - 1 && may_request()) request();
       if (current_ == entered_) break;
@@ -118,9 +118,9 @@ class Kernel {
  private:
   // --- bringing units to shared memory ---
 
-  __device__ int32_t ahead_position() const {
-    return (ahead_.at.item.begin / kUnit + ahead_.at.unit) * kUnit + warp_ * kBlock +
-           (lane_id() & 15);
+  // The position of this lane, modulo 16, of a unit of the segment that is requested.
+  __device__ int32_t ahead_position(int32_t unit) const {
+    return (ahead_.at.item.begin / kUnit + unit) * kUnit + warp_ * kBlock + (lane_id() & 15);
   }
 
   // Where the block table has the block of a position of the item that is requested.
@@ -130,15 +130,35 @@ class Kernel {
     return args_.block_table + int64_t{ahead_.at.item.row} * args_.max_blocks + index;
   }
 
-  // Starts to read the block id of this lane's position of the unit that is requested next. The
-  // table is brought near long before: the units in flight would be too few to wait for it.
-  __device__ void look_up() {
-    block_ = 0;
-    if (ahead_.done(worker_)) return;
-    const int32_t position = ahead_position();
-    if (position < ahead_.at.item.begin || position >= ahead_.at.item.end) return;
-    block_ = *table_entry(position);
-    if (warp_ == 0 && lane_ == 0) prefetch_table(position + kTableAhead * kUnit);
+  // Block ids are read for two units at a time, those of the first in the lower 16 lanes, and two
+  // units before they are needed. The table is brought near long before that: with a unit's time
+  // between them, reads that miss the cache would not come back in time.
+  __device__ int32_t look_up(int32_t first) const {
+    if (ahead_.done(worker_)) return 0;
+    const int32_t unit = first + lane_id() / kBlock;
+    const int32_t position = ahead_position(unit);
+    if (unit >= ahead_.at.unit_end || position < ahead_.at.item.begin ||
+        position >= ahead_.at.item.end) {
+      return 0;
+    }
+    return *table_entry(position);
+  }
+  // Those of a segment's first units; of the first unit of all they may be there.
+  __device__ void look_up_segment(bool has_first) {
+    if (!has_first || lane_id() >= kBlock) blocks_ = look_up(ahead_.at.unit);
+    next_blocks_ = look_up(ahead_.at.unit + 2);
+    second_ = false;
+  }
+  // Goes on to the unit after the one that has been requested.
+  __device__ void next_blocks() {
+    if (second_) {
+      blocks_ = next_blocks_;
+      next_blocks_ = look_up(ahead_.at.unit + 2);
+    }
+    second_ = !second_;
+    if (warp_ == 0 && lane_ == 0) {
+      prefetch_table((ahead_.at.item.begin / kUnit + ahead_.at.unit + kTableAhead) * kUnit);
+    }
   }
   __device__ void prefetch_table(int32_t position) const {
     if (position < ahead_.at.item.end) prefetch_line(table_entry(position));
@@ -153,10 +173,12 @@ class Kernel {
   __device__ void request() {
     if (fresh_) enter_segment();
     const int lane = lane_id();
-    const int32_t position = ahead_position();
+    const int32_t position = ahead_position(ahead_.at.unit);
+    const int32_t block =
+        __shfl_sync(kAllLanes, blocks_, (lane & (kBlock - 1)) + (second_ ? kBlock : 0));
     const int32_t in_block = args_.block_shift >= 0 ? position & ((1 << args_.block_shift) - 1)
                                                     : position % args_.block_size;
-    uint32_t place = static_cast<uint32_t>(block_) * args_.block_stride +
+    uint32_t place = static_cast<uint32_t>(block) * args_.block_stride +
                      static_cast<uint32_t>(in_block) * args_.token_stride +
                      static_cast<uint32_t>(ahead_.at.head) * args_.head_stride;
     if (position < ahead_.at.item.begin || position >= ahead_.at.item.end) place = kNowhere;
@@ -181,7 +203,7 @@ class Kernel {
       const bool there = place != kNowhere;
       const float* scales = lane < kBlock ? args_.scales.key : args_.scales.value;
       const int64_t offset =
-          there ? args_.scales.index(block_, in_block, ahead_.at.head) : int64_t{0};
+          there ? args_.scales.index(block, in_block, ahead_.at.head) : int64_t{0};
       copy_word_async(target + 2 * L::kMatrixBytes + lane * static_cast<int>(sizeof(float)),
                       scales + offset, there ? static_cast<int>(sizeof(float)) : 0);
     }
@@ -189,8 +211,12 @@ class Kernel {
     ++in_flight_;
     filling_ = filling_ + 1 == args_.stages ? 0 : filling_ + 1;
     fresh_ = ++ahead_.at.unit == ahead_.at.unit_end;
-    if (fresh_) ahead_.next_segment(args_, worker_);
-    look_up();
+    if (fresh_) {
+      ahead_.next_segment(args_, worker_);
+      look_up_segment(false);
+    } else {
+      next_blocks();
+    }
   }
 
   // Notes the segment for later and requests a quarter of a narrow tile's queries.
@@ -623,7 +649,8 @@ class Kernel {
   const NativeAttentionArgs& args_;
   const int warp_, lane_;
   const AttentionWorker worker_;
-  int32_t block_;                    // where this lane's position of the next unit's request lies
+  int32_t blocks_, next_blocks_;     // of two units, and of the two after them
+  bool second_ = false;              // the unit requested next is the second of the two
   const uint32_t stages_, queries_;  // shared memory
   float* const merge_;               // [warps, kMergeRows, D]
   float* const limits_;              // [warps, kNarrowRows, 2] maximum and sum
@@ -667,6 +694,7 @@ void launch_native_attention(const NativeAttentionArgs& args, const AttentionLau
                           ? native::native_attention_kernel<Cache, D, AttentionTiles::kSplits>
                           : native::native_attention_kernel<Cache, D, AttentionTiles::kWide>;
   allow_shared_memory(kOp, kernel, attention.shared_bytes);
+  prefer_shared_memory(kOp, kernel);
   launch(kOp, ctx, kernel, dim3(attention.workers), dim3(kAttentionThreads), attention.shared_bytes,
          args);
 }
