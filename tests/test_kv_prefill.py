@@ -128,8 +128,13 @@ class Batch:
         for name, data in ints.items():
             self.session.set_ints(name, np.ascontiguousarray(data, np.int32))
 
-    def run(self, *, eager: bool) -> Array:
-        self.session.set_options(eager_attention=eager)
+    def run(
+        self,
+        *,
+        eager: bool,
+        backend: _core.AttentionBackend = _core.AttentionBackend.NATIVE,
+    ) -> Array:
+        self.session.set_options(eager_attention=eager, attention_backend=backend)
         self.session.run(len(self.rows.lengths), self.tokens)
         num, _, dim = self.rows.heads
         return self.session.value(self.out, self.tokens).reshape(-1, num, dim)
@@ -166,6 +171,17 @@ def test_prompts_over_fp8_match_float64(
 ) -> None:
     batch = Batch(native_device, CASES[name], 1)
     batch.check(batch.run(eager=eager), np.arange(len(batch.batch)))
+
+
+@pytest.mark.parametrize("prompt", [300, 20])
+def test_decode_rows_read_the_cache_beside_prompts_in_scratch(
+    native_device: _core.Device, prompt: int
+) -> None:
+    """By FlashInfer's decode kernel, where there is one; short prompts are not dequantised."""
+    rows = Rows(((500, 1), (40, 1), (30, prompt), (0, prompt)), scales="tensor")
+    batch = Batch(native_device, rows, 5)
+    out = batch.run(eager=True, backend=_core.AttentionBackend.FLASHINFER)
+    batch.check(out, np.arange(len(batch.batch)))
 
 
 def test_keys_that_do_not_fit_at_once_are_cut_by_heads(

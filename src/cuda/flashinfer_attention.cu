@@ -419,11 +419,13 @@ __global__ void __launch_bounds__(kPlanThreads)
   if (blockIdx.x == 0) {
     if (args.prefill && args.sm90.tile > 0) plan_prefill<true>(args, state, infer);
     const int32_t num_requests = infer.counts->num_requests;
+    const int32_t num_decodes = infer.counts->num_decodes;
     for (int32_t batch = threadIdx.x; batch <= infer.max_requests; batch += kPlanThreads) {
-      args.flash.page_begin[batch] = args.scratch_keys > 0 ? batch
-                                     : batch < num_requests
-                                         ? max(0, infer.row[batch]) * state.max_blocks
-                                         : state.num_rows * state.max_blocks;
+      // Prefill rows may have a block table of one entry each; decode rows read the cache.
+      const bool in_scratch = args.scratch_keys > 0 && batch >= num_decodes;
+      const int32_t begin = batch < num_requests ? max(0, infer.row[batch]) * state.max_blocks
+                                                 : state.num_rows * state.max_blocks;
+      args.flash.page_begin[batch] = in_scratch && batch < infer.max_requests ? batch : begin;
     }
   } else if (blockIdx.x == 1) {
     if (args.prefill && args.fa2.tile > 0) plan_prefill<false>(args, state, infer);
@@ -650,7 +652,7 @@ void flashinfer_plan(const AttentionPlan& plan, const StepContext& ctx) {
   args.decode_tiles = decode_tiles_per_row(plan.shape);
   args.prefill = route.flashinfer_prefill;
   args.decode = route.flashinfer_decode;
-  if (is_float8(plan.cache_dtype)) {
+  if (is_float8(plan.cache_dtype) && route.flashinfer_prefill) {
     args.scratch_keys = static_cast<int32_t>(scratch_of(plan, ctx).keys);
   }
   cuda::launch(kPlanOp, ctx, plan_kernel, dim3(args.decode ? 3 : 2), dim3(kPlanThreads), 0, args,

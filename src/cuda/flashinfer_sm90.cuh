@@ -78,6 +78,42 @@ struct Fa3Softmax {
   float sm_scale;
 };
 
+// FlashInfer's epilogue, but with barriers that hold. Its own has every thread arrive twice at the
+// one between the stores to shared memory and the reads, so a warpgroup may read what another has
+// not stored yet; and nothing keeps the next tile's values, which take the same memory, from coming
+// before all have been read.
+template <typename Traits>
+struct Fa3Epilogue : flashinfer::CollectiveEpilogue<Traits> {
+  using Base = flashinfer::CollectiveEpilogue<Traits>;
+
+  template <typename BlockCoord, typename SharedStorage, typename Out, typename Lse, typename Mma>
+  CUTLASS_DEVICE void store(const typename Base::Params& params, const Out& out, const Lse&,
+                            SharedStorage& shared, Mma mma, int thread,
+                            const BlockCoord& block_coord) {
+    using cutlass::arch::NamedBarrier;
+    constexpr auto kStored = cutlass::arch::ReservedNamedBarriers::EpilogueBarrier;
+    const auto [tile, head, kv_head, query_begin, page_begin, query_len, kv_len, batch] =
+        block_coord;
+    const auto tile_out =
+        cute::make_tensor(cute::make_smem_ptr(shared.smem_o.data()), typename Base::SmemLayoutO{});
+    const auto copy = cute::make_tiled_copy_C(typename Base::SmemCopyAtomO{}, mma);
+    const auto own = copy.get_thread_slice(thread);
+    const auto rounded = flashinfer::convert_type<typename Base::DTypeO>(out);
+    const auto source = own.retile_S(rounded);
+    auto target = own.partition_D(tile_out);
+    // All have read the values, which lie there.
+    NamedBarrier::sync(Base::NUM_MMA_THREADS,
+                       static_cast<int>(flashinfer::NamedBarriers::kValueEmpty));
+    cute::copy(copy, source, target);
+    NamedBarrier::sync(Base::NUM_MMA_THREADS, kStored);
+    flashinfer::write_tiled<Base::NUM_COPY_THREADS>(
+        params.O_ptr, typename Base::TiledCopyO{}, params.layout_O,
+        cute::select<0, 1>(typename Base::TileShape_PDV{}), tile_out, thread, tile, head,
+        query_begin, query_len);
+    NamedBarrier::sync(Base::NUM_MMA_THREADS, kStored);
+  }
+};
+
 template <int kHeadDim>
 void launch_flash_prefill_sm90(const FlashArgs& args) {
   using Element = cutlass::bfloat16_t;
@@ -87,7 +123,7 @@ void launch_flash_prefill_sm90(const FlashArgs& args) {
                                         sm90_tile(kHeadDim), kTileKv, /*NUM_STAGES=*/2, Element,
                                         Element, Element, int32_t, flashinfer::StandardAttention>;
   using Mainloop = flashinfer::SparseCollectiveMainloop<Fa3Softmax, Traits, /*CAUSAL=*/true>;
-  using Epilogue = flashinfer::CollectiveEpilogue<Traits>;
+  using Epilogue = Fa3Epilogue<Traits>;
   // A row without a window has one that is never reached: one kernel serves both, and the
   // comparison is made in masked iterations only.
   constexpr int kNoWindow = 1 << 30;
