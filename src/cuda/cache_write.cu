@@ -130,6 +130,81 @@ struct Piece {
   }
 };
 
+__device__ __forceinline__ uint32_t max_halves(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t result;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+#else
+  return __vmaxu2(a, b);
+#endif
+}
+
+// The largest finite magnitude among keys and among values, of a lane or of several. Magnitudes are
+// in the order of their bits, so those of 16 bits are compared as integers, two at a time.
+template <typename T>
+class Largest {
+ public:
+  __device__ __forceinline__ void set(const Piece<T>& key, const Piece<T>& value) {
+    halves_ = both(key.vectors[0], value.vectors[0]);
+    if ((halves_ & 0xffffu) >= kInfinity || halves_ >> 16 >= kInfinity) {
+      halves_ = both(finite(key.vectors[0]), finite(value.vectors[0]));
+    }
+  }
+  // With those of the lane whose number differs by `offset`.
+  __device__ __forceinline__ void exchange(int offset) {
+    halves_ = max_halves(halves_, __shfl_xor_sync(cuda::kFullWarp, halves_, offset));
+  }
+  __device__ __forceinline__ float of(int side) const {
+    return to_float(T{static_cast<uint16_t>(side == 0 ? halves_ & 0xffffu : halves_ >> 16)});
+  }
+
+ private:
+  static_assert(sizeof(T) == 2);
+  static constexpr uint32_t kInfinity = std::is_same_v<T, BFloat16> ? 0x7f80 : 0x7c00;
+  static constexpr uint32_t kMagnitudes = 0x7fff7fff;
+
+  static __device__ __forceinline__ uint32_t pairs(uint4 vector) {
+    return max_halves(max_halves(vector.x & kMagnitudes, vector.y & kMagnitudes),
+                      max_halves(vector.z & kMagnitudes, vector.w & kMagnitudes));
+  }
+  static __device__ __forceinline__ uint32_t both(uint4 key, uint4 value) {
+    const uint32_t keys = pairs(key), values = pairs(value);
+    return max_halves(__byte_perm(keys, values, 0x5410), __byte_perm(keys, values, 0x7632));
+  }
+  static __device__ uint32_t finite(uint32_t word) {
+    const uint32_t low = word & 0x7fffu, high = word >> 16 & 0x7fffu;
+    return (low < kInfinity ? low : 0) | (high < kInfinity ? high : 0) << 16;
+  }
+  static __device__ uint4 finite(uint4 vector) {
+    return make_uint4(finite(vector.x), finite(vector.y), finite(vector.z), finite(vector.w));
+  }
+
+  uint32_t halves_;  // of keys below, of values above
+};
+
+template <>
+class Largest<float> {
+ public:
+  __device__ __forceinline__ void set(const Piece<float>& key, const Piece<float>& value) {
+    float values[kPieceSize];
+    key.unpack(values);
+    sides_[0] = cuda::largest_finite(values);
+    value.unpack(values);
+    sides_[1] = cuda::largest_finite(values);
+  }
+  __device__ __forceinline__ void exchange(int offset) {
+#pragma unroll
+    for (float& side : sides_) {
+      side = fmaxf(side, __shfl_xor_sync(cuda::kFullWarp, side, offset));
+    }
+  }
+  __device__ __forceinline__ float of(int side) const { return sides_[side]; }
+
+ private:
+  float sides_[2];
+};
+
 // Lanes of a head where it has a scale for each token: kAnyLanes, if they are no constant.
 constexpr int kNoLanes = 0;
 constexpr int kAnyLanes = -1;
@@ -145,7 +220,7 @@ __global__ void __launch_bounds__(kThreads)
   Place places[kUnroll];
   int32_t slots[kUnroll];
   Piece<T> pieces[kUnroll][2];
-  float scale[kUnroll][2];
+  [[maybe_unused]] float scale[kUnroll][2];  // static ones
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     Place& place = places[i];
@@ -167,29 +242,17 @@ __global__ void __launch_bounds__(kThreads)
       scale[i][1] = scales.value[place.head * scales.head_stride];
     }
   }
+  [[maybe_unused]] Largest<T> largest[kUnroll];
   if constexpr (kStoresScales) {
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        float values[kPieceSize];
-        pieces[i][side].unpack(values);
-        scale[i][side] = cuda::largest_finite(values);
-      }
-    }
-    // All sums of one level at once, so that they do not wait for each other.
+    for (int i = 0; i < kUnroll; ++i) largest[i].set(pieces[i][0], pieces[i][1]);
+    // One level after the other, so that exchanges do not wait for each other.
     const int lanes = kLanes == kAnyLanes ? any_lanes : kLanes;
 #pragma unroll
     for (int offset = cuda::kWarpSize / 2; offset > 0; offset /= 2) {
       if (offset >= lanes) continue;
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-          scale[i][side] =
-              fmaxf(scale[i][side], __shfl_xor_sync(cuda::kFullWarp, scale[i][side], offset));
-        }
-      }
+      for (int i = 0; i < kUnroll; ++i) largest[i].exchange(offset);
     }
   }
 #pragma unroll
@@ -201,9 +264,11 @@ __global__ void __launch_bounds__(kThreads)
                           place.piece * kPieceSize;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      float factor = scale[i][side];
-      if constexpr (kStoresScales) {
-        factor = kv_token_scale<F>(factor);
+      float factor;
+      if constexpr (!kStoresScales) {
+        factor = scale[i][side];
+      } else {
+        factor = kv_token_scale<F>(largest[i].of(side));
         if (place.piece == 0) {
           (side == 0 ? scales.key
                      : scales.value)[scales.index(target.block, target.place, place.head)] = factor;

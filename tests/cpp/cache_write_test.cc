@@ -70,6 +70,25 @@ TEST_CASE("codes of heads are those of float8_from_float on every instruction se
   }
 }
 
+template <typename F>
+void check_scales() {
+  const auto divided = [](float largest) { return std::max(largest / F::kMax, kMinKvScale); };
+  for (int exponent : {-149, -140, -126, -120, -118, -117, -111, -110, -1, 0, 5, 127}) {
+    for (uint32_t mantissa = 0; mantissa < 1u << 23; mantissa += exponent == 0 ? 1 : 61) {
+      const float largest = std::ldexp(bits_to_float(0x3f800000u | mantissa), exponent);
+      if (kv_token_scale<F>(largest) != divided(largest)) FAIL("of ", largest);
+    }
+  }
+  CHECK(kv_token_scale<F>(0.0f) == kMinKvScale);
+  CHECK(kv_token_scale<F>(std::numeric_limits<float>::max()) ==
+        divided(std::numeric_limits<float>::max()));
+}
+
+TEST_CASE("scales of tokens are quotients") {
+  check_scales<Float8E4M3>();
+  check_scales<Float8E5M2>();
+}
+
 TEST_CASE("cache_write refuses slots outside of the cache, and caches without their scales") {
   const HeadShape shape{1, 1, 8};
   Step step(2, 1);

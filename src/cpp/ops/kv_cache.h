@@ -1,6 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "core/float8.h"
@@ -43,10 +44,13 @@ struct KvScales {
 // The smallest scale: its inverse is finite.
 constexpr float kMinKvScale = 0x1p-126f;
 
-// The scale of a head of a token, by the largest finite magnitude in it.
+// The scale of a head of a token, by the largest finite magnitude in it. The division by a constant
+// is a product and its correction, which rounds as a division does for every float.
 template <typename F>
 MRV1_HD float kv_token_scale(float largest) {
-  const float scale = largest / F::kMax;
+  constexpr float kInverse = 1.0f / F::kMax;
+  const float near = largest * kInverse;
+  const float scale = fmaf(fmaf(-near, F::kMax, largest), kInverse, near);
   return scale < kMinKvScale ? kMinKvScale : scale;
 }
 
