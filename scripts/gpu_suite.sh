@@ -40,7 +40,7 @@ sanitizer() {
 sanitized() {
   if [[ $1 != racecheck ]]; then
     MRV1_TEST_EXAMPLES=6 sanitizer "$1" python3 -m pytest -q -p no:cacheprovider --device cuda \
-      tests/test_ops_parity.py || return 1
+      tests/test_ops_parity.py tests/test_kv_attention.py || return 1
   fi
   local tokens=6
   [[ $1 == racecheck ]] && tokens=2
@@ -59,12 +59,16 @@ params = [
     SamplingParams(temperature=1.2, top_p=0.9, min_p=0.02, top_k=50, max_tokens=count, seed=3),
 ]
 demo = pathlib.Path(mrv1.__file__).parent / "demo"
-for dtype, mode in (("float32", "eager"), ("bfloat16", "eager"), ("bfloat16", "full")):
-    with LLM(demo, device="cuda", dtype=dtype, graph_mode=mode, capture_sizes=[4],
-             piecewise_sizes=[], max_num_batched_tokens=8, max_num_seqs=4, progress=False,
-             num_kv_blocks=64) as llm:
+for dtype, mode, cache in (
+    ("float32", "eager", "auto"), ("bfloat16", "eager", "auto"), ("bfloat16", "full", "auto"),
+    ("bfloat16", "eager", "fp8_e4m3"), ("bfloat16", "full", "fp8_e4m3"),
+    ("bfloat16", "eager", "fp8_e5m2"),
+):
+    with LLM(demo, device="cuda", dtype=dtype, kv_cache_dtype=cache, graph_mode=mode,
+             capture_sizes=[4], piecewise_sizes=[], max_num_batched_tokens=8, max_num_seqs=4,
+             progress=False, num_kv_blocks=64) as llm:
         for result in llm.generate(["Once upon a time"] * 4, params):
-            print(dtype, mode, result.finish_reason, result.token_ids)
+            print(dtype, mode, cache, result.finish_reason, result.token_ids)
 PYTHON
 }
 
