@@ -2,8 +2,8 @@
 //
 // A thread takes pieces of 16 bytes (eight elements where codes are made of them) of keys and of
 // values at the same place, all of which it asks for before it stores the first. The slot of a
-// token is asked for at the same time, as only stores depend on it. For a scale of each head the
-// pieces of a head lie in neighbouring lanes, a power of two of them.
+// token is asked for at the same time, as only stores depend on it. For a scale of each token and
+// head the pieces of a head lie in neighbouring lanes, a power of two of them.
 // What is not aligned takes the last kernel, a warp for a head.
 #include <algorithm>
 #include <limits>
@@ -21,7 +21,8 @@ constexpr std::string_view kOp = "cache_write";
 constexpr int kThreads = 256;
 constexpr int kPieceSize = 8;
 // Vectors of keys, and as many of values, that a thread has in flight: more where bits are only
-// copied, as the others need registers; one where there is too little to do for all processors.
+// copied, as the others need registers; one below kManyPieces, which is too little to do for all
+// processors.
 constexpr int kCopied = 4;
 constexpr int kQuantised = 2;
 constexpr int64_t kManyPieces = 1 << 18;

@@ -26,8 +26,7 @@ struct HeadShape {
 // The writer takes static scales (kTensor, kHead) as they are, finite and at least 2^-126. For
 // kToken it computes and stores scale = max(m / format maximum, 2^-126) with m the largest finite
 // magnitude of the head after its rounding to the activation dtype (0 if there is none). In all
-// kinds
-// code = float8_from_float(value * (1 / scale)), in float32: out of range and infinite values
+// kinds code = float8_from_float(value * (1 / scale)), in float32: out of range and infinite values
 // saturate, NaN stays NaN (core/float8.h).
 enum class KvScaleKind : uint8_t { kNone, kTensor, kHead, kToken };
 struct KvScales {
