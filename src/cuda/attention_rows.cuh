@@ -213,17 +213,15 @@ struct TileRows {
            int64_t{head * args.group + row - token * args.group} * args.head_dim;
   }
 
-  // Scores of what a row does not see become -infinity. score[t] are of 8 positions each; a block
-  // of 16 is `step` positions after the one before it.
+  // Scores of what a row does not see become -infinity; score[t] are of 8 positions each.
   template <int kTiles>
-  __device__ void mask(float (&score)[kTiles][4], int32_t position, int32_t step) const {
-    const int32_t last = position + (kTiles / 2 - 1) * step + kBlock - 1;
-    if (last <= common_high && position >= common_low) return;
+  __device__ void mask(float (&score)[kTiles][4], int32_t position) const {
+    if (position + 8 * kTiles - 1 <= common_high && position >= common_low) return;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int32_t p = position + t / 2 * step + 8 * (t & 1) + 2 * (lane_id() % 4) + (i & 1);
+        const int32_t p = position + 8 * t + 2 * (lane_id() % 4) + (i & 1);
         if (p > high[i / 2] || p < low[i / 2]) score[t][i] = -INFINITY;
       }
     }
@@ -259,7 +257,6 @@ struct BF16Rows : TileRows<D> {
   using L = CacheLayout<D, BF16Cache>;
   // Queries of a narrow tile stay in shared memory where there are no registers for them.
   static constexpr bool kQueryInRegisters = D <= 128;
-  static constexpr int kUnits = 1;  // of a narrow tile, taken in together
   using TileRows<D>::out;
   using TileRows<D>::maximum;
   using TileRows<D>::sum;
@@ -306,11 +303,11 @@ struct BF16Rows : TileRows<D> {
     }
   }
 
-  // Takes in kBlocks blocks of positions, each `step` after the one before it: block b's keys lie
-  // at keys[b], its values kMatrixBytes after them.
+  // Takes in kBlocks blocks of positions from `position` on; block b's keys lie at
+  // keys + b * kBlockBytes, its values kMatrixBytes after them.
   template <int kBlocks, bool kNarrow>
-  __device__ void attend(uint32_t queries, const uint32_t (&keys)[kBlocks], int32_t position,
-                         int32_t step, const ScoreScale& scale) {
+  __device__ void attend(uint32_t queries, uint32_t keys, int32_t position,
+                         const ScoreScale& scale) {
     const int lane = lane_id();
     float score[2 * kBlocks][4];
 #pragma unroll
@@ -328,7 +325,7 @@ struct BF16Rows : TileRows<D> {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         uint32_t fragment[4];
-        load_matrices(fragment, keys[b] + L::offset(key_row, 2 * k + key_chunk));
+        load_matrices(fragment, keys + b * L::kBlockBytes + L::offset(key_row, 2 * k + key_chunk));
         multiply_add(score[2 * b], rows, fragment[0], fragment[1]);
         multiply_add(score[2 * b + 1], rows, fragment[2], fragment[3]);
       }
@@ -345,7 +342,7 @@ struct BF16Rows : TileRows<D> {
         for (int i = 0; i < 4; ++i) score[t][i] = capped(score[t][i], scale);
       }
     }
-    this->mask(score, position, step);
+    this->mask(score, position);
 
     float factor[2];
     float base[2];
@@ -372,9 +369,9 @@ struct BF16Rows : TileRows<D> {
     }
     if (__any_sync(kAllLanes, factor[0] != 1.0f || factor[1] != 1.0f)) this->rescale(factor);
 
+    const uint32_t values = keys + L::kMatrixBytes;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      const uint32_t values = keys[b] + L::kMatrixBytes;
       const uint32_t weights[4] = {pack(score[2 * b][0], score[2 * b][1]),
                                    pack(score[2 * b][2], score[2 * b][3]),
                                    pack(score[2 * b + 1][0], score[2 * b + 1][1]),
@@ -382,7 +379,8 @@ struct BF16Rows : TileRows<D> {
 #pragma unroll
       for (int t = 0; t < D / 16; ++t) {
         uint32_t fragment[4];
-        load_transposed(fragment, values + L::offset(lane & 15, 2 * t + (lane >> 4)));
+        load_transposed(fragment,
+                        values + b * L::kBlockBytes + L::offset(lane & 15, 2 * t + (lane >> 4)));
         multiply_add(out[2 * t], weights, fragment[0], fragment[1]);
         multiply_add(out[2 * t + 1], weights, fragment[2], fragment[3]);
       }

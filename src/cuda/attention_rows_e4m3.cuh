@@ -108,9 +108,6 @@ template <int D>
 struct E4M3Rows : TileRows<D> {
   using L = CacheLayout<D, E4M3Cache>;
   static constexpr int kChunks = L::kChunks;  // of 16 codes, the depth of an instruction
-  // Units of a narrow tile, taken in together where registers allow: codes arrive in half the time,
-  // and a unit by itself is a chain of waits for its own results.
-  static constexpr int kUnits = D <= 128 ? 2 : 1;
   // The largest weight is 2 to this.
   static constexpr float kWeightBits = 15.0f;
   // Smaller scales of values count as this, in powers of two, where weights are compared: else the
@@ -178,11 +175,11 @@ struct E4M3Rows : TileRows<D> {
     to_half(args.scale.factor);
   }
 
-  // Takes in kBlocks blocks of positions, each `step` after the one before it: block b's keys lie
-  // at keys[b], its values kMatrixBytes after them, then the scales of both.
+  // Takes in kBlocks blocks of positions from `position` on; block b's keys lie at
+  // keys + b * kBlockBytes, its values kMatrixBytes after them, then the scales of both.
   template <int kBlocks, bool kNarrow>
-  __device__ void attend(uint32_t /*queries*/, const uint32_t (&keys)[kBlocks], int32_t position,
-                         int32_t step, const ScoreScale& scale) {
+  __device__ void attend(uint32_t /*queries*/, uint32_t keys, int32_t position,
+                         const ScoreScale& scale) {
     const int lane = lane_id();
     float score[2 * kBlocks][4];
 #pragma unroll
@@ -201,7 +198,7 @@ struct E4M3Rows : TileRows<D> {
     for (int k = 0; k < kChunks; k += 2) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        const uint32_t block = keys[b];
+        const uint32_t block = keys + b * L::kBlockBytes;
         if (k + 1 < kChunks) {
           uint32_t codes[4];
           load_matrices(codes, block + L::offset(key_row, k + key_chunk));
@@ -221,7 +218,7 @@ struct E4M3Rows : TileRows<D> {
     float2 value_scale[2 * kBlocks];
 #pragma unroll
     for (int t = 0; t < 2 * kBlocks; ++t) {
-      const uint32_t scales = keys[t / 2] + 2 * L::kMatrixBytes +
+      const uint32_t scales = keys + t / 2 * L::kBlockBytes + 2 * L::kMatrixBytes +
                               (8 * (t & 1) + 2 * (lane % 4)) * static_cast<int>(sizeof(float));
       const float2 key_scale = load_floats(scales);
       value_scale[t] = load_floats(scales + kScaleBytes / 2);
@@ -237,7 +234,7 @@ struct E4M3Rows : TileRows<D> {
         for (int i = 0; i < 4; ++i) score[t][i] = capped(score[t][i], scale);
       }
     }
-    this->mask(score, position, step);
+    this->mask(score, position);
 
     float largest[2] = {maximum[0], maximum[1]};
     float largest_value[2] = {value_maximum[0], value_maximum[1]};
@@ -285,7 +282,7 @@ struct E4M3Rows : TileRows<D> {
     };
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      const uint32_t values = keys[b] + L::kMatrixBytes;
+      const uint32_t values = keys + b * L::kBlockBytes + L::kMatrixBytes;
       const uint32_t weights[4] = {pack_half(score[2 * b][0], score[2 * b][1]),
                                    pack_half(score[2 * b][2], score[2 * b][3]),
                                    pack_half(score[2 * b + 1][0], score[2 * b + 1][1]),

@@ -86,16 +86,6 @@ void launch(std::string_view op, const StepContext& ctx, void (*kernel)(Params..
   check_kernel(op, ctx, status, grid, block, shared_bytes);
 }
 
-// Has a processor split its memory for as many blocks of a kernel as shared memory can hold,
-// whatever ran there before; the driver remembers it.
-template <typename Kernel>
-void prefer_shared_memory(std::string_view op, Kernel* kernel) {
-  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                  cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  cudaSharedmemCarveoutMaxShared),
-             op, "cudaFuncSetAttribute");
-}
-
 // Allows a kernel `bytes` of dynamic shared memory; the driver remembers it.
 template <typename Kernel>
 void allow_shared_memory(std::string_view op, Kernel* kernel, size_t bytes) {

@@ -90,9 +90,9 @@ class Kernel {
         warp_(static_cast<int>(threadIdx.x) / 32),
         lane_(static_cast<int>(threadIdx.x) % 32),
         worker_(args.workers[blockIdx.x]),
-        blocks_(plans_blocks(args.block_size)
-                    ? args.first_blocks[blockIdx.x * kAttentionWarps + threadIdx.x / 32]
-                    : 0),
+        block_(plans_blocks(args.block_size)
+                   ? args.first_blocks[blockIdx.x * kAttentionWarps + threadIdx.x / 32]
+                   : 0),
         stages_(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
         queries_(stages_ + args.stages * L::kStageBytes),
         merge_(reinterpret_cast<float*>(shared + args.stages * L::kStageBytes +
@@ -103,7 +103,7 @@ class Kernel {
   __device__ void run() {
     const int32_t batch = token_batch(0);
     ahead_.start(args_, worker_);
-    look_up_segment(plans_blocks(args_.block_size));
+    if (!plans_blocks(args_.block_size)) look_up();
     for (;; ++current_) {
       while (in_flight_ < args_.stages - 1 && may_request()) request();
       if (current_ == entered_) break;
@@ -118,9 +118,9 @@ class Kernel {
  private:
   // --- bringing units to shared memory ---
 
-  // The position of this lane, modulo 16, of a unit of the segment that is requested.
-  __device__ int32_t ahead_position(int32_t unit) const {
-    return (ahead_.at.item.begin / kUnit + unit) * kUnit + warp_ * kBlock + (lane_id() & 15);
+  __device__ int32_t ahead_position() const {
+    return (ahead_.at.item.begin / kUnit + ahead_.at.unit) * kUnit + warp_ * kBlock +
+           (lane_id() & 15);
   }
 
   // Where the block table has the block of a position of the item that is requested.
@@ -130,35 +130,15 @@ class Kernel {
     return args_.block_table + int64_t{ahead_.at.item.row} * args_.max_blocks + index;
   }
 
-  // Block ids are read for two units at a time, those of the first in the lower 16 lanes, and two
-  // units before they are needed. The table is brought near long before that: with a unit's time
-  // between them, reads that miss the cache would not come back in time.
-  __device__ int32_t look_up(int32_t first) const {
-    if (ahead_.done(worker_)) return 0;
-    const int32_t unit = first + lane_id() / kBlock;
-    const int32_t position = ahead_position(unit);
-    if (unit >= ahead_.at.unit_end || position < ahead_.at.item.begin ||
-        position >= ahead_.at.item.end) {
-      return 0;
-    }
-    return *table_entry(position);
-  }
-  // Those of a segment's first units; of the first unit of all they may be there.
-  __device__ void look_up_segment(bool has_first) {
-    if (!has_first || lane_id() >= kBlock) blocks_ = look_up(ahead_.at.unit);
-    next_blocks_ = look_up(ahead_.at.unit + 2);
-    second_ = false;
-  }
-  // Goes on to the unit after the one that has been requested.
-  __device__ void next_blocks() {
-    if (second_) {
-      blocks_ = next_blocks_;
-      next_blocks_ = look_up(ahead_.at.unit + 2);
-    }
-    second_ = !second_;
-    if (warp_ == 0 && lane_ == 0) {
-      prefetch_table((ahead_.at.item.begin / kUnit + ahead_.at.unit + kTableAhead) * kUnit);
-    }
+  // Starts to read the block id of this lane's position of the unit that is requested next. The
+  // table is brought near long before: the units in flight would be too few to wait for it.
+  __device__ void look_up() {
+    block_ = 0;
+    if (ahead_.done(worker_)) return;
+    const int32_t position = ahead_position();
+    if (position < ahead_.at.item.begin || position >= ahead_.at.item.end) return;
+    block_ = *table_entry(position);
+    if (warp_ == 0 && lane_ == 0) prefetch_table(position + kTableAhead * kUnit);
   }
   __device__ void prefetch_table(int32_t position) const {
     if (position < ahead_.at.item.end) prefetch_line(table_entry(position));
@@ -173,12 +153,10 @@ class Kernel {
   __device__ void request() {
     if (fresh_) enter_segment();
     const int lane = lane_id();
-    const int32_t position = ahead_position(ahead_.at.unit);
-    const int32_t block =
-        __shfl_sync(kAllLanes, blocks_, (lane & (kBlock - 1)) + (second_ ? kBlock : 0));
+    const int32_t position = ahead_position();
     const int32_t in_block = args_.block_shift >= 0 ? position & ((1 << args_.block_shift) - 1)
                                                     : position % args_.block_size;
-    uint32_t place = static_cast<uint32_t>(block) * args_.block_stride +
+    uint32_t place = static_cast<uint32_t>(block_) * args_.block_stride +
                      static_cast<uint32_t>(in_block) * args_.token_stride +
                      static_cast<uint32_t>(ahead_.at.head) * args_.head_stride;
     if (position < ahead_.at.item.begin || position >= ahead_.at.item.end) place = kNowhere;
@@ -203,7 +181,7 @@ class Kernel {
       const bool there = place != kNowhere;
       const float* scales = lane < kBlock ? args_.scales.key : args_.scales.value;
       const int64_t offset =
-          there ? args_.scales.index(block, in_block, ahead_.at.head) : int64_t{0};
+          there ? args_.scales.index(block_, in_block, ahead_.at.head) : int64_t{0};
       copy_word_async(target + 2 * L::kMatrixBytes + lane * static_cast<int>(sizeof(float)),
                       scales + offset, there ? static_cast<int>(sizeof(float)) : 0);
     }
@@ -211,12 +189,8 @@ class Kernel {
     ++in_flight_;
     filling_ = filling_ + 1 == args_.stages ? 0 : filling_ + 1;
     fresh_ = ++ahead_.at.unit == ahead_.at.unit_end;
-    if (fresh_) {
-      ahead_.next_segment(args_, worker_);
-      look_up_segment(false);
-    } else {
-      next_blocks();
-    }
+    if (fresh_) ahead_.next_segment(args_, worker_);
+    look_up();
   }
 
   // Notes the segment for later and requests a quarter of a narrow tile's queries.
@@ -247,9 +221,8 @@ class Kernel {
     }
   }
 
-  // Waits for the oldest units, and requests those that take the place of the units before them.
-  template <int kCount>
-  __device__ void next_stages(bool whole_block, uint32_t (&stages)[kCount]) {
+  // Waits for the oldest unit, and requests the one that takes the place of the unit before it.
+  __device__ uint32_t next_stage(bool whole_block) {
     const auto meet = [whole_block] {
       if (whole_block) {
         __syncthreads();
@@ -257,18 +230,13 @@ class Kernel {
         __syncwarp();
       }
     };
-    wait_copies(in_flight_ - kCount);
+    wait_copies(in_flight_ - 1);
     meet();
-    in_flight_ -= kCount;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (in_flight_ + kCount < args_.stages && may_request()) request();
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      stages[i] = stages_ + reading_ * L::kStageBytes;
-      reading_ = reading_ + 1 == args_.stages ? 0 : reading_ + 1;
-    }
+    --in_flight_;
+    if (may_request()) request();
+    const uint32_t stage = stages_ + reading_ * L::kStageBytes;
+    reading_ = reading_ + 1 == args_.stages ? 0 : reading_ + 1;
+    return stage;
   }
 
   // --- a segment ---
@@ -300,17 +268,14 @@ class Kernel {
     own.clear();
     const int32_t unit_end = segment.unit_end;
     for (int32_t unit = segment.unit; unit < unit_end; ++unit) {
-      uint32_t stage[1];
-      next_stages(true, stage);
+      const uint32_t stage = next_stage(true);
       if (first >= segment.item.rows) continue;
       const int32_t position = (units.base + unit) * kUnit;
       constexpr int kBlocks = D < 128 ? 4 : D == 128 ? 2 : 1;  // as registers allow
 #pragma unroll 1
       for (int b = 0; b < kUnit / kBlock; b += kBlocks) {
-        uint32_t keys[kBlocks];
-#pragma unroll
-        for (int i = 0; i < kBlocks; ++i) keys[i] = stage[0] + (b + i) * L::kBlockBytes;
-        own.template attend<kBlocks, false>(0, keys, position + b * kBlock, kBlock, args_.scale);
+        own.template attend<kBlocks, false>(0, stage + b * L::kBlockBytes, position + b * kBlock,
+                                            args_.scale);
       }
     }
     own.reduce_sums();
@@ -334,17 +299,14 @@ class Kernel {
         end = min(end, ((units.base + unit) | ((1 << kSplitUnitsLog2) - 1)) + 1 - units.base);
       }
       own.clear();
-      while (unit < end) {
-        // Pairs begin at even units from position 0, whatever the segment begins at.
-        if (Rows::kUnits == 2 && (units.base + unit) % 2 == 0 && unit + 1 < end &&
-            args_.stages > 2) {
-          take_units<Rows::kUnits>(own, segment, units.base + unit, queries, first);
-          unit += Rows::kUnits;
-        } else {
-          take_units<1>(own, segment, units.base + unit, queries, first);
-          ++unit;
-        }
+      for (; unit < end; ++unit) {
+        // Every warp brings a part of the queries with the first unit.
+        const uint32_t stage = next_stage(first) + warp_ * L::kBlockBytes;
+        if (first) own.read_queries(queries, args_);
         first = false;
+        const int32_t position = (units.base + unit) * kUnit + warp_ * kBlock;
+        if (position >= segment.item.end || position + kBlock <= segment.item.begin) continue;
+        own.template attend<1, true>(queries, stage, position, args_.scale);
       }
       own.reduce_sums();
       // Splits of a segment that starts are added up here; others await what comes before them.
@@ -357,25 +319,6 @@ class Kernel {
       }
       sum_warps(own, totals, segment, target, kSplits && starts && split > 0, last || !starts);
     }
-  }
-
-  // Units from number `unit` on, counted from position 0; `first` if they are the segment's first.
-  template <int kCount>
-  __device__ void take_units(Rows& own, const Segment& segment, int32_t unit, uint32_t queries,
-                             bool first) {
-    if (kCount > 1 && in_flight_ < kCount) {
-      __syncwarp();  // what was read before has been
-      while (in_flight_ < kCount) request();
-    }
-    uint32_t keys[kCount];
-    next_stages(first, keys);  // every warp brings a part of the queries with the first unit
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) keys[i] += warp_ * L::kBlockBytes;
-    if (first) own.read_queries(queries, args_);
-    const int32_t position = unit * kUnit + warp_ * kBlock;
-    const int32_t last = position + (kCount - 1) * kUnit;
-    if (position >= segment.item.end || last + kBlock <= segment.item.begin) return;
-    own.template attend<kCount, true>(queries, keys, position, kUnit, args_.scale);
   }
 
   __device__ static uint16_t* output_row(const NativeAttentionArgs& args, const Segment& segment,
@@ -649,8 +592,7 @@ class Kernel {
   const NativeAttentionArgs& args_;
   const int warp_, lane_;
   const AttentionWorker worker_;
-  int32_t blocks_, next_blocks_;     // of two units, and of the two after them
-  bool second_ = false;              // the unit requested next is the second of the two
+  int32_t block_;                    // where this lane's position of the next unit's request lies
   const uint32_t stages_, queries_;  // shared memory
   float* const merge_;               // [warps, kMergeRows, D]
   float* const limits_;              // [warps, kNarrowRows, 2] maximum and sum
@@ -694,7 +636,6 @@ void launch_native_attention(const NativeAttentionArgs& args, const AttentionLau
                           ? native::native_attention_kernel<Cache, D, AttentionTiles::kSplits>
                           : native::native_attention_kernel<Cache, D, AttentionTiles::kWide>;
   allow_shared_memory(kOp, kernel, attention.shared_bytes);
-  prefer_shared_memory(kOp, kernel);
   launch(kOp, ctx, kernel, dim3(attention.workers), dim3(kAttentionThreads), attention.shared_bytes,
          args);
 }

@@ -29,8 +29,9 @@ class AttentionProbe {
 
   // Whether there are kernels of `backend` for it.
   bool supports(AttentionBackend backend);
-  // Seconds of one call in each of `repeats` runs over all caches, after one that warms up. On a
-  // GPU a run is one graph, timed by its clock. The plan of the batch is made before.
+  // Seconds of one call in each of `repeats` runs over all caches, after one that warms up, on a
+  // GPU after 0.1 s of them. There a run is one graph, timed by its clock. The plan of the batch is
+  // made before.
   std::vector<double> time_runs(AttentionBackend backend, int32_t repeats);
   // Of the last call: [requests, heads, head_dim].
   std::vector<float> output();
