@@ -445,6 +445,15 @@ def test_a_plan_for_more_blocks_is_refused(device: str) -> None:
         ops.paged_attention(q, *cache, plan=3)  # type: ignore[arg-type]
 
 
+def test_too_many_heads_are_refused(device: str) -> None:
+    with pytest.raises(ValueError, match="num_heads = 131072: must be at most 65536"):
+        ops.plan_attention(
+            on_device(device, np.int32([0, 1])), on_device(device, np.int32([4])),
+            on_device(device, np.int32([7])).reshape(1, 1), num_tokens=1, num_heads=1 << 17,
+            num_kv_heads=1, head_dim=8, block_size=4, num_blocks=8, dtype="float32",
+        )  # fmt: skip
+
+
 def test_queries_that_lie_at_one_place_are_refused(device: str) -> None:
     cache = [on_device(device, np.zeros(2 * 4 * 8, np.float32)).reshape(2, 4, 1, 8)] * 2
     row = on_device(device, np.ones(8, np.float32)).reshape(1, 1, 8)

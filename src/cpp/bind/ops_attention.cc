@@ -33,10 +33,15 @@ struct PlannedAttentionHandle : Handle<PlannedAttention> {
   using Handle::Handle;
 };
 
-HeadShape head_shape(OpCall& call, int64_t cols, int32_t num_heads, int32_t num_kv_heads) {
+void check_heads(const OpCall& call, int32_t num_heads, int32_t num_kv_heads) {
   call.require(num_heads > 0 && num_kv_heads > 0 && num_heads % num_kv_heads == 0,
                "num_heads = ", num_heads, ": must be a positive multiple of num_kv_heads, ",
                num_kv_heads);
+  call.require(num_heads <= kMaxHeads, "num_heads = ", num_heads, ": must be at most ", kMaxHeads);
+}
+
+HeadShape head_shape(OpCall& call, int64_t cols, int32_t num_heads, int32_t num_kv_heads) {
+  check_heads(call, num_heads, num_kv_heads);
   const int64_t heads = int64_t{num_heads} + 2 * int64_t{num_kv_heads};
   call.require(cols % heads == 0, "qkv has ", cols, " columns; must be head_dim times the ", heads,
                " heads of q, k and v");
@@ -438,9 +443,7 @@ std::unique_ptr<PlannedAttentionHandle> plan_attention(
   call.require(dtype == DType::kF32 || dtype == DType::kBF16 || dtype == DType::kF16, "dtype = '",
                dtype_name, "': must be float32, bfloat16 or float16");
   const DType cache_dtype = named_cache_dtype(call, kv_cache_dtype, dtype);
-  call.require(num_heads > 0 && num_kv_heads > 0 && num_heads % num_kv_heads == 0,
-               "num_heads = ", num_heads, ": must be a positive multiple of num_kv_heads, ",
-               num_kv_heads);
+  check_heads(call, num_heads, num_kv_heads);
   check_head_dim(call, head_dim);
   Operand starts = call.input("query_start_loc", starts_array);
   Operand lens = call.input("seq_lens", lens_array);
