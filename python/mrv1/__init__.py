@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mrv1.output_pump import RequestUpdate
     from mrv1.runner import ModelRunner, PendingStep, RowHandle, RowOutput
     from mrv1.sampling_params import SamplingParams
+    from mrv1.structured_outputs_params import StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -28,6 +29,7 @@ __all__ = [
     "RunnerOptions",
     "SamplingParams",
     "StreamChunk",
+    "StructuredOutputsParams",
     "__version__",
 ]
 
@@ -45,6 +47,7 @@ _HOMES = {
     "RowHandle": "mrv1.runner",
     "RowOutput": "mrv1.runner",
     "SamplingParams": "mrv1.sampling_params",
+    "StructuredOutputsParams": "mrv1.structured_outputs_params",
 }
 
 
