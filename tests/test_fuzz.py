@@ -31,6 +31,7 @@ from mrv1.errors import ConfigError, RequestError, WeightError
 from mrv1.loader import wire_model
 from mrv1.safetensors_reader import read_checkpoint, read_header
 from mrv1.sampling_params import SamplingParams
+from mrv1.structured_outputs_params import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -359,6 +360,16 @@ PARAM_VALUES: tuple[Any, ...] = (
     [""],
     ["a"] * 100,
     [5] * 2000,
+    [[5], [7, 8]],
+    [[]],
+    {},
+    {5: 1.0},
+    {"5": 1},
+    {5: float("nan")},
+    [" "],
+    ["\ud800"],
+    -2,
+    StructuredOutputsParams(choice=["a"]),
     range(4),
     0.9,
     40,
@@ -375,6 +386,16 @@ GOOD_VALUES: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0, 1),
     "stop": (None, "a", ["b", "c"]),
     "stop_token_ids": (None, [1], (2, 3)),
+    "stop_sequences": (None, [[1]], ((2, 3), range(4, 6))),
+    "presence_penalty": (0, -2, 1.5),
+    "frequency_penalty": (0, 2, np.float32(-0.5)),
+    "repetition_penalty": (1, 1e-40, 1.2, 1e40),
+    "logit_bias": (None, {5: 1e9}, {1: -1, np.int64(2): 0.5}),
+    "allowed_token_ids": (None, [4], range(2, 9)),
+    "bad_words": (None, ["a"], ("b", "c d")),
+    "logprobs": (None, 0, -1, 20),
+    "prompt_logprobs": (None, -1, 3),
+    "structured_outputs": (None, StructuredOutputsParams(regex="a+")),
     "ignore_eos": (True, False),
     "include_stop_str_in_output": (True, False),
     "skip_special_tokens": (True, False),
@@ -393,7 +414,22 @@ def check_params(params: SamplingParams) -> None:
     assert params.max_tokens is None or 1 <= params.max_tokens < 2**31
     assert 0 <= params.min_tokens <= (params.max_tokens or 2**31)
     assert all(type(text) is str and text for text in params.stop)
-    assert all(0 <= token_id < 2**31 for token_id in params.stop_token_ids)
+    assert -2 <= params.presence_penalty <= 2
+    assert -2 <= params.frequency_penalty <= 2
+    assert 1e-30 <= params.repetition_penalty <= 1e30
+    for ids in (
+        params.stop_token_ids,
+        [token_id for token_id, _ in params.logit_bias],
+        params.allowed_token_ids or (0,),
+        *params.stop_sequences,
+    ):
+        assert all(type(token_id) is int and 0 <= token_id < 2**31 for token_id in ids)
+    assert all(params.stop_sequences)
+    assert all(type(bias) is float and -100 <= bias <= 100 for _, bias in params.logit_bias)
+    assert params.allowed_token_ids is None or params.allowed_token_ids
+    assert all(type(word) is str and word.strip() for word in params.bad_words)
+    for count in (params.logprobs, params.prompt_logprobs):
+        assert count is None or -1 <= count < 2**31
     with pytest.raises(RequestError):
         params.validate_for(vocab_size=2**31, max_model_len=params.min_tokens)
     params.validate_for(vocab_size=2**31, max_model_len=params.min_tokens + 1)
