@@ -28,6 +28,10 @@ DEFAULTS = {
     "MRV1_CUBLASLT": None,
     "MRV1_TUNE": False,
     "MRV1_TUNE_DIR": "~/.cache/mrv1/tuning",
+    "MRV1_MAX_BAD_WORDS_NUM": None,
+    "MRV1_BAD_WORDS_MAX_LEN": None,
+    "MRV1_MAX_STOP_SEQS_NUM": None,
+    "MRV1_STOP_SEQS_MAX_LEN": None,
 }
 
 
@@ -64,6 +68,10 @@ def test_unset_or_empty_gives_the_default(
         ("MRV1_ATTENTION_BACKEND", "FlashInfer", "flashinfer"),
         ("MRV1_BATCH_INVARIANT", "1", True),
         ("MRV1_SYNC", "on", True),
+        ("MRV1_MAX_BAD_WORDS_NUM", "0", 0),
+        ("MRV1_BAD_WORDS_MAX_LEN", "8", 8),
+        ("MRV1_MAX_STOP_SEQS_NUM", "999999999", 999_999_999),
+        ("MRV1_STOP_SEQS_MAX_LEN", "0010", 10),
     ],
 )
 def test_values(name: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +98,7 @@ def test_a_value_is_read_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
         *[("MRV1_DEVICE", t) for t in ("gpu", "cuda:0", " cpu")],
         *[("MRV1_LOG_LEVEL", t) for t in ("TRACE", "10")],
         *[("MRV1_NO_PROGRESS", t) for t in ("2", "maybe")],
+        *[("MRV1_MAX_STOP_SEQS_NUM", t) for t in ("-1", "1.5", "10000000000", "\uff19")],
         *[("MRV1_FUSION", t) for t in ("-1", "01", "none")],
     ],
 )

@@ -430,3 +430,119 @@ def test_importing_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert json.loads(done.stdout) == []
+
+
+# --- bad words, and single tokens ----------------------------------------------------------------
+
+
+def merging(pre_tokenizer: Any, space: str, normalizer: Any = None) -> Tokenizer:
+    """A BPE that knows "bad", "bad" behind a space, and "b", "a", "d" and "!" of "bad!"."""
+    merges = [("b", "a"), ("ba", "d"), (space, "bad")]
+    tokens = ["<unk>", "</s>", *"abd!", space, "ba", "bad", f"{space}bad"]
+    backend = tokenizers.Tokenizer(
+        models.BPE({token: i for i, token in enumerate(tokens)}, merges, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.add_special_tokens(["</s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return Tokenizer(backend)
+
+
+def spelled(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[str | None]]:
+    """The sequences as tokens."""
+    return [
+        [tokenizer._backend.id_to_token(token_id) for token_id in sequence]
+        for sequence in tokenizer.encode_bad_words(words)
+    ]
+
+
+def test_bad_words_of_byte_level() -> None:
+    tokenizer = merging(pre_tokenizers.ByteLevel(add_prefix_space=False), "Ġ")
+    # No token is added at the end, and white space before a word is not part of it.
+    for word in ("bad", "  bad", "\nbad"):
+        assert spelled(tokenizer, [word]) == [["bad"], ["Ġbad"]]
+    # The pre-tokenizer splits "!" off, in both forms.
+    assert spelled(tokenizer, ["bad!"]) == [["bad", "!"], ["Ġbad", "!"]]
+    # "Ġ", "a" ends with "a", which forbids more; and words that repeat count once.
+    assert spelled(tokenizer, ["a", "bad", " bad"]) == [["a"], ["bad"], ["Ġbad"]]
+    # Longer words whose end is forbidden by itself add nothing.
+    assert spelled(tokenizer, ["bad!", "!", "bad"]) == [["!"], ["bad"], ["Ġbad"]]
+    assert spelled(tokenizer, ["</s>"]) == [["</s>"]]
+    assert spelled(tokenizer, []) == []
+
+
+def test_bad_words_of_a_prefix_space() -> None:
+    # As GPT-2's with add_prefix_space: a word at the begin of a text has a space before it too.
+    tokenizer = merging(pre_tokenizers.ByteLevel(add_prefix_space=True), "Ġ")
+    assert spelled(tokenizer, ["bad"]) == [["Ġbad"]]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [
+        # " bad" is "▁▁bad" or "▁bad", by whether a space is put before it: both end alike.
+        ("always", [["▁bad"]]),
+        ("first", [["▁bad"]]),
+        ("never", [["bad"], ["▁bad"]]),
+    ],
+)
+def test_bad_words_of_metaspace(scheme: Any, expected: list[list[str]]) -> None:
+    tokenizer = merging(pre_tokenizers.Metaspace(prepend_scheme=scheme), "▁")
+    assert spelled(tokenizer, ["bad"]) == expected
+
+
+def test_bad_words_of_sentence_piece_as_llama_2_has_it() -> None:
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend = merging(None, "▁", normalizer)._backend
+    tokenizer = Tokenizer(backend)
+    # " bad" becomes "▁", "▁bad", whose end the form without a space forbids anywhere.
+    assert tokenizer.encode("bad", False) == [backend.token_to_id("▁bad")]
+    assert len(tokenizer.encode(" bad", False)) == 2
+    assert spelled(tokenizer, ["bad"]) == [["▁bad"]]
+    assert spelled(tokenizer, ["bad!"]) == [["▁bad", "!"]]
+
+
+def test_a_bad_word_without_tokens_is_refused() -> None:
+    vocab = {"known": 0, "[UNK]": 1}
+    silent = tokenizers.Tokenizer(models.BPE({"a": 0}, []))  # drops what it does not know
+    assert Tokenizer(silent).encode_bad_words(["ab"]) == [(0,)]
+    with pytest.raises(RequestError) as caught:
+        Tokenizer(silent).encode_bad_words(["a", "zz"])
+    assert (caught.value.field, caught.value.value) == ("bad_words[1]", "zz")
+    with pytest.raises(RequestError, match=r"bad_words\[0\] = 5: must be a string"):
+        Tokenizer(silent).encode_bad_words([5])  # type: ignore[list-item]
+    unknown = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    assert Tokenizer(unknown).encode_bad_words(["other"]) == [(1,)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(texts.filter(lambda text: bool(text.strip())), max_size=4))
+def test_bad_words_forbid_both_forms(words: list[str]) -> None:
+    """Whatever is encoded is forbidden, by itself or by its end, and nothing twice."""
+    for name in ("byte_level", "sentence_piece"):
+        tokenizer = cached(name)
+        sequences = tokenizer.encode_bad_words(words)
+        assert len(set(sequences)) == len(sequences)
+        for word in words:
+            for text in (word.lstrip(), " " + word.lstrip()):
+                ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+                assert any(ids[-len(s) :] == s for s in sequences), (name, text)
+        for sequence in sequences:
+            others = [s for s in sequences if s != sequence]
+            assert not any(sequence[-len(s) :] == s for s in others)
+
+
+def test_the_text_of_one_token() -> None:
+    tokenizer = cached("byte_level")
+    for token_id, piece in enumerate(BYTES):
+        for _ in range(2):
+            assert tokenizer.decode_token(token_id) == piece.decode("utf-8", "replace")
+    assert tokenizer.decode_token(len(BYTES)) == "<s>"  # special
+    assert tokenizer.decode_token(2**31 - 1) == ""  # of no token
+    assert len(tokenizer._texts) == len(BYTES) + 1
+    with pytest.raises(InvalidArgumentError):
+        tokenizer.decode_token(-1)

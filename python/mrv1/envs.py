@@ -73,6 +73,23 @@ def _parse_threads(text: str) -> int:
     return int(text)
 
 
+def _parse_limit(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError(text)
+    return int(text)
+
+
+def _limit(name: str, what: str) -> EnvVar[int | None]:
+    return EnvVar[int | None](
+        name=name,
+        default=None,
+        default_text="no limit",
+        allowed="an integer in [0, 999999999]",
+        help=what,
+        parse=_parse_limit,
+    )
+
+
 def _parse_bool(text: str) -> bool:
     lowered = text.lower()
     if lowered not in _TRUE | _FALSE:
@@ -202,6 +219,19 @@ TUNE_DIR: Final = EnvVar[str](
     help="Where tuning tables are written, and read before those of the package.",
     parse=str,
 )
+MAX_BAD_WORDS_NUM: Final = _limit(
+    "MRV1_MAX_BAD_WORDS_NUM",
+    "Token sequences that the `bad_words` of a request may have; a word has up to two.",
+)
+BAD_WORDS_MAX_LEN: Final = _limit("MRV1_BAD_WORDS_MAX_LEN", "Tokens that such a sequence may have.")
+MAX_STOP_SEQS_NUM: Final = _limit(
+    "MRV1_MAX_STOP_SEQS_NUM",
+    "Entries that `stop` and `stop_sequences` of a request may have together.",
+)
+STOP_SEQS_MAX_LEN: Final = _limit(
+    "MRV1_STOP_SEQS_MAX_LEN",
+    "Tokens that such an entry may have; a stop string has those that the tokenizer gives it.",
+)
 
 # All variables by name, in the order of the documentation.
 REGISTRY: Final[Mapping[str, EnvVar[object]]] = MappingProxyType(
@@ -219,5 +249,9 @@ REGISTRY: Final[Mapping[str, EnvVar[object]]] = MappingProxyType(
         CUBLASLT.name: CUBLASLT,
         TUNE.name: TUNE,
         TUNE_DIR.name: TUNE_DIR,
+        MAX_BAD_WORDS_NUM.name: MAX_BAD_WORDS_NUM,
+        BAD_WORDS_MAX_LEN.name: BAD_WORDS_MAX_LEN,
+        MAX_STOP_SEQS_NUM.name: MAX_STOP_SEQS_NUM,
+        STOP_SEQS_MAX_LEN.name: STOP_SEQS_MAX_LEN,
     }
 )

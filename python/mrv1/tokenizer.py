@@ -135,6 +135,7 @@ class Tokenizer:
         # Whether a text may end in the middle of a character.
         self._may_cut = "ByteLevel" in kinds
         self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str] = {}
 
     @classmethod
     def from_dir(
@@ -207,6 +208,50 @@ class Tokenizer:
                 allowed="a character that UTF-8 can encode",
             ) from None
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_bad_words(self, words: Iterable[str]) -> list[tuple[int, ...]]:
+        """Returns the token sequences that `SamplingParams.bad_words` forbid.
+
+        White space before a word does not count: each is encoded without a space and with one, as
+        at the begin of a text and within it, and without special tokens. A sequence that ends with
+        another one of them is left out, as that one forbids all that it does.
+
+        Raises:
+            RequestError: A word is no string, or the tokenizer has no token for it.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        for index, word in enumerate(words):
+            if not isinstance(word, str):
+                raise RequestError(field=f"bad_words[{index}]", value=word, allowed="a string")
+            bare = word.lstrip()
+            forms = [
+                tuple(self.encode(text, add_special_tokens=False)) for text in (bare, " " + bare)
+            ]
+            if not forms[0]:
+                raise RequestError(
+                    field=f"bad_words[{index}]",
+                    value=word,
+                    allowed="a text that the tokenizer has tokens for",
+                )
+            found.update(dict.fromkeys(form for form in forms if form))
+        return [
+            form
+            for form in found
+            if not any(form[start:] in found for start in range(1, len(form)))
+        ]
+
+    def decode_token(self, token_id: int) -> str:
+        """Returns the text of one token alone, special or not; "" for an id of no token.
+
+        Part of a character is a replacement character, and decoders that drop a space at the begin
+        of a text drop it here.
+        """
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self.decode((token_id,), skip_special_tokens=False)
+            if self._backend.id_to_token(token_id) is not None:
+                self._texts[token_id] = text
+        return text
 
     @property
     def has_chat_template(self) -> bool:
