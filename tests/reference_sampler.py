@@ -6,7 +6,9 @@ The rules are those of ``src/cpp/sampling/processors.h``.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 WEIGHT_BITS = 43
+TILE = 1024
 NO_TOKEN = -1
 ERROR_TOKEN = -2
 
@@ -51,37 +54,43 @@ def fma32(a: Floats, b: Floats, c: Floats) -> Floats:
     return rounded
 
 
-def fixed_point_exp(exponents: Floats) -> npt.NDArray[np.uint64]:
-    """exp(exponents) * 2**43 as integers, for float32 exponents <= 0."""
+def fixed_point_exp2(exponents: Floats) -> npt.NDArray[np.uint64]:
+    """floor(2**43 * 2**(exponents + 1)) as integers, for float32 exponents <= -1."""
 
     def constant(text: str) -> Floats:
         return np.full(exponents.shape, np.float32(float.fromhex(text)))
 
-    x = np.where(exponents > np.float32(-32), exponents, np.float32(-32))
-    rounder = constant("0x1.8p+23")
-    n = fma32(x, constant("0x1.715476p+0"), rounder) - rounder
-    r = fma32(n, -constant("0x1.62e4p-1"), x)
-    r = fma32(n, -constant("0x1.7f7d1cp-20"), r)
-    series = constant("0x1.6a23d0p-10")
-    for coefficient in ("0x1.123a20p-7", "0x1.5558f2p-5", "0x1.555492p-3", "0x1.fffffcp-2"):
-        series = fma32(series, r, constant(coefficient))
-    fraction = fma32(r * r, series, r) * np.float32(2**26)
-    mantissa = (2**26 + fraction.astype(np.int64)).astype(np.uint64)
-    shift = (-n.astype(np.int64)).astype(np.uint64)
-    result: npt.NDArray[np.uint64] = (mantissa << np.uint64(WEIGHT_BITS - 26)) >> shift
+    x = np.where(exponents > np.float32(-48), exponents, np.float32(-48))
+    n = np.rint(x.astype(np.float64) + 1)  # of two that are as near the even one
+    f = (x.astype(np.float64) + 1 - n).astype(np.float32)
+    power = constant("0x1.41fbbcp-13")
+    for coefficient in (
+        "0x1.5f3e52p-10",
+        "0x1.3b2d4cp-7",
+        "0x1.c6aee8p-5",
+        "0x1.ebfbdcp-3",
+        "0x1.62e43p-1",
+        "0x1p+0",
+    ):
+        power = fma32(power, f, constant(coefficient))
+    scaled = np.floor(np.ldexp(power.astype(np.float64), n.astype(np.int64) + WEIGHT_BITS))
+    result: npt.NDArray[np.uint64] = scaled.astype(np.uint64)
     return result
 
 
 def weights(logits: Floats, temperature: float) -> npt.NDArray[np.uint64]:
-    """Fixed-point weights of a row without NaN whose maximum is above -inf."""
+    """Fixed-point weights of logits relative to their maximum; no NaN."""
     largest = np.max(logits)
+    log2_e = float.fromhex("0x1.71547652b82fep+0")
     with np.errstate(all="ignore"):
-        wide = 1.0 / float(np.float32(temperature))
-        inverse = np.float32(min(wide, float(np.finfo(np.float32).max)))
-        exponents = (logits - largest) * inverse
-    exponents = np.where(logits == largest, np.float32(0), exponents).astype(np.float32)
-    exponents = np.where(np.isnan(exponents), np.float32(-np.inf), exponents)
-    return fixed_point_exp(exponents)
+        wide = np.float64(log2_e) / np.float64(np.float32(temperature))
+        scale = np.float32(min(wide, float(np.finfo(np.float32).max)))
+        distances = np.where(logits == largest, np.float32(0), logits - largest)
+        exact = distances.astype(np.float64) * np.float64(scale)
+        finite = np.where(exact > -1e6, distances, np.float32(0)).astype(np.float32)
+        exponents = fma32(finite, np.full_like(finite, scale), np.full_like(finite, -1))
+    exponents = np.where(exact > -1e6, exponents, np.float32(-np.inf)).astype(np.float32)
+    return fixed_point_exp2(exponents)
 
 
 def random_word(seed: int, position: int) -> int:
@@ -141,13 +150,52 @@ def sample_row(logits: Floats, params: RowParams) -> int:
         return ERROR_TOKEN
     if not params.temperature > 0:
         return int(np.argmax(logits))
+    return draw(logits, params, [params.seed])[0]
+
+
+def narrows(logits: Floats, params: RowParams) -> bool:
+    """Whether something may take tokens out of the set besides their own weight."""
+    has_top_k = 0 < params.top_k < logits.size
+    return has_top_k or params.min_p > 0 or bool(np.float32(params.top_p) < 1)
+
+
+def draw(logits: Floats, params: RowParams, seeds: Sequence[int]) -> list[int]:
+    """The token of each seed, from edited logits with something to draw."""
+    words = [random_word(seed, params.total_len) for seed in seeds]
+    if not narrows(logits, params):
+        return draw_by_tiles(logits, params.temperature, words)
     ids, q = kept_set(logits, params)
-    target = random_word(params.seed, params.total_len) * sum(q) >> 64
-    for token, weight in zip(ids.tolist(), q, strict=True):
-        if target < weight:
-            return int(token)
-        target -= weight
-    raise AssertionError("the target lies below the sum of weights")
+    ends = list(itertools.accumulate(q))
+    # bisect_right: the first whose running sum exceeds the target.
+    return [int(ids[bisect.bisect_right(ends, word * ends[-1] >> 64)]) for word in words]
+
+
+def tile_masses(logits: Floats, temperature: float) -> list[int]:
+    """The mass of each tile of 1,024 ids, in units of 2**-43 of the largest logit's weight."""
+    starts = range(0, logits.size, TILE)
+    maxima = np.array([np.max(logits[start : start + TILE]) for start in starts], np.float32)
+    shares = weights(maxima, temperature)
+    return [
+        sum(weights(logits[start : start + TILE], temperature).tolist()) * int(share) >> WEIGHT_BITS
+        for start, share in zip(starts, shares, strict=True)
+    ]
+
+
+def draw_by_tiles(logits: Floats, temperature: float, words: Sequence[int]) -> list[int]:
+    """The token of each random word, drawn from a whole row."""
+    masses = tile_masses(logits, temperature)
+    ends = list(itertools.accumulate(masses))
+    tokens = []
+    for word in words:
+        target = word * ends[-1] >> 64
+        tile = bisect.bisect_right(ends, target)
+        rest = target - (ends[tile] - masses[tile])
+        inside = logits[tile * TILE : (tile + 1) * TILE]
+        share = int(weights(np.array([logits.max(), inside.max()]), temperature)[1])
+        running = itertools.accumulate(weights(inside, temperature).tolist())
+        token = next(i for i, w in enumerate(running) if w * share >> WEIGHT_BITS > rest)
+        tokens.append(tile * TILE + token)
+    return tokens
 
 
 def sample_rows(logits: Floats, params: Sequence[RowParams]) -> list[int]:

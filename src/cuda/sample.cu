@@ -31,9 +31,9 @@ constexpr int kWarps = kThreads / cuda::kWarpSize;
 constexpr int64_t kScanBlocks = 2112;
 constexpr int64_t kFinishBlocks = 528;
 constexpr int32_t kMaxCandidates = 1024;  // that are sorted in shared memory
-// Classes of logits by the exponent of their weight, in steps of 1 / 32 from 0 down to -32.
+// Classes of logits by the exponent of their weight, in steps of 1 / 22 from -1 down to -47.
 constexpr int32_t kClasses = 1024;
-constexpr float kClassesPerUnit = 32.0f;
+constexpr float kClassesPerUnit = 22.0f;
 // Tiles are weighed in pieces of a warp each.
 constexpr int32_t kPiece = 256;
 constexpr int32_t kTilePieces = kTile / kPiece;
@@ -62,9 +62,7 @@ __device__ int32_t best_id(Best best) { return static_cast<int32_t>(~static_cast
 
 // The largest logit, but for the sign of a zero.
 __device__ float best_logit(Best best) {
-  const int32_t key = static_cast<int32_t>(static_cast<uint32_t>(best >> 32) ^ 0x80000000u);
-  return bits_to_float(key < 0 ? static_cast<uint32_t>(-key) | 0x80000000u
-                               : static_cast<uint32_t>(key));
+  return logit_of_key(static_cast<int32_t>(static_cast<uint32_t>(best >> 32) ^ 0x80000000u));
 }
 
 // What the first kernel leaves about a logits row besides its best logits.
@@ -218,7 +216,7 @@ __global__ void __launch_bounds__(kScanThreads)
 
 __device__ WeightRule weight_rule(const Row& row, const SamplingRow& sampling, float max_logit) {
   const uint64_t min_weight = MinP::applies(row, sampling) ? MinP::min_weight(sampling) : 1;
-  return WeightRule{max_logit, Temperature::inverse(sampling), min_weight > 1 ? min_weight : 1};
+  return WeightRule{max_logit, Temperature::scale(sampling), min_weight > 1 ? min_weight : 1};
 }
 
 // Live tokens by one digit of their key: how many, and their weight. In shared memory.
@@ -390,18 +388,19 @@ __device__ void mask_stop_ids(float* logits, const int32_t* stop_ids, int32_t co
 
 // token_weight() from the exponent, done early with tokens far below the largest.
 __device__ uint64_t live_weight(float exponent, const WeightRule& rule) {
-  if (!(exponent > -32.0f)) return 0;
-  const uint64_t weight = fixed_point_exp(exponent);
+  if (!(exponent > -46.0f)) return 0;
+  const uint64_t weight = fixed_point_exp2(exponent);
   return weight >= rule.min_weight ? weight : 0;
 }
 
 __device__ float exponent_of(float logit, const WeightRule& rule) {
-  return weight_exponent(logit, rule.max_logit, rule.inverse_temperature);
+  return weight_exponent(logit, rule.reference, rule.scale);
 }
 
 // Never falls when the logit falls.
 __device__ int32_t class_of(float exponent) {
-  return static_cast<int32_t>(fminf(exponent * -kClassesPerUnit, static_cast<float>(kClasses - 1)));
+  const float depth = -1.0f - exponent;
+  return static_cast<int32_t>(fminf(depth * kClassesPerUnit, static_cast<float>(kClasses - 1)));
 }
 
 // The logits first + lane, first + lane + 32, ... of a warp, all asked for before any is used.

@@ -64,47 +64,111 @@ TEST_CASE("philox gives the known answers of its authors") {
   CHECK(random_word(1, 0) != random_word(0, 1));
 }
 
-TEST_CASE("fixed_point_exp is exp, and exact at its ends") {
-  CHECK(fixed_point_exp(0.0f) == kMaxWeight);
-  CHECK(fixed_point_exp(-0.0f) == kMaxWeight);
-  CHECK(fixed_point_exp(-32.0f) == 0);
-  CHECK(fixed_point_exp(-kInf) == 0);
-  CHECK(fixed_point_exp(NAN) == 0);
+TEST_CASE("fixed_point_exp2 is a power of two, and exact at its ends") {
+  CHECK(fixed_point_exp2(-1.0f) == kMaxWeight);
+  CHECK(fixed_point_exp2(-2.0f) == kMaxWeight / 2);
+  CHECK(fixed_point_exp2(-44.0f) == 1);
+  CHECK(fixed_point_exp2(-44.1f) == 0);
+  CHECK(fixed_point_exp2(-3.4028235e38f) == 0);
+  CHECK(fixed_point_exp2(-kInf) == 0);
+  CHECK(fixed_point_exp2(NAN) == 0);
   std::mt19937 random(1);
-  std::uniform_real_distribution<float> uniform(-33.0f, 0.0f);
+  std::uniform_real_distribution<float> uniform(-46.0f, -1.0f);
   double worst = 0.0;
   for (int i = 0; i < 200000; ++i) {
     const float exponent = uniform(random);
-    const double exact = std::ldexp(std::exp(static_cast<double>(exponent)), kWeightBits);
-    const double error = std::fabs(static_cast<double>(fixed_point_exp(exponent)) - exact);
+    const double exact = std::exp2(static_cast<double>(exponent) + 1 + kWeightBits);
+    const double error = std::fabs(static_cast<double>(fixed_point_exp2(exponent)) - exact);
     worst = std::max(worst, (error - 1.0) / exact);
   }
-  CHECK(worst < std::ldexp(1.0, -24));
+  CHECK(worst < std::ldexp(1.0, -23));
 }
 
-// Every float from -0 to -33, in the vectorised loop: sets cut by weight must be prefixes of the
-// logits' order.
-TEST_CASE("fixed_point_exp never decreases") {
+TEST_CASE("weight_exponent is -1 for the reference, infinite ones included") {
+  for (const float logit : {0.0f, -0.0f, 7.5f, -3.4028235e38f, kInf, -kInf}) {
+    CHECK(weight_exponent(logit, logit, 1.4f) == -1.0f);
+    CHECK(weight_exponent(logit, logit, 3.4028235e38f) == -1.0f);
+  }
+  CHECK(weight_exponent(-0.0f, 0.0f, 1.0f) == -1.0f);
+  CHECK(weight_exponent(3.0f, kInf, 1.0f) == -kInf);
+  CHECK(weight_exponent(-kInf, 3.0f, 1.0f) == -kInf);
+  CHECK(weight_exponent(-3.4028235e38f, 3.4028235e38f, 1e-30f) == -kInf);
+  CHECK(weight_exponent(2.0f, 4.0f, 3.0f) == -7.0f);
+}
+
+// Every float from -1 to -49, in the vectorised loop: sets cut by weight must be prefixes of the
+// logits' order. weight_exponent rounds once, so it keeps the logits' order itself.
+TEST_CASE("fixed_point_exp2 never decreases") {
   const SampleLoops& loops = sample_loops(detect_cpu_isa());
   const WeightRule rule = {0.0f, 1.0f, 1};
-  std::vector<float> exponents(kSampleBlock);
+  std::vector<float> logits(kSampleBlock);
   std::vector<uint64_t> weights(kSampleBlock);
   uint64_t previous = kMaxWeight;
   bool ordered = true;
+  bool exact = true;
   // A build for another processor has only the slow portable loop: it samples the range.
   const uint32_t step = detect_cpu_isa() == CpuIsa::kPortable ? 64 : 1;
-  for (uint32_t bits = 0x80000000u; bits < float_to_bits(-33.0f); bits += kSampleBlock * step) {
+  for (uint32_t bits = float_to_bits(-1.0f); bits < float_to_bits(-49.0f);
+       bits += kSampleBlock * step) {
     for (uint32_t i = 0; i < kSampleBlock; ++i) {
-      exponents[i] = bits_to_float(bits + i);
+      const float exponent = bits_to_float(bits + i);
+      logits[i] = exponent + 1.0f;
+      exact &= weight_exponent(logits[i], 0.0f, 1.0f) == exponent;
     }
-    loops.weights(exponents.data(), kSampleBlock, rule, weights.data());
+    loops.weights(logits.data(), kSampleBlock, rule, weights.data());
     for (uint64_t weight : weights) {
       ordered &= weight <= previous;
       previous = weight;
     }
   }
+  CHECK(exact);
   CHECK(ordered);
   CHECK(previous == 0);
+}
+
+TEST_CASE("scale_weight is the product's upper part") {
+  CHECK(scale_weight(kMaxWeight, kMaxWeight) == kMaxWeight);
+  CHECK(scale_weight(uint64_t{1} << 53, kMaxWeight) == uint64_t{1} << 53);
+  CHECK(scale_weight(uint64_t{1} << 53, 1) == 1024);
+  CHECK(scale_weight(kMaxWeight - 1, 1) == 0);
+  CHECK(scale_weight(0, kMaxWeight) == 0);
+  std::mt19937_64 random(4);
+  for (int i = 0; i < 100000; ++i) {
+    const uint64_t weight = random() >> (11 + random() % 50);
+    const uint64_t share = random() >> (21 + random() % 40);
+    __extension__ using Wide = unsigned __int128;
+    REQUIRE(scale_weight(weight, share) ==
+            static_cast<uint64_t>((static_cast<Wide>(weight) * share) >> kWeightBits));
+  }
+}
+
+TEST_CASE("fixed_point_log is the logarithm") {
+  CHECK(fixed_point_log(kMaxWeight) == 0.0);
+  const auto error = [](uint64_t total) {
+    const long double exact = std::log(static_cast<long double>(total)) - 43 * std::log(2.0L);
+    // Near 1 the difference above would lose digits.
+    const long double near = std::log1p(static_cast<long double>(total - kMaxWeight) /
+                                        static_cast<long double>(kMaxWeight));
+    const long double expected = total < kMaxWeight * 2 ? near : exact;
+    return std::fabs(static_cast<double>((fixed_point_log(total) - expected) / expected));
+  };
+  double worst = 0.0;
+  for (uint64_t total = kMaxWeight + 1; total < kMaxWeight + 1000; ++total) {
+    worst = std::max(worst, error(total));
+  }
+  std::mt19937_64 random(5);
+  for (int i = 0; i < 200000; ++i) {
+    worst = std::max(worst, error(kMaxWeight + 1 + (random() >> (1 + random() % 60))));
+  }
+  worst = std::max(worst, error(uint64_t{1} << 63));
+  CHECK(worst < std::ldexp(1.0, -44));
+}
+
+TEST_CASE("token_logprob of infinite logits") {
+  CHECK(token_logprob(kInf, kInf, 0.5) == -0.5f);
+  CHECK(token_logprob(3.0f, kInf, 0.5) == -kInf);
+  CHECK(token_logprob(-kInf, 3.0f, 0.5) == -kInf);
+  CHECK(token_logprob(1.0f, 3.0f, 0.5) == -2.5f);
 }
 
 TEST_CASE("logit_key orders floats and finds NaN") {
@@ -136,12 +200,12 @@ TEST_CASE("vectorised loops give the bits of the portable ones") {
       const std::vector<float> logits = awkward_logits(random, count);
       const float* data = logits.data();
       WeightRule rule;
-      rule.max_logit = round % 5 == 0 ? kInf : -kInf;
+      rule.reference = round % 5 == 0 ? kInf : -kInf;
       for (float logit : logits) {
-        rule.max_logit = logit > rule.max_logit ? logit : rule.max_logit;
+        rule.reference = logit > rule.reference ? logit : rule.reference;
       }
-      const float inverses[] = {1.0f, 1.0f / 0.7f, 0.01f, 3.4028235e38f, 0.0f};
-      rule.inverse_temperature = inverses[random() % std::size(inverses)];
+      const float scales[] = {1.442695f, 1.0f / 0.7f, 0.01f, 3.4028235e38f, 0.0f};
+      rule.scale = scales[random() % std::size(scales)];
       rule.min_weight = round % 2 == 0 ? 1 : kMaxWeight >> (random() % 40);
       const SetEdge edge = {logit_key(logits[random() % logits.size()]),
                             static_cast<int32_t>(1000 + random() % kSampleBlock)};
@@ -159,6 +223,7 @@ TEST_CASE("vectorised loops give the bits of the portable ones") {
       loops.classify(data, count, rule, weights.data(), classes.data());
       REQUIRE(weights == expected);
       REQUIRE(classes == expected_classes);
+      REQUIRE(loops.weight_sum(data, count, rule) == portable.weight_sum(data, count, rule));
       REQUIRE(loops.kept_sum(data, count, 1000, rule, edge) ==
               portable.kept_sum(data, count, 1000, rule, edge));
     }
@@ -184,12 +249,12 @@ TEST_CASE("min_p and top_p turn into integers by rounding up") {
   CHECK(TopP::target(sampling, uint64_t{1} << 63) == (uint64_t{1} << 63) - (uint64_t{1} << 39));
 }
 
-TEST_CASE("a tiny temperature keeps a finite inverse") {
+TEST_CASE("a tiny temperature keeps a finite scale") {
   SamplingRow sampling = {};
   sampling.temperature = 1e-45f;
-  CHECK(Temperature::inverse(sampling) == std::numeric_limits<float>::max());
+  CHECK(Temperature::scale(sampling) == std::numeric_limits<float>::max());
   sampling.temperature = 4.0f;
-  CHECK(Temperature::inverse(sampling) == 0.25f);
+  CHECK(Temperature::scale(sampling) == 0x1.715476p-2f);
 }
 
 }  // namespace

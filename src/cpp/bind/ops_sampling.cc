@@ -61,6 +61,7 @@ nb::object sample(const OpsHandle& self, nb::handle logits_array, nb::handle tem
   SamplingRowsParams params{};
   const int64_t rows = logits.rows();
   params.num_rows = rows;
+  params.vocab_size = logits.cols();
   params.temperature = row_param<float>(call, "temperature", temperature, rows);
   params.top_p = row_param<float>(call, "top_p", top_p, rows);
   params.min_p = row_param<float>(call, "min_p", min_p, rows);

@@ -69,7 +69,7 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
     rows[i].total_len = total_len.data()[i];
     rows[i].min_total_len = min_total_len.data()[i];
     sampling[i].temperature = temperature.data()[i];
-    sampling[i].top_k = top_k.data()[i];
+    sampling[i].top_k = TopK::effective(top_k.data()[i], static_cast<int64_t>(vocab_size));
     sampling[i].top_p = top_p.data()[i];
     sampling[i].min_p = min_p.data()[i];
     sampling[i].seed = seed.data()[i];
@@ -139,7 +139,7 @@ nb::ndarray<nb::numpy, uint64_t> fixed_point_weights(const FloatVector& logits, 
     sampling.temperature = temperature;
     const float* data = logits.data();
     const float largest = *std::max_element(data, data + count);
-    const WeightRule rule = {largest, Temperature::inverse(sampling), 1};
+    const WeightRule rule = {largest, Temperature::scale(sampling), 1};
     for (size_t i = 0; i < count; ++i) {
       weights[i] = token_weight(data[i], rule);
     }

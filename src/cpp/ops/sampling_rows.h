@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/portable.h"
+#include "sampling/processors.h"
 #include "state/row_state.h"
 #include "state/step_context.h"
 
@@ -19,7 +20,7 @@ struct RowParam {
 // The rows that sample() reads, from plain arrays: for callers of single ops, whose logits row l is
 // batch position l and row l of a table that lives for one call.
 struct SamplingRowsParams {
-  int64_t num_rows;
+  int64_t num_rows, vocab_size;
   Row* rows;              // [num_rows], written whole
   SamplingRow* sampling;  // [num_rows], written whole
   int32_t* index;         // [num_rows], becomes 0, 1, 2 ...
@@ -37,7 +38,7 @@ MRV1_HD void write_sampling_row(const SamplingRowsParams& params, int64_t l) {
   sampling.temperature = params.temperature.at(l);
   sampling.top_p = params.top_p.at(l);
   sampling.min_p = params.min_p.at(l);
-  sampling.top_k = params.top_k.at(l);
+  sampling.top_k = TopK::effective(params.top_k.at(l), params.vocab_size);
   sampling.seed = params.seed.at(l);
   params.rows[l] = row;
   params.sampling[l] = sampling;

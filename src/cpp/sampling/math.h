@@ -32,47 +32,83 @@ MRV1_HD int32_t logit_key(float logit) {
   return ((bits & 0x7fffffff) ^ sign) - sign;
 }
 
-// logit -> exponent of its weight, in [-inf, 0]. Infinite logits: those equal to the maximum get 0,
-// so +inf entries share the mass equally and all else weighs nothing.
-MRV1_HD float weight_exponent(float logit, float max_logit, float inverse_temperature) {
-  const float exponent = (logit - max_logit) * inverse_temperature;
-  // A mask instead of a choice: compilers turn the choice into a branch and give up vectorising.
-  const uint32_t mask = logit == max_logit ? 0u : 0xffffffffu;
-  return bits_to_float(float_to_bits(exponent) & mask);
+// A logit of this key, which is no NaN's.
+MRV1_HD float logit_of_key(int32_t key) {
+  return bits_to_float(key < 0 ? static_cast<uint32_t>(-key) | 0x80000000u
+                               : static_cast<uint32_t>(key));
 }
 
-// exp(exponent) * 2^43 as an integer, for an exponent <= 0; relative error below 2^-24 plus one
-// unit. exp(0) is 2^43 exactly; below about -29.8 and for NaN the result is 0. Never decreases when
-// the exponent grows (checked over all floats), so that sets cut by weight are cut by logit as
-// well. exp(x) = 2^n (1 + s), n = round(x / ln 2), r = x - n ln 2 in two steps (Cody and Waite), s
-// = exp(r) - 1 = r + r^2 P(r) with P of degree 4 fitted for the least relative error of exp(r),
-// 2^-28, on |r| <= ln(2) / 2. The sum 1 + s is taken in integers, which keeps 26 bits of it.
-MRV1_HD uint64_t fixed_point_exp(float exponent) {
-  constexpr float kLowest = -32.0f;        // becomes 0
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  constexpr float kLog2E = 0x1.715476p+0f;
-  constexpr float kLn2High = 0x1.62e4p-1f;
-  constexpr float kLn2Low = 0x1.7f7d1cp-20f;
-  constexpr int32_t kFractionBits = 26;
+// Weights are powers of two: exp(d / temperature) = 2^(d * scale), with log2(e) in the scale.
+// log2 of a logit's weight relative to a reference that is no smaller, less 1: -1 for the reference
+// itself, and down to -inf. The 1 keeps every exponent at or below -1, where floats are at least
+// 2^-23 apart; closer together, the rounding of the polynomial below would not keep their order.
+// Infinite logits: those equal to the reference get -1, so +inf entries share the mass equally and
+// all else weighs nothing.
+MRV1_HD float weight_exponent(float logit, float reference, float scale) {
+  // A mask instead of a choice: compilers turn the choice into a branch and give up vectorising.
+  const uint32_t mask = logit == reference ? 0u : 0xffffffffu;
+  const float distance = bits_to_float(float_to_bits(logit - reference) & mask);
+  return fmaf(distance, scale, -1.0f);
+}
+
+// floor(2^43 * 2^(exponent + 1)), the power of two being a float with a relative error below 2^-23:
+// 2^43 exactly for an exponent of -1; 0 below -44 and for NaN. For exponents in [-inf, -1].
+// Never decreases when the exponent grows (checked over all floats), so that sets cut by weight are
+// cut by logit as well. 2^(n + f) = 2^n P(f), n = exponent + 1 rounded to an integer, |f| <= 1/2; P
+// is of degree 6 with P(0) = 1, fitted for the least relative error, 2^-28.9.
+MRV1_HD uint64_t fixed_point_exp2(float exponent) {
+  constexpr float kLowest = -48.0f;        // becomes 0
+  constexpr float kRounder = 12582913.0f;  // 1.5 * 2^23 + 1: adding it rounds to an integer, plus 1
   const float x = exponent > kLowest ? exponent : kLowest;
-  const float rounded = fmaf(x, kLog2E, kRounder);
-  const float n = rounded - kRounder;
-  const float r = fmaf(n, -kLn2Low, fmaf(n, -kLn2High, x));
-  float series = fmaf(0x1.6a23d0p-10f, r, 0x1.123a20p-7f);
-  series = fmaf(series, r, 0x1.5558f2p-5f);
-  series = fmaf(series, r, 0x1.555492p-3f);
-  series = fmaf(series, r, 0x1.fffffcp-2f);
-  const float square = r * r;
-  const float fraction = fmaf(square, series, r) * static_cast<float>(1 << kFractionBits);
-  const uint32_t mantissa =
-      static_cast<uint32_t>((1 << kFractionBits) + static_cast<int32_t>(fraction));
-  const uint32_t shift = static_cast<uint32_t>(-static_cast<int32_t>(n));  // 0 to 46
-  return (uint64_t{mantissa} << (kWeightBits - kFractionBits)) >> shift;
+  const float rounded = x + kRounder;
+  const float f = x - (rounded - kRounder);
+  float power = fmaf(0x1.41fbbcp-13f, f, 0x1.5f3e52p-10f);
+  power = fmaf(power, f, 0x1.3b2d4cp-7f);
+  power = fmaf(power, f, 0x1.c6aee8p-5f);
+  power = fmaf(power, f, 0x1.ebfbdcp-3f);
+  power = fmaf(power, f, 0x1.62e43p-1f);
+  power = fmaf(power, f, 1.0f);
+  // The low bits of `rounded` are those of n, which is added to the exponent of the power.
+  const uint32_t bits = float_to_bits(power) + (float_to_bits(rounded) << 23);
+  const uint64_t mantissa = (bits & 0x7fffffu) | 0x800000u;
+  return (mantissa << (kWeightBits - 23)) >> (127u - (bits >> 23));  // by 0 to 48
 }
 
 MRV1_HD uint64_t multiply_high(uint64_t a, uint64_t b) {
   __extension__ using Wide = unsigned __int128;
   return static_cast<uint64_t>((static_cast<Wide>(a) * b) >> 64);
+}
+
+// floor(weight * share / 2^43): a weight, or a sum of weights up to 2^53, relative to a reference
+// that itself has the weight `share`.
+MRV1_HD uint64_t scale_weight(uint64_t weight, uint64_t share) {
+  return multiply_high(weight, share) << (64 - kWeightBits) | (weight * share) >> kWeightBits;
+}
+
+// ln(total / 2^43) for a total in [2^43, 2^63], the sum of a row's weights: within 2^-40 of it.
+// total / 2^43 = 2^k m with m in [1 / sqrt(2), sqrt(2)]; ln m = 2 artanh((m - 1) / (m + 1)).
+MRV1_HD double fixed_point_log(uint64_t total) {
+  constexpr double kLn2 = 0x1.62e42fefa39efp-1;
+  constexpr double kSqrt2 = 0x1.6a09e667f3bcdp+0;
+  constexpr int32_t kTerms = 10;
+  double m = static_cast<double>(total) * (1.0 / static_cast<double>(kMaxWeight));
+  double k = 0.0;
+  for (; m > kSqrt2; m *= 0.5) k += 1.0;
+  const double s = (m - 1.0) / (m + 1.0);
+  const double square = s * s;
+  double series = 1.0 / (2 * kTerms + 1);
+  for (int32_t term = kTerms - 1; term >= 0; --term) {
+    series = fma(series, square, 1.0 / (2 * term + 1));
+  }
+  return fma(k, kLn2, 2.0 * s * series);
+}
+
+// ln of a token's probability at temperature 1, in a row with this largest logit, above -inf, and
+// this fixed_point_log of its weights.
+MRV1_HD float token_logprob(float logit, float max_logit, double log_total) {
+  const double distance =
+      logit == max_logit ? 0.0 : static_cast<double>(logit) - static_cast<double>(max_logit);
+  return static_cast<float>(distance - log_total);
 }
 
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", 2011).

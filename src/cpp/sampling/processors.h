@@ -22,10 +22,10 @@
 //  ordinary largest value and -0 equals +0. The processors below do not apply to them.
 //
 //  Stage kSet narrows the set of tokens. Tokens are ordered by (logit descending, id ascending).
-//   temperature  weight q = fixed_point_exp((logit - max) / temperature), an integer of 2^-43 units
-//                with q = 2^43 for the largest logit. Tokens with q = 0 are out. +inf logits share
-//                the mass equally. The division is a product with float(1 / double(temperature)),
-//                which is clamped to the largest float.
+//   temperature  weight q = 2^43 * exp((logit - max) / temperature), rounded down, an integer: see
+//                weight_exponent and fixed_point_exp2. q = 2^43 for the largest logit. Tokens with
+//                q = 0 are out. +inf logits share the mass equally. The quotient is a product with
+//                float(log2(e) / double(temperature)), which is clamped to the largest float.
 //   min_p        keeps q >= ceil(min_p * 2^43).
 //   top_k        keeps the first k tokens of what is left; at an edge of equal logits those of
 //                lower ids.
@@ -37,6 +37,14 @@
 //  Draw: total is the sum of q over the kept set and target = floor(random_word * total / 2^64),
 //  where the word is keyed by the seed and the position of the new token. The token is the first
 //  id, in ascending order, at which the running sum of q over kept tokens exceeds the target.
+//
+//  Draw from the whole row, where neither min_p nor top_k nor top_p applies: by tiles, so that one
+//  read of the logits is enough to weigh a row whose largest logit is not known yet. A tile is
+//  kDrawTile consecutive ids, the last one what is left. Its tokens weigh q' relative to the tile's
+//  own largest logit, which in turn has the weight W relative to the row's. The tile's mass is
+//  scale_weight(sum of q', W). total is the sum of masses and target as above; the tile is the
+//  first at which the running sum of masses exceeds the target, and r is the target less the masses
+//  before it. The token is the tile's first id at which scale_weight(running sum of q', W) > r.
 namespace mrv1 {
 
 enum class ProcessorStage { kLogits, kSet };
@@ -55,9 +63,11 @@ struct Temperature {
   MRV1_HD static bool applies(const Row&, const SamplingRow& sampling) {
     return sampling.temperature > 0.0f;
   }
-  MRV1_HD static float inverse(const SamplingRow& sampling) {
-    const double inverse = 1.0 / static_cast<double>(sampling.temperature);
-    return inverse < static_cast<double>(FLT_MAX) ? static_cast<float>(inverse) : FLT_MAX;
+  // log2(e) / temperature, which makes powers of two of the weights.
+  MRV1_HD static float scale(const SamplingRow& sampling) {
+    constexpr double kLog2E = 0x1.71547652b82fep+0;
+    const double scale = kLog2E / static_cast<double>(sampling.temperature);
+    return scale < static_cast<double>(FLT_MAX) ? static_cast<float>(scale) : FLT_MAX;
   }
 };
 
@@ -83,6 +93,10 @@ struct TopK {
   static constexpr ProcessorStage kStage = ProcessorStage::kSet;
   MRV1_HD static bool applies(const Row& row, const SamplingRow& sampling) {
     return Temperature::applies(row, sampling) && sampling.top_k > 0;
+  }
+  // What a SamplingRow holds for a top_k that was asked for: 0 for one that keeps everything.
+  MRV1_HD static int32_t effective(int32_t top_k, int64_t vocab_size) {
+    return top_k < vocab_size ? top_k : 0;
   }
 };
 
@@ -134,15 +148,23 @@ using Processors = ProcessorTable<MinTokens, Temperature, MinP, TopK, TopP>;
 
 // The weight rule that the kSet processors agree on for a row.
 struct WeightRule {
-  float max_logit;
-  float inverse_temperature;
+  float reference;      // whose weight is 2^43; no logit is larger
+  float scale;          // Temperature::scale
   uint64_t min_weight;  // at least 1: weights below it count as 0
 };
 
 MRV1_HD uint64_t token_weight(float logit, const WeightRule& rule) {
-  const uint64_t weight =
-      fixed_point_exp(weight_exponent(logit, rule.max_logit, rule.inverse_temperature));
+  const uint64_t weight = fixed_point_exp2(weight_exponent(logit, rule.reference, rule.scale));
   return weight >= rule.min_weight ? weight : 0;
+}
+
+// Ids of a tile when a token is drawn from the whole row.
+constexpr int32_t kDrawTile = 1024;
+
+// True if a token is drawn from the whole row.
+MRV1_HD bool draws_whole_row(const Row& row, const SamplingRow& sampling) {
+  return !MinP::applies(row, sampling) && !TopK::applies(row, sampling) &&
+         !TopP::applies(row, sampling);
 }
 
 // End of a prefix of the tokens in (logit descending, id ascending) order, the last one included.

@@ -14,13 +14,15 @@
 namespace mrv1 {
 namespace {
 
+constexpr int64_t kTileBlocks = kDrawTile / kSampleBlock;
+static_assert(kTileBlocks * kSampleBlock == kDrawTile);
 constexpr int32_t kRadixBits = 8;
 constexpr int32_t kRadix = 1 << kRadixBits;
 
 // Scratch of one row, carved from one thread's slice of the workspace.
 struct RowScratch {
   uint64_t* class_sum;   // [kNumClasses]
-  uint64_t* block_sum;   // [blocks]
+  uint64_t* block_sum;   // [blocks], or of draw tiles
   int32_t* class_count;  // [kNumClasses]
   int32_t* block_max;    // [blocks] largest key
   int32_t* block_order;  // [blocks]
@@ -107,8 +109,8 @@ class RowSampler {
   }
 
   void apply(Temperature, const Row&, const SamplingRow& sampling) {
-    rule_.max_logit = logits_[largest()];
-    rule_.inverse_temperature = Temperature::inverse(sampling);
+    rule_.reference = logits_[largest()];
+    rule_.scale = Temperature::scale(sampling);
     rule_.min_weight = 1;
   }
 
@@ -126,6 +128,37 @@ class RowSampler {
       build_histogram(INT32_MIN);
     }
     narrow<Measure::kWeight>(TopP::target(sampling, total_));
+  }
+
+  // From the whole row.
+  int32_t draw_by_tiles(uint64_t word) {
+    uint64_t* const masses = scratch_.block_sum;
+    const int64_t num_tiles = (blocks_ + kTileBlocks - 1) / kTileBlocks;
+    uint64_t total = 0;
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+      const WeightRule rule = tile_rule(tile);
+      const uint64_t share = token_weight(rule.reference, rule_);
+      uint64_t sum = 0;
+      for (int64_t block = tile * kTileBlocks; share > 0 && block < tile_end(tile); ++block) {
+        sum += loops_.weight_sum(block_logits(block), block_count(block), rule);
+      }
+      masses[tile] = scale_weight(sum, share);
+      total += masses[tile];
+    }
+    uint64_t target = multiply_high(word, total);
+    int64_t tile = 0;
+    while (target >= masses[tile]) target -= masses[tile++];
+    const WeightRule rule = tile_rule(tile);
+    const uint64_t share = token_weight(rule.reference, rule_);
+    uint64_t weights[kSampleBlock];
+    uint64_t running = 0;
+    for (int64_t block = tile * kTileBlocks;; ++block) {
+      loops_.weights(block_logits(block), block_count(block), rule, weights);
+      for (int64_t i = 0; i < block_count(block); ++i) {
+        running += weights[i];
+        if (scale_weight(running, share) > target) return first_id(block) + static_cast<int32_t>(i);
+      }
+    }
   }
 
   int32_t draw(uint64_t word) {
@@ -158,6 +191,14 @@ class RowSampler {
   }
 
  private:
+  int64_t tile_end(int64_t tile) const { return std::min((tile + 1) * kTileBlocks, blocks_); }
+  // Weights relative to the tile's largest logit.
+  WeightRule tile_rule(int64_t tile) const {
+    int32_t* const first = scratch_.block_max + tile * kTileBlocks;
+    const int32_t key = *std::max_element(first, scratch_.block_max + tile_end(tile));
+    return WeightRule{logit_of_key(key), rule_.scale, 1};
+  }
+
   const float* block_logits(int64_t block) const { return logits_ + block * kSampleBlock; }
   int64_t block_count(int64_t block) const {
     return std::min(kSampleBlock, vocab_ - block * kSampleBlock);
@@ -288,8 +329,7 @@ class RowSampler {
   }
 
   int32_t class_of_key(int32_t key) const {
-    const uint32_t magnitude = static_cast<uint32_t>(key < 0 ? -key : key);
-    const float logit = bits_to_float(magnitude | (key < 0 ? 0x80000000u : 0u));
+    const float logit = logit_of_key(key);
     uint64_t weight;
     int32_t cls;
     loops_.classify(&logit, 1, rule_, &weight, &cls);
@@ -343,7 +383,8 @@ int32_t sample_row(RowSampler& sampler, const Row& row, const SamplingRow& sampl
     return sampler.largest();
   }
   Processors::run<ProcessorStage::kSet>(row, sampling, sampler);
-  return sampler.draw(random_word(sampling.seed, static_cast<uint32_t>(row.total_len)));
+  const uint64_t word = random_word(sampling.seed, static_cast<uint32_t>(row.total_len));
+  return draws_whole_row(row, sampling) ? sampler.draw_by_tiles(word) : sampler.draw(word);
 }
 
 }  // namespace

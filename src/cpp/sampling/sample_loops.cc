@@ -27,13 +27,22 @@ MRV1_LOOP void weights_body(const float* logits, int64_t count, const WeightRule
   }
 }
 
+MRV1_LOOP uint64_t weight_sum_body(const float* logits, int64_t count, const WeightRule& rule) {
+  const WeightRule local = rule;
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    sum += token_weight(logits[i], local);
+  }
+  return sum;
+}
+
 MRV1_LOOP void classify_body(const float* logits, int64_t count, const WeightRule& rule,
                              uint64_t* weights, int32_t* classes) {
   weights_body(logits, count, rule, weights);
   const WeightRule local = rule;
   for (int64_t i = 0; i < count; ++i) {
-    const float exponent = weight_exponent(logits[i], local.max_logit, local.inverse_temperature);
-    const float scaled = exponent * -64.0f;
+    const float depth = -1.0f - weight_exponent(logits[i], local.reference, local.scale);
+    const float scaled = depth * kClassesPerUnit;
     const float limit = static_cast<float>(kNumClasses - 1);
     classes[i] = static_cast<int32_t>(scaled < limit ? scaled : limit);
   }
@@ -54,24 +63,28 @@ MRV1_LOOP uint64_t kept_sum_body(const float* logits, int64_t count, int32_t fir
 }
 
 // Defines the loops for one instruction set and the table that holds them.
-#define MRV1_SAMPLE_LOOPS(suffix, attribute)                                                    \
-  attribute KeyRange key_range_##suffix(const float* logits, int64_t count) {                   \
-    return key_range_body(logits, count);                                                       \
-  }                                                                                             \
-  attribute void weights_##suffix(const float* logits, int64_t count, const WeightRule& rule,   \
-                                  uint64_t* weights) {                                          \
-    weights_body(logits, count, rule, weights);                                                 \
-  }                                                                                             \
-  attribute void classify_##suffix(const float* logits, int64_t count, const WeightRule& rule,  \
-                                   uint64_t* weights, int32_t* classes) {                       \
-    classify_body(logits, count, rule, weights, classes);                                       \
-  }                                                                                             \
-  attribute uint64_t kept_sum_##suffix(const float* logits, int64_t count, int32_t first_id,    \
-                                       const WeightRule& rule, SetEdge edge) {                  \
-    return kept_sum_body(logits, count, first_id, rule, edge);                                  \
-  }                                                                                             \
-  const SampleLoops kLoops_##suffix = {key_range_##suffix, weights_##suffix, classify_##suffix, \
-                                       kept_sum_##suffix};
+#define MRV1_SAMPLE_LOOPS(suffix, attribute)                                                      \
+  attribute KeyRange key_range_##suffix(const float* logits, int64_t count) {                     \
+    return key_range_body(logits, count);                                                         \
+  }                                                                                               \
+  attribute void weights_##suffix(const float* logits, int64_t count, const WeightRule& rule,     \
+                                  uint64_t* weights) {                                            \
+    weights_body(logits, count, rule, weights);                                                   \
+  }                                                                                               \
+  attribute uint64_t weight_sum_##suffix(const float* logits, int64_t count,                      \
+                                         const WeightRule& rule) {                                \
+    return weight_sum_body(logits, count, rule);                                                  \
+  }                                                                                               \
+  attribute void classify_##suffix(const float* logits, int64_t count, const WeightRule& rule,    \
+                                   uint64_t* weights, int32_t* classes) {                         \
+    classify_body(logits, count, rule, weights, classes);                                         \
+  }                                                                                               \
+  attribute uint64_t kept_sum_##suffix(const float* logits, int64_t count, int32_t first_id,      \
+                                       const WeightRule& rule, SetEdge edge) {                    \
+    return kept_sum_body(logits, count, first_id, rule, edge);                                    \
+  }                                                                                               \
+  const SampleLoops kLoops_##suffix = {key_range_##suffix, weights_##suffix, weight_sum_##suffix, \
+                                       classify_##suffix, kept_sum_##suffix};
 
 MRV1_SAMPLE_LOOPS(portable, )
 #if defined(__x86_64__)

@@ -12,8 +12,9 @@ namespace mrv1 {
 constexpr int64_t kSampleBlock = 256;
 
 // Classes of weight_exponent for the histogram: class 0 holds the largest logits, and a larger
-// logit is never in a later class. One class is 1/64 wide.
+// logit is never in a later class.
 constexpr int32_t kNumClasses = 2048;
+constexpr float kClassesPerUnit = 44.0f;
 
 struct KeyRange {
   int32_t low, high;
@@ -26,7 +27,9 @@ struct SampleLoops {
   KeyRange (*key_range)(const float* logits, int64_t count);
   // weights[i] = token_weight(logits[i]).
   void (*weights)(const float* logits, int64_t count, const WeightRule& rule, uint64_t* weights);
-  // The same, with the class of each logit.
+  // Sum of the weights.
+  uint64_t (*weight_sum)(const float* logits, int64_t count, const WeightRule& rule);
+  // weights[i], with the class of each logit.
   void (*classify)(const float* logits, int64_t count, const WeightRule& rule, uint64_t* weights,
                    int32_t* classes);
   // Sum of the weights of kept tokens; logits[0] belongs to first_id.
