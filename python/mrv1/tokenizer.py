@@ -10,7 +10,7 @@ import os
 import re
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from mrv1._files import FileError, read_file
 from mrv1.chat_template import ChatTemplates
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from mrv1.chat_template import ChatOptions, Conversation
+
+Symbol = TypeVar("Symbol", str, int)
 
 TOKENIZER_NAME: Final = "tokenizer.json"
 MAX_FILE_BYTES: Final = 256 << 20
@@ -402,49 +404,52 @@ class _WindowDecoder:
         return new
 
 
-class _StopMatcher:
-    """Finds the stop string that is complete first, a character at a time.
+class StopMatcher(Generic[Symbol]):
+    """Finds the stop that is complete first, a symbol (character or token id) at a time.
 
-    An Aho-Corasick automaton (1975): a state is the longest end of the text that begins a stop
-    string. State 0 is the empty string.
+    An Aho-Corasick automaton (1975): a state is the longest end of the input that begins a stop.
+    State 0 is the empty one.
+
+    Args:
+        stops: Strings, or sequences of token ids.
     """
 
-    def __init__(self, strings: Sequence[str]) -> None:
-        self._next: list[dict[str, int]] = [{}]
+    def __init__(self, stops: Sequence[Sequence[Symbol]]) -> None:
+        self._next: list[dict[Symbol, int]] = [{}]
         self._fail = [0]
-        # Longest stop string that ends in a state, and the characters to hold back there: the
-        # longest end of the text that can still become a stop string.
-        self.match: list[str | None] = [None]
+        # Index of the longest stop that ends in a state, and the symbols to hold back there: the
+        # longest end of the input that can still become a stop.
+        self.match: list[int | None] = [None]
         self.hold = [0]
         depth = [0]
-        for string in strings:
+        for index, stop in enumerate(stops):
             state = 0
-            for char in string:
-                if char not in self._next[state]:
-                    self._next[state][char] = len(self._next)
+            for symbol in stop:
+                if symbol not in self._next[state]:
+                    self._next[state][symbol] = len(self._next)
                     self._next.append({})
                     self._fail.append(0)
                     self.match.append(None)
                     self.hold.append(0)
                     depth.append(depth[state] + 1)
-                state = self._next[state][char]
-            self.match[state] = string
+                state = self._next[state][symbol]
+            self.match[state] = index
         queue = deque(self._next[0].values())
         while queue:
             state = queue.popleft()
             fail = self._fail[state]
-            # The longest string that ends here is the state's own one, if it has one.
-            self.match[state] = self.match[state] or self.match[fail]
+            if self.match[state] is None:  # the state's own one would be the longest
+                self.match[state] = self.match[fail]
             self.hold[state] = depth[state] if self._next[state] else self.hold[fail]
-            for char, child in self._next[state].items():
-                self._fail[child] = self.step(fail, char)
+            for symbol, child in self._next[state].items():
+                self._fail[child] = self.step(fail, symbol)
                 queue.append(child)
 
-    def step(self, state: int, char: str) -> int:
-        """Returns the state after one more character."""
-        while state and char not in self._next[state]:
+    def step(self, state: int, symbol: Symbol) -> int:
+        """Returns the state after one more symbol."""
+        while state and symbol not in self._next[state]:
             state = self._fail[state]
-        return self._next[state].get(char, 0)
+        return self._next[state].get(symbol, 0)
 
 
 class StreamPiece(NamedTuple):
@@ -479,7 +484,8 @@ class IncrementalDetokenizer:
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams | None = None) -> None:
         params = params or SamplingParams()
         self._decoder = tokenizer._text_decoder(params.skip_special_tokens)
-        self._matcher = _StopMatcher(params.stop) if params.stop else None
+        self._stops = params.stop
+        self._matcher = StopMatcher[str](params.stop) if params.stop else None
         self._include_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._state = 0
@@ -527,8 +533,9 @@ class IncrementalDetokenizer:
             state = self._state
             for index, char in enumerate(new):
                 state = self._matcher.step(state, char)
-                stop = self._matcher.match[state]
-                if stop is not None and num_tokens > self._min_tokens:
+                found = self._matcher.match[state]
+                if found is not None and num_tokens > self._min_tokens:
+                    stop = self._stops[found]
                     # What is cut off was held back: it begins the stop string.
                     end = len(self._held) + index + 1 - (0 if self._include_stop else len(stop))
                     self._ended, self._held = True, ""

@@ -1,0 +1,56 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""Log probabilities of tokens, as results have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log probability of a token at one place.
+
+    Attributes:
+        logprob: Natural logarithm of the token's probability by the model: at temperature 1, before
+            biases, penalties and all else but structured outputs.
+        rank: 1 + number of tokens that are more likely.
+        decoded_token: Text of the token alone; None for a request without detokenize.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+def token_logprobs(
+    num_tokens: int,
+    token_ids: Sequence[int],
+    logprobs: Sequence[float],
+    ranks: Sequence[int],
+    decode: Callable[[int], str] | None,
+) -> list[dict[int, Logprob]]:
+    """Returns a mapping from token id to `Logprob` for each token: its own first, then by rank.
+
+    Args:
+        num_tokens: Number of tokens.
+        token_ids: For each token a group of ids, all of one length: its own, then the most likely
+            ones in order, its own among them if it is one.
+        logprobs: Log probabilities of these.
+        ranks: Ranks of these.
+        decode: Gives the text of a token; None leaves it out.
+    """
+    result = []
+    size = len(token_ids) // num_tokens if num_tokens else 0
+    for start in range(0, num_tokens * size, size or 1):
+        group: dict[int, Logprob] = {}
+        for index in range(start, start + size):
+            token_id = token_ids[index]
+            if token_id not in group:
+                text = None if decode is None else decode(token_id)
+                group[token_id] = Logprob(logprobs[index], ranks[index], text)
+        result.append(group)
+    return result
