@@ -456,10 +456,22 @@ class RunnerConfig:
     def kv_scales(self, arg: Sequence[tuple[Sequence[float], Sequence[float]]], /) -> None: ...
 
     @property
-    def max_stop_ids(self) -> int: ...
+    def max_logprobs(self) -> int:
+        """
+        Candidates that a row may report beside each token; -1: rows have no logprobs.
+        """
 
-    @max_stop_ids.setter
-    def max_stop_ids(self, arg: int, /) -> None: ...
+    @max_logprobs.setter
+    def max_logprobs(self, arg: int, /) -> None: ...
+
+    @property
+    def sampling_words(self) -> int:
+        """
+        Words of 4 bytes that the lists of rows get at first, and by which they grow.
+        """
+
+    @sampling_words.setter
+    def sampling_words(self, arg: int, /) -> None: ...
 
     @property
     def pad_requests(self) -> int: ...
@@ -629,6 +641,61 @@ class RowSpec:
     def stop_ids(self, arg: Sequence[int], /) -> None: ...
 
     @property
+    def stop_sequences(self) -> list[list[int]]:
+        """
+        Token sequences that end the row once its outputs end with one of them.
+        """
+
+    @stop_sequences.setter
+    def stop_sequences(self, arg: Sequence[Sequence[int]], /) -> None: ...
+
+    @property
+    def presence_penalty(self) -> float: ...
+
+    @presence_penalty.setter
+    def presence_penalty(self, arg: float, /) -> None: ...
+
+    @property
+    def frequency_penalty(self) -> float: ...
+
+    @frequency_penalty.setter
+    def frequency_penalty(self, arg: float, /) -> None: ...
+
+    @property
+    def repetition_penalty(self) -> float: ...
+
+    @repetition_penalty.setter
+    def repetition_penalty(self, arg: float, /) -> None: ...
+
+    @property
+    def logit_bias(self) -> list[tuple[int, float]]:
+        """Pairs of a token id and what its logit gains."""
+
+    @logit_bias.setter
+    def logit_bias(self, arg: Sequence[tuple[int, float]], /) -> None: ...
+
+    @property
+    def allowed_token_ids(self) -> list[int]:
+        """Empty: all."""
+
+    @allowed_token_ids.setter
+    def allowed_token_ids(self, arg: Sequence[int], /) -> None: ...
+
+    @property
+    def bad_words(self) -> list[list[int]]:
+        """Token sequences that never come out whole."""
+
+    @bad_words.setter
+    def bad_words(self, arg: Sequence[Sequence[int]], /) -> None: ...
+
+    @property
+    def num_logprobs(self) -> int:
+        """Candidates to report beside each token; -1: no logprobs."""
+
+    @num_logprobs.setter
+    def num_logprobs(self, arg: int, /) -> None: ...
+
+    @property
     def block_ids(self) -> list[list[int]]: ...
 
     @block_ids.setter
@@ -687,6 +754,10 @@ class OutputEntry:
     @property
     def masked(self) -> bool: ...
 
+    @property
+    def stop_sequence(self) -> int:
+        """Which of the row's stop_sequences stopped it, else -1."""
+
 class RowState:
     """A row as the device holds it."""
 
@@ -742,6 +813,12 @@ class StepOutput:
 
     def tokens(self, entry: int) -> list[int]:
         """The new tokens of an entry."""
+
+    def logprobs(self, entry: int) -> tuple[list[int], list[float], list[int]] | None:
+        """
+        Token ids, logprobs and ranks of an entry: for each new token a group of
+        1 + num_logprobs, the token itself first. None without logprobs.
+        """
 
 class ModelRunner:
     """See mrv1.runner.ModelRunner."""
@@ -884,6 +961,19 @@ class RequestOutput:
     @property
     def token_ids(self) -> list[int]:
         """New tokens, often one."""
+
+    @property
+    def logprobs(self) -> tuple[list[int], list[float], list[int]] | None:
+        """
+        Token ids, logprobs and ranks: for each token a group of 1 + num_logprobs, the token
+        itself first. None for requests without logprobs.
+        """
+
+    @property
+    def stop_sequence(self) -> int:
+        """
+        Index of the sequence of RowSpec.stop_sequences that stopped it, else -1.
+        """
 
     @property
     def end(self) -> RequestEnd: ...

@@ -45,8 +45,6 @@ _BACKENDS = {
     "flashinfer": _core.AttentionBackend.FLASHINFER,
 }
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3", "fp8_e5m2")
-# Stop ids that all running requests together can have; address space, not memory, on the CPU.
-_MAX_STOP_IDS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,7 +375,6 @@ def make_runner(
     native.block_size = _positive("block_size", options.block_size, RunnerOptions.block_size)
     native.kv_cache_dtype = resolve_kv_cache_dtype(options.kv_cache_dtype)
     native.kv_scales = list(kv_scales)
-    native.max_stop_ids = _MAX_STOP_IDS
     native.pad_requests = _integer("pad_requests", options.pad_requests, 0, native.max_num_seqs)
     native.pad_tokens = _integer("pad_tokens", options.pad_tokens, 0, native.max_num_batched_tokens)
     for field in ("infer_param_view", "keep_hidden_states", "force_tokens"):

@@ -32,7 +32,7 @@ constexpr int32_t kPieceChunks = kLoads * cuda::kWarpSize;
 constexpr int32_t kTile = 256;  // token writes that are looked at together
 
 static_assert(sizeof(ControlHeader) <= kHeaderBytes && kHeaderBytes <= kFirstBytes);
-static_assert(sizeof(NewRow) == 128 && sizeof(Row) % kChunk == 0 &&
+static_assert(sizeof(NewRow) % kChunk == 0 && sizeof(Row) % kChunk == 0 &&
               sizeof(SamplingRow) % kChunk == 0);
 
 // Reads the record at 16-byte steps: its start from the copy in shared memory, the rest from the
@@ -190,7 +190,7 @@ __device__ void add_rows(const RecordReader& reader, const RowState& state) {
   }
 }
 
-__device__ void write_blocks_and_stops(const RecordReader& reader, const RowState& state) {
+__device__ void write_blocks_and_words(const RecordReader& reader, const RowState& state) {
   const ControlHeader& header = reader.header();
   const int warp = threadIdx.x / cuda::kWarpSize;
   for (int32_t i = warp; i < header.num_block_writes; i += kWarps) {
@@ -198,9 +198,17 @@ __device__ void write_blocks_and_stops(const RecordReader& reader, const RowStat
     const int64_t table = (int64_t{write.group} * state.num_rows + write.row) * state.max_blocks;
     copy_ids(reader, state.block_table + table + write.start, write.payload_start, write.count);
   }
-  for (int32_t i = warp; i < header.num_stop_writes; i += kWarps) {
-    const auto write = reader.read<StopWrite>(header.stop_writes_offset + i * sizeof(StopWrite));
-    copy_ids(reader, state.stop_ids + write.offset, write.payload_start, write.count);
+  for (int32_t i = warp; i < header.num_word_writes; i += kWarps) {
+    const auto write = reader.read<WordWrite>(header.word_writes_offset + i * sizeof(WordWrite));
+    if (write.payload_start >= 0) {
+      copy_ids(reader, write.target, write.payload_start, write.count);
+    }
+  }
+  // Fills may be long, so that all threads share each.
+  for (int32_t i = 0; i < header.num_word_writes; ++i) {
+    const auto write = reader.read<WordWrite>(header.word_writes_offset + i * sizeof(WordWrite));
+    if (write.payload_start >= 0) continue;
+    for (int32_t word = threadIdx.x; word < write.count; word += kThreads) write.target[word] = 0;
   }
 }
 
@@ -249,7 +257,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(StepRings rings, RowSta
   free_rows(reader, state);
   __syncthreads();
   add_rows(reader, state);
-  write_blocks_and_stops(reader, state);
+  write_blocks_and_words(reader, state);
   write_tokens(reader, state);
 }
 

@@ -222,6 +222,7 @@ __global__ void __launch_bounds__(kThreads)
       out.logits_indices[logits + place] = start + length - samples + place;
       out.logits_batch[logits + place] = at.row < 0 ? -1 : batch;
       out.logits_place[logits + place] = place;
+      out.logits_entry[logits + place] = i;
     }
     next.logits += samples * field_unit(at.cls);
     if (writes_own) {
@@ -258,6 +259,7 @@ __global__ void __launch_bounds__(kThreads)
     out.logits_indices[i] = 0;
     out.logits_batch[i] = -1;
     out.logits_place[i] = 0;
+    out.logits_entry[i] = -1;
   }
   if (!fill_tokens) return;
   for (int32_t i = num_tokens + thread; i < sizes.num_tokens; i += kThreads) {

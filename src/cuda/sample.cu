@@ -244,7 +244,7 @@ class RowSampler {
   __device__ bool survives(const SamplingRow& sampling, const int32_t* stop_ids) const {
     int survives = 0;
     for (int32_t id = threadIdx.x; id < vocab_; id += kThreads) {
-      survives |= survives_stop_mask(logits_[id], id, stop_ids, sampling.stop_count);
+      survives |= survives_stop_mask(logits_[id], id, stop_ids, sampling.stop_ids.count);
     }
     return __syncthreads_or(survives) != 0;
   }
@@ -707,7 +707,8 @@ __global__ void __launch_bounds__(kThreads)
   if (is_greedy && split != 0) return;
   best = cuda::block_max<kThreads>(best);
   const auto finish = [&](int32_t token) {
-    if (threadIdx.x == 0) infer.sampled[logits_row] = token;
+    if (threadIdx.x != 0) return;
+    infer.sampled[logits_row] = forced_token(state, index, sampling, row.total_len, token);
   };
   if (best == kNoBest || best == kNanBest) {
     if (split == 0) finish(kErrorToken);
@@ -716,13 +717,13 @@ __global__ void __launch_bounds__(kThreads)
 
   const auto vocab = static_cast<int32_t>(params.vocab_size);
   float* logits = params.logits + logits_row * params.vocab_size;
-  const int32_t* stop_ids = state.stop_ids + sampling.stop_offset;
+  const int32_t* stop_ids = sampling.words + sampling.stop_ids.offset;
   LogitEdits edits;
   Processors::run<ProcessorStage::kLogits>(row, sampling, edits);
   const bool masks = edits.masks_stop_ids;
   // As long as the best logit stays, masking others changes nothing for a greedy row, and there is
   // a token left for any row.
-  const bool loses_best = masks && contains(stop_ids, sampling.stop_count, best_id(best));
+  const bool loses_best = masks && contains(stop_ids, sampling.stop_ids.count, best_id(best));
   if (is_greedy && !loses_best) {
     finish(best_id(best));
     return;
@@ -738,7 +739,8 @@ __global__ void __launch_bounds__(kThreads)
     const int32_t first = split * split_tiles;
     const int32_t end = min(first + split_tiles, tiles);
     if (masks) {
-      mask_stop_ids(logits, stop_ids, sampling.stop_count, first * kTile, min(end * kTile, vocab));
+      mask_stop_ids(logits, stop_ids, sampling.stop_ids.count, first * kTile,
+                    min(end * kTile, vocab));
     }
     if (has_top_p) {
       for (int32_t i = threadIdx.x; i < kClasses; i += kThreads) memory.sums.classes[i] = 0;
@@ -772,9 +774,9 @@ __global__ void __launch_bounds__(kThreads)
   } else {
     if (split != 0) return;
     if (!loses_best) {
-      if (masks) mask_stop_ids(logits, stop_ids, sampling.stop_count, 0, vocab);
+      if (masks) mask_stop_ids(logits, stop_ids, sampling.stop_ids.count, 0, vocab);
       // So many of the tiles' best may be masked now.
-      const int64_t needed = int64_t{sampling.top_k} + (masks ? sampling.stop_count : 0);
+      const int64_t needed = int64_t{sampling.top_k} + (masks ? sampling.stop_ids.count : 0);
       if (needed <= tiles && candidates.gather_best(static_cast<int32_t>(needed))) {
         const uint64_t sum = candidates.weigh(sampling.top_k, rule);
         finish(candidates.draw(has_top_p ? TopP::target(sampling, sum) : sum, word));
@@ -787,7 +789,7 @@ __global__ void __launch_bounds__(kThreads)
   RowSampler sampler(logits, vocab, &memory.histogram, &chosen);
   sampler.set_best(best);
   if (loses_best && sampler.survives(sampling, stop_ids)) {
-    mask_stop_ids(logits, stop_ids, sampling.stop_count, 0, vocab);
+    mask_stop_ids(logits, stop_ids, sampling.stop_ids.count, 0, vocab);
     sampler.scan();
   }
   if (is_greedy) {

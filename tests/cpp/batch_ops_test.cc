@@ -167,7 +167,7 @@ TEST_CASE("sampling_rows gives each row its parameters, and all rows the same nu
     CHECK(sampling[i].min_p == 0.1f);
     CHECK(sampling[i].top_k == 7);
     CHECK(sampling[i].seed == seed[i]);
-    CHECK(sampling[i].stop_count == 0);
+    CHECK(sampling[i].stop_ids.count == 0);
     CHECK(sampling[i].num_speculative_tokens == 0);
   }
 }

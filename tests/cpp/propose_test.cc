@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <new>
 #include <vector>
 
+#include "runner/word_pool.h"
 #include "state/output_ring.h"
 #include "state/propose.h"
 
@@ -67,7 +69,7 @@ TEST_CASE("a row takes the draws up to the first that is not the next draft") {
   state.sampling = &sampling;
   state.tokens = tokens.data();
   state.max_model_len = 8;
-  state.stop_ids = stop_ids.data();
+  sampling.words = stop_ids.data();
   const BatchEntry entry{0, 0, 5, 5};
   const Row before = row;
   int32_t out[5];
@@ -90,19 +92,87 @@ TEST_CASE("a row takes the draws up to the first that is not the next draft") {
   CHECK(result.num_computed == result.total_len - 1);
 
   row = before;
-  sampling.stop_count = 1;
+  sampling.stop_ids.count = 1;
   tokens = {1, 2, 3, 20, 21, 22, 0, 0};
   result = advance_row(state, entry, all, out);
   CHECK(result.num_tokens == 2);
   CHECK(result.finish_reason == FinishReason::kStop);
 
   row = before;
-  sampling.stop_count = 0;
+  sampling.stop_ids.count = 0;
   tokens = {1, 2, 3, 20, 21, 22, 0, 0};
   const int32_t error[] = {20, kErrorToken, 22, 40};
   result = advance_row(state, entry, error, out);
   CHECK(result.num_tokens == 1);
   CHECK(result.finish_reason == FinishReason::kError);
+}
+
+TEST_CASE("a stop sequence is made of outputs, and waits for min_tokens") {
+  const int32_t sequences[] = {3, 3, 20, 21, /*second*/ 2, 20, 21};
+  const int32_t history[] = {1, 2, 3, 20, 21};
+  // The first one begins in the prompt.
+  CHECK(ending_sequence(sequences, 2, history, 3, 5) == 1);
+  CHECK(ending_sequence(sequences, 2, history, 2, 5) == 0);
+  CHECK(ending_sequence(sequences, 1, history, 3, 5) == -1);
+  CHECK(ending_sequence(sequences, 2, history, 3, 4) == -1);
+
+  std::vector<int32_t> words(sequences, sequences + 7);
+  std::vector<int32_t> tokens = {1, 2, 3, 20, 21, 22, 0, 0};
+  Row row{};
+  row.phase = RowPhase::kDecode;
+  row.prompt_len = 3;
+  row.num_computed = 2;
+  row.total_len = 3;
+  row.max_total_len = 8;
+  row.num_drafts = 3;
+  SamplingRow sampling{};
+  sampling.words = words.data();
+  sampling.stop_sequences.count = 2;
+  RowState state{};
+  state.rows = &row;
+  state.sampling = &sampling;
+  state.tokens = tokens.data();
+  state.max_model_len = 8;
+  const int32_t drawn[] = {20, 21, 22, 40};
+  const Row before = row;
+  int32_t out[4];
+  OutputEntry result = advance_row(state, {0, 0, 4, 4}, drawn, out);
+  CHECK(result.num_tokens == 2);
+  CHECK(result.finish_reason == FinishReason::kStop);
+  CHECK(result.stop_sequence == 1);
+
+  row = before;
+  row.min_total_len = 5;
+  tokens = {1, 2, 3, 20, 21, 22, 0, 0};
+  result = advance_row(state, {0, 0, 4, 4}, drawn, out);
+  CHECK(result.num_tokens == 4);
+  CHECK(result.finish_reason == FinishReason::kNone);
+  CHECK(result.stop_sequence == -1);
+}
+
+TEST_CASE("the word pool grows by chunks and joins what comes back") {
+  std::vector<std::vector<int32_t>> chunks;
+  WordPool pool(8, [&](int64_t words) {
+    if (words > 1000) throw std::bad_alloc();
+    chunks.emplace_back(words);
+    return chunks.back().data();
+  });
+  CHECK(chunks.size() == 1);
+  int32_t* const first = pool.allocate(3);
+  int32_t* const second = pool.allocate(4);
+  CHECK(second == first + 4);
+  int32_t* const large = pool.allocate(21);
+  CHECK(chunks.size() == 2);
+  CHECK(chunks[1].size() == 24);
+  CHECK_THROWS_AS(pool.allocate(1001), std::bad_alloc);
+  CHECK(pool.used() == 32);
+  pool.release(first, 3);
+  pool.release(second, 4);
+  CHECK(pool.allocate(8) == first);
+  pool.release(large, 21);
+  pool.release(first, 8);
+  CHECK(pool.used() == 0);
+  CHECK(pool.capacity() == 32);
 }
 
 }  // namespace mrv1

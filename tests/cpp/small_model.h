@@ -65,7 +65,6 @@ inline RunnerConfig small_config() {
   config.max_model_len = 256;
   config.block_size = 16;
   config.num_blocks = 4 * 16 + 1;
-  config.max_stop_ids = 64;
   return config;
 }
 

@@ -3,6 +3,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bind/bind.h"
+#include "bind/logprobs.h"
 #include "bind/runner_handle.h"
 #include "engine/engine_thread.h"
 
@@ -56,6 +57,17 @@ void bind_engine(nb::module_& m) {
       .def_ro("id", &RequestOutput::id)
       .def_ro("index", &RequestOutput::index, "Of the sample, below n.")
       .def_ro("token_ids", &RequestOutput::token_ids, "New tokens, often one.")
+      .def_prop_ro(
+          "logprobs",
+          [](const RequestOutput& self) -> nb::object {
+            if (self.logprobs.empty()) return nb::none();
+            return logprob_lists(self.logprobs);
+          },
+          nb::sig("def logprobs(self) -> tuple[list[int], list[float], list[int]] | None"),
+          "Token ids, logprobs and ranks: for each token a group of 1 + num_logprobs, the token\n"
+          "itself first. None for requests without logprobs.")
+      .def_ro("stop_sequence", &RequestOutput::stop_sequence,
+              "Index of the sequence of RowSpec.stop_sequences that stopped it, else -1.")
       .def_ro("end", &RequestOutput::end)
       .def_ro("error", &RequestOutput::error)
       .def_ro("num_cached_tokens", &RequestOutput::num_cached_tokens,

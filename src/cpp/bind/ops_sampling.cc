@@ -86,6 +86,7 @@ nb::object sample(const OpsHandle& self, nb::handle logits_array, nb::handle tem
   ctx.sizes = {count, count, count};
   ctx.rows.num_rows = count;
   ctx.rows.vocab_size = static_cast<int32_t>(logits.cols());
+  ctx.rows.max_logprobs = -1;
   ctx.rows.rows = params.rows;
   ctx.rows.sampling = params.sampling;
   ctx.infer.row = params.index;

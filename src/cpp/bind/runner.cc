@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bind/bind.h"
+#include "bind/logprobs.h"
 #include "bind/runner_arrays.h"
 #include "bind/runner_handle.h"
 #include "io/mapped_file.h"
@@ -185,7 +186,10 @@ void bind_runner(nb::module_& m) {
           },
           "Static scales of an FP8 cache: of each layer those of keys and of values, one or one a\n"
           "head. Empty: each token and head has its own, computed when it is written.")
-      .def_rw("max_stop_ids", &RunnerConfig::max_stop_ids)
+      .def_rw("max_logprobs", &RunnerConfig::max_logprobs,
+              "Candidates that a row may report beside each token; -1: rows have no logprobs.")
+      .def_rw("sampling_words", &RunnerConfig::sampling_words,
+              "Words of 4 bytes that the lists of rows get at first, and by which they grow.")
       .def_rw("pad_requests", &RunnerConfig::pad_requests)
       .def_rw("pad_tokens", &RunnerConfig::pad_tokens)
       .def_rw("infer_param_view", &RunnerConfig::infer_param_view)
@@ -233,6 +237,16 @@ void bind_runner(nb::module_& m) {
       .def_rw("forced_token_ids", &RowSpec::forced_token_ids,
               "Outputs, counted from prompt_len, whatever is drawn. Needs force_tokens.")
       .def_rw("stop_ids", &RowSpec::stop_ids)
+      .def_rw("stop_sequences", &RowSpec::stop_sequences,
+              "Token sequences that end the row once its outputs end with one of them.")
+      .def_rw("presence_penalty", &RowSpec::presence_penalty)
+      .def_rw("frequency_penalty", &RowSpec::frequency_penalty)
+      .def_rw("repetition_penalty", &RowSpec::repetition_penalty)
+      .def_rw("logit_bias", &RowSpec::logit_bias, "Pairs of a token id and what its logit gains.")
+      .def_rw("allowed_token_ids", &RowSpec::allowed_token_ids, "Empty: all.")
+      .def_rw("bad_words", &RowSpec::bad_words, "Token sequences that never come out whole.")
+      .def_rw("num_logprobs", &RowSpec::num_logprobs,
+              "Candidates to report beside each token; -1: no logprobs.")
       .def_rw("block_ids", &RowSpec::block_ids);
 
   nb::enum_<FinishReason>(m, "FinishReason")
@@ -256,7 +270,9 @@ void bind_runner(nb::module_& m) {
       .def_ro("total_len", &OutputEntry::total_len)
       .def_ro("num_drafts", &OutputEntry::num_drafts, "Tokens that were proposed.")
       .def_ro("num_accepted", &OutputEntry::num_accepted, "Proposed tokens among the new ones.")
-      .def_prop_ro("masked", [](const OutputEntry& self) { return self.masked != 0; });
+      .def_prop_ro("masked", [](const OutputEntry& self) { return self.masked != 0; })
+      .def_ro("stop_sequence", &OutputEntry::stop_sequence,
+              "Which of the row's stop_sequences stopped it, else -1.");
 
   nb::class_<Row>(m, "RowState", "A row as the device holds it.")
       .def_ro("generation", &Row::generation)
@@ -284,7 +300,21 @@ void bind_runner(nb::module_& m) {
             const std::span<const int32_t> tokens = self.tokens(entry);
             return std::vector<int32_t>(tokens.begin(), tokens.end());
           },
-          nb::arg("entry"), "The new tokens of an entry.");
+          nb::arg("entry"), "The new tokens of an entry.")
+      .def(
+          "logprobs",
+          [](const StepOutput& self, size_t entry) -> nb::object {
+            check(entry < self.entries.size(), "logprobs", "entry ", entry, " is outside [0, ",
+                  self.entries.size(), ")");
+            const std::span<const TokenLogprob> logprobs = self.token_logprobs(entry);
+            if (logprobs.empty()) return nb::none();
+            return logprob_lists(logprobs);
+          },
+          nb::arg("entry"),
+          nb::sig("def logprobs(self, entry: int) -> tuple[list[int], list[float], list[int]] | "
+                  "None"),
+          "Token ids, logprobs and ranks of an entry: for each new token a group of\n"
+          "1 + num_logprobs, the token itself first. None without logprobs.");
 
   nb::class_<RunnerHandle>(m, "ModelRunner", "See mrv1.runner.ModelRunner.")
       .def(

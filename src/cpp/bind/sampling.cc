@@ -73,8 +73,8 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
     sampling[i].top_p = top_p.data()[i];
     sampling[i].min_p = min_p.data()[i];
     sampling[i].seed = seed.data()[i];
-    sampling[i].stop_offset = static_cast<int32_t>(stops.size());
-    sampling[i].stop_count = static_cast<int32_t>(stop_ids[i].size());
+    sampling[i].stop_ids = {static_cast<int32_t>(stops.size()),
+                            static_cast<int32_t>(stop_ids[i].size())};
     stops.insert(stops.end(), stop_ids[i].begin(), stop_ids[i].end());
   }
 
@@ -84,8 +84,9 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
     const std::shared_ptr<Device> shared = handle.share();
     Device& device = *shared;
     const Buffer device_rows = copy_to_device(device, rows.data(), num_rows);
-    const Buffer device_sampling = copy_to_device(device, sampling.data(), num_rows);
     const Buffer device_stops = copy_to_device(device, stops.data(), stops.size());
+    for (SamplingRow& row : sampling) row.words = static_cast<int32_t*>(device_stops.data());
+    const Buffer device_sampling = copy_to_device(device, sampling.data(), num_rows);
     const Buffer device_logits = copy_to_device(device, logits.data(), num_logits * vocab_size);
     const Buffer device_logits_batch = copy_to_device(device, logits_batch.data(), num_logits);
     const Buffer device_logits_place = copy_to_device(device, logits_place.data(), num_logits);
@@ -113,7 +114,7 @@ nb::ndarray<nb::numpy, int32_t> sample(const DeviceHandle& handle, const LogitsM
     ctx.rows.vocab_size = static_cast<int32_t>(vocab_size);
     ctx.rows.rows = static_cast<Row*>(device_rows.data());
     ctx.rows.sampling = static_cast<SamplingRow*>(device_sampling.data());
-    ctx.rows.stop_ids = static_cast<int32_t*>(device_stops.data());
+    ctx.rows.max_logprobs = -1;
     ctx.infer.row = static_cast<int32_t*>(device_batch_row.data());
     ctx.infer.logits_batch = static_cast<int32_t*>(device_logits_batch.data());
     ctx.infer.logits_place = static_cast<int32_t*>(device_logits_place.data());

@@ -430,7 +430,7 @@ void Engine::take_in(EventBatch& out) {
       continue;
     }
     try {
-      take_in_entry(planned, output_.entries[i], output_.tokens(i), out);
+      take_in_entry(planned, i, out);
     } catch (const std::bad_alloc&) {
       throw;
     } catch (const std::exception& error) {
@@ -439,8 +439,10 @@ void Engine::take_in(EventBatch& out) {
   }
 }
 
-void Engine::take_in_entry(const Planned& planned, const OutputEntry& entry,
-                           std::span<const int32_t> tokens, EventBatch& out) {
+// What the step that was read says about one of its entries.
+void Engine::take_in_entry(const Planned& planned, size_t index, EventBatch& out) {
+  const OutputEntry& entry = output_.entries[index];
+  const std::span<const int32_t> tokens = output_.tokens(index);
   Request& running = request(planned.slot);
   if (entry.masked != 0) {
     // It ended in no step that was taken in, so the device never got it, or lost it.
@@ -478,6 +480,11 @@ void Engine::take_in_entry(const Planned& planned, const OutputEntry& entry,
   }
   if (tokens.empty()) return;
   emit(running, tokens, reason, "", out);
+  RequestEvent& event = out.events.back();
+  event.stop_sequence = entry.stop_sequence;
+  const std::span<const TokenLogprob> logprobs = output_.token_logprobs(index);
+  event.num_logprobs = static_cast<int32_t>(logprobs.size());
+  out.logprobs.insert(out.logprobs.end(), logprobs.begin(), logprobs.end());
   if (reason != RequestEnd::kNone) remove(planned.slot, false);
 }
 

@@ -110,8 +110,7 @@ class Engine {
   void take_in(EventBatch& out);
   void prefetch(int32_t slot) const;
   void prefetch_details(int32_t slot) const;
-  void take_in_entry(const Planned& planned, const OutputEntry& entry,
-                     std::span<const int32_t> tokens, EventBatch& out);
+  void take_in_entry(const Planned& planned, size_t index, EventBatch& out);
   void keep_filled_blocks(Request& running);
   void fork_held(Request& first);
   void drop_below_window(Request& running);

@@ -163,15 +163,20 @@ std::vector<RequestOutput> EngineThread::take_outputs() {
   outputs.reserve(outputs_.events.size());
   free_slots_.reserve(samples_.size());
   auto token = outputs_.tokens.begin();
+  auto logprob = outputs_.logprobs.begin();
   for (const RequestEvent& event : outputs_.events) {
     const auto tokens = token;
     token += event.num_tokens;
+    const auto logprobs = logprob;
+    logprob += event.num_logprobs;
     if (event.slot < 0) continue;  // dropped
     const Sample& sample = samples_[event.slot];
     RequestOutput& output = outputs.emplace_back();
     output.id = *sample.id;
     output.index = sample.index;
     output.token_ids.assign(tokens, token);
+    output.logprobs.assign(logprobs, logprob);
+    output.stop_sequence = event.stop_sequence;
     output.end = event.end;
     if (event.error >= 0) output.error = outputs_.errors[event.error];
     output.num_cached_tokens = event.num_cached_tokens;
@@ -325,9 +330,12 @@ void EngineThread::publish() {
 // Adds the events to outputs that wait already, but for those of samples that nobody may hear of.
 void EngineThread::hand_over_each() {
   auto token = events_.tokens.begin();
+  auto logprob = events_.logprobs.begin();
   for (RequestEvent event : events_.events) {
     const auto tokens = token;
     token += event.num_tokens;
+    const auto logprobs = logprob;
+    logprob += event.num_logprobs;
     if (samples_[event.slot].id == nullptr) {
       if (event.end != RequestEnd::kNone) free_slot(event.slot);
       continue;
@@ -337,6 +345,7 @@ void EngineThread::hand_over_each() {
       event.error = static_cast<int32_t>(outputs_.errors.size()) - 1;
     }
     outputs_.tokens.insert(outputs_.tokens.end(), tokens, token);
+    outputs_.logprobs.insert(outputs_.logprobs.end(), logprobs, logprob);
     outputs_.events.push_back(event);
   }
 }

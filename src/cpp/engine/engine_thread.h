@@ -34,6 +34,9 @@ struct RequestOutput {
   std::string id;
   int32_t index = 0;  // of the sample
   std::vector<int32_t> token_ids;
+  // For each token a group of 1 + num_logprobs, the token itself first; empty without logprobs.
+  std::vector<TokenLogprob> logprobs;
+  int32_t stop_sequence = -1;  // which of RowSpec::stop_sequences stopped it
   RequestEnd end = RequestEnd::kNone;
   std::string error;
   int32_t num_cached_tokens = 0;

@@ -26,8 +26,10 @@ enum class RequestEnd { kNone, kStop, kLength, kAbort, kError };
 struct RequestEvent {
   int32_t slot = -1;
   RequestEnd end = RequestEnd::kNone;
-  int32_t num_tokens = 0;  // that many of EventBatch::tokens
-  int32_t error = -1;      // index into EventBatch::errors
+  int32_t num_tokens = 0;      // that many of EventBatch::tokens
+  int32_t num_logprobs = 0;    // that many of EventBatch::logprobs
+  int32_t stop_sequence = -1;  // which one stopped the request
+  int32_t error = -1;          // index into EventBatch::errors
   int32_t num_cached_tokens = 0;
   int32_t num_draft_tokens = 0, num_accepted_tokens = 0;  // of the request so far
 };
@@ -35,14 +37,16 @@ struct RequestEvent {
 // Events in the order they happened. Its arrays keep their capacity.
 struct EventBatch {
   std::vector<RequestEvent> events;
-  std::vector<int32_t> ends;    // indices of the events with an end
-  std::vector<int32_t> tokens;  // of the events, one after the other
+  std::vector<int32_t> ends;           // indices of the events with an end
+  std::vector<int32_t> tokens;         // of the events, one after the other
+  std::vector<TokenLogprob> logprobs;  // of the events, as StepOutput has them
   std::vector<std::string> errors;
 
   void clear() {
     events.clear();
     ends.clear();
     tokens.clear();
+    logprobs.clear();
     errors.clear();
   }
 };

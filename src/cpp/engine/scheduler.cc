@@ -183,7 +183,7 @@ bool Engine::admit(int32_t slot, size_t place) {
   for (;;) {
     const bool alone = running_.empty();
     int32_t needed = 0;
-    if (runner_->can_add(its.row)) {
+    if (runner_->free_rows() > 0) {
       hit = its.forked ? Hit{} : find_prefix(head);
       needed = blocks_to_admit(head, hit);
       // Every running request may need another block in the next steps. A request that runs alone

@@ -32,7 +32,7 @@ void ControlWriter::reserve(int32_t max_rows) {
   new_rows_.reserve(max_rows);
   token_writes_.reserve(max_rows);
   block_writes_.reserve(max_rows);
-  stop_writes_.reserve(max_rows);
+  word_writes_.reserve(max_rows);
   payload_.reserve(static_cast<size_t>(max_rows) * 4);
 }
 
@@ -48,14 +48,18 @@ void ControlWriter::write_blocks(int32_t group, int32_t row, int32_t start,
   payload_.insert(payload_.end(), blocks.begin(), blocks.end());
 }
 
-void ControlWriter::write_stop_ids(int32_t offset, std::span<const int32_t> ids) {
-  stop_writes_.push_back({offset, static_cast<int32_t>(ids.size()), count(payload_)});
-  payload_.insert(payload_.end(), ids.begin(), ids.end());
+void ControlWriter::write_words(int32_t* target, std::span<const int32_t> words) {
+  word_writes_.push_back({target, static_cast<int32_t>(words.size()), count(payload_)});
+  payload_.insert(payload_.end(), words.begin(), words.end());
+}
+
+void ControlWriter::zero_words(int32_t* target, int32_t count) {
+  word_writes_.push_back({target, count, -1});
 }
 
 bool ControlWriter::empty() const {
   return freed_.empty() && new_rows_.empty() && token_writes_.empty() && block_writes_.empty() &&
-         stop_writes_.empty();
+         word_writes_.empty();
 }
 
 size_t ControlWriter::record_bytes(size_t num_entries) const {
@@ -63,7 +67,7 @@ size_t ControlWriter::record_bytes(size_t num_entries) const {
          aligned(new_rows_.size() * sizeof(NewRow)) +
          aligned(token_writes_.size() * sizeof(TokenWrite)) +
          aligned(block_writes_.size() * sizeof(BlockWrite)) +
-         aligned(stop_writes_.size() * sizeof(StopWrite)) +
+         aligned(word_writes_.size() * sizeof(WordWrite)) +
          aligned(num_entries * sizeof(BatchEntry)) + aligned(payload_.size() * sizeof(int32_t));
 }
 
@@ -75,7 +79,7 @@ void ControlWriter::write(ControlHeader* record, uint64_t step, std::span<const 
   header.num_new_rows = count(new_rows_);
   header.num_token_writes = count(token_writes_);
   header.num_block_writes = count(block_writes_);
-  header.num_stop_writes = count(stop_writes_);
+  header.num_word_writes = count(word_writes_);
   header.num_entries = static_cast<int32_t>(entries.size());
   header.padded_requests = padded_requests;
   header.padded_tokens = padded_tokens;
@@ -86,7 +90,7 @@ void ControlWriter::write(ControlHeader* record, uint64_t step, std::span<const 
   record->new_rows_offset = append<NewRow>(record, new_rows_);
   record->token_writes_offset = append<TokenWrite>(record, token_writes_);
   record->block_writes_offset = append<BlockWrite>(record, block_writes_);
-  record->stop_writes_offset = append<StopWrite>(record, stop_writes_);
+  record->word_writes_offset = append<WordWrite>(record, word_writes_);
   record->entries_offset = append<BatchEntry>(record, entries);
   record->payload_offset = append<int32_t>(record, payload_);
   clear();
@@ -97,7 +101,7 @@ void ControlWriter::clear() {
   new_rows_.clear();
   token_writes_.clear();
   block_writes_.clear();
-  stop_writes_.clear();
+  word_writes_.clear();
   payload_.clear();
 }
 

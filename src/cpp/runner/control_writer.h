@@ -20,7 +20,8 @@ class ControlWriter {
   void new_row(const NewRow& command) { new_rows_.push_back(command); }
   void write_tokens(int32_t row, int32_t start, std::span<const int32_t> tokens);
   void write_blocks(int32_t group, int32_t row, int32_t start, std::span<const int32_t> blocks);
-  void write_stop_ids(int32_t offset, std::span<const int32_t> ids);
+  void write_words(int32_t* target, std::span<const int32_t> words);
+  void zero_words(int32_t* target, int32_t count);
 
   bool empty() const;
   // Bytes of the record that write() would make with this many entries.
@@ -35,7 +36,7 @@ class ControlWriter {
   std::vector<NewRow> new_rows_;
   std::vector<TokenWrite> token_writes_;
   std::vector<BlockWrite> block_writes_;
-  std::vector<StopWrite> stop_writes_;
+  std::vector<WordWrite> word_writes_;
   std::vector<int32_t> payload_;
 };
 

@@ -28,9 +28,10 @@ size_t control_slot_bytes(const RunnerConfig& config, size_t groups) {
 }
 
 size_t output_slot_bytes(const RunnerConfig& config) {
-  const size_t per_entry =
-      sizeof(OutputEntry) + (1 + config.num_speculative_tokens) * sizeof(int32_t);
-  return round_up(kOutputHeaderBytes + config.max_num_seqs * per_entry, kSlotAlignment);
+  const int64_t records = int64_t{config.max_num_seqs} * (1 + config.num_speculative_tokens);
+  return round_up(output_tokens_end(config.max_num_seqs, config.num_speculative_tokens) +
+                      records * logprob_record_bytes(config.max_logprobs),
+                  kSlotAlignment);
 }
 
 // Token histories of a row: its own, and the forced tokens.
@@ -43,7 +44,7 @@ int32_t vocab_size(const Program& program) {
 // Sizes of the int32 arrays of InferParams, in the order allocate_state() makes them.
 int64_t infer_ints(const RunnerConfig& config, int64_t groups) {
   const int64_t requests = config.max_num_seqs, tokens = config.max_num_batched_tokens;
-  int64_t ints = requests * 5 + 1 + tokens * (3 + groups) + int64_t{max_logits_rows(config)} * 4 +
+  int64_t ints = requests * 5 + 1 + tokens * (3 + groups) + int64_t{max_logits_rows(config)} * 5 +
                  sizeof(InferCounts) / 4;
   if (config.infer_param_view) {
     ints += 3 * requests + (8 + config.num_speculative_tokens) * requests + 3 * (requests + 1) +
@@ -97,7 +98,7 @@ MemoryPlan ModelRunner::plan_memory(const Program& wired, const RunnerConfig& co
           (history_rows(config) * int64_t{config.max_model_len} +
            groups * max_blocks_per_row(config)) *
           4 +
-      int64_t{config.max_stop_ids} * 4 + infer_ints(config, groups) * 4 + staged_bytes(config) +
+      config.sampling_words * 4 + infer_ints(config, groups) * 4 + staged_bytes(config) +
       sizeof(uint64_t) +
       kSlots * static_cast<int64_t>(control_slot_bytes(config, groups) + output_slot_bytes(config));
   plan.state += KvStore::other_bytes(config.kv_cache, program);
@@ -113,7 +114,9 @@ void ModelRunner::check_limits(const Program& program, const RunnerConfig& confi
   positive(config.max_num_batched_tokens, "max_num_batched_tokens", 1 << 24);
   positive(config.max_model_len, "max_model_len", 1 << 24);
   positive(config.block_size, "block_size", 4096);
-  check(config.max_stop_ids >= 0, "runner", "max_stop_ids must not be negative");
+  check(config.sampling_words > 0, "runner", "sampling_words must be positive");
+  check(config.max_logprobs >= -1 && config.max_logprobs <= kMaxSampledVocab, "runner",
+        "max_logprobs must be in [-1, ", kMaxSampledVocab, "], not ", config.max_logprobs);
   check(config.max_num_batched_tokens >= config.max_num_seqs, "runner", "max_num_batched_tokens (",
         config.max_num_batched_tokens, ") must be at least max_num_seqs (", config.max_num_seqs,
         ")");
@@ -223,10 +226,10 @@ void ModelRunner::allocate_state() {
   state.forced_tokens =
       config_.force_tokens ? state.tokens + rows * config_.max_model_len : nullptr;
   state.max_drafts = config_.num_speculative_tokens;
+  state.max_logprobs = config_.max_logprobs;
   state.ngram = config_.ngram;
   state.block_table =
       state_array<int32_t>(state.num_groups * rows * state.max_blocks, "block tables");
-  state.stop_ids = state_array<int32_t>(std::max(1, config_.max_stop_ids), "stop ids");
 
   InferParams& infer = ctx_.infer;
   infer.max_requests = config_.max_num_seqs;
@@ -242,8 +245,8 @@ void ModelRunner::allocate_state() {
   infer.token_ids = state_array<int32_t>(tokens, "infer params");
   infer.positions = state_array<int32_t>(tokens, "infer params");
   infer.slot_mapping = state_array<int32_t>(state.num_groups * tokens, "infer params");
-  for (int32_t** array :
-       {&infer.logits_indices, &infer.logits_batch, &infer.logits_place, &infer.sampled}) {
+  for (int32_t** array : {&infer.logits_indices, &infer.logits_batch, &infer.logits_place,
+                          &infer.logits_entry, &infer.sampled}) {
     *array = state_array<int32_t>(infer.max_logits, "infer params");
   }
   infer.row_lengths = nullptr;
@@ -286,8 +289,9 @@ void ModelRunner::allocate_state() {
   workspace_ = device_->allocate(ctx_.workspace_bytes, "workspace");
   ctx_.workspace = workspace_.data();
 
-  rows_ = std::make_unique<RowTable>(config_, state.vocab_size, kv_layout_.groups,
-                                     [this] { send_changes(); });
+  rows_ = std::make_unique<RowTable>(
+      config_, state.vocab_size, kv_layout_.groups, [this] { send_changes(); },
+      [this](int64_t words) { return state_array<int32_t>(words, "sampling lists"); });
   entries_.reserve(rows);
 }
 
@@ -399,6 +403,11 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
   }
   const uint64_t step = submit(entries_, shape);
   slot_of(step).delivered = false;
+  if (rows_->has_logprobs()) {
+    for (const BatchItem& item : batch) {
+      slot_of(step).num_logprobs.push_back(rows_->num_logprobs(item.row));
+    }
+  }
   for (const BatchItem& item : batch) {
     rows_->launch(item, step);
     if (config_.num_speculative_tokens > 0) slot_of(step).marks.push_back(rows_->mark(item.row));
@@ -442,6 +451,7 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShap
   slot.error.clear();
   slot.injected.clear();
   slot.marks.clear();
+  slot.num_logprobs.clear();
   {
     std::lock_guard lock(side_mutex_);
     if (!entries.empty()) slot.injected.swap(injected_failure_);
@@ -559,6 +569,31 @@ void ModelRunner::read_output(const Slot& slot, StepOutput& output) {
   output.token_ids.assign(tokens, tokens + output.entries.size() * output.tokens_per_entry);
   for (size_t i = 0; i < std::min(output.entries.size(), slot.marks.size()); ++i) {
     if (entries[i].masked == 0) rows_->retire(slot.marks[i], entries[i].num_computed);
+  }
+  output.logprobs.clear();
+  output.logprobs_end.clear();
+  if (!slot.num_logprobs.empty()) read_logprobs(slot, output);
+}
+
+void ModelRunner::read_logprobs(const Slot& slot, StepOutput& output) const {
+  for (size_t i = 0; i < output.entries.size(); ++i) {
+    const int32_t places = slot.num_logprobs[i] < 0 ? 0 : output.entries[i].num_tokens;
+    for (int32_t place = 0; place < places; ++place) {
+      LogprobRecord* record = output_logprobs(slot.output, ctx_.infer.max_requests, ctx_.rows,
+                                              static_cast<int32_t>(i), place);
+      output.logprobs.push_back({record->token, record->logprob, record->rank});
+      const std::span top(top_logprobs(record), static_cast<size_t>(std::max(0, record->count)));
+      if (record->count > kMaxSortedLogprobs) {
+        std::sort(top.begin(), top.end(), [](const TopLogprob& a, const TopLogprob& b) {
+          return a.logprob != b.logprob ? a.logprob > b.logprob : a.token < b.token;
+        });
+      }
+      int32_t rank = 0;
+      for (const TopLogprob& candidate : top) {
+        output.logprobs.push_back({candidate.token, candidate.logprob, ++rank});
+      }
+    }
+    output.logprobs_end.push_back(static_cast<int32_t>(output.logprobs.size()));
   }
 }
 
@@ -698,6 +733,7 @@ std::vector<std::pair<std::string, std::vector<int32_t>>> ModelRunner::infer_par
   add("logits_indices", infer.logits_indices, sizes.num_logits);
   add("logits_batch", infer.logits_batch, sizes.num_logits);
   add("logits_place", infer.logits_place, sizes.num_logits);
+  add("logits_entry", infer.logits_entry, sizes.num_logits);
   add("logits_start", infer.logits_start, sizes.num_requests);
   add("entry_batch", infer.entry_batch, newest_entries_);
   add("sampled", infer.sampled, sizes.num_logits);

@@ -35,6 +35,13 @@ struct MemoryPlan {
   }
 };
 
+// What is known of a token beside others that might have come: see LogprobRecord.
+struct TokenLogprob {
+  int32_t token = -1;
+  float logprob = 0.0f;
+  int32_t rank = 0;
+};
+
 // What a retired step says: one entry an item of the batch, in the caller's order.
 struct StepOutput {
   uint64_t step = 0;
@@ -45,10 +52,19 @@ struct StepOutput {
   std::vector<OutputEntry> entries;
   std::vector<int32_t> token_ids;  // [entries, tokens_per_entry]
   int32_t tokens_per_entry = 1;
+  // Of the entries, one after the other, whose rows have logprobs: for each new token a group of
+  // 1 + num_logprobs, the token itself first.
+  std::vector<TokenLogprob> logprobs;
+  std::vector<int32_t> logprobs_end;  // [entries] into logprobs; empty if no row has any
 
   // The new tokens of an entry.
   std::span<const int32_t> tokens(size_t entry) const {
     return std::span(token_ids).subspan(entry * tokens_per_entry, entries[entry].num_tokens);
+  }
+  std::span<const TokenLogprob> token_logprobs(size_t entry) const {
+    if (logprobs_end.empty()) return {};
+    const int32_t start = entry == 0 ? 0 : logprobs_end[entry - 1];
+    return std::span(logprobs).subspan(start, logprobs_end[entry] - start);
   }
 };
 
@@ -93,10 +109,8 @@ class ModelRunner {
   // Throws kInvalidArgument naming the field if add_row would refuse the spec, rows and stop ids in
   // use aside. Any thread may call it for a spec without blocks.
   void check_spec(const RowSpec& spec) { rows_->check_spec(spec); }
-  // Whether there is a free row and room for the stop ids of a spec now.
-  bool can_add(const RowSpec& spec) const { return rows_->can_add(spec); }
-  // Admits a request into a free row. Errors (kRequest, kInvalidArgument) leave everything as it
-  // was.
+  // Admits a request into a free row. Errors (kRequest, kInvalidArgument; kOutOfMemory if the lists
+  // find no room on the device) leave everything as it was.
   RowHandle add_row(const RowSpec& spec) { return rows_->add(spec); }
   // Calls that name a generation are refused once the row has been given to another request.
   // Block ids that the row already holds are refused; rows may share blocks.
@@ -191,6 +205,7 @@ class ModelRunner {
     bool delivered = true;  // its output was handed over or kept
     StepShape shape;
     std::vector<RowTable::Mark> marks;  // of the batch's rows, if they speculate
+    std::vector<int32_t> num_logprobs;  // of the batch's rows, if any has logprobs
     std::string error;                  // set by the stream when the step failed
     std::string injected;               // test failure
   };
@@ -210,6 +225,7 @@ class ModelRunner {
   void wait(const Slot& slot) const;
   void keep_output(Slot& slot);
   void read_output(const Slot& slot, StepOutput& output);
+  void read_logprobs(const Slot& slot, StepOutput& output) const;
   Slot& slot_of(uint64_t step) { return slots_[step % kSlots]; }
   template <typename T>
   T* state_array(int64_t count, const char* name);

@@ -18,13 +18,13 @@ constexpr size_t kControlPayloadBytes = size_t{256} << 10;
 
 size_t RowTable::record_bytes(const RunnerConfig& config, size_t num_groups) {
   const size_t per_row = sizeof(FreeRow) + sizeof(NewRow) + 2 * sizeof(TokenWrite) +
-                         2 * num_groups * sizeof(BlockWrite) + sizeof(StopWrite) +
+                         2 * num_groups * sizeof(BlockWrite) + 2 * sizeof(WordWrite) +
                          sizeof(BatchEntry);
   return sizeof(ControlHeader) + config.max_num_seqs * per_row + kControlPayloadBytes;
 }
 
 RowTable::RowTable(const RunnerConfig& config, int32_t vocab_size, std::vector<KvGroup> groups,
-                   std::function<void()> send)
+                   std::function<void()> send, std::function<int32_t*(int64_t)> new_words)
     : config_(config),
       vocab_size_(vocab_size),
       max_blocks_(max_blocks_per_row(config)),
@@ -32,10 +32,10 @@ RowTable::RowTable(const RunnerConfig& config, int32_t vocab_size, std::vector<K
       send_(std::move(send)),
       rows_(config.max_num_seqs),
       holdings_(config.max_num_seqs),
-      block_marks_(config.num_blocks, 0) {
+      block_marks_(config.num_blocks, 0),
+      words_(config.sampling_words, std::move(new_words)) {
   // The lowest free row is taken first.
   for (int32_t row = config_.max_num_seqs; row-- > 0;) free_rows_.push_back(row);
-  if (config_.max_stop_ids > 0) free_stop_ranges_.emplace_back(0, config_.max_stop_ids);
   staged_.reserve(config_.max_num_seqs);
 }
 
@@ -70,36 +70,6 @@ void RowTable::check_blocks(std::span<const std::vector<int32_t>> held,
     check(block_marks_[block] != block_mark_, where, "block id ", block, " is in the row twice");
     block_marks_[block] = block_mark_;
   }
-}
-
-int32_t RowTable::allocate_stop_ids(int32_t count) {
-  for (size_t i = 0; i < free_stop_ranges_.size(); ++i) {
-    auto& [offset, size] = free_stop_ranges_[i];
-    if (size < count) continue;
-    const int32_t start = offset;
-    offset += count;
-    size -= count;
-    if (size == 0) free_stop_ranges_.erase(free_stop_ranges_.begin() + i);
-    return start;
-  }
-  fail(ErrorKind::kRequest, "add_row", count, " stop ids do not fit: the running rows hold nearly ",
-       config_.max_stop_ids, " (max_stop_ids)");
-}
-
-void RowTable::release_stop_ids(int32_t offset, int32_t count) {
-  if (count == 0) return;
-  auto it = std::lower_bound(free_stop_ranges_.begin(), free_stop_ranges_.end(),
-                             std::make_pair(offset, 0));
-  it = free_stop_ranges_.insert(it, {offset, count});
-  const auto merge = [&](auto left) {
-    const auto right = left + 1;
-    if (right != free_stop_ranges_.end() && left->first + left->second == right->first) {
-      left->second += right->second;
-      free_stop_ranges_.erase(right);
-    }
-  };
-  merge(it);
-  if (it != free_stop_ranges_.begin()) merge(it - 1);
 }
 
 int32_t RowTable::max_total_length(const RowSpec& spec) const {
@@ -145,11 +115,7 @@ void RowTable::check_spec(const RowSpec& spec) {
     check(token >= 0 && token < vocab, where, "forced token id ", token, " is outside [0, ", vocab,
           ")");
   }
-  for (int32_t token : spec.stop_ids) {
-    check(token >= 0 && token < vocab, where, "stop id ", token, " is outside [0, ", vocab, ")");
-  }
-  check(spec.stop_ids.size() <= static_cast<size_t>(config_.max_stop_ids), where, "stop_ids has ",
-        spec.stop_ids.size(), " ids, all rows together hold ", config_.max_stop_ids);
+  check_row_lists(spec, vocab, config_.max_logprobs);
   check(length < max_total_length(spec), where, "token_ids holds ", length - spec.prompt_len,
         " outputs already, max_tokens is ", spec.max_tokens);
   check(spec.block_ids.size() <= groups_.size(), where, "block_ids is for ", spec.block_ids.size(),
@@ -168,19 +134,33 @@ void RowTable::check_spec(const RowSpec& spec) {
   if (!all.empty()) check_blocks({}, all, where);
 }
 
-bool RowTable::can_add(const RowSpec& spec) const {
-  const auto count = static_cast<int32_t>(spec.stop_ids.size());
-  const auto holds = [&](const auto& range) { return range.second >= count; };
-  return !free_rows_.empty() &&
-         (count == 0 || std::any_of(free_stop_ranges_.begin(), free_stop_ranges_.end(), holds));
+// The parameters of a spec without its lists.
+SamplingRow RowTable::sampling_row(const RowSpec& spec) const {
+  SamplingRow sampling;
+  sampling.temperature = spec.temperature;
+  sampling.top_p = spec.top_p;
+  sampling.min_p = spec.min_p;
+  sampling.top_k = spec.top_k < vocab_size_ ? spec.top_k : 0;
+  sampling.seed = spec.seed;
+  sampling.presence_penalty = spec.presence_penalty;
+  sampling.frequency_penalty = spec.frequency_penalty;
+  sampling.repetition_penalty = spec.repetition_penalty;
+  sampling.num_logprobs = spec.num_logprobs;
+  sampling.num_speculative_tokens = spec.num_speculative_tokens < 0 ? config_.num_speculative_tokens
+                                                                    : spec.num_speculative_tokens;
+  const auto forced = static_cast<int32_t>(spec.forced_token_ids.size());
+  sampling.forced_end = forced > 0 ? spec.prompt_len + forced : 0;
+  return sampling;
 }
 
 RowHandle RowTable::add(const RowSpec& spec) {
   check_spec(spec);
   check(!free_rows_.empty(), "add_row", "all ", config_.max_num_seqs, " rows are in use");
 
-  const int32_t stop_count = static_cast<int32_t>(spec.stop_ids.size());
-  const int32_t stop_offset = stop_count > 0 ? allocate_stop_ids(stop_count) : 0;
+  // What may find no memory comes before anything is taken.
+  SamplingRow sampling = sampling_row(spec);
+  lists_.build(spec, vocab_size_, max_total_length(spec), sampling);
+  if (lists_.num_words > 0) sampling.words = words_.allocate(lists_.num_words);
   const int32_t row = free_rows_.back();
   free_rows_.pop_back();
   HostRow& host = rows_[row];
@@ -191,12 +171,12 @@ RowHandle RowTable::add(const RowSpec& spec) {
                  .num_launched = spec.num_computed,
                  .num_certain = spec.num_computed,
                  .max_total_len = max_total_length(spec),
-                 .num_speculative_tokens = spec.num_speculative_tokens < 0
-                                               ? config_.num_speculative_tokens
-                                               : spec.num_speculative_tokens};
+                 .num_speculative_tokens = sampling.num_speculative_tokens};
   RowHoldings& holdings = holdings_[row];
-  holdings.stop_offset = stop_offset;
-  holdings.stop_count = stop_count;
+  holdings.words = sampling.words;
+  holdings.num_words = lists_.num_words;
+  holdings.num_logprobs = spec.num_logprobs;
+  num_with_logprobs_ += spec.num_logprobs >= 0;
   holdings.blocks.resize(groups_.size());
   for (std::vector<int32_t>& held : holdings.blocks) {
     held.clear();  // it keeps its capacity
@@ -217,23 +197,14 @@ RowHandle RowTable::add(const RowSpec& spec) {
       std::min<int64_t>(int64_t{spec.prompt_len} + spec.min_tokens, config_.max_model_len));
   state.max_total_len = host.max_total_len;
   state.adapter = -1;
-  SamplingRow& sampling = command.sampling;
-  sampling.temperature = spec.temperature;
-  sampling.top_p = spec.top_p;
-  sampling.min_p = spec.min_p;
-  sampling.top_k = spec.top_k;
-  sampling.seed = spec.seed;
-  sampling.stop_offset = stop_offset;
-  sampling.stop_count = stop_count;
-  sampling.num_speculative_tokens = host.num_speculative_tokens;
-  const auto forced = static_cast<int32_t>(spec.forced_token_ids.size());
-  sampling.forced_end = forced > 0 ? spec.prompt_len + forced : 0;
+  command.sampling = sampling;
   make_room(sizeof(NewRow));
   staged_.new_row(command);
   stage_tokens(row, 0, spec.token_ids);
   // They lie behind the histories of all rows.
   stage_tokens(config_.max_num_seqs + row, spec.prompt_len, spec.forced_token_ids);
-  stage_stop_ids(stop_offset, spec.stop_ids);
+  stage_words(sampling.words, lists_.words);
+  zero_words(sampling.words + lists_.zeros_offset, static_cast<int32_t>(lists_.num_zeros));
   for (size_t group = 0; group < spec.block_ids.size(); ++group) {
     add_blocks(row, static_cast<int32_t>(group), spec.block_ids[group]);
   }
@@ -292,7 +263,8 @@ void RowTable::free(RowHandle row) {
   if (holdings.staged_for == record_) send_();
   make_room(sizeof(FreeRow));
   staged_.free_row({row.row, host.generation});
-  release_stop_ids(holdings.stop_offset, holdings.stop_count);
+  words_.release(holdings.words, holdings.num_words);
+  num_with_logprobs_ -= holdings.num_logprobs >= 0;
   host.active = false;
   free_rows_.push_back(row.row);
 }
@@ -333,13 +305,19 @@ void RowTable::stage_blocks(int32_t row, int32_t group, int32_t start,
   }
 }
 
-void RowTable::stage_stop_ids(int32_t offset, std::span<const int32_t> ids) {
+void RowTable::stage_words(int32_t* target, std::span<const int32_t> words) {
   constexpr size_t kPiece = kControlPayloadBytes / 2 / sizeof(int32_t);
-  for (size_t i = 0; i < ids.size(); i += kPiece) {
-    const auto piece = ids.subspan(i, std::min(kPiece, ids.size() - i));
-    make_room(sizeof(StopWrite) + piece.size_bytes());
-    staged_.write_stop_ids(offset + static_cast<int32_t>(i), piece);
+  for (size_t i = 0; i < words.size(); i += kPiece) {
+    const auto piece = words.subspan(i, std::min(kPiece, words.size() - i));
+    make_room(sizeof(WordWrite) + piece.size_bytes());
+    staged_.write_words(target + i, piece);
   }
+}
+
+void RowTable::zero_words(int32_t* target, int32_t count) {
+  if (count == 0) return;
+  make_room(sizeof(WordWrite));
+  staged_.zero_words(target, count);
 }
 
 void RowTable::check_tokens(const BatchItem& item, const HostRow& row) const {

@@ -10,7 +10,9 @@
 
 #include "program/kv_layout.h"
 #include "runner/control_writer.h"
+#include "runner/row_lists.h"
 #include "runner/runner_config.h"
+#include "runner/word_pool.h"
 
 namespace mrv1 {
 
@@ -36,7 +38,9 @@ static_assert(sizeof(HostRow) == 64);
 
 struct RowHoldings {
   std::vector<std::vector<int32_t>> blocks;  // by KV group; 0 where dropped
-  int32_t stop_offset = 0, stop_count = 0;
+  int32_t* words = nullptr;                  // device memory of the row's lists
+  int64_t num_words = 0;
+  int32_t num_logprobs = -1;
   uint64_t staged_for = 0;  // step whose record carries the newest change of the row
 };
 
@@ -48,13 +52,17 @@ class RowTable {
   static size_t record_bytes(const RunnerConfig& config, size_t num_groups);
 
   // `send` must carry the staged changes away at once, by write() with no entries: called when they
-  // fill a record, or must come before what is staged next.
+  // fill a record, or must come before what is staged next. `new_words` gives device memory for
+  // lists of rows, as WordPool asks for it.
   RowTable(const RunnerConfig& config, int32_t vocab_size, std::vector<KvGroup> groups,
-           std::function<void()> send);
+           std::function<void()> send, std::function<int32_t*(int64_t)> new_words);
+
+  // Candidates that the row reports beside each token, -1 for no logprobs.
+  int32_t num_logprobs(int32_t row) const { return holdings_[row].num_logprobs; }
+  bool has_logprobs() const { return num_with_logprobs_ > 0; }
 
   // See ModelRunner.
   void check_spec(const RowSpec& spec);
-  bool can_add(const RowSpec& spec) const;
   RowHandle add(const RowSpec& spec);
   void append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids,
                      bool distinct);
@@ -111,9 +119,9 @@ class RowTable {
   void make_room(size_t bytes);
   void stage_tokens(int32_t row, int32_t start, std::span<const int32_t> tokens);
   void stage_blocks(int32_t row, int32_t group, int32_t start, std::span<const int32_t> blocks);
-  void stage_stop_ids(int32_t offset, std::span<const int32_t> ids);
-  int32_t allocate_stop_ids(int32_t count);
-  void release_stop_ids(int32_t offset, int32_t count);
+  void stage_words(int32_t* target, std::span<const int32_t> words);
+  void zero_words(int32_t* target, int32_t count);
+  SamplingRow sampling_row(const RowSpec& spec) const;
 
   const RunnerConfig& config_;
   const int32_t vocab_size_, max_blocks_;
@@ -124,7 +132,9 @@ class RowTable {
   std::vector<uint32_t> block_marks_;  // by block: newest check_blocks() call that saw it
   uint32_t block_mark_ = 0;
   std::vector<int32_t> free_rows_;
-  std::vector<std::pair<int32_t, int32_t>> free_stop_ranges_;  // offset, count; sorted
+  WordPool words_;
+  RowLists lists_;                 // scratch of add()
+  int32_t num_with_logprobs_ = 0;  // rows
   ControlWriter staged_;
   uint64_t record_ = 1;  // number of the record that is being staged
 };

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "program/kv_store.h"
@@ -18,7 +19,11 @@ struct RunnerConfig {
   int32_t block_size = 16;             // tokens of one KV block
   int32_t num_blocks = 0;              // KV blocks, the null block included
   KvCacheSpec kv_cache;                // what they hold
-  int32_t max_stop_ids = 0;            // stop ids all rows together can hold
+  // Candidates that a row may report beside each token (RowSpec::num_logprobs); -1: rows have no
+  // logprobs at all, and the output ring no room for them.
+  int32_t max_logprobs = -1;
+  // Words that the lists of rows get at first, and by which their memory grows (WordPool).
+  int64_t sampling_words = 1 << 16;
   // Steps are padded up to these sizes (0: the batch's own). For testing what padding must not
   // change.
   int32_t pad_requests = 0, pad_tokens = 0;
@@ -54,6 +59,16 @@ struct RowSpec {
   int32_t num_speculative_tokens = -1;
   std::vector<int32_t> forced_token_ids;  // outputs, counted from prompt_len, whatever is drawn
   std::vector<int32_t> stop_ids;          // EOS and stop tokens
+  // Token sequences that end the row once its outputs end with one of them.
+  std::vector<std::vector<int32_t>> stop_sequences;
+  // Penalties on tokens by how they occurred: presence and frequency of outputs, repetition of
+  // prompt and outputs.
+  float presence_penalty = 0.0f, frequency_penalty = 0.0f, repetition_penalty = 1.0f;
+  std::vector<std::pair<int32_t, float>> logit_bias;  // distinct token ids
+  std::vector<int32_t> allowed_token_ids;             // empty: all
+  std::vector<std::vector<int32_t>> bad_words;        // token sequences that never come out whole
+  // Candidates to report beside each token; -1: not even the token's own logprob.
+  int32_t num_logprobs = -1;
   // First blocks of each KV group; more by append_blocks. Leading ones whose positions no token
   // sees any more may be 0.
   std::vector<std::vector<int32_t>> block_ids;

@@ -53,7 +53,7 @@ struct MinTokens {
   static constexpr const char* kName = "min_tokens";
   static constexpr ProcessorStage kStage = ProcessorStage::kLogits;
   MRV1_HD static bool applies(const Row& row, const SamplingRow& sampling) {
-    return row.total_len < row.min_total_len && sampling.stop_count > 0;
+    return row.total_len < row.min_total_len && sampling.stop_ids.count > 0;
   }
 };
 

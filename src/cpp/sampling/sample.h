@@ -1,9 +1,17 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "core/portable.h"
 #include "state/step_context.h"
 
 namespace mrv1 {
+
+// The token that takes the place of the one drawn for a position.
+MRV1_HD int32_t forced_token(const RowState& state, int32_t row, const SamplingRow& sampling,
+                             int32_t position, int32_t drawn) {
+  if (position >= sampling.forced_end || drawn < 0) return drawn;
+  return state.forced_tokens[int64_t{row} * state.max_model_len + position];
+}
 
 // Draws one token for every logits row whose batch position is live, and writes it to
 // infer.sampled; padding and masked rows get kNoToken, rows whose logits hold nothing to draw (NaN,

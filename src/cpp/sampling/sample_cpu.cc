@@ -56,27 +56,27 @@ enum class Measure { kCount, kWeight };
 // One row on its way from logits to a token. apply() implements the table of processors.
 class RowSampler {
  public:
-  RowSampler(float* logits, int64_t vocab_size, const int32_t* stop_ids, const RowScratch& scratch,
+  RowSampler(float* logits, int64_t vocab_size, const int32_t* words, const RowScratch& scratch,
              const SampleLoops& loops)
       : logits_(logits),
         vocab_(vocab_size),
         blocks_(num_blocks(vocab_size)),
-        stop_ids_(stop_ids),
+        words_(words),
         scratch_(scratch),
         loops_(loops) {}
 
   void apply(MinTokens, const Row&, const SamplingRow& sampling) {
-    const int32_t* stop_ids = stop_ids_ + sampling.stop_offset;
+    const int32_t* stop_ids = words_ + sampling.stop_ids.offset;
     int64_t survivor = 0;
     while (survivor < vocab_ &&
            !survives_stop_mask(logits_[survivor], static_cast<int32_t>(survivor), stop_ids,
-                               sampling.stop_count)) {
+                               sampling.stop_ids.count)) {
       ++survivor;
     }
     if (survivor == vocab_) {
       return;
     }
-    for (int32_t i = 0; i < sampling.stop_count; ++i) {
+    for (int32_t i = 0; i < sampling.stop_ids.count; ++i) {
       const int64_t id = stop_ids[i];
       if (id >= 0 && id < vocab_ && logits_[id] == logits_[id]) {
         logits_[id] = -std::numeric_limits<float>::infinity();
@@ -364,7 +364,7 @@ class RowSampler {
   float* logits_;
   int64_t vocab_;
   int64_t blocks_;
-  const int32_t* stop_ids_;
+  const int32_t* words_;
   RowScratch scratch_;
   const SampleLoops& loops_;
   int32_t max_key_ = 0;
@@ -410,11 +410,13 @@ void sample_cpu(const SampleParams& params, const StepContext& ctx) {
         continue;
       }
       const int32_t index = infer.row[batch];
+      const SamplingRow& sampling = ctx.rows.sampling[index];
       Row row = ctx.rows.rows[index];
       row.total_len += infer.logits_place[i];
-      RowSampler sampler(params.logits + i * params.vocab_size, params.vocab_size,
-                         ctx.rows.stop_ids, scratch, loops);
-      infer.sampled[i] = sample_row(sampler, row, ctx.rows.sampling[index]);
+      RowSampler sampler(params.logits + i * params.vocab_size, params.vocab_size, sampling.words,
+                         scratch, loops);
+      infer.sampled[i] = forced_token(ctx.rows, index, sampling, row.total_len,
+                                      sample_row(sampler, row, sampling));
     }
   });
 }

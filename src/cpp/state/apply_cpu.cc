@@ -46,10 +46,15 @@ void apply_cpu(const StepContext& ctx) {
                 payload + write.payload_start, sizeof(int32_t) * write.count);
   }
 
-  const auto* stops = record_array<StopWrite>(&record, record.stop_writes_offset);
-  for (int32_t i = 0; i < record.num_stop_writes; ++i) {
-    std::memcpy(state.stop_ids + stops[i].offset, payload + stops[i].payload_start,
-                sizeof(int32_t) * stops[i].count);
+  const auto* words = record_array<WordWrite>(&record, record.word_writes_offset);
+  for (int32_t i = 0; i < record.num_word_writes; ++i) {
+    const WordWrite& write = words[i];
+    const size_t bytes = sizeof(int32_t) * write.count;
+    if (write.payload_start < 0) {
+      std::memset(write.target, 0, bytes);
+    } else {
+      std::memcpy(write.target, payload + write.payload_start, bytes);
+    }
   }
 }
 

@@ -13,13 +13,13 @@ namespace mrv1 {
 // row table. apply() carries the commands out in the order of the fields below.
 struct ControlHeader {
   uint64_t step;
-  int32_t num_freed, num_new_rows, num_token_writes, num_block_writes, num_stop_writes;
+  int32_t num_freed, num_new_rows, num_token_writes, num_block_writes, num_word_writes;
   // Batch of this step: entries in the host's order, and the padded sizes that launches are made
   // for. A record without a batch (num_entries = 0, padded_requests = 0) only applies changes.
   int32_t num_entries;
   int32_t padded_requests, padded_tokens, padded_logits;
   uint32_t freed_offset, new_rows_offset, token_writes_offset, block_writes_offset,
-      stop_writes_offset, entries_offset, payload_offset;
+      word_writes_offset, entries_offset, payload_offset;
   uint32_t bytes;  // used, header included
 };
 
@@ -42,9 +42,11 @@ struct BlockWrite {
   int32_t group, row, start, count, payload_start;
 };
 
-// Copies payload to stop_ids[offset...].
-struct StopWrite {
-  int32_t offset, count, payload_start;
+// Copies payload to words of a row (SamplingRow::words).
+struct WordWrite {
+  int32_t* target;  // device memory
+  int32_t count;
+  int32_t payload_start;  // -1: fills with zeros
 };
 
 // Free the row if it still has this generation.

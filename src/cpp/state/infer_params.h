@@ -37,6 +37,7 @@ struct InferParams {
   int32_t* logits_indices;   // [L] logits row -> token; 0 for padding
   int32_t* logits_batch;     // [L] logits row -> batch position, -1 for padding and masked rows
   int32_t* logits_place;     // [L] logits row -> which of its batch position's, from 0; 0 if none
+  int32_t* logits_entry;     // [L] logits row -> host's entry, -1 for padding
   int32_t* logits_start;     // [B] batch position -> its first logits row, -1 for none
   int32_t* entry_batch;      // [B] host's entry -> batch position
   int32_t* sampled;          // [L] token drawn from the logits row, -1 for none; by sample()

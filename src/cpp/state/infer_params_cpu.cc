@@ -31,7 +31,8 @@ void infer_params_cpu(const StepContext& ctx) {
   int32_t logits = 0;
   out.query_start_loc[0] = 0;
   for (int32_t batch = 0; batch < record.num_entries; ++batch) {
-    const BatchEntry& entry = entries[out.row[batch]];
+    const int32_t index = out.row[batch];
+    const BatchEntry& entry = entries[index];
     const Row& row = state.rows[entry.row];
     const bool masked = is_masked(entry, row);
     const int32_t context = masked ? 0 : row.num_computed;
@@ -61,6 +62,7 @@ void infer_params_cpu(const StepContext& ctx) {
       out.logits_indices[logits] = token - num_samples + place;
       out.logits_batch[logits] = masked ? -1 : batch;
       out.logits_place[logits] = place;
+      out.logits_entry[logits] = index;
     }
   }
   *out.counts = {record.num_entries, token, logits, class_count[0], class_count[1], class_count[2]};
@@ -83,6 +85,7 @@ void infer_params_cpu(const StepContext& ctx) {
     out.logits_indices[i] = 0;
     out.logits_batch[i] = -1;
     out.logits_place[i] = 0;
+    out.logits_entry[i] = -1;
   }
 }
 

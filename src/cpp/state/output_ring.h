@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/portable.h"
+#include "sampling/logprobs.h"
 #include "state/infer_params.h"
 #include "state/row_state.h"
 
@@ -13,11 +14,12 @@ namespace mrv1 {
 // What a step tells the host about one entry of its batch: 32 bytes, in the host's entry order.
 struct OutputEntry {
   int32_t row, generation;
-  int32_t num_tokens;  // new tokens; 0: none (unfinished chunk, or masked row)
-  FinishReason finish_reason;
   int32_t num_computed, total_len;
+  int16_t num_tokens;                // new tokens; 0: none (unfinished chunk, or masked row)
   int16_t num_drafts, num_accepted;  // tokens proposed, and how many of the new tokens they are
-  int32_t masked;                    // 1 if the row was finished or freed before the step
+  int16_t masked;                    // 1 if the row was finished or freed before the step
+  FinishReason finish_reason;
+  int32_t stop_sequence;  // which sequence stopped the row; -1: none did
 };
 static_assert(sizeof(OutputEntry) == 32);
 
@@ -42,11 +44,39 @@ MRV1_HD int32_t* output_tokens(OutputHeader* slot, int32_t max_requests) {
   return reinterpret_cast<int32_t*>(output_entries(slot) + max_requests);
 }
 
-// The token that takes the place of the one drawn for a position.
-MRV1_HD int32_t forced_token(const RowState& state, int32_t row, const SamplingRow& sampling,
-                             int32_t position, int32_t drawn) {
-  if (position >= sampling.forced_end || drawn < 0) return drawn;
-  return state.forced_tokens[int64_t{row} * state.max_model_len + position];
+constexpr int64_t kLogprobAlignment = 16;
+
+// Bytes of a slot before its logprobs.
+MRV1_HD int64_t output_tokens_end(int32_t max_requests, int32_t max_drafts) {
+  const int64_t entry = int64_t{sizeof(OutputEntry)} + (1 + max_drafts) * int64_t{sizeof(int32_t)};
+  return (kOutputHeaderBytes + max_requests * entry + kLogprobAlignment - 1) / kLogprobAlignment *
+         kLogprobAlignment;
+}
+
+// The logprobs of an entry's place: [max_requests, 1 + max_drafts] records of
+// logprob_record_bytes(max_logprobs). Written for rows that ask for them.
+MRV1_HD LogprobRecord* output_logprobs(OutputHeader* slot, int32_t max_requests,
+                                       const RowState& state, int32_t entry, int32_t place) {
+  const int64_t index = int64_t{entry} * (1 + state.max_drafts) + place;
+  return reinterpret_cast<LogprobRecord*>(reinterpret_cast<char*>(slot) +
+                                          output_tokens_end(max_requests, state.max_drafts) +
+                                          index * logprob_record_bytes(state.max_logprobs));
+}
+
+// Which of the sequences (SamplingRow::stop_sequences) the outputs of a history end with, the first
+// if several do; -1 for none.
+MRV1_HD int32_t ending_sequence(const int32_t* sequences, int32_t count, const int32_t* history,
+                                int32_t prompt_len, int32_t total_len) {
+  for (int32_t i = 0; i < count; ++i) {
+    const int32_t length = *sequences++;
+    bool ends = length <= total_len - prompt_len;
+    for (int32_t j = 0; ends && j < length; ++j) {
+      ends = history[total_len - length + j] == sequences[j];
+    }
+    if (ends) return i;
+    sequences += length;
+  }
+  return -1;
 }
 
 // The end of a step for one row. An unfinished prefill chunk yields no token. Of the tokens drawn,
@@ -67,9 +97,11 @@ MRV1_HD OutputEntry advance_row(const RowState& state, const BatchEntry& entry,
   // A copy: the stores to the history below then make no compiler read the row again.
   Row row = state.rows[entry.row];
   const SamplingRow& sampling = state.sampling[entry.row];
-  const int32_t stop_offset = sampling.stop_offset;
-  const int32_t stop_count = sampling.stop_count;
+  const int32_t* const words = sampling.words;
+  const WordList stop_ids = sampling.stop_ids;
+  const WordList sequences = sampling.stop_sequences;
   OutputEntry out{};
+  out.stop_sequence = -1;
   out.row = entry.row;
   out.generation = entry.generation;
   if (is_masked(entry, row)) {
@@ -87,7 +119,7 @@ MRV1_HD OutputEntry advance_row(const RowState& state, const BatchEntry& entry,
     row.phase = RowPhase::kDecode;
     int32_t* history = state.tokens + int64_t{entry.row} * state.max_model_len;
     for (int32_t place = 0; drawn != nullptr; ++place) {
-      const int32_t token = forced_token(state, entry.row, sampling, row.total_len, drawn[place]);
+      const int32_t token = drawn[place];
       if (token == kErrorToken) row.finish_reason = FinishReason::kError;
       if (token < 0) break;
       const bool accepted = place < num_drafts && token == history[row.total_len];
@@ -97,8 +129,13 @@ MRV1_HD OutputEntry advance_row(const RowState& state, const BatchEntry& entry,
       tokens[out.num_tokens++] = token;
       out.num_accepted = static_cast<int16_t>(out.num_accepted + (accepted ? 1 : 0));
       if (row.total_len > row.min_total_len) {
-        for (int32_t i = 0; i < stop_count; ++i) {
-          if (state.stop_ids[stop_offset + i] == token) row.finish_reason = FinishReason::kStop;
+        for (int32_t i = 0; i < stop_ids.count; ++i) {
+          if (words[stop_ids.offset + i] == token) row.finish_reason = FinishReason::kStop;
+        }
+        if (row.finish_reason == FinishReason::kNone && sequences.count > 0) {
+          out.stop_sequence = ending_sequence(words + sequences.offset, sequences.count, history,
+                                              row.prompt_len, row.total_len);
+          if (out.stop_sequence >= 0) row.finish_reason = FinishReason::kStop;
         }
       }
       if (row.finish_reason == FinishReason::kNone && row.total_len >= row.max_total_len) {

@@ -43,20 +43,41 @@ struct Row {
 };
 static_assert(sizeof(Row) == 64);
 
-// Sampling parameters of a row: 48 bytes. Defaults mean "off".
-struct SamplingRow {
-  float temperature;    // 0 = greedy
-  float top_p;          // 1 = off
-  float min_p;          // 0 = off
-  int32_t top_k;        // 0 = off
-  uint64_t seed;        // of the counter RNG; the host draws one for requests without a seed
-  int32_t stop_offset;  // into RowState::stop_ids
-  int32_t stop_count;   // EOS ids (unless ignore_eos) and stop_token_ids
-  int32_t num_speculative_tokens;  // drafts that a step may propose, 0 for none
-  int32_t forced_end;  // tokens at positions below it are those of RowState::forced_tokens
-  int32_t reserved[2];
+// A list among the words of a row: items begin at words[offset].
+struct WordList {
+  int32_t offset = 0, count = 0;
 };
-static_assert(sizeof(SamplingRow) == 48);
+
+// Sampling parameters of a row: 128 bytes. Lists of any length lie in its words, which are device
+// memory of its own.
+struct SamplingRow {
+  float temperature = 0.0f;  // 0 = greedy
+  float top_p = 1.0f;        // 1 = off
+  float min_p = 0.0f;        // 0 = off
+  int32_t top_k = 0;         // 0 = off; below the size of the vocabulary
+  uint64_t seed = 0;         // of the counter RNG; the host draws one for requests without a seed
+  int32_t* words = nullptr;  // null if there is no list
+  // [ceil(vocab / 32)] a bit for each id that the grammar allows next; null without a grammar.
+  const uint32_t* grammar_mask = nullptr;
+  float presence_penalty = 0.0f;    // 0 = off
+  float frequency_penalty = 0.0f;   // 0 = off
+  float repetition_penalty = 1.0f;  // 1 = off
+  int32_t num_logprobs = -1;  // candidates reported beside each token; -1: not even the token's own
+  int32_t num_speculative_tokens = 0;  // drafts that a step may propose, 0 for none
+  int32_t forced_end = 0;   // tokens at positions below it are those of RowState::forced_tokens
+  WordList stop_ids;        // distinct: EOS ids (unless ignore_eos) and stop_token_ids
+  WordList stop_sequences;  // `count` sequences one after the other: length, then tokens
+  WordList bad_words;       // of the same form
+  WordList bias;            // `count` pairs of an id and the bits of a float; ids are distinct
+  WordList allowed;         // `count` words of a bitmask as grammar_mask; 0: all ids are allowed
+  WordList penalties;       // a PenaltyTable (sampling/penalties.h) for `count` tokens; 0: none
+  // Room for `count` floats for each of 1 + num_speculative_tokens places: logits as they were
+  // before bias, stop ids, penalties (entries, then drafts) and bad words changed them, in this
+  // order. 0: nobody asks for them.
+  WordList saved;
+  int32_t reserved[2] = {};
+};
+static_assert(sizeof(SamplingRow) == 128);
 
 // Which earlier occurrences propose() looks for: of the last `max` tokens down to the last `min`.
 struct NgramRange {
@@ -79,8 +100,8 @@ struct RowState {
   int32_t* tokens;         // [R, max_model_len] history: prompt, then sampled tokens, then drafts
   int32_t* forced_tokens;  // [R, max_model_len] by position, behind `tokens`; null if never forced
   int32_t* block_table;    // [num_groups, R, max_blocks]; entries past the row's blocks are 0
-  int32_t* stop_ids;       // pool that rows address by offset
   int32_t max_drafts;      // largest num_speculative_tokens that a row may have, 0: none proposes
+  int32_t max_logprobs;    // largest num_logprobs that a row may have, -1: none has logprobs
   NgramRange ngram;
 };
 

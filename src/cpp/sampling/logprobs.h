@@ -1,0 +1,39 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "core/portable.h"
+
+namespace mrv1 {
+
+// What is known of a token: the natural logarithm of its probability at temperature 1, before any
+// processor but the grammar's mask.
+struct TopLogprob {
+  int32_t token;
+  float logprob;
+};
+
+// Logprobs of one drawn token, and of the most likely candidates, which follow the record: by
+// (logit descending, id ascending), or in any order if there are more than kMaxSortedLogprobs.
+struct LogprobRecord {
+  float logprob;
+  int32_t rank;   // 1 + how many logits are greater
+  int32_t count;  // candidates that follow; -1: the logits held a NaN
+  int32_t token;
+};
+static_assert(sizeof(LogprobRecord) == 16);
+constexpr int32_t kMaxSortedLogprobs = 1024;
+
+MRV1_HD TopLogprob* top_logprobs(LogprobRecord* record) {
+  return reinterpret_cast<TopLogprob*>(record + 1);
+}
+
+// Bytes from one record to the next; 0 where no row may ask for logprobs.
+MRV1_HD int64_t logprob_record_bytes(int32_t max_logprobs) {
+  if (max_logprobs < 0) return 0;
+  const int64_t top = int64_t{max_logprobs} * int64_t{sizeof(TopLogprob)};
+  return (int64_t{sizeof(LogprobRecord)} + top + 15) / 16 * 16;
+}
+
+}  // namespace mrv1
