@@ -256,21 +256,23 @@ TEST_CASE("paged attention agrees with float64, and whole, chunked and decoded p
         // A batch with padding in its middle and at its end.
         const Tensor whole =
             scene.run({{0, 0, 150}, {1, 0, 1}, {-1, 0, 3}, {2, 0, 67}, {-1, 0, 40}});
-        for (int p : {0, 1, 15, 16, 62, 63, 64, 65, 100, 127, 128, 149}) {
-          scene.check_token(whole, p, 0, p);
-        }
+        const int edges[] = {0, 1, 15, 16, 62, 63, 64, 65, 100, 127, 128, 149};
+        for (int p : edges) scene.check_token(whole, p, 0, p);
         scene.check_token(whole, 150, 1, 0);
         for (int p = 0; p < 67; ++p) scene.check_token(whole, 154 + p, 2, p);
         for (int64_t t : {151, 152, 153, 221, 260}) {
           for (int64_t c = 0; c < cols; ++c) REQUIRE(whole.get(t * cols + c) == 0.0f);
         }
 
-        for (int chunk : {1, 7, 64}) {
+        const auto check_part = [&](int begin, int end) {
+          const Tensor part = scene.run({{2, 66, 67}, {0, begin, end}}, 1 + begin % 3);
+          REQUIRE(part.same_bits(whole, cols, begin * cols, (end - begin) * cols));
+          REQUIRE(part.same_bits(whole, 0, (154 + 66) * cols, cols));
+        };
+        for (int p : edges) check_part(p, p + 1);
+        for (int chunk : {7, 64}) {
           for (int begin = 0; begin < 150; begin += chunk) {
-            const int end = std::min(begin + chunk, 150);
-            const Tensor part = scene.run({{2, 66, 67}, {0, begin, end}}, 1 + begin % 3);
-            REQUIRE(part.same_bits(whole, cols, begin * cols, (end - begin) * cols));
-            REQUIRE(part.same_bits(whole, 0, (154 + 66) * cols, cols));
+            check_part(begin, std::min(begin + chunk, 150));
           }
         }
       }
