@@ -16,7 +16,7 @@ struct RowLists {
   int64_t num_words = 0;  // that the row needs in all
 
   // Lays out the lists of a spec that is in order, and says in `sampling`, whose plain parameters
-  // are set, where each begins.
+  // are set, where each begins. Throws kInvalidArgument if they are too long to be addressed.
   void build(const RowSpec& spec, int32_t vocab_size, int32_t max_total_len, SamplingRow& sampling);
 
  private:

@@ -132,6 +132,8 @@ void RowTable::check_spec(const RowSpec& spec) {
     }
   }
   if (!all.empty()) check_blocks({}, all, where);
+  SamplingRow sampling = sampling_row(spec);
+  RowLists().build(spec, vocab, max_total_length(spec), sampling);  // throws if they are too long
 }
 
 // The parameters of a spec without its lists.
