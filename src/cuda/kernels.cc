@@ -22,6 +22,8 @@ const Kernels& cuda_kernels() {
       .cache_write = cache_write_cuda,
       .plan_attention = plan_attention_cuda,
       .paged_attention = paged_attention_cuda,
+      .all_reduce = all_reduce_cuda,
+      .all_gather = all_gather_cuda,
       .apply = apply_cuda,
       .propose = propose_cuda,
       .infer_params = infer_params_cuda,

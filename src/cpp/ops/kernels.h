@@ -1,6 +1,8 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "ops/all_gather.h"
+#include "ops/all_reduce.h"
 #include "ops/cache_write.h"
 #include "ops/copy_blocks.h"
 #include "ops/elementwise.h"
@@ -48,6 +50,8 @@ struct Kernels {
   void (*cache_write)(const CacheWriteParams&, const StepContext&);
   void (*plan_attention)(const AttentionPlan&, const StepContext&);
   void (*paged_attention)(const PagedAttentionParams&, const StepContext&);
+  void (*all_reduce)(const AllReduceParams&, const StepContext&);
+  void (*all_gather)(const AllGatherParams&, const StepContext&);
 
   // The phases of a step find rings, rows and infer_params in the context.
   void (*apply)(const StepContext&);

@@ -27,6 +27,8 @@ const Kernels& cpu_kernels() {
       .cache_write = cache_write_cpu,
       .plan_attention = [](const AttentionPlan&, const StepContext&) {},
       .paged_attention = paged_attention_cpu,
+      .all_reduce = all_reduce_cpu,
+      .all_gather = all_gather_cpu,
       .apply = apply_cpu,
       .propose = propose_cpu,
       .infer_params = infer_params_cpu,

@@ -10,6 +10,7 @@
 
 namespace mrv1 {
 
+class Communicator;   // dist/communicator.h
 struct OutputHeader;  // state/output_ring.h
 
 // Sizes a step is launched for: the batch's own, or those of the bucket that it is padded to.
@@ -63,6 +64,7 @@ struct StepContext {
   InferParams infer{};        // device addresses, written by infer_params
   void* workspace = nullptr;  // scratch of ops, workspace_bytes long; contents do not outlive an op
   size_t workspace_bytes = 0;
+  Communicator* communicator = nullptr;  // of the rank; null where there is one rank
   // A row's results must not depend on what else is in the batch, bit for bit.
   bool batch_invariant = false;
   AttentionBackend attention_backend = AttentionBackend::kNative;

@@ -1,0 +1,30 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "dist/communicator.h"
+
+#include "core/error.h"
+
+namespace mrv1 {
+
+void Communicator::check_alive() const {
+  if (is_aborted()) [[unlikely]]
+    fail(ErrorKind::kDevice, "ranks", abort_reason());
+}
+
+std::vector<std::unique_ptr<Communicator>> make_group(
+    std::span<const std::shared_ptr<Device>> devices, const GroupOptions& options) {
+  const int size = static_cast<int>(devices.size());
+  check(size >= 1 && size <= kMaxRanks, "ranks", "a group has 1 to ", kMaxRanks, " ranks, not ",
+        size);
+  for (const std::shared_ptr<Device>& device : devices) {
+    check(device->type() == devices[0]->type(), "ranks",
+          "the devices of a group must be of one type");
+  }
+  if (devices[0]->type() == DeviceType::kCuda) return cuda::make_group(devices, options);
+  return make_cpu_group(size, options);
+}
+
+int64_t group_bytes(DeviceType type, int size, const GroupOptions& options) {
+  return type == DeviceType::kCuda ? cuda::group_bytes(size, options) : 0;
+}
+
+}  // namespace mrv1
