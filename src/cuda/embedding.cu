@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads)
   const WeightView& view = params.table;
   const int64_t col = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kPiece;
   if (col >= view.cols) return;
-  const int64_t id = token_ids[blockIdx.x];
+  const int64_t id = token_ids[blockIdx.x] - params.first_row;
   float values[kPiece] = {};
   if (id >= 0 && id < view.rows) {
     cuda::load_values(static_cast<const Table*>(view.data) + id * view.cols + col, values);
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
   const WeightView& view = params.table;
   const Table* table = static_cast<const Table*>(view.data);
   Out* out = static_cast<Out*>(params.out) + int64_t{blockIdx.x} * view.cols;
-  const int64_t id = token_ids[blockIdx.x];
+  const int64_t id = token_ids[blockIdx.x] - params.first_row;
   const bool known = id >= 0 && id < view.rows;
   for (int64_t col = threadIdx.x; col < view.cols; col += kThreads) {
     float value = 0.0f;

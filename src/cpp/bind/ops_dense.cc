@@ -267,7 +267,7 @@ nb::object linear(const OpsHandle& self, nb::handle x_array, nb::handle weight_o
   }
   call.require(gate == Activation::kNone || result_dtype == dtype, "out_dtype = '",
                out_dtype.value_or(""), "': must be ", dtype_name(dtype), " with an activation");
-  LinearParams params{x.data, weight, nullptr, nullptr, dtype, result_dtype, gate, false};
+  LinearParams params{x.data, weight, nullptr, nullptr, dtype, result_dtype, gate, false, false};
   std::vector<int64_t> shape = x.sizes();
   shape.back() = params.out_cols();
   Operand bias, residual;

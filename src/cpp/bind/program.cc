@@ -13,6 +13,12 @@
 #include "program/plan.h"
 
 namespace mrv1 {
+namespace {
+
+// Rows of a tensor and the first of a segment's, the same of columns.
+using SliceTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+}  // namespace
 
 void bind_program(nb::module_& m) {
   nb::class_<Program>(
@@ -30,7 +36,8 @@ void bind_program(nb::module_& m) {
       .def(
           "weight",
           [](Program& self, const std::string& name, bool is_vector, int64_t cols,
-             const std::vector<std::pair<std::string, int64_t>>& segments, float offset) {
+             const std::vector<std::pair<std::string, int64_t>>& segments, float offset,
+             const std::vector<SliceTuple>& slices) {
             WeightSpec spec;
             spec.name = name;
             spec.offset = offset;
@@ -42,12 +49,26 @@ void bind_program(nb::module_& m) {
               spec.segments.push_back({tensor, spec.rows, rows});
               spec.rows += rows;
             }
+            check(slices.empty() || slices.size() == segments.size(), "weight", "'", name, "' has ",
+                  slices.size(), " slices, must have none or one for each of ", segments.size(),
+                  " segments");
+            for (size_t i = 0; i < slices.size(); ++i) {
+              const auto& [tensor_rows, first_row, tensor_cols, first_col] = slices[i];
+              check(tensor_rows > 0 && tensor_cols > 0, "weight", "a slice of '", name,
+                    "' is of an empty tensor");
+              spec.segments[i].slice = {tensor_rows, tensor_cols, first_row, first_col};
+            }
             return self.weight(std::move(spec));
           },
           nb::arg("name"), nb::arg("is_vector"), nb::arg("cols"), nb::arg("segments"),
-          nb::arg("offset") = 0.0f,
+          nb::arg("offset") = 0.0f, nb::arg("slices") = std::vector<SliceTuple>(),
+          nb::sig("def weight(self, name: str, is_vector: bool, cols: int, "
+                  "segments: Sequence[tuple[str, int]], offset: float = 0.0, "
+                  "slices: Sequence[tuple[int, int, int, int]] = ()) -> int"),
           "Declares a weight [sum of segment rows, cols]; segments are (tensor name, rows).\n"
-          "`offset` is added to the values of a vector when they are loaded.")
+          "`offset` is added to the values of a vector when they are loaded. `slices` say for each\n"
+          "segment which part of its tensor it is: (rows of the tensor, first row, columns of the\n"
+          "tensor, first column); without them segments are whole tensors.")
       .def(
           "input",
           [](Program& self, const std::string& name, int64_t cols, bool logits_rows) {
@@ -55,11 +76,16 @@ void bind_program(nb::module_& m) {
           },
           nb::arg("name"), nb::arg("cols"), nb::arg("logits_rows") = false)
       .def("output", &Program::output, nb::arg("value"))
-      .def("embedding", &Program::embedding, nb::arg("table"), nb::arg("scale") = 1.0f)
+      .def("embedding", &Program::embedding, nb::arg("table"), nb::arg("scale") = 1.0f,
+           nb::arg("first_row") = 0,
+           "`first_row` is the token id of the table's first row; ids without a row give zeros.")
       .def("rms_norm", &Program::rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"))
       .def("add", &Program::add, nb::arg("a"), nb::arg("b"))
       .def("linear", &Program::linear, nb::arg("x"), nb::arg("weight"), nb::arg("bias") = -1,
-           nb::arg("residual") = -1, nb::arg("row_parallel") = false)
+           nb::arg("residual") = -1, nb::arg("row_parallel") = false, nb::arg("wide") = false,
+           "With `wide` the result stays in float32.")
+      .def("all_reduce", &Program::all_reduce, nb::arg("x"), nb::arg("bias") = -1,
+           "The sum over the ranks (+ bias), in the program's dtype.")
       .def(
           "silu_mul", [](Program& self, int32_t x) { return self.gated_mul(x, Activation::kSilu); },
           nb::arg("x"))
@@ -95,7 +121,8 @@ void bind_program(nb::module_& m) {
           nb::arg("rope") = -1, nb::arg("q_norm") = -1, nb::arg("k_norm") = -1,
           nb::arg("eps") = 0.0f, nb::arg("softcap") = 0.0f)
       .def("gather_rows", &Program::gather_rows, nb::arg("x"))
-      .def("logits", &Program::logits, nb::arg("x"), nb::arg("weight"), nb::arg("softcap") = 0.0f)
+      .def("logits", &Program::logits, nb::arg("x"), nb::arg("weight"), nb::arg("softcap") = 0.0f,
+           nb::arg("ranks") = 1, "With `ranks` the weight is a rank's part of the head.")
       .def("begin_layer", &Program::begin_layer, nb::arg("layer"))
       .def("end_layer", &Program::end_layer)
       .def("fuse", &Program::fuse,
@@ -127,6 +154,21 @@ void bind_program(nb::module_& m) {
             return all;
           },
           "(name, is_vector, cols, [(tensor, rows)]) of each weight.")
+      .def_prop_ro(
+          "weight_slices",
+          [](const Program& self) {
+            std::vector<std::vector<SliceTuple>> all;
+            for (const WeightSpec& spec : self.weights()) {
+              std::vector<SliceTuple>& slices = all.emplace_back();
+              for (const WeightSegment& segment : spec.segments) {
+                const TensorSlice& slice = segment.slice;
+                slices.emplace_back(slice.rows, slice.first_row, slice.cols, slice.first_col);
+              }
+            }
+            return all;
+          },
+          "(rows of the tensor, first row, columns of the tensor, first column) of each segment of\n"
+          "each weight.")
       .def_prop_ro(
           "kv_layout",
           [](const Program& self) {

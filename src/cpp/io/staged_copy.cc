@@ -41,6 +41,24 @@ struct Piece {
   int64_t first, count;  // elements
 };
 
+void read_piece(const Piece& piece, char* target) {
+  const StagedTensor& tensor = *piece.tensor;
+  const auto size = static_cast<int64_t>(dtype_size(tensor.source));
+  const auto read = [&](int64_t from, int64_t count) {
+    const auto bytes = static_cast<size_t>(count * size);
+    tensor.file->read_into(target, tensor.offset + static_cast<size_t>(from * size), bytes);
+    target += bytes;
+  };
+  if (tensor.cols == tensor.stride) return read(piece.first, piece.count);
+  const int64_t end = piece.first + piece.count;
+  for (int64_t next = piece.first; next < end;) {
+    const int64_t col = next % tensor.cols;
+    const int64_t count = std::min(tensor.cols - col, end - next);
+    read(next / tensor.cols * tensor.stride + col, count);
+    next += count;
+  }
+}
+
 }  // namespace
 
 void convert_elements(const void* from, DType source, void* to, DType stored, int64_t count) {
@@ -99,14 +117,13 @@ void StagedCopy::run(Worker& worker, Shared& shared) {
     const StagedTensor& tensor = *piece.tensor;
     const size_t from_size = dtype_size(tensor.source), to_size = dtype_size(tensor.stored);
     const size_t file_bytes = static_cast<size_t>(piece.count) * from_size;
-    const size_t offset = tensor.offset + static_cast<size_t>(piece.first) * from_size;
     char* staged = static_cast<char*>(worker.slots.host()) + slot * sizes_.slot_bytes;
     worker.stream->wait(worker.tickets[slot]);
     if (tensor.source == tensor.stored) {
-      tensor.file->read_into(staged, offset, file_bytes);
+      read_piece(piece, staged);
     } else {
       worker.unconverted.resize(std::max(worker.unconverted.size(), file_bytes));
-      tensor.file->read_into(worker.unconverted.data(), offset, file_bytes);
+      read_piece(piece, worker.unconverted.data());
       convert_elements(worker.unconverted.data(), tensor.source, staged, tensor.stored,
                        piece.count);
     }

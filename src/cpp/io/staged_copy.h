@@ -14,7 +14,7 @@
 
 namespace mrv1 {
 
-// A run of elements of a file, and where they go in device memory.
+// Elements of a file, and where they go in device memory, one behind the other.
 struct StagedTensor {
   const MappedFile* file;
   size_t offset;  // of the first byte
@@ -22,6 +22,9 @@ struct StagedTensor {
   void* target;
   DType stored;  // float32 or bfloat16
   int64_t count;
+  // They lie in the file in rows of `cols`, whose beginnings are `stride` elements apart. Zeros: one
+  // behind the other.
+  int64_t cols = 0, stride = 0;
 };
 
 // One thread reads from the page cache at several GB/s; these together are ahead of a PCIe 5 link.

@@ -120,20 +120,27 @@ void WeightStore::store_rows(int32_t weight, int64_t row_start, int64_t rows, co
 void WeightStore::load_mapped(const MappedFile& file, const TensorSource& tensor) {
   const WeightView& view = views_[tensor.weight];
   const WeightSegment& rows = program_->weights()[tensor.weight].segments[tensor.segment];
-  const size_t size = dtype_size(tensor.dtype);
-  const int64_t row_bytes = view.cols * static_cast<int64_t>(size);
+  const auto size = static_cast<int64_t>(dtype_size(tensor.dtype));
+  const int64_t row_bytes = view.cols * size;
+  const int64_t stride = rows.slice.cols * size;
+  const size_t begin =
+      tensor.offset + static_cast<size_t>(rows.slice.first_row * stride + rows.slice.first_col * size);
   // Whole panels a piece, so that pieces never share one.
   const int64_t piece =
       std::max<int64_t>(kPanelRows, kPieceBytes / row_bytes / kPanelRows * kPanelRows);
   std::vector<char> aligned;
   for (int64_t row = 0; row < rows.rows; row += piece) {
     const int64_t count = std::min(piece, rows.rows - row);
-    const size_t start = tensor.offset + static_cast<size_t>(row * row_bytes);
-    const size_t bytes = static_cast<size_t>(count * row_bytes);
+    const size_t start = begin + static_cast<size_t>(row * stride);
+    const auto bytes = static_cast<size_t>((count - 1) * stride + row_bytes);
     const void* mapped = file.read(start, bytes);
-    if (start % size != 0) {  // the format does not promise alignment
-      aligned.resize(bytes);
-      std::memcpy(aligned.data(), mapped, bytes);
+    // The format does not promise alignment.
+    if (start % static_cast<size_t>(size) != 0 || stride != row_bytes) {
+      aligned.resize(static_cast<size_t>(count * row_bytes));
+      for (int64_t i = 0; i < count; ++i) {
+        std::memcpy(aligned.data() + i * row_bytes, static_cast<const char*>(mapped) + i * stride,
+                    static_cast<size_t>(row_bytes));
+      }
       mapped = aligned.data();
     }
     store_rows(tensor.weight, rows.row_start + row, count, mapped, tensor.dtype);
@@ -149,9 +156,10 @@ void WeightStore::load_staged(const MappedFile& file, std::span<const TensorSour
     const WeightSegment& rows = program_->weights()[tensor.weight].segments[tensor.segment];
     check_internal(view.layout == WeightLayout::kRowMajor, "weights",
                    "only weights that are stored by rows can be staged");
-    staged.push_back({&file, tensor.offset, tensor.dtype,
-                      row_address(tensor.weight, rows.row_start), view.dtype,
-                      rows.rows * view.cols});
+    const int64_t first = rows.slice.first_row * rows.slice.cols + rows.slice.first_col;
+    staged.push_back({&file, tensor.offset + static_cast<size_t>(first) * dtype_size(tensor.dtype),
+                      tensor.dtype, row_address(tensor.weight, rows.row_start), view.dtype,
+                      rows.rows * view.cols, view.cols, rows.slice.cols});
   }
   if (staged_ == nullptr) {
     int64_t largest = 0;

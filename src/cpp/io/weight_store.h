@@ -20,8 +20,8 @@ namespace mrv1 {
 // that a linear op reads are in the backend's linear layout, others by rows, vectors in float32.
 std::vector<WeightView> stored_weights(const Program& program, WeightLayout linear_layout);
 
-// Where the values of a segment lie in a file: row-major [segment rows, cols] of a source dtype
-// (float32, bfloat16 or float16) from a byte offset on.
+// Where the tensor of a segment lies in a file: row-major, of a source dtype (float32, bfloat16 or
+// float16), from a byte offset on. The segment may be a slice of it.
 struct TensorSource {
   int32_t weight, segment;
   size_t offset;
@@ -37,10 +37,11 @@ class WeightStore {
 
   // Loads tensors of one file, best in the order of their offsets, converting them to the weights'
   // dtypes. `progress` is called in the calling thread with the bytes of the file that are done
-  // since the last call; what it throws passes through, and some of the tensors are loaded then.
+  // since the last call, of slices those of the slices; what it throws passes through, and some of
+  // the tensors are loaded then.
   void load(const MappedFile& file, std::span<const TensorSource> tensors,
             const std::function<void(size_t)>& progress);
-  // The same for one segment from memory.
+  // The same for one segment from memory, where its own rows and columns lie.
   void load_segment(int32_t weight, int32_t segment, const void* data, DType source);
   // Values uniform in (-range, range) of a matrix, 1 + small of a vector: timing without a
   // checkpoint. Depends on seed and weight index only.

@@ -21,7 +21,7 @@ void gather(const EmbeddingParams& params, const StepContext& ctx) {
       ctx.sizes.num_tokens, kTokensPerPiece, [&](int64_t begin, int64_t end, int) {
         for (int64_t t = begin; t < end; ++t) {
           To* row = out + t * table.cols;
-          const int32_t id = ctx.infer.token_ids[t];
+          const int64_t id = ctx.infer.token_ids[t] - params.first_row;
           if (id < 0 || id >= table.rows) {
             std::memset(static_cast<void*>(row), 0, static_cast<size_t>(table.cols) * sizeof(To));
             continue;

@@ -12,6 +12,10 @@ namespace mrv1 {
 // of rows, so that a row's result does not depend on what else is in the batch. With an
 // activation the weight stacks gate over up and out = activation(gate) * up: [rows, weight.rows /
 // 2]; gate and up are rounded to dtype first, so that the fused form equals its parts bit for bit.
+//
+// The output of a row-parallel linear is a sum over ranks, which hold some of the columns each. In a
+// batch-invariant step it has the same bits whatever their number: all columns are kInvariantParts
+// parts, each is summed by itself, and the parts are added in the order of sum_in_order.
 struct LinearParams {
   const void* x;          // [rows, weight.cols] of dtype
   WeightView weight;      // dtype equal to `dtype`; kPanel16 on the CPU, kRowMajor on CUDA
@@ -21,10 +25,21 @@ struct LinearParams {
   DType out_dtype;        // dtype, or float32
   Activation activation;  // but kNone: weight.rows / 2 must be a multiple of 16
   bool logits_rows;       // rows are the step's logits rows instead of its tokens
+  bool row_parallel;      // not with an activation
 
   bool gated() const { return activation != Activation::kNone; }
   int64_t out_cols() const { return gated() ? weight.rows / 2 : weight.rows; }
 };
+
+// Parts of all columns, over all ranks.
+constexpr int kInvariantParts = 8;
+// Parts of the columns of this rank's weight that are summed apart; 1 for all linears that are not
+// row-parallel, and for a single rank whose columns do not divide into parts of whole pairs.
+int num_invariant_parts(const LinearParams& params, const StepContext& ctx);
+// Whether a rank's columns divide as they must where there are several ranks.
+constexpr bool has_invariant_parts(int64_t cols, int ranks) {
+  return kInvariantParts % ranks == 0 && cols % (2 * kInvariantParts / ranks) == 0;
+}
 
 void linear_cpu(const LinearParams& params, const StepContext& ctx);
 void linear_cuda(const LinearParams& params, const StepContext& ctx);

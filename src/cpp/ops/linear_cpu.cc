@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "dist/communicator.h"
 #include "ops/cpu_isa.h"
 #include "ops/vector_ops.h"
 
@@ -39,34 +40,65 @@ void check_params(const LinearParams& params) {
           " rows, must be a multiple of ", 2 * kPanelRows, " with an activation");
     check(params.out_dtype == params.dtype, kOp, "out dtype is ", dtype_name(params.out_dtype),
           ", must be ", dtype_name(params.dtype), " with an activation");
+    check(!params.row_parallel, kOp, "a row-parallel linear has no activation");
   }
 }
 
-// What computes the sums, and for how many rows at a time. The choice depends on the weight alone,
-// so that each of its outputs has one order of summation.
+// What computes the sums, and for how many rows at a time. The choice depends on the weight and on
+// the columns of a part alone, so that each of its outputs has one order of summation.
 struct SumKernel {
   void (*run)(const LinearBlock& block);
   int64_t block_rows;
 };
 
-SumKernel sum_kernel(const TypedVectorOps& ops, [[maybe_unused]] const WeightView& weight) {
+SumKernel sum_kernel(const TypedVectorOps& ops, [[maybe_unused]] const WeightView& weight,
+                     [[maybe_unused]] int64_t part_cols) {
 #if defined(__x86_64__)
   if (current_cpu_isa() == CpuIsa::kAmxBf16 && weight.dtype == DType::kBF16 &&
-      weight.cols % amx::kAmxCols == 0) {
+      part_cols % amx::kAmxCols == 0) {
     return {amx::linear, kAmxRowsPerBlock};
   }
 #endif
   return {ops.linear, kRowsPerBlock};
 }
 
+// Sums of `parts` neighbouring parts, a power of two, of block.cols columns each, from the block's
+// on. A half of them is summed on the stack meanwhile.
+void sum_parts(const SumKernel& kernel, const LinearBlock& block, int parts, int64_t x_bytes,
+               int64_t panel_bytes) {
+  if (parts == 1) return kernel.run(block);
+  sum_parts(kernel, block, parts / 2, x_bytes, panel_bytes);
+  alignas(64) float others[kMaxRowsPerBlock * kMaxPanels * kPanelRows];
+  LinearBlock half = block;
+  half.out = others;
+  half.x = static_cast<const char*>(block.x) + parts / 2 * x_bytes;
+  for (int p = 0; p < block.num_panels; ++p) {
+    half.panels[p] = static_cast<const char*>(block.panels[p]) + parts / 2 * panel_bytes;
+  }
+  sum_parts(kernel, half, parts / 2, x_bytes, panel_bytes);
+  for (int64_t row = 0; row < block.rows; ++row) {
+    float* sums = block.out + row * block.out_stride;
+    const float* more = others + row * block.out_stride;
+    for (int64_t i = 0; i < block.num_panels * kPanelRows; ++i) sums[i] += more[i];
+  }
+}
+
 }  // namespace
+
+int num_invariant_parts(const LinearParams& params, const StepContext& ctx) {
+  if (!ctx.batch_invariant || !params.row_parallel) return 1;
+  if (ctx.communicator != nullptr) return kInvariantParts / ctx.communicator->size();
+  return has_invariant_parts(params.weight.cols, 1) ? kInvariantParts : 1;
+}
 
 void linear_cpu(const LinearParams& params, const StepContext& ctx) {
   const TypedVectorOps& ops = vector_ops(params.dtype, "linear");
   check_params(params);
   const auto store_row = vector_ops(params.out_dtype, "linear").store_row;
   const WeightView& weight = params.weight;
-  const SumKernel kernel = sum_kernel(ops, weight);
+  const int parts = num_invariant_parts(params, ctx);
+  const int64_t part_cols = weight.cols / parts;
+  const SumKernel kernel = sum_kernel(ops, weight, part_cols);
   const int64_t rows = params.logits_rows ? ctx.sizes.num_logits : ctx.sizes.num_tokens;
   const int64_t size = static_cast<int64_t>(dtype_size(params.dtype));
   const int64_t out_size = static_cast<int64_t>(dtype_size(params.out_dtype));
@@ -91,7 +123,7 @@ void linear_cpu(const LinearParams& params, const StepContext& ctx) {
     alignas(64) float sums[kMaxRowsPerBlock * kMaxPanels * kPanelRows];
     LinearBlock block;
     block.x_stride = weight.cols;
-    block.cols = weight.cols;
+    block.cols = part_cols;
     block.num_panels = params.gated() ? 2 * num_outs : num_outs;
     block.out = sums;
     block.out_stride = kMaxPanels * kPanelRows;
@@ -104,7 +136,7 @@ void linear_cpu(const LinearParams& params, const StepContext& ctx) {
     for (int64_t row = row_begin; row < row_end; row += kernel.block_rows) {
       block.rows = std::min(kernel.block_rows, row_end - row);
       block.x = static_cast<const char*>(params.x) + row * weight.cols * size;
-      kernel.run(block);
+      sum_parts(kernel, block, parts, part_cols * size, part_cols * kPanelRows * size);
       const float* bias = params.bias == nullptr ? nullptr : params.bias + col;
       for (int64_t r = 0; r < block.rows; ++r) {
         const float* sum = sums + r * block.out_stride;

@@ -129,7 +129,7 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
   const bool logits_rows = result != nullptr && result->space == RowSpace::kLogits;
   switch (op.kind) {
     case OpKind::kEmbedding:
-      return EmbeddingParams{weights[op.weights[0]], out(0), dtype, op.scale};
+      return EmbeddingParams{weights[op.weights[0]], out(0), dtype, op.scale, op.first_row};
     case OpKind::kRmsNorm:
       return RmsNormParams{in(0),        nullptr, vector(0), out(0),     nullptr,
                            result->cols, op.eps,  dtype,     logits_rows};
@@ -147,7 +147,8 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
                           dtype,
                           result->dtype,
                           op.activation,
-                          logits_rows};
+                          logits_rows,
+                          op.row_parallel};
     case OpKind::kGatedMul:
       return GatedMulParams{in(0), out(0), result->cols, dtype, op.activation};
     case OpKind::kSoftCap:
@@ -155,6 +156,18 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
                            result->cols, op.softcap};
     case OpKind::kGatherRows:
       return GatherRowsParams{in(0), out(0), result->cols, dtype};
+    case OpKind::kAllReduce:
+      return AllReduceParams{in(0),
+                             op.weights.empty() ? nullptr : vector(0),
+                             out(0),
+                             result->cols,
+                             program.values()[op.inputs[0]].dtype,
+                             result->dtype,
+                             logits_rows};
+    case OpKind::kAllGather: {
+      const Value& part = program.values()[op.inputs[0]];
+      return AllGatherParams{in(0), out(0), part.cols, part.dtype, logits_rows};
+    }
     case OpKind::kQkNorm:
     case OpKind::kRope:
     case OpKind::kQkvPrepare: {
@@ -241,6 +254,8 @@ void Executable::run(const StepContext& ctx, size_t first, size_t last) const {
     void operator()(const PagedAttentionParams& params) const {
       kernels.paged_attention(params, ctx);
     }
+    void operator()(const AllReduceParams& params) const { kernels.all_reduce(params, ctx); }
+    void operator()(const AllGatherParams& params) const { kernels.all_gather(params, ctx); }
   };
   const Visitor visitor{kernels, ctx};
   for (size_t i = first; i < last; ++i) std::visit(visitor, calls_[i]);

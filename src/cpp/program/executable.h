@@ -46,7 +46,7 @@ class Executable {
  private:
   using Call = std::variant<EmbeddingParams, RmsNormParams, LinearParams, AddParams, GatedMulParams,
                             SoftCapParams, GatherRowsParams, QkvPrepareParams, CacheWriteParams,
-                            PagedAttentionParams>;
+                            PagedAttentionParams, AllReduceParams, AllGatherParams>;
   Call bind(const Program& program, const Op& op, std::span<const WeightView> weights,
             std::span<const KvCacheLayer> kv) const;
   const AttentionPlan* plan_of(const Op& op) const;

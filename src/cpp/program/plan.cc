@@ -20,6 +20,7 @@ bool works_in_place(OpKind kind) {
     case OpKind::kQkvPrepare:
     case OpKind::kAddRmsNorm:
     case OpKind::kSoftCap:
+    case OpKind::kAllReduce:
       return true;
     default:
       return false;

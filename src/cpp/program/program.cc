@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "dist/communicator.h"
 
 namespace mrv1 {
 
@@ -33,6 +34,10 @@ std::string_view op_name(const Op& op) {
       return "gather_rows";
     case OpKind::kSoftCap:
       return "soft_cap";
+    case OpKind::kAllReduce:
+      return "all_reduce";
+    case OpKind::kAllGather:
+      return "all_gather";
     case OpKind::kAddRmsNorm:
       return "add_rms_norm";
     case OpKind::kQkvPrepare:
@@ -102,10 +107,18 @@ int32_t Program::weight(WeightSpec spec) {
   check(spec.kind == WeightKind::kVector || spec.offset == 0.0f, "weight", "'", spec.name,
         "' is a matrix and must have offset 0, not ", spec.offset);
   int64_t row = 0;
-  for (const WeightSegment& segment : spec.segments) {
+  for (WeightSegment& segment : spec.segments) {
     check(segment.row_start == row && segment.rows > 0 && segment.rows <= spec.rows - row, "weight",
           "segments of '", spec.name, "' must follow each other and fit its ", spec.rows, " rows");
     row += segment.rows;
+    TensorSlice& slice = segment.slice;
+    if (slice.rows == 0) slice = {.rows = segment.rows, .cols = spec.cols};
+    check(slice.first_row >= 0 && slice.first_col >= 0 && slice.rows <= kMaxExtent &&
+              slice.cols <= kMaxExtent && segment.rows <= slice.rows - slice.first_row &&
+              spec.cols <= slice.cols - slice.first_col,
+          "weight", "'", spec.name, "' takes [", segment.rows, ", ", spec.cols, "] from [",
+          slice.first_row, ", ", slice.first_col, "] on, which '", segment.tensor, "' of [",
+          slice.rows, ", ", slice.cols, "] does not have");
   }
   check(row == spec.rows, "weight", "segments of '", spec.name, "' cover ", row, " of ", spec.rows,
         " rows");
@@ -138,12 +151,17 @@ void Program::output(int32_t id) {
   outputs_.push_back(id);
 }
 
-int32_t Program::embedding(int32_t table, float scale) {
+int32_t Program::embedding(int32_t table, float scale, int64_t first_row) {
   const WeightSpec& spec = weight_spec(table, "embedding");
   check(spec.kind == WeightKind::kMatrix, "embedding", "'", spec.name, "' must be a matrix");
   check(std::isfinite(scale), "embedding", "scale must be finite, not ", scale);
-  return emit({.kind = OpKind::kEmbedding, .weights = {table}, .scale = scale}, RowSpace::kTokens,
-              spec.cols, dtype_);
+  check(first_row >= 0 && first_row <= kMaxExtent, "embedding",
+        "first_row must be in [0, 2^31], not ", first_row);
+  return emit({.kind = OpKind::kEmbedding,
+               .weights = {table},
+               .scale = scale,
+               .first_row = first_row},
+              RowSpace::kTokens, spec.cols, dtype_);
 }
 
 int32_t Program::rms_norm(int32_t x, int32_t weight, float eps) {
@@ -163,7 +181,7 @@ int32_t Program::add(int32_t a, int32_t b) {
 }
 
 int32_t Program::linear(int32_t x, int32_t weight, int32_t bias, int32_t residual,
-                        bool row_parallel) {
+                        bool row_parallel, bool wide) {
   const Value in = value(x, "linear");
   check_matrix(weight, in.cols, "linear");
   check(in.dtype == dtype_, "linear", "x must be ", dtype_name(dtype_));
@@ -178,8 +196,19 @@ int32_t Program::linear(int32_t x, int32_t weight, int32_t bias, int32_t residua
           "x must have one row a token to take a residual");
     check_addend(value(residual, "linear"), rows, "linear");
   }
-  const int32_t out = emit(std::move(op), in.space, rows, dtype_);
+  check(!wide || residual < 0, "linear", "a result in float32 takes no residual");
+  const int32_t out = emit(std::move(op), in.space, rows, wide ? DType::kF32 : dtype_);
   return residual < 0 ? out : add(out, residual);
+}
+
+int32_t Program::all_reduce(int32_t x, int32_t bias) {
+  const Value in = value(x, "all_reduce");
+  Op op{.kind = OpKind::kAllReduce, .inputs = {x}};
+  if (bias >= 0) {
+    check_vector(bias, in.cols, "all_reduce");
+    op.weights.push_back(bias);
+  }
+  return emit(std::move(op), in.space, in.cols, dtype_);
 }
 
 int32_t Program::gated_mul(int32_t x, Activation activation) {
@@ -278,8 +307,10 @@ int32_t Program::gather_rows(int32_t x) {
   return emit({.kind = OpKind::kGatherRows, .inputs = {x}}, RowSpace::kLogits, in.cols, in.dtype);
 }
 
-int32_t Program::logits(int32_t x, int32_t weight, float softcap) {
+int32_t Program::logits(int32_t x, int32_t weight, float softcap, int32_t ranks) {
   check(logits_ < 0, "logits", "the program has its logits already");
+  check(ranks >= 1 && ranks <= kMaxRanks, "logits", "ranks must be in [1, ", kMaxRanks, "], not ",
+        ranks);
   check_matrix(weight, value(x, "logits").cols, "logits");
   check_softcap(softcap, "logits");
   const int32_t rows = gather_rows(x);
@@ -288,6 +319,10 @@ int32_t Program::logits(int32_t x, int32_t weight, float softcap) {
   if (softcap > 0.0f) {
     logits_ = emit({.kind = OpKind::kSoftCap, .inputs = {logits_}, .softcap = softcap},
                    RowSpace::kLogits, weights_[weight].rows, DType::kF32);
+  }
+  if (ranks > 1) {
+    logits_ = emit({.kind = OpKind::kAllGather, .inputs = {logits_}}, RowSpace::kLogits,
+                   weights_[weight].rows * ranks, DType::kF32);
   }
   output(logits_);
   hidden_ = x;

@@ -38,6 +38,8 @@ enum class OpKind {
   kPagedAttention,
   kGatherRows,
   kSoftCap,
+  kAllReduce,
+  kAllGather,
   // Made by the fusion pass only.
   kAddRmsNorm,  // outputs: sum, normed
   kQkvPrepare,  // QK-norm (optional), RoPE and cache write in one
@@ -61,15 +63,24 @@ struct Op {
   int32_t rope = -1;                          // index of a rope table
   int32_t layer = -1;                         // decoder layer the op belongs to, -1 outside
   bool row_parallel = false;  // linear: its output is a partial sum under tensor parallelism
+  int64_t first_row = 0;      // embedding: the token id of the table's first row
 };
 // The name of its kind, with the activation in it: silu_mul, linear_gelu_mul.
 std::string_view op_name(const Op& op);
+
+// Which part of a tensor [rows, cols] a segment takes: as many rows and columns as the segment has,
+// from these on. Zeros: all of it.
+struct TensorSlice {
+  int64_t rows = 0, cols = 0;  // of the whole tensor
+  int64_t first_row = 0, first_col = 0;
+};
 
 // A segment of a weight: rows that one tensor of the checkpoint supplies.
 struct WeightSegment {
   std::string tensor;
   int64_t row_start = 0;
   int64_t rows = 0;
+  TensorSlice slice = {};
 };
 
 enum class WeightKind { kMatrix, kVector };
@@ -121,10 +132,15 @@ class Program {
 
   // --- wiring: values are returned by index ----------------------------------------------------
   int32_t input(std::string name, int64_t cols, RowSpace space);  // set by the caller, for tests
-  int32_t embedding(int32_t table, float scale);
+  // `first_row` is the token id of the table's first row: other ids outside of it give zeros.
+  int32_t embedding(int32_t table, float scale, int64_t first_row = 0);
   int32_t rms_norm(int32_t x, int32_t weight, float eps);
   int32_t add(int32_t a, int32_t b);
-  int32_t linear(int32_t x, int32_t weight, int32_t bias, int32_t residual, bool row_parallel);
+  // With `wide` the result stays in float32, for an all_reduce that rounds it.
+  int32_t linear(int32_t x, int32_t weight, int32_t bias, int32_t residual, bool row_parallel,
+                 bool wide = false);
+  // The sum over the ranks, in the program's dtype; x may be wider.
+  int32_t all_reduce(int32_t x, int32_t bias);
   int32_t gated_mul(int32_t x, Activation activation);
   int32_t rope_table(RopeSpec spec);
   struct AttentionSpec {
@@ -140,8 +156,9 @@ class Program {
   int32_t attention(int32_t qkv, const AttentionSpec& spec);
   int32_t gather_rows(int32_t x);
   // The end of a language model: rows that are sampled, through the head, in float32, and kept
-  // within (-softcap, softcap) if it is not 0.
-  int32_t logits(int32_t x, int32_t weight, float softcap);
+  // within (-softcap, softcap) if it is not 0. The head may be the rows of one of `ranks` ranks,
+  // whose logits are gathered then.
+  int32_t logits(int32_t x, int32_t weight, float softcap, int32_t ranks = 1);
   void output(int32_t value);  // keeps a value readable after a run
 
   void begin_layer(int32_t layer);
