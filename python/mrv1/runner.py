@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 from mrv1 import _core
 from mrv1._closing import Closing
+from mrv1.admission import check_bad_words, check_stops
 from mrv1.errors import InternalError, InvalidArgumentError
 from mrv1.hub import find_model
 from mrv1.loader import (
@@ -22,11 +23,14 @@ from mrv1.loader import (
     load_model,
     report_notices,
 )
+from mrv1.logprobs import token_logprobs
 from mrv1.sampling_params import MAX_INT32, SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
+
+    from mrv1.logprobs import Logprob
 
 # Block ids of a row: of the one KV group there is, or of each.
 BlockIds: TypeAlias = "Sequence[int] | Sequence[Sequence[int]]"
@@ -54,8 +58,11 @@ class RowOutput:
             unfinished prefill chunk and for a masked row.
         num_draft_tokens: Tokens that were proposed.
         num_accepted_tokens: Proposed tokens among the new ones.
-        finish_reason: "stop" (EOS or a stop token), "length" or "error" (the logits held no token
-            to draw) when the row ended with this step.
+        finish_reason: "stop" (EOS, a stop token or a stop sequence), "length" or "error" (the
+            logits held no token to draw) when the row ended with this step.
+        stop_sequence: Index of the one of stop_sequences that ended the row; None if none did.
+        logprobs: For each new token a mapping from token id to `Logprob`, without texts: its own
+            first, then those of the most likely ones; None without SamplingParams.logprobs.
         num_computed: Tokens in the cache now; 0 for a masked row.
         masked: Whether the row had ended before the step and computed nothing.
     """
@@ -68,6 +75,8 @@ class RowOutput:
     masked: bool
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    stop_sequence: int | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
 
     @property
     def token_id(self) -> int | None:
@@ -137,19 +146,7 @@ class PendingStep:
             output = self._runner.result(self.step)
             if output.error:
                 self._error = f"step {output.step} failed: {output.error}"
-            self._outputs = [
-                RowOutput(
-                    row=entry.row,
-                    generation=entry.generation,
-                    token_ids=tuple(output.tokens(index)),
-                    finish_reason=FINISH_REASONS.get(entry.finish_reason),
-                    num_computed=entry.num_computed,
-                    masked=entry.masked,
-                    num_draft_tokens=entry.num_drafts,
-                    num_accepted_tokens=entry.num_accepted,
-                )
-                for index, entry in enumerate(output.entries)
-            ]
+            self._outputs = [_row_output(output, index) for index in range(len(output.entries))]
         if self._error is not None:
             raise InternalError(self._error)
         return self._outputs
@@ -158,6 +155,24 @@ class PendingStep:
         # Runs on any thread at any time, so the runner is only told at its next step.
         if self._outputs is None:
             self._unread.append(self.step)
+
+
+def _row_output(output: _core.StepOutput, index: int) -> RowOutput:
+    entry = output.entries[index]
+    tokens = tuple(output.tokens(index))
+    logprobs = output.logprobs(index)
+    return RowOutput(
+        row=entry.row,
+        generation=entry.generation,
+        token_ids=tokens,
+        finish_reason=FINISH_REASONS.get(entry.finish_reason),
+        num_computed=entry.num_computed,
+        masked=entry.masked,
+        num_draft_tokens=entry.num_drafts,
+        num_accepted_tokens=entry.num_accepted,
+        stop_sequence=None if entry.stop_sequence < 0 else entry.stop_sequence,
+        logprobs=None if logprobs is None else token_logprobs(len(tokens), *logprobs, None),
+    )
 
 
 def _by_group(block_ids: BlockIds) -> Sequence[Sequence[int]]:
@@ -172,12 +187,17 @@ def make_row_spec(
     params: SamplingParams,
     *,
     eos_token_ids: Sequence[int],
+    vocab_size: int = 0,
+    bad_words: Sequence[Sequence[int]] = (),
     prompt_len: int | None = None,
     num_computed: int = 0,
     block_ids: BlockIds = (),
     forced_token_ids: Sequence[int] = (),
 ) -> _core.RowSpec:
-    """Translates a request into what the native side takes."""
+    """Translates a request into what the native side takes.
+
+    `vocab_size` is needed where params ask for log probabilities of the whole vocabulary.
+    """
     spec = _core.RowSpec()
     try:
         spec.token_ids = [operator.index(token) for token in token_ids]
@@ -204,6 +224,14 @@ def make_row_spec(
     spec.num_speculative_tokens = _ENGINE_DRAFTS if drafts is None else drafts
     eos = () if params.ignore_eos else tuple(eos_token_ids)
     spec.stop_ids = list(dict.fromkeys((*eos, *params.stop_token_ids)))
+    spec.stop_sequences = [list(sequence) for sequence in params.stop_sequences]
+    spec.presence_penalty = params.presence_penalty
+    spec.frequency_penalty = params.frequency_penalty
+    spec.repetition_penalty = params.repetition_penalty
+    spec.logit_bias = list(params.logit_bias)
+    spec.allowed_token_ids = list(params.allowed_token_ids or ())
+    spec.bad_words = [list(sequence) for sequence in bad_words]
+    spec.num_logprobs = params.num_logprobs(vocab_size)
     return spec
 
 
@@ -259,6 +287,7 @@ class ModelRunner(Closing):
         block_ids: BlockIds = (),
         prompt_len: int | None = None,
         num_computed: int = 0,
+        bad_words_token_ids: Sequence[Sequence[int]] = (),
         forced_token_ids: Sequence[int] = (),
     ) -> RowHandle:
         """Admits a request into a free row; nothing is computed yet.
@@ -271,6 +300,9 @@ class ModelRunner(Closing):
                 for each. 0 stands for a block below the group's window that was given back.
             prompt_len: How many of token_ids are the prompt; all if None.
             num_computed: Leading tokens whose KV blocks are filled already.
+            bad_words_token_ids: Token sequences that the output must not contain; what
+                `Tokenizer.encode_bad_words` makes of params.bad_words, as a runner has no
+                tokenizer.
             forced_token_ids: Outputs, counted from prompt_len, whatever is drawn; for testing, with
                 `force_tokens=True`.
 
@@ -289,11 +321,26 @@ class ModelRunner(Closing):
             self.model.config.vocab_size,
             self.model.max_model_len,
             max_speculative_tokens=self.model.num_speculative_tokens,
+            max_logprobs=self.model.max_logprobs,
         )
+        if params.bad_words and not bad_words_token_ids:
+            raise InvalidArgumentError(
+                field="params.bad_words",
+                value=params.bad_words,
+                allowed="empty, or given as bad_words_token_ids too: a runner has no tokenizer",
+            )
+        bad_words = [
+            [_index(f"bad_words_token_ids[{place}]", token) for token in sequence]
+            for place, sequence in enumerate(bad_words_token_ids)
+        ]
+        check_bad_words(params, bad_words)
+        check_stops(params, None)
         spec = make_row_spec(
             token_ids,
             params,
+            vocab_size=self.model.config.vocab_size,
             eos_token_ids=self.model.config.eos_token_ids,
+            bad_words=bad_words,
             prompt_len=prompt_len,
             num_computed=num_computed,
             block_ids=block_ids,
