@@ -16,7 +16,9 @@
 #include "ops/swap_blocks.h"
 #include "ops/token_map.h"
 #include "ops/zero_blocks.h"
+#include "sampling/penalties.h"
 #include "sampling/sample.h"
+#include "sampling/score.h"
 #include "state/infer_param_view.h"
 #include "state/infer_params.h"
 #include "state/output_ring.h"
@@ -54,8 +56,12 @@ struct Kernels {
   void (*propose)(const StepContext&);
   void (*infer_params)(const StepContext&);
   void (*infer_param_view)(const InferParamInputs&, const InferParamView&, const StepContext&);
+  void (*count_tokens)(const StepContext&);
   void (*sample)(const SampleParams&, const StepContext&);
   void (*advance)(const StepContext&);
+
+  // Beside a step's phases: logprobs of a prompt's tokens.
+  void (*score)(const ScoreParams&, const StepContext&);
 
   // Between steps: blocks that a row is about to write and shares with others.
   void (*copy_blocks)(const CopyBlocksParams&, const StepContext&);

@@ -36,6 +36,7 @@ void Step::run_front(const StepContext& ctx) const {
   if (ctx.sizes.num_requests == 0) return;
   if (ctx.sizes.speculates) kernels.propose(ctx);
   kernels.infer_params(ctx);
+  kernels.count_tokens(ctx);
   if (view_) kernels.infer_param_view(view_inputs_, *view_, ctx);
   executable_.plan_attention(ctx);
 }
