@@ -490,6 +490,28 @@ def test_samples_draw_as_requests_of_their_own(llm: LLM, name: str) -> None:
     assert [o.logprobs for o in several.outputs] == [r.logprobs for r in alone]
 
 
+def test_preemption_chunks_and_cached_prompts_change_nothing(device: str, llm: LLM) -> None:
+    """History that is computed again, in pieces, or not at all counts as it did before."""
+    prompts = [[*llm.tokenizer.encode(PROMPTS[i % 3]), *range(30 + i, 70 + i)] for i in range(9)]
+    params = [
+        (seeded(i, 60, **EDITS["all"]) if i % 2 else greedy(60, logprobs=2, repetition_penalty=1.2))
+        for i in range(9)
+    ]
+    expected = llm.generate(prompts, params)
+    sizes = {"num_kv_blocks": 40, "block_size": 4, "max_num_batched_tokens": 16}
+    with open_llm(device, batch_invariant=True, **sizes) as small:
+        for _ in range(2):
+            results = small.generate(prompts, params)
+            if device == "cpu":
+                assert [r.token_ids for r in results] == [r.token_ids for r in expected]
+                assert [r.logprobs for r in results] == [r.logprobs for r in expected]
+        assert small.engine.stats()["preemptions"] > 0
+        (again,) = small.generate(prompts[:1], params[0])
+        (cached,) = small.generate(prompts[:1], params[0])
+        assert cached.num_cached_tokens > 30
+        assert (cached.token_ids, cached.logprobs) == (again.token_ids, again.logprobs)
+
+
 def test_rows_of_a_runner_take_them_too(device: str, llm: LLM) -> None:
     prompt = llm.tokenizer.encode(PROMPT)
     words = ["the", "block t"]

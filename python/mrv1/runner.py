@@ -465,8 +465,9 @@ class ModelRunner(Closing):
     def logits(self, item: int) -> np.ndarray:
         """Logits of the newest step for one item of its batch: [vocab] float32; waits for it.
 
-        As the sampler left them: stop tokens that min_tokens masked are -inf. Empty if no token was
-        drawn for the item.
+        As the sampler left them: the model's, unless the row's parameters edit logits. Of edits,
+        those of stop tokens, biases, penalties and bad words are in them and masks may be. Empty if
+        no token was drawn for the item.
 
         Raises:
             InvalidArgumentError: There is no such item, or no step yet.
