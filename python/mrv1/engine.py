@@ -19,6 +19,7 @@ from mrv1.loader import LoadedModel, RunnerKwargs, RunnerOptions, load_model
 from mrv1.output_pump import FinishReason, OutputPump, Request, RequestUpdate
 from mrv1.runner import make_row_spec
 from mrv1.sampling_params import MAX_INT32, SamplingParams
+from mrv1.structured_outputs import GrammarCompiler
 from mrv1.text_stream import TextStream
 from mrv1.tokenizer import Tokenizer
 
@@ -93,6 +94,8 @@ class Engine(Closing):
         self.tokenizer = tokenizer
         self.background = options.background
         self._process = os.getpid()
+        config = self.model.config
+        self._grammars = GrammarCompiler(tokenizer, config.vocab_size, config.eos_token_ids)
         self._native = _core.Engine(self.model.runner, options)
         self._pump = OutputPump(self.model.runner, self._native, background=self.background)
         # For an engine that nobody closes, at the latest when the interpreter ends.
@@ -154,6 +157,9 @@ class Engine(Closing):
                 value=params.n,
                 allowed=f"at most max_num_seqs = {model.max_num_seqs}",
             )
+        grammar = None
+        if params.structured_outputs is not None:
+            grammar = self._grammars.compile(params, request_id)
         texts = None
         if params.detokenize:
             texts = [TextStream(self.tokenizer, params) for _ in range(params.n)]
@@ -172,6 +178,7 @@ class Engine(Closing):
                 priority=int(priority),
                 cache_salt=_salt_number(cache_salt),
                 skip_prefix_cache=skip_prefix_cache,
+                grammar=grammar,
             )
         except (RequestError, InvalidArgumentError) as error:
             raise RequestError(str(error), request_id=request_id) from None

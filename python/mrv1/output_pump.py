@@ -190,6 +190,7 @@ class OutputPump:
         priority: int,
         cache_salt: int,
         skip_prefix_cache: bool,
+        grammar: _core.Grammar | None = None,
     ) -> None:
         """Queues a request.
 
@@ -214,6 +215,7 @@ class OutputPump:
                     n=request.params.n,
                     cache_salt=cache_salt,
                     skip_prefix_cache=skip_prefix_cache,
+                    grammar=grammar,
                 )
             except BaseException:  # an interrupt may come at any point of it
                 self._forget(request)

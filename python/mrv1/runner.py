@@ -120,7 +120,14 @@ def _index(field: str, value: object) -> int:
 
 
 class PendingStep:
-    """A step that was launched and may still be running."""
+    """A step that was launched and may still be running.
+
+    Attributes:
+        step: Its number.
+        masked_items: Items of its batch that draw under a mask (`add_row` with `grammar`). If there
+            are any, the step waits before the draw until `set_masks` is called. Until then nothing
+            that changes rows or launches another step is allowed.
+    """
 
     def __init__(
         self, runner: _core.ModelRunner, step: int, unread: collections.deque[int]
@@ -130,6 +137,34 @@ class PendingStep:
         self._outputs: list[RowOutput] | None = None
         self._error: str | None = None
         self.step = step
+        self.masked_items: tuple[int, ...] = ()
+        if runner.cut_step == step:
+            self.masked_items = tuple(runner.masked_items)
+
+    def set_masks(self, masks: np.ndarray) -> None:
+        """Tells which tokens the rows of `masked_items` may draw, and lets the step go on.
+
+        Waits for the step before.
+
+        Args:
+            masks: [len(masked_items), ceil(vocab_size / 32)] uint32 or int32, a row an item, in
+                order: bit i % 32 of word i / 32 is 1 if token i may be drawn.
+
+        Raises:
+            InvalidArgumentError: The array has another shape or dtype, or the step waits for none.
+        """
+        import numpy as np
+
+        words = np.ascontiguousarray(masks)
+        if words.ndim != 2 or words.dtype not in (np.uint32, np.int32):
+            raise InvalidArgumentError(
+                field="masks",
+                value=f"{words.ndim} dimensions of {words.dtype}",
+                allowed="a matrix of uint32 or int32",
+            )
+        if self._runner.cut_step != self.step:
+            raise InvalidArgumentError(f"step {self.step} does not wait for masks")
+        self._runner.set_masks(words.view(np.uint32))
 
     @property
     def ready(self) -> bool:
@@ -141,6 +176,7 @@ class PendingStep:
 
         Raises:
             InternalError: The step failed. Its rows are in an unknown state: free them.
+            InvalidArgumentError: The step waits for masks.
         """
         if self._outputs is None:
             output = self._runner.result(self.step)
@@ -289,6 +325,7 @@ class ModelRunner(Closing):
         num_computed: int = 0,
         bad_words_token_ids: Sequence[Sequence[int]] = (),
         forced_token_ids: Sequence[int] = (),
+        grammar: bool = False,
     ) -> RowHandle:
         """Admits a request into a free row; nothing is computed yet.
 
@@ -305,6 +342,9 @@ class ModelRunner(Closing):
                 tokenizer.
             forced_token_ids: Outputs, counted from prompt_len, whatever is drawn; for testing, with
                 `force_tokens=True`.
+            grammar: Whether the caller sets a mask of the tokens that may come before each draw:
+                `PendingStep.set_masks`. Such a row has no drafts. `structured_outputs` of `params`
+                must be None: `mrv1.structured_outputs.GrammarCompiler` makes matchers of it.
 
         Raises:
             InvalidArgumentError: Something does not fit; the runner is as it was.
@@ -316,6 +356,14 @@ class ModelRunner(Closing):
         if params.n != 1:
             raise InvalidArgumentError(
                 field="params.n", value=params.n, allowed="1: a row is one sample"
+            )
+        if not isinstance(grammar, bool):
+            raise InvalidArgumentError(field="grammar", value=grammar, allowed="True or False")
+        if params.structured_outputs is not None:
+            raise InvalidArgumentError(
+                field="params.structured_outputs",
+                value=params.structured_outputs,
+                allowed="None: a runner knows no text; see grammar",
             )
         params.validate_for(
             self.model.config.vocab_size,
@@ -346,6 +394,7 @@ class ModelRunner(Closing):
             block_ids=block_ids,
             forced_token_ids=forced_token_ids,
         )
+        spec.grammar = grammar
         return RowHandle(*self._native.add_row(spec))
 
     @property
@@ -527,7 +576,8 @@ class ModelRunner(Closing):
         steps (records sent, those that only change rows included), batches (steps that ran the
         program), steps_eager, steps_piecewise and steps_full (batches by how they reached the
         device), host_ns (host time inside execute, waiting aside), control_bytes and output_bytes
-        (sent to and received from the device); of the whole device kernel_launches and
+        (sent to and received from the device), mask_bytes (of host memory, for rows with a grammar:
+        allocated with the first one, for all rows); of the whole device kernel_launches and
         graph_launches, waits (blocking calls), allocations and copies.
         """
         counts: dict[str, int] = self._native.stats()

@@ -39,13 +39,15 @@ std::vector<int32_t> group_windows(const ModelRunner& runner) {
 
 }  // namespace
 
-Engine::Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching)
+Engine::Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching,
+               std::shared_ptr<MaskSource> mask_source)
     : runner_(std::move(runner)),
       enable_prefix_caching_(enable_prefix_caching),
       block_size_(runner_->config().block_size),
       windows_(group_windows(*runner_)),
       has_windows_(std::any_of(windows_.begin(), windows_.end(), [](int32_t w) { return w > 0; })),
-      pool_(runner_->config().num_blocks, block_size_, static_cast<int32_t>(windows_.size())) {
+      pool_(runner_->config().num_blocks, block_size_, static_cast<int32_t>(windows_.size())),
+      mask_source_(std::move(mask_source)) {
   const size_t rows = runner_->config().max_num_seqs;
   running_.reserve(rows);
   planned_.reserve(rows);
@@ -68,6 +70,9 @@ void Engine::check(const RequestSpec& spec) const {
            config.max_model_len - 1, " fit max_model_len ", config.max_model_len);
   }
   runner_->check_spec(row);
+  check_internal(row.grammar == (spec.grammar != nullptr) &&
+                     (spec.grammar == nullptr || mask_source_ != nullptr),
+                 "add_request", "a request with a grammar needs a source of masks");
   const auto most =
       static_cast<int32_t>(std::min<int64_t>(length + row.max_tokens, config.max_model_len));
   // The last token is never computed, so it needs no slot.
@@ -111,6 +116,9 @@ void Engine::add(RequestSpec spec, std::span<const int32_t> slots) {
       its.row = std::move(spec.row);
     }
     its.row.seed += i;
+    its.grammar = spec.grammar;
+    its.num_told = 0;
+    if (its.row.grammar) its.row.num_speculative_tokens = 0;
     added.keeps_blocks = enable_prefix_caching_ && spec.use_prefix_cache;
     added.num_drafts = its.row.num_speculative_tokens < 0 ? config.num_speculative_tokens
                                                           : its.row.num_speculative_tokens;
@@ -173,6 +181,7 @@ void Engine::remove(int32_t slot, bool spoilt) {
       break;
   }
   reset_progress(ended);
+  its.grammar.reset();
   ended.state = RequestState::kNone;
   --num_requests_;
   promote_held(ended);
@@ -329,6 +338,7 @@ void Engine::step(EventBatch& out) {
   const bool idle = num_in_flight_ == 0;
   const size_t events = out.events.size();
   const bool launched = launch(out);
+  if (runner_->cut_step() != 0) finish_cut_step();
   if (num_in_flight_ >= kRunAhead || (!launched && num_in_flight_ > 0)) {
     take_in(out);
   } else if (!launched && idle && num_requests_ > 0 && out.events.size() == events) {
@@ -336,6 +346,7 @@ void Engine::step(EventBatch& out) {
   }
   // Nobody is left to ask for the steps that still run: bring blocks home.
   while (num_requests_ == 0 && num_in_flight_ > 0) take_in(out);
+  if (!unmasked_.empty()) end_unmasked(out);
   release_drained();
 }
 
@@ -393,10 +404,9 @@ void Engine::prefetch_details(int32_t slot) const {
   for (size_t i = 0; i < 2 * 64; i += 64) __builtin_prefetch(line + i, 1);
 }
 
-void Engine::take_in(EventBatch& out) {
-  InFlight& oldest = in_flight_[first_in_flight_];
-  first_in_flight_ = (first_in_flight_ + 1) % kRunAhead;
-  --num_in_flight_;
+// Waits for the oldest step's output.
+void Engine::read_oldest() {
+  const InFlight& oldest = in_flight_[first_in_flight_];
   const uint64_t start = thread_cpu_ns();
   runner_->wait_step(oldest.step);
   stats_.device_wait_cpu_ns += thread_cpu_ns() - start;
@@ -408,6 +418,15 @@ void Engine::take_in(EventBatch& out) {
     output_.error = error.what();
     output_.entries.clear();
   }
+  oldest_is_read_ = true;
+}
+
+void Engine::take_in(EventBatch& out) {
+  if (!oldest_is_read_) read_oldest();
+  oldest_is_read_ = false;
+  InFlight& oldest = in_flight_[first_in_flight_];
+  first_in_flight_ = (first_in_flight_ + 1) % kRunAhead;
+  --num_in_flight_;
   retired_ = oldest.step;
   for (size_t i = 0; i < oldest.requests.size(); ++i) {
     if (i + 2 * kPrefetch < oldest.requests.size()) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "engine/block_pool.h"
+#include "engine/mask_source.h"
 #include "engine/request.h"
 #include "runner/model_runner.h"
 
@@ -21,7 +22,9 @@ namespace mrv1 {
 // One thread at a time, but for check().
 class Engine {
  public:
-  Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching);
+  // `mask_source` serves requests with a grammar; without one they are refused.
+  Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching,
+         std::shared_ptr<MaskSource> mask_source = nullptr);
 
   // Throws kRequest or kInvalidArgument if the request could never run. Any thread.
   void check(const RequestSpec& spec) const;
@@ -108,6 +111,7 @@ class Engine {
   // engine.cc: steps, and what comes of them.
   bool launch(EventBatch& out);
   void take_in(EventBatch& out);
+  void read_oldest();
   void prefetch(int32_t slot) const;
   void prefetch_details(int32_t slot) const;
   void take_in_entry(const Planned& planned, size_t index, EventBatch& out);
@@ -117,6 +121,12 @@ class Engine {
   void fail_touched(std::string_view error, EventBatch& out);
   void emit(const Request& request, std::span<const int32_t> tokens, RequestEnd end,
             std::string_view error, EventBatch& out);
+  // masks.cc: steps that are cut.
+  void finish_cut_step();
+  void ask_for_mask(const Planned& planned);
+  void fill_masks();
+  void end_unmasked(EventBatch& out);
+
   void append_tail(Request& running);
   void leave_row(Request& running);
   void release_blocks(std::vector<std::vector<int32_t>>& blocks);
@@ -173,9 +183,22 @@ class Engine {
   int32_t blocked_slot_ = -1;  // head of the line that did not fit
   int32_t blocked_need_ = 0;   // free blocks it lacked
   int32_t blocked_steps_ = 0;  // since
-  StepOutput output_;
-  std::vector<int32_t> table_;     // scratch
-  std::vector<BlockCopy> copies_;  // scratch
+  StepOutput output_;          // of the oldest step, if it was read
+  bool oldest_is_read_ = false;
+
+  // The masks of the step that is cut.
+  const std::shared_ptr<MaskSource> mask_source_;
+  std::vector<MaskRequest> mask_requests_;
+  std::vector<Planned> masked_;             // one a mask request
+  std::vector<std::vector<int32_t>> told_;  // their new tokens
+  std::vector<int32_t> read_entries_;       // [row] entry of output_, -1 = none
+  struct Unmasked {
+    Planned planned;
+    std::string error;
+  };
+  std::vector<Unmasked> unmasked_;  // to end, as there was no mask
+  std::vector<int32_t> table_;      // scratch
+  std::vector<BlockCopy> copies_;   // scratch
   EngineStats stats_;
 };
 

@@ -3,21 +3,24 @@
 
 #include <compare>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "engine/block_pool.h"
+#include "engine/mask_source.h"
 #include "runner/model_runner.h"
 
 namespace mrv1 {
 
-// A request as the engine takes it. Of `row`, num_computed and block_ids are the engine's to fill,
-// and every token of token_ids is the prompt's.
+// A request as the engine takes it. Of `row`, num_computed, block_ids and grammar are the engine's
+// to fill, and every token of token_ids is the prompt's.
 struct RequestSpec {
   RowSpec row;
   int32_t priority = 0;  // lower is more urgent; equal ones in order of arrival
   CacheScope scope;
-  bool use_prefix_cache = true;  // takes blocks from the prefix cache, and leaves its own there
+  bool use_prefix_cache = true;      // takes blocks from the prefix cache, and leaves its own there
+  std::shared_ptr<Grammar> grammar;  // of all samples; null if outputs are free
 };
 
 enum class RequestEnd { kNone, kStop, kLength, kAbort, kError };
@@ -118,6 +121,8 @@ struct alignas(64) RequestDetails {
   int32_t prefix = BlockPool::kRoot;  // pinned: of the first num_kept blocks
   bool forked = false;                // waiting, with blocks of the first sample
   RowSpec row;                        // token_ids grows with the outputs
+  std::shared_ptr<Grammar> grammar;
+  int32_t num_told = 0;  // outputs that the grammar has heard of
   Urgency urgency;
   std::vector<int32_t> num_dropped;  // [group] leading blocks below the window
   int32_t num_draft_tokens = 0, num_accepted_tokens = 0;

@@ -36,6 +36,7 @@ struct StepShape {
   bool whole = false;  // the size is one of whole steps, so these kernels run in every mode
   StepSizes sizes;
   PrefillWork prefill = {};
+  bool cut = false;  // the draw, and what follows it, is launched apart from the rest
 };
 
 // The sizes that are captured, and which of them a batch runs at: the smallest that holds it.

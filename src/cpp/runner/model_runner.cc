@@ -181,6 +181,7 @@ ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
       config_(checked_config(program_, config, *device_)),
       weights_(program_, *device_),
       kv_layout_(program_.kv_layout()),
+      masks_(config_.max_num_seqs, vocab_size(program_)),
       memory_plan_(plan_memory(program_, config_, *device_)) {
   device_->linear_context();  // a missing library is reported here, not in a step
   kv_ = std::make_unique<KvStore>(*device_, config_.kv_cache, program_, config_.num_blocks,
@@ -290,7 +291,7 @@ void ModelRunner::allocate_state() {
   ctx_.workspace = workspace_.data();
 
   rows_ = std::make_unique<RowTable>(
-      config_, state.vocab_size, kv_layout_.groups, [this] { send_changes(); },
+      config_, state.vocab_size, kv_layout_.groups, masks_, [this] { send_changes(); },
       [this](int64_t words) { return state_array<int32_t>(words, "sampling lists"); });
   entries_.reserve(rows);
 }
@@ -322,9 +323,21 @@ void ModelRunner::allocate_rings() {
   }
 }
 
-// --- blocks ------------------------------------------------------------------------------------
+// --- rows and blocks
+// ------------------------------------------------------------------------------------
+
+RowHandle ModelRunner::add_row(const RowSpec& spec) {
+  check_no_cut("add_row");
+  if (spec.grammar && masks_.bytes() == 0) {
+    masks_.allocate(*device_);
+    std::lock_guard lock(side_mutex_);
+    stats_.mask_bytes = masks_.bytes();
+  }
+  return rows_->add(spec);
+}
 
 void ModelRunner::copy_blocks(std::span<const BlockCopy> copies) {
+  check_no_cut("copy_blocks");
   check_copies(copies, config_.num_blocks);
   struct Task {
     ModelRunner* runner;
@@ -359,12 +372,14 @@ void ModelRunner::copy_blocks(std::span<const BlockCopy> copies) {
 uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
   const auto start = std::chrono::steady_clock::now();
   waited_ns_ = 0;
+  check_no_cut("execute");
   check(batch.size() <= static_cast<size_t>(config_.max_num_seqs), "execute", "a batch holds ",
         config_.max_num_seqs, " rows, not ", batch.size());
   int64_t tokens = 0;
   int32_t samples = 0;
   PrefillWork prefill;
   entries_.clear();
+  masked_items_.clear();
   ++batch_mark_;
   for (const BatchItem& item : batch) {
     HostRow& row = rows_->checked({item.row, item.generation}, "execute");
@@ -379,6 +394,9 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
     }
     const int32_t draws = RowTable::num_samples(item, row);
     samples += draws;
+    if (row.has_grammar && draws > 0) {
+      masked_items_.push_back(static_cast<int32_t>(entries_.size()));
+    }
     entries_.push_back({item.row, row.generation, item.num_tokens, draws});
   }
   check(tokens <= config_.max_num_batched_tokens, "execute", "the batch has ", tokens,
@@ -392,6 +410,7 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
       shape = ladder_.choose(entries_, exact);
     }
     shape.prefill = prefill;
+    shape.cut = !masked_items_.empty();
     // Until there are graphs, the same kernels are launched one by one.
     if (!captured_) shape.mode = StepMode::kEager;
     if (shape.mode == StepMode::kEager) {
@@ -402,6 +421,7 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
     }
   }
   const uint64_t step = submit(entries_, shape);
+  if (shape.cut) cut_step_ = step;
   slot_of(step).delivered = false;
   if (rows_->has_logprobs()) {
     for (const BatchItem& item : batch) {
@@ -465,6 +485,19 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShap
   return step;
 }
 
+void ModelRunner::finish_step() {
+  const auto start = std::chrono::steady_clock::now();
+  check(cut_step_ != 0, "finish_step", "no step waits for it");
+  device_->submit(&ModelRunner::run_rest, &slot_of(std::exchange(cut_step_, 0)));
+  std::lock_guard lock(side_mutex_);
+  stats_.host_ns += nanoseconds_since(start);
+}
+
+void ModelRunner::refuse_cut(const char* where) const {
+  fail(ErrorKind::kInvalidArgument, where, "step ", cut_step_,
+       " waits for the masks of its rows and must be finished first");
+}
+
 void ModelRunner::run_step(void* arg) {
   Slot& slot = *static_cast<Slot*>(arg);
   ModelRunner& runner = *slot.runner;
@@ -479,6 +512,16 @@ void ModelRunner::run_step(void* arg) {
     }
   } catch (const std::exception& error) {
     runner.fail_step(slot, error.what());
+  }
+}
+
+void ModelRunner::run_rest(void* arg) {
+  Slot& slot = *static_cast<Slot*>(arg);
+  if (!slot.error.empty()) return;  // it has ended
+  try {
+    slot.runner->step_->run_rest(slot.shape);
+  } catch (const std::exception& error) {
+    slot.runner->fail_step(slot, error.what());
   }
 }
 
@@ -512,6 +555,7 @@ void ModelRunner::warm_up(const StepShape& shape) {
 
 CaptureReport ModelRunner::capture_graphs() {
   CaptureReport report;
+  check_no_cut("capture_graphs");
   if (config_.graph_mode == StepMode::kEager) return report;
   const size_t free_before = device_->memory().free_bytes;
   captured_ = false;
@@ -554,6 +598,13 @@ RunnerStats ModelRunner::stats() const {
 
 void ModelRunner::wait(const Slot& slot) const {
   device_->wait_sequence(slot.output->sequence, slot.step + 1);
+}
+
+// Steps end in order, so the one before has outlived all others.
+void ModelRunner::wait_before(uint64_t step) const {
+  if (step < 2) return;
+  const Slot& before = slots_[(step - 1) % kSlots];
+  if (before.step == step - 1) wait(before);
 }
 
 void ModelRunner::read_output(const Slot& slot, StepOutput& output) {
@@ -617,6 +668,7 @@ void ModelRunner::result(uint64_t step, StepOutput& output) {
   Slot& slot = slot_of(step);
   check(slot.step == step && !slot.delivered, "result", "step ", step,
         " was never launched or its result was taken");
+  if (step == cut_step_) refuse_cut("result");
   slot.delivered = true;
   try {
     wait(slot);
@@ -641,6 +693,11 @@ void ModelRunner::wait_step(uint64_t step) noexcept {
 }
 
 void ModelRunner::discard(uint64_t step) {
+  if (step != 0 && step == cut_step_) {
+    wait_masks();
+    for (size_t i = 0; i < masked_items_.size(); ++i) masks_.allow_all(masked_row(i));
+    finish_step();
+  }
   kept_.erase(step);
   if (Slot& slot = slot_of(step); slot.step == step) slot.delivered = true;
 }
@@ -664,6 +721,7 @@ uint64_t ModelRunner::retired_step() const {
 
 void ModelRunner::wait_newest() const {
   check(newest_batch_step_ != 0, "runner", "no step has been executed");
+  check_no_cut("runner");
   device_->synchronize();
 }
 

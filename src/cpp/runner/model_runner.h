@@ -14,6 +14,7 @@
 #include "io/weight_store.h"
 #include "program/executable.h"
 #include "program/program.h"
+#include "runner/grammar_masks.h"
 #include "runner/graph_ladder.h"
 #include "runner/row_table.h"
 #include "runner/runner_config.h"
@@ -74,6 +75,7 @@ struct RunnerStats {
   uint64_t host_ns = 0;        // host time inside execute(), waiting for a free slot excluded
   uint64_t control_bytes = 0;  // sent to the device
   uint64_t output_bytes = 0;   // received
+  uint64_t mask_bytes = 0;     // host memory of GrammarMasks
   uint64_t steps_by_mode[kNumStepModes] = {};  // batches, by StepMode
   DeviceCounters device;
 };
@@ -111,7 +113,7 @@ class ModelRunner {
   void check_spec(const RowSpec& spec) { rows_->check_spec(spec); }
   // Admits a request into a free row. Errors (kRequest, kInvalidArgument; kOutOfMemory if the lists
   // find no room on the device) leave everything as it was.
-  RowHandle add_row(const RowSpec& spec) { return rows_->add(spec); }
+  RowHandle add_row(const RowSpec& spec);
   // Calls that name a generation are refused once the row has been given to another request.
   // Block ids that the row already holds are refused; rows may share blocks.
   // A block serves one KV group (Program::kv_layout). With `distinct` the caller has seen to it
@@ -119,17 +121,22 @@ class ModelRunner {
   // holds.
   void append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids,
                      bool distinct = false) {
+    check_no_cut("append_blocks");
     rows_->append_blocks(row, group, block_ids, distinct);
   }
   // Makes blocks [first, first + count) of a group null, all of whose positions lie below the
   // window of every token that is still to be launched. They may be reused once every step up to
   // last_step(row) has retired.
   void drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t count) {
+    check_no_cut("drop_blocks");
     rows_->drop_blocks(row, group, first, count);
   }
   // The row may be given to another request at once: steps in flight keep their generation. Its
   // blocks may be reused once every step up to last_step(row) has retired.
-  void free_row(RowHandle row) { rows_->free(row); }
+  void free_row(RowHandle row) {
+    check_no_cut("free_row");
+    rows_->free(row);
+  }
   // Makes blocks equal to others, in stream order after what was launched before: for a row that is
   // to write a block which it shares. No target may be named twice or be a source.
   void copy_blocks(std::span<const BlockCopy> copies);
@@ -149,7 +156,22 @@ class ModelRunner {
   // Launches a step; returns its number. Each row at most once; the rows of a step that failed are
   // in an unknown state and must be freed. Decode rows take 1 token and up to as many more as they
   // may have drafts, prefill and extend rows up to what is left of their prefill target.
+  //
+  // A step that draws for rows with a grammar is *cut*: what comes before the draw is launched at
+  // once, so that it runs while the masks are made; finish_step() launches the rest. Until then
+  // only results of earlier steps can be had, and whatever changes rows or launches work is
+  // refused.
   uint64_t execute(std::span<const BatchItem> batch);
+  // The step that waits for finish_step(); 0 if there is none.
+  uint64_t cut_step() const { return cut_step_; }
+  // Places in its batch of the items whose rows need a mask.
+  std::span<const int32_t> masked_items() const { return masked_items_; }
+  int32_t masked_row(size_t index) const { return entries_[masked_items_[index]].row; }
+  // Waits until no step reads masks, so that they can be written.
+  void wait_masks() { wait_before(cut_step_); }
+  // Launches the draw of the step that is cut; the masks of masked_items() must have been written.
+  void finish_step();
+  GrammarMasks& masks() { return masks_; }
   // Waits for the step and hands its output over, once. A failed step has no entries but an error.
   StepOutput result(uint64_t step);
   // The same into an output whose memory is used again.
@@ -160,7 +182,8 @@ class ModelRunner {
   // Steps up to this number have retired.
   uint64_t retired_step() const;
 
-  // Forgets the output of a step nobody will ask for.
+  // Forgets the output of a step nobody will ask for. One that is cut is finished, with masks that
+  // allow everything.
   void discard(uint64_t step);
 
   // Logits of the newest step for one item of its batch, [vocab] float32, as the sampler left them
@@ -215,6 +238,12 @@ class ModelRunner {
   static Program prepared(Program program, const RunnerConfig& config);
   static RunnerConfig checked_config(const Program& program, RunnerConfig config, Device& device);
   static void run_step(void* slot);
+  static void run_rest(void* slot);
+  void check_no_cut(const char* where) const {
+    if (cut_step_ != 0) refuse_cut(where);
+  }
+  [[noreturn]] void refuse_cut(const char* where) const;
+  void wait_before(uint64_t step) const;
   void fail_step(Slot& slot, const char* what) noexcept;
   void warm_up(const StepShape& shape);
   static PlanLimits plan_limits(const RunnerConfig& config);
@@ -249,6 +278,7 @@ class ModelRunner {
   bool captured_ = false;
   std::optional<InferParamView> view_;
   InferParamInputs view_inputs_{};
+  GrammarMasks masks_;
   std::unique_ptr<RowTable> rows_;
   std::vector<Slot> slots_;
   std::vector<BatchEntry> entries_;
@@ -262,6 +292,8 @@ class ModelRunner {
   std::string injected_failure_;
   std::string failed_copy_;  // by the stream: fails the next step
   uint64_t newest_batch_step_ = 0;
+  uint64_t cut_step_ = 0;
+  std::vector<int32_t> masked_items_;
   uint64_t batch_mark_ = 0;
   uint64_t waited_ns_ = 0;
   MemoryPlan memory_plan_;

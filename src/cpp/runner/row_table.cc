@@ -24,11 +24,13 @@ size_t RowTable::record_bytes(const RunnerConfig& config, size_t num_groups) {
 }
 
 RowTable::RowTable(const RunnerConfig& config, int32_t vocab_size, std::vector<KvGroup> groups,
-                   std::function<void()> send, std::function<int32_t*(int64_t)> new_words)
+                   const GrammarMasks& masks, std::function<void()> send,
+                   std::function<int32_t*(int64_t)> new_words)
     : config_(config),
       vocab_size_(vocab_size),
       max_blocks_(max_blocks_per_row(config)),
       groups_(std::move(groups)),
+      masks_(masks),
       send_(std::move(send)),
       rows_(config.max_num_seqs),
       holdings_(config.max_num_seqs),
@@ -150,6 +152,8 @@ SamplingRow RowTable::sampling_row(const RowSpec& spec) const {
   sampling.num_logprobs = spec.num_logprobs;
   sampling.num_speculative_tokens = spec.num_speculative_tokens < 0 ? config_.num_speculative_tokens
                                                                     : spec.num_speculative_tokens;
+  // The place of a draft would need a mask of its own.
+  if (spec.grammar) sampling.num_speculative_tokens = 0;
   const auto forced = static_cast<int32_t>(spec.forced_token_ids.size());
   sampling.forced_end = forced > 0 ? spec.prompt_len + forced : 0;
   return sampling;
@@ -165,9 +169,11 @@ RowHandle RowTable::add(const RowSpec& spec) {
   if (lists_.num_words > 0) sampling.words = words_.allocate(lists_.num_words);
   const int32_t row = free_rows_.back();
   free_rows_.pop_back();
+  if (spec.grammar) sampling.grammar_mask = masks_.device_mask(row);
   HostRow& host = rows_[row];
   const int32_t generation = host.generation + 1;
   host = HostRow{.active = true,
+                 .has_grammar = spec.grammar,
                  .generation = generation,
                  .prefill_target = static_cast<int32_t>(spec.token_ids.size()),
                  .num_launched = spec.num_computed,

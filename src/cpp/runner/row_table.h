@@ -10,6 +10,7 @@
 
 #include "program/kv_layout.h"
 #include "runner/control_writer.h"
+#include "runner/grammar_masks.h"
 #include "runner/row_lists.h"
 #include "runner/runner_config.h"
 #include "runner/word_pool.h"
@@ -20,6 +21,7 @@ namespace mrv1 {
 // step touches, one cache line; RowHoldings has the rest.
 struct alignas(64) HostRow {
   bool active = false;
+  bool has_grammar = false;
   int32_t generation = 0;
   int32_t prefill_target = 0;
   // Bounds of num_computed after the steps launched so far. They differ for rows with drafts, by
@@ -53,9 +55,10 @@ class RowTable {
 
   // `send` must carry the staged changes away at once, by write() with no entries: called when they
   // fill a record, or must come before what is staged next. `new_words` gives device memory for
-  // lists of rows, as WordPool asks for it.
+  // lists of rows, as WordPool asks for it. `masks` must be there when a row with a grammar comes.
   RowTable(const RunnerConfig& config, int32_t vocab_size, std::vector<KvGroup> groups,
-           std::function<void()> send, std::function<int32_t*(int64_t)> new_words);
+           const GrammarMasks& masks, std::function<void()> send,
+           std::function<int32_t*(int64_t)> new_words);
 
   // Candidates that the row reports beside each token, -1 for no logprobs.
   int32_t num_logprobs(int32_t row) const { return holdings_[row].num_logprobs; }
@@ -126,6 +129,7 @@ class RowTable {
   const RunnerConfig& config_;
   const int32_t vocab_size_, max_blocks_;
   const std::vector<KvGroup> groups_;
+  const GrammarMasks& masks_;
   const std::function<void()> send_;
   std::vector<HostRow> rows_;
   std::vector<RowHoldings> holdings_;  // by row

@@ -69,6 +69,8 @@ struct RowSpec {
   std::vector<std::vector<int32_t>> bad_words;        // token sequences that never come out whole
   // Candidates to report beside each token; -1: not even the token's own logprob.
   int32_t num_logprobs = -1;
+  // What may be drawn is told before each draw, by a mask (GrammarMasks); there are no drafts.
+  bool grammar = false;
   // First blocks of each KV group; more by append_blocks. Leading ones whose positions no token
   // sees any more may be 0.
   std::vector<std::vector<int32_t>> block_ids;

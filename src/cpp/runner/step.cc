@@ -75,15 +75,34 @@ void Step::capture_pieces(size_t index, int32_t tokens) {
 
 void Step::drop_graphs() {
   full_.clear();
+  cut_.clear();
   piecewise_.clear();
 }
 
-void Step::run(const StepShape& shape) const {
-  const StepContext ctx = context_for(shape);
-  if (shape.mode == StepMode::kFull) {
-    device_.launch(*full_.at(static_cast<size_t>(shape.graph)));
+// Sizes that run cut are recorded when they first do: most never are.
+void Step::run_graph(const StepShape& shape) {
+  const auto index = static_cast<size_t>(shape.graph);
+  if (!shape.cut) {
+    device_.launch(*full_.at(index));
     return;
   }
+  if (cut_.size() <= index) cut_.resize(index + 1);
+  if (cut_[index] == nullptr) {
+    cut_[index] = device_.capture([this, sizes = shape.sizes] {
+      const StepContext ctx = context_for({.whole = true, .sizes = sizes});
+      run_front(ctx);
+      executable_.run(ctx, 0, executable_.num_ops());
+    });
+  }
+  device_.launch(*cut_[index]);
+}
+
+void Step::run(const StepShape& shape) {
+  if (shape.mode == StepMode::kFull) {
+    run_graph(shape);
+    return;
+  }
+  const StepContext ctx = context_for(shape);
   run_front(ctx);
   if (shape.sizes.num_requests > 0) {
     size_t next = 0;
@@ -95,7 +114,7 @@ void Step::run(const StepShape& shape) const {
       }
     }
   }
-  run_back(ctx);
+  if (!shape.cut) run_back(ctx);
 }
 
 void Step::run_and_fail(const StepShape& shape, std::string_view message) const {

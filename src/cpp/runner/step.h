@@ -41,9 +41,12 @@ class Step {
   void capture_pieces(size_t index, int32_t tokens);
   void drop_graphs();
 
-  // Launches the whole step. Sizes of 0 requests: a record that only applies changes.
-  void run(const StepShape& shape) const;
-  // The same with every kernel launched by itself, and a failure after the program: for testing.
+  // Launches the whole step, or of one that is cut what comes before the draw. Sizes of 0 requests:
+  // a record that only applies changes.
+  void run(const StepShape& shape);
+  // Launches the rest of a step that is cut.
+  void run_rest(const StepShape& shape) const { run_back(context_for(shape)); }
+  // As run() with every kernel launched by itself, and a failure after the program: for testing.
   void run_and_fail(const StepShape& shape, std::string_view message) const;
 
  private:
@@ -57,6 +60,7 @@ class Step {
   StepContext context_for(const StepShape& shape) const;
   void run_front(const StepContext& ctx) const;
   void run_back(const StepContext& ctx) const;
+  void run_graph(const StepShape& shape);
 
   const Program& program_;
   const Executable& executable_;
@@ -66,6 +70,7 @@ class Step {
   InferParamInputs view_inputs_{};
   std::vector<Piece> pieces_;
   std::vector<std::unique_ptr<Graph>> full_;
+  std::vector<std::unique_ptr<Graph>> cut_;  // full_ without the draw and what follows it
   std::vector<std::vector<std::unique_ptr<Graph>>> piecewise_;  // by size, by captured piece
 };
 
