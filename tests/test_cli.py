@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -94,6 +95,29 @@ def test_options_that_edit_logits_reach_the_sampler(model: str) -> None:
     assert given.stdout == text + "\n"
     (plain,) = expected(model, ["hello"], SamplingParams(temperature=0.0, max_tokens=24))
     assert plain != text
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        (["--regex", "[ab]{3}c"], "[ab]{3}c"),
+        (["--choice", "yes", "--choice", "no"], "yes|no"),
+        (["--json-schema", '{"enum": ["red", "green"]}'], '"(red|green)"'),
+        (["--grammar", 'start: "x" start | "y"'], "x*y?"),
+        (["--json-object"], r"\{.*"),
+    ],
+)
+def test_the_form_of_the_text_reaches_the_sampler(options: list[str], pattern: str) -> None:
+    """By the demo model, whose tokenizer has all the bytes."""
+    given = run("generate", "--seed", "3", "--max-tokens", "20", *options, "The answer is ")
+    assert given.returncode == 0, given.stderr
+    assert re.fullmatch(pattern, given.stdout.removesuffix("\n"), re.DOTALL), given.stdout
+
+
+def test_only_one_form_can_be_asked_for() -> None:
+    refused = run("generate", "--regex", "a", "--json-object", "hello")
+    assert refused.returncode == 1
+    assert "regex and json_object given: must be exactly one of" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from mrv1.errors import InvalidArgumentError, RequestError
 from mrv1.logprobs import Logprob
 from mrv1.runner import ModelRunner
 from mrv1.shapes import demo_model
+from mrv1.structured_outputs_params import StructuredOutputsParams
 from serving_tools import BlockPool, greedy, num_blocks, run_to_end, seeded
 
 PROMPT = "The engine runs the engine and the"
@@ -321,6 +322,26 @@ def test_logprobs_of_the_whole_vocabulary(llm: LLM, raw: RawLogits) -> None:
         assert sum(math.exp(found.logprob) for found in place.values()) == pytest.approx(1, 1e-5)
         logits = raw(result.prompt_token_ids + result.token_ids[:at])
         check_place(place, token, logits, vocab, raw.slack)
+
+
+def test_logprobs_are_those_under_a_grammar(llm: LLM, raw: RawLogits) -> None:
+    """The form of the text comes before log probabilities; other edits come behind them."""
+    form = StructuredOutputsParams(regex="[ab]{2}")
+    (result,) = llm.generate(
+        PROMPT,
+        SamplingParams(
+            structured_outputs=form, logprobs=-1, seed=1, logit_bias={40: 9}, repetition_penalty=3
+        ),
+    )
+    assert len(result.text) == 2 and set(result.text) <= set("ab")
+    assert result.logprobs is not None
+    for at, (token, place) in enumerate(zip(result.token_ids, result.logprobs, strict=True)):
+        finite = {other: p.logprob for other, p in place.items() if p.logprob > -math.inf}
+        assert token in finite and 1 <= len(finite) <= 6
+        logits = raw(result.prompt_token_ids + result.token_ids[:at])
+        masked = np.full_like(logits, -np.inf)
+        masked[list(finite)] = logits[list(finite)]
+        check_place(place, token, masked, len(logits), raw.slack)
 
 
 def test_without_logprobs_there_are_none(llm: LLM) -> None:

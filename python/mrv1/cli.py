@@ -23,6 +23,7 @@ from mrv1.errors import InvalidArgumentError, Mrv1Error
 if TYPE_CHECKING:
     from mrv1.llm import LLM, GenerationResult
     from mrv1.sampling_params import SamplingParams
+    from mrv1.structured_outputs_params import StructuredOutputsParams
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -151,6 +152,14 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         metavar="STR",
         help="a text that must not be generated; repeatable",
     )
+    form = parser.add_argument_group("form of the text, at most one of")
+    form.add_argument("--json-schema", metavar="JSON", help="JSON by this schema")
+    form.add_argument("--json-object", action="store_true", help="a JSON object")
+    form.add_argument("--regex", metavar="RE", help="a match of a regular expression")
+    form.add_argument(
+        "--choice", action="append", metavar="STR", help="one of the given texts; repeatable"
+    )
+    form.add_argument("--grammar", metavar="LARK", help="a text of a grammar in Lark's notation")
     parser.add_argument("--seed", type=int, help="makes the output repeatable")
     parser.add_argument("--stop", action="append", metavar="STR", help="ends the text; repeatable")
     parser.add_argument(
@@ -250,12 +259,28 @@ def _sampling_params(
         logit_bias=options.logit_bias,
         allowed_token_ids=options.allowed_token_ids,
         bad_words=options.bad_words,
+        structured_outputs=_structured_outputs(options),
         seed=options.seed,
         max_tokens=options.max_tokens,
         stop=options.stop,
         stop_token_ids=options.stop_token_ids,
         logprobs=logprobs,
     )
+
+
+def _structured_outputs(options: argparse.Namespace) -> StructuredOutputsParams | None:
+    from mrv1.structured_outputs_params import StructuredOutputsParams
+
+    given = {
+        "json": options.json_schema,
+        "regex": options.regex,
+        "choice": options.choice,
+        "grammar": options.grammar,
+        "json_object": options.json_object or None,
+    }
+    if all(value is None for value in given.values()):
+        return None
+    return StructuredOutputsParams(**given)
 
 
 def _in_order(
