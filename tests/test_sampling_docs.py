@@ -52,11 +52,15 @@ def test_the_limits_are_those_of_the_environment() -> None:
     assert named == {name for name in envs.REGISTRY if "BAD_WORDS" in name or "STOP_SEQS" in name}
 
 
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)
+def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    example, structured = re.findall(
+        r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S
+    )
     names: dict[str, object] = {}
     exec(compile(example, str(DOCUMENT), "exec"), names)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) >= 2
     assert all(re.fullmatch(r".+: -?\d+\.\d\d, rank \d+", line) for line in lines[:-1])
+    exec(compile(structured, str(DOCUMENT), "exec"), names)
+    assert re.fullmatch(r"[a-z]{3,8}, (big|small)\n", capsys.readouterr().out)
     names["llm"].close()  # type: ignore[attr-defined]
