@@ -705,6 +705,24 @@ class RowSpec:
     def grammar(self, arg: bool, /) -> None: ...
 
     @property
+    def num_prompt_logprobs(self) -> int:
+        """
+        Candidates to report beside each token of the prompt but the first; -1: no logprobs of it.
+        """
+
+    @num_prompt_logprobs.setter
+    def num_prompt_logprobs(self, arg: int, /) -> None: ...
+
+    @property
+    def num_scored(self) -> int:
+        """
+        Leading tokens after which the prompt's next one has been reported before.
+        """
+
+    @num_scored.setter
+    def num_scored(self, arg: int, /) -> None: ...
+
+    @property
     def block_ids(self) -> list[list[int]]: ...
 
     @block_ids.setter
@@ -827,6 +845,13 @@ class StepOutput:
         """
         Token ids, logprobs and ranks of an entry: for each new token a group of
         1 + num_logprobs, the token itself first. None without logprobs.
+        """
+
+    def prompt_logprobs(self, entry: int) -> tuple[int, tuple[NDArray[numpy.int32], NDArray[numpy.float32], NDArray[numpy.int32]]] | None:
+        """
+        Of the tokens of an entry's prompt that the step scored: the position of the first, and
+        token ids, logprobs and ranks, [tokens, 1 + num_prompt_logprobs], each token's own
+        first. NaN where the logits hold a NaN. None if it scored none.
         """
 
 class ModelRunner:
@@ -1027,6 +1052,14 @@ class RequestOutput:
     @property
     def num_accepted_tokens(self) -> int:
         """Of the request so far."""
+
+    @property
+    def prompt_logprobs(self) -> tuple[NDArray[numpy.int32], NDArray[numpy.float32], NDArray[numpy.int32]] | None:
+        """
+        Token ids, logprobs and ranks of the prompt's tokens but the first, [tokens, 1 +
+        num_prompt_logprobs], each token's own first: once, with the first token of one of the
+        samples. None otherwise.
+        """
 
 class EngineOptions:
     def __init__(self, enable_prefix_caching: bool = True, background: bool = True) -> None:

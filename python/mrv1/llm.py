@@ -130,6 +130,8 @@ class GenerationResult:
         num_draft_tokens: Tokens that were drafted, for all samples.
         num_accepted_tokens: Drafted tokens that turned out to be tokens of their samples.
         logprobs: See text.
+        prompt_logprobs: For each token of the prompt a mapping as `CompletionOutput.logprobs` has,
+            None for the first. None without SamplingParams.prompt_logprobs, or if no token came.
     """
 
     request_id: str
@@ -148,6 +150,7 @@ class GenerationResult:
     num_draft_tokens: int
     num_accepted_tokens: int
     logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -236,6 +239,7 @@ class _Job:
         self.finished = False
         self._arrivals = arrivals
         self._samples: dict[int, _Sample] = {}
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self._start = time.perf_counter()
         self._first = self._last = 0.0
 
@@ -248,6 +252,8 @@ class _Job:
             self._last = time.perf_counter()
             self._first = self._first or self._last
             sample.token_ids.extend(update.token_ids)
+        if update.prompt_logprobs is not None:
+            self._prompt_logprobs = update.prompt_logprobs
         if update.logprobs is not None:
             if sample.logprobs is None:
                 sample.logprobs = []
@@ -281,6 +287,7 @@ class _Job:
             num_draft_tokens=sum(output.num_draft_tokens for output in outputs),
             num_accepted_tokens=sum(output.num_accepted_tokens for output in outputs),
             logprobs=first.logprobs,
+            prompt_logprobs=self._prompt_logprobs,
         )
 
 

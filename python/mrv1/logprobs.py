@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
+
 
 # Not frozen: there are many in a step, and frozen ones take three times as long to make.
 @dataclass(slots=True)
@@ -57,3 +59,21 @@ def token_logprobs(
                 group[token_id] = Logprob(logprob, rank, text)
         result.append(group)
     return result
+
+
+def prompt_token_logprobs(
+    token_ids: np.ndarray,
+    logprobs: np.ndarray,
+    ranks: np.ndarray,
+    decode: Callable[[int], str] | None,
+) -> list[dict[int, Logprob] | None]:
+    """Returns, for each token of a prompt, what `token_logprobs` does: None for the first.
+
+    Args:
+        token_ids: [tokens - 1, group] as of `token_logprobs`.
+        logprobs: Log probabilities of these.
+        ranks: Ranks of these.
+        decode: As of `token_logprobs`.
+    """
+    flat = [values.ravel().tolist() for values in (token_ids, logprobs, ranks)]
+    return [None, *token_logprobs(len(token_ids), flat[0], flat[1], flat[2], decode)]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 from mrv1 import _core
 from mrv1.errors import ClosedError, InternalError, RequestError
 from mrv1.loader import report_notices
-from mrv1.logprobs import token_logprobs
+from mrv1.logprobs import prompt_token_logprobs, token_logprobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,6 +70,8 @@ class RequestUpdate:
         num_accepted_tokens: Drafted tokens that turned out to be its tokens.
         logprobs: For each new token a mapping from token id to `Logprob`: its own first, then those
             of the most likely ones; None without SamplingParams.logprobs.
+        prompt_logprobs: The same for the tokens of the prompt, None for the first of them: with the
+            first token of one of the samples. None in all other updates.
     """
 
     request_id: str
@@ -84,6 +86,7 @@ class RequestUpdate:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 class Request:
@@ -405,11 +408,12 @@ class OutputPump:
                     self.native.abort(request.name, index=output.index, report=False)
                 if reason != "abort" and reason != "error":
                     reason, stop_reason = "stop", stopped
+        decode = request.tokenizer.decode_token if params.detokenize else None
         logprobs = None
         if params.logprobs is not None:
-            decode = request.tokenizer.decode_token if params.detokenize else None
             found = output.logprobs
             logprobs = [] if found is None else token_logprobs(len(token_ids), *found, decode)
+        prompt = output.prompt_logprobs
         return RequestUpdate(
             request.request_id,
             text,
@@ -423,6 +427,7 @@ class OutputPump:
             output.num_draft_tokens,
             output.num_accepted_tokens,
             None if logprobs is None else logprobs[:count],
+            None if prompt is None else prompt_token_logprobs(*prompt, decode),
         )
 
     def _call(self, request: Request, callback: Callback, update: RequestUpdate) -> None:

@@ -48,6 +48,24 @@ FINISH_REASONS: dict[_core.FinishReason, Literal["stop", "length", "error"]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class PromptLogprobs:
+    """Log probabilities of tokens of a prompt, given the ones before each.
+
+    Attributes:
+        first: Position in the prompt of the first of these tokens.
+        token_ids: [tokens, 1 + SamplingParams.prompt_logprobs] int32: of each token its own id,
+            then those of the most likely ones, in order.
+        logprobs: Of these; float32. NaN for tokens whose logits hold a NaN.
+        ranks: Of these, 1 for the most likely; int32.
+    """
+
+    first: int
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    ranks: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class RowOutput:
     """What a step did for one row of its batch.
 
@@ -65,6 +83,7 @@ class RowOutput:
             first, then those of the most likely ones; None without SamplingParams.logprobs.
         num_computed: Tokens in the cache now; 0 for a masked row.
         masked: Whether the row had ended before the step and computed nothing.
+        prompt_logprobs: Of the prompt's tokens that the step has scored; None if it scored none.
     """
 
     row: int
@@ -77,6 +96,7 @@ class RowOutput:
     num_accepted_tokens: int = 0
     stop_sequence: int | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def token_id(self) -> int | None:
@@ -208,7 +228,15 @@ def _row_output(output: _core.StepOutput, index: int) -> RowOutput:
         num_accepted_tokens=entry.num_accepted,
         stop_sequence=None if entry.stop_sequence < 0 else entry.stop_sequence,
         logprobs=None if logprobs is None else token_logprobs(len(tokens), *logprobs, None),
+        prompt_logprobs=_prompt_logprobs(output, index),
     )
+
+
+def _prompt_logprobs(output: _core.StepOutput, index: int) -> PromptLogprobs | None:
+    found = output.prompt_logprobs(index)
+    if found is None or not len(found[1][0]):
+        return None
+    return PromptLogprobs(found[0], *found[1])
 
 
 def _by_group(block_ids: BlockIds) -> Sequence[Sequence[int]]:
@@ -229,6 +257,7 @@ def make_row_spec(
     num_computed: int = 0,
     block_ids: BlockIds = (),
     forced_token_ids: Sequence[int] = (),
+    num_scored: int = 0,
 ) -> _core.RowSpec:
     """Translates a request into what the native side takes.
 
@@ -249,6 +278,7 @@ def make_row_spec(
         len(spec.token_ids) if prompt_len is None else _index("prompt_len", prompt_len)
     )
     spec.num_computed = _index("num_computed", num_computed)
+    spec.num_scored = _index("num_scored", num_scored)
     spec.temperature = params.temperature
     spec.top_p = max(params.top_p, _MIN_TOP_P)
     spec.min_p = params.min_p
@@ -268,6 +298,7 @@ def make_row_spec(
     spec.allowed_token_ids = list(params.allowed_token_ids or ())
     spec.bad_words = [list(sequence) for sequence in bad_words]
     spec.num_logprobs = params.num_logprobs(vocab_size)
+    spec.num_prompt_logprobs = params.num_prompt_logprobs(vocab_size)
     return spec
 
 
@@ -326,6 +357,7 @@ class ModelRunner(Closing):
         bad_words_token_ids: Sequence[Sequence[int]] = (),
         forced_token_ids: Sequence[int] = (),
         grammar: bool = False,
+        num_scored: int = 0,
     ) -> RowHandle:
         """Admits a request into a free row; nothing is computed yet.
 
@@ -345,6 +377,8 @@ class ModelRunner(Closing):
             grammar: Whether the caller sets a mask of the tokens that may come before each draw:
                 `PendingStep.set_masks`. Such a row has no drafts. `structured_outputs` of `params`
                 must be None: `mrv1.structured_outputs.GrammarCompiler` makes matchers of it.
+            num_scored: With params.prompt_logprobs, how many tokens `PromptLogprobs` has come for
+                already, as to a row that was preempted. So many leading tokens may be computed.
 
         Raises:
             InvalidArgumentError: Something does not fit; the runner is as it was.
@@ -393,6 +427,7 @@ class ModelRunner(Closing):
             num_computed=num_computed,
             block_ids=block_ids,
             forced_token_ids=forced_token_ids,
+            num_scored=num_scored,
         )
         spec.grammar = grammar
         return RowHandle(*self._native.add_row(spec))

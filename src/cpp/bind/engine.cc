@@ -88,7 +88,19 @@ void bind_engine(nb::module_& m) {
       .def_ro("num_cached_tokens", &RequestOutput::num_cached_tokens,
               "Tokens of the prompt that were not computed for this sample.")
       .def_ro("num_draft_tokens", &RequestOutput::num_draft_tokens, "Of the request so far.")
-      .def_ro("num_accepted_tokens", &RequestOutput::num_accepted_tokens, "Of the request so far.");
+      .def_ro("num_accepted_tokens", &RequestOutput::num_accepted_tokens, "Of the request so far.")
+      .def_prop_ro(
+          "prompt_logprobs",
+          [](const RequestOutput& self) -> nb::object {
+            const PromptLogprobs& prompt = self.prompt_logprobs;
+            if (prompt.num_logprobs < 0) return nb::none();
+            return prompt_logprob_arrays(prompt.tokens, prompt.num_logprobs);
+          },
+          nb::sig("def prompt_logprobs(self) -> tuple[NDArray[numpy.int32], "
+                  "NDArray[numpy.float32], NDArray[numpy.int32]] | None"),
+          "Token ids, logprobs and ranks of the prompt's tokens but the first, [tokens, 1 +\n"
+          "num_prompt_logprobs], each token's own first: once, with the first token of one of the\n"
+          "samples. None otherwise.");
   nb::class_<EngineOptions>(m, "EngineOptions")
       .def(
           "__init__",

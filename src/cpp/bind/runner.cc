@@ -268,6 +268,11 @@ void bind_runner(nb::module_& m) {
               "Candidates to report beside each token; -1: no logprobs.")
       .def_rw("grammar", &RowSpec::grammar,
               "A mask of the tokens that may come is set before each draw; there are no drafts.")
+      .def_rw("num_prompt_logprobs", &RowSpec::num_prompt_logprobs,
+              "Candidates to report beside each token of the prompt but the first; -1: no logprobs "
+              "of it.")
+      .def_rw("num_scored", &RowSpec::num_scored,
+              "Leading tokens after which the prompt's next one has been reported before.")
       .def_rw("block_ids", &RowSpec::block_ids);
 
   nb::enum_<FinishReason>(m, "FinishReason")
@@ -335,7 +340,23 @@ void bind_runner(nb::module_& m) {
           nb::sig("def logprobs(self, entry: int) -> tuple[list[int], list[float], list[int]] | "
                   "None"),
           "Token ids, logprobs and ranks of an entry: for each new token a group of\n"
-          "1 + num_logprobs, the token itself first. None without logprobs.");
+          "1 + num_logprobs, the token itself first. None without logprobs.")
+      .def(
+          "prompt_logprobs",
+          [](const StepOutput& self, size_t entry) -> nb::object {
+            const PromptScores* scores = self.scores_of(entry);
+            if (scores == nullptr) return nb::none();
+            return nb::make_tuple(scores->position,
+                                  prompt_logprob_arrays(scores->logprobs, scores->num_logprobs));
+          },
+          nb::arg("entry"),
+          nb::sig("def prompt_logprobs(self, entry: int) -> tuple[int, "
+                  "tuple[NDArray[numpy.int32], NDArray[numpy.float32], NDArray[numpy.int32]]] | "
+                  "None"),
+          "Of the tokens of an entry's prompt that the step scored: the position of the first, "
+          "and\n"
+          "token ids, logprobs and ranks, [tokens, 1 + num_prompt_logprobs], each token's own\n"
+          "first. NaN where the logits hold a NaN. None if it scored none.");
 
   nb::class_<RunnerHandle>(m, "ModelRunner", "See mrv1.runner.ModelRunner.")
       .def(

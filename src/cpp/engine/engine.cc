@@ -119,6 +119,8 @@ void Engine::add(RequestSpec spec, std::span<const int32_t> slots) {
     its.grammar = spec.grammar;
     its.num_told = 0;
     if (its.row.grammar) its.row.num_speculative_tokens = 0;
+    its.row.num_scored = 0;
+    its.prompt_logprobs = {};
     added.keeps_blocks = enable_prefix_caching_ && spec.use_prefix_cache;
     added.num_drafts = its.row.num_speculative_tokens < 0 ? config.num_speculative_tokens
                                                           : its.row.num_speculative_tokens;
@@ -201,6 +203,8 @@ void Engine::promote_held(Request& first) {
   auto& held = details(first).held;
   const int32_t slot = held.front();
   RequestDetails& next = details(slot);
+  next.row.num_scored = details(first).row.num_scored;
+  next.prompt_logprobs = std::move(details(first).prompt_logprobs);
   next.held.assign(held.begin() + 1, held.end());
   held.clear();
   for (const int32_t other : next.held) details(other).first_sample = slot;
@@ -286,6 +290,19 @@ void Engine::keep_filled_blocks(Request& running) {
   }
 }
 
+// Adds what a step has scored; true if the prompt is complete.
+bool Engine::keep_scores(Request& running, const PromptScores& scores) {
+  RequestDetails& its = details(running);
+  auto& all = its.prompt_logprobs.tokens;
+  its.prompt_logprobs.num_logprobs = scores.num_logprobs;
+  if (all.empty()) {
+    all.reserve(static_cast<size_t>(its.row.prompt_len - 1) * (1 + scores.num_logprobs));
+  }
+  all.insert(all.end(), scores.logprobs.begin(), scores.logprobs.end());
+  its.row.num_scored += scores.num_tokens;
+  return scores.complete;
+}
+
 // The first sample's prompt is in its blocks: the others share them, and wait for rows.
 void Engine::fork_held(Request& running) {
   RequestDetails& first = details(running);
@@ -293,6 +310,7 @@ void Engine::fork_held(Request& running) {
   for (const int32_t slot : first.held) {
     RequestDetails& sample = details(slot);
     sample.first_sample = -1;
+    sample.row.num_prompt_logprobs = -1;  // the first sample's are the request's
     request(slot).num_computed = first.row.prompt_len - 1;
     for (int32_t group = 0; group < num_groups(); ++group) {
       sample.blocks[group].assign(first.blocks[group].begin(), first.blocks[group].begin() + count);
@@ -462,6 +480,7 @@ void Engine::take_in(EventBatch& out) {
 void Engine::take_in_entry(const Planned& planned, size_t index, EventBatch& out) {
   const OutputEntry& entry = output_.entries[index];
   const std::span<const int32_t> tokens = output_.tokens(index);
+  const PromptScores* const scores = output_.scores_of(index);
   Request& running = request(planned.slot);
   if (entry.masked != 0) {
     // It ended in no step that was taken in, so the device never got it, or lost it.
@@ -471,6 +490,13 @@ void Engine::take_in_entry(const Planned& planned, size_t index, EventBatch& out
   const RequestEnd reason = end_of(entry.finish_reason);
   if (reason == RequestEnd::kError) {
     end(planned.slot, reason, "the logits hold no token to draw", out);
+    return;
+  }
+  if (scores != nullptr && scores->nan_position >= 0) {
+    end(planned.slot, RequestEnd::kError,
+        concat("token ", scores->nan_position,
+               " of the prompt has no logprob: the logits hold a NaN, or nothing above -inf"),
+        out);
     return;
   }
   // By what the step was counted with, the bounds were too high or too low.
@@ -497,6 +523,7 @@ void Engine::take_in_entry(const Planned& planned, size_t index, EventBatch& out
   if (has_windows_ && running.num_computed >= running.next_drop && reason == RequestEnd::kNone) {
     drop_below_window(running);
   }
+  const bool all_scored = scores != nullptr && keep_scores(running, *scores);
   if (tokens.empty()) return;
   emit(running, tokens, reason, "", out);
   RequestEvent& event = out.events.back();
@@ -504,6 +531,11 @@ void Engine::take_in_entry(const Planned& planned, size_t index, EventBatch& out
   const std::span<const TokenLogprob> logprobs = output_.token_logprobs(index);
   event.num_logprobs = static_cast<int32_t>(logprobs.size());
   out.logprobs.insert(out.logprobs.end(), logprobs.begin(), logprobs.end());
+  if (all_scored) {
+    event.prompt_logprobs = static_cast<int32_t>(out.prompt_logprobs.size());
+    out.prompt_logprobs.push_back(std::move(details(running).prompt_logprobs));
+    details(running).row.num_prompt_logprobs = -1;  // resumed, it scores nothing again
+  }
   if (reason != RequestEnd::kNone) remove(planned.slot, false);
 }
 

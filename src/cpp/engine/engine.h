@@ -89,6 +89,9 @@ class Engine {
   bool plan_batch();
   void plan_running(int32_t slot, size_t place);
   int32_t decode_tokens(const Request& running) const;
+  int32_t tokens_to_score(const Request& running, int32_t tokens) const;
+  int32_t scorable_tokens(const Request& running, int32_t tokens) const;
+  int64_t score_bytes(const Request& running, int32_t tokens) const;
   size_t place_of(const Urgency& urgency) const;
   int32_t cover(Request& running, int32_t tokens, size_t place);
   bool admit(int32_t slot, size_t place);
@@ -117,6 +120,7 @@ class Engine {
   void take_in_entry(const Planned& planned, size_t index, EventBatch& out);
   void keep_filled_blocks(Request& running);
   void fork_held(Request& first);
+  bool keep_scores(Request& running, const PromptScores& scores);
   void drop_below_window(Request& running);
   void fail_touched(std::string_view error, EventBatch& out);
   void emit(const Request& request, std::span<const int32_t> tokens, RequestEnd end,
@@ -176,6 +180,7 @@ class Engine {
   std::vector<Planned> planned_;
   std::vector<BatchItem> batch_;
   int32_t decode_budget_ = 0, prefill_budget_ = 0;
+  int64_t score_budget_ = 0;  // bytes of logprobs of prompts
   bool drafts_fit_ = true;
   int32_t promised_ = 0;       // blocks that running requests need for tokens known at admission
   int32_t touched_ = -1;       // slot that is worked on, in the batch or not yet

@@ -41,6 +41,7 @@ struct RequestOutput {
   std::string error;
   int32_t num_cached_tokens = 0;
   int32_t num_draft_tokens = 0, num_accepted_tokens = 0;  // of the request so far
+  PromptLogprobs prompt_logprobs;  // of the request, with the first token of one of its samples
 };
 
 struct EngineThreadStats : EngineStats {

@@ -23,16 +23,24 @@ struct RequestSpec {
   std::shared_ptr<Grammar> grammar;  // of all samples; null if outputs are free
 };
 
+// Logprobs of the tokens of a prompt but the first, given those before each:
+// [tokens, 1 + num_logprobs], of each token itself, then of the candidates.
+struct PromptLogprobs {
+  int32_t num_logprobs = -1;  // candidates; -1: there are none at all
+  std::vector<TokenLogprob> tokens;
+};
+
 enum class RequestEnd { kNone, kStop, kLength, kAbort, kError };
 
 // News of one request. Its last one has an end other than kNone.
 struct RequestEvent {
   int32_t slot = -1;
   RequestEnd end = RequestEnd::kNone;
-  int32_t num_tokens = 0;      // that many of EventBatch::tokens
-  int32_t num_logprobs = 0;    // that many of EventBatch::logprobs
-  int32_t stop_sequence = -1;  // which one stopped the request
-  int32_t error = -1;          // index into EventBatch::errors
+  int32_t num_tokens = 0;        // that many of EventBatch::tokens
+  int32_t num_logprobs = 0;      // that many of EventBatch::logprobs
+  int32_t stop_sequence = -1;    // which one stopped the request
+  int32_t error = -1;            // index into EventBatch::errors
+  int32_t prompt_logprobs = -1;  // index into EventBatch::prompt_logprobs
   int32_t num_cached_tokens = 0;
   int32_t num_draft_tokens = 0, num_accepted_tokens = 0;  // of the request so far
 };
@@ -44,6 +52,7 @@ struct EventBatch {
   std::vector<int32_t> tokens;         // of the events, one after the other
   std::vector<TokenLogprob> logprobs;  // of the events, as StepOutput has them
   std::vector<std::string> errors;
+  std::vector<PromptLogprobs> prompt_logprobs;
 
   void clear() {
     events.clear();
@@ -51,6 +60,7 @@ struct EventBatch {
     tokens.clear();
     logprobs.clear();
     errors.clear();
+    prompt_logprobs.clear();
   }
 };
 
@@ -126,8 +136,9 @@ struct alignas(64) RequestDetails {
   Urgency urgency;
   std::vector<int32_t> num_dropped;  // [group] leading blocks below the window
   int32_t num_draft_tokens = 0, num_accepted_tokens = 0;
-  int32_t first_sample = -1;  // held: the slot of the one that computes the prompt
-  std::vector<int32_t> held;  // slots of samples that wait for this one's prompt
+  int32_t first_sample = -1;       // held: the slot of the one that computes the prompt
+  std::vector<int32_t> held;       // slots of samples that wait for this one's prompt
+  PromptLogprobs prompt_logprobs;  // of the tokens scored so far; row.num_scored follows
 };
 
 }  // namespace mrv1

@@ -23,6 +23,7 @@
 #include "state/infer_params.h"
 #include "state/output_ring.h"
 #include "state/propose.h"
+#include "state/score_rows.h"
 
 namespace mrv1 {
 
@@ -60,7 +61,9 @@ struct Kernels {
   void (*sample)(const SampleParams&, const StepContext&);
   void (*advance)(const StepContext&);
 
-  // Beside a step's phases: logprobs of a prompt's tokens.
+  // Before sample, in steps that score prompts: the rows of a pass of the output head, and the
+  // logprobs of their targets.
+  void (*score_rows)(const ScoreRowsParams&, const StepContext&);
   void (*score)(const ScoreParams&, const StepContext&);
 
   // Between steps: blocks that a row is about to write and shares with others.

@@ -34,6 +34,7 @@ const Kernels& cpu_kernels() {
       .count_tokens = count_tokens_cpu,
       .sample = sample_cpu,
       .advance = advance_cpu,
+      .score_rows = score_rows_cpu,
       .score = score_cpu,
       .copy_blocks = copy_blocks_cpu,
       .gather_blocks = gather_blocks_cpu,

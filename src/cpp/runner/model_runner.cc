@@ -65,12 +65,14 @@ PlanLimits ModelRunner::plan_limits(const RunnerConfig& config) {
   // No other cache is dequantised for prompts, nor this one where all rows take one kernel.
   const bool dequantises = config.kv_cache.dtype == DType::kE4M3 && !config.batch_invariant;
   const int64_t keys = int64_t{config.max_num_seqs} * config.max_model_len;
-  return {config.max_num_batched_tokens, max_logits_rows(config), config.max_num_seqs,
-          dequantises ? keys : 0};
+  const int32_t logits =
+      config.max_logprobs < 0 ? max_logits_rows(config) : PromptScorer::max_rows(config);
+  return {config.max_num_batched_tokens, logits, config.max_num_seqs, dequantises ? keys : 0};
 }
 
 Program ModelRunner::prepared(Program program, const RunnerConfig& config) {
-  if (config.keep_hidden_states) {
+  // Prompts are scored from them in several passes of the head.
+  if (config.keep_hidden_states || config.max_logprobs >= 0) {
     check(program.hidden_value() >= 0, "runner", "the program has no logits");
     program.output(program.hidden_value());
   }
@@ -102,6 +104,7 @@ MemoryPlan ModelRunner::plan_memory(const Program& wired, const RunnerConfig& co
       sizeof(uint64_t) +
       kSlots * static_cast<int64_t>(control_slot_bytes(config, groups) + output_slot_bytes(config));
   plan.state += KvStore::other_bytes(config.kv_cache, program);
+  if (config.max_logprobs >= 0) plan.state += PromptScorer::bytes(config, kSlots);
   plan.per_block = KvStore::block_bytes(config.kv_cache, program, config.block_size);
   return plan;
 }
@@ -195,6 +198,9 @@ ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
   allocate_rings();
   step_ = std::make_unique<Step>(program_, *executable_, *device_, ctx_);
   if (view_) step_->set_view(view_inputs_, *view_);
+  if (config_.max_logprobs >= 0) {
+    scorer_ = std::make_unique<PromptScorer>(config_, kSlots, *device_);
+  }
 }
 
 ModelRunner::~ModelRunner() {
@@ -380,6 +386,7 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
   PrefillWork prefill;
   entries_.clear();
   masked_items_.clear();
+  scored_.clear();
   ++batch_mark_;
   for (const BatchItem& item : batch) {
     HostRow& row = rows_->checked({item.row, item.generation}, "execute");
@@ -391,6 +398,9 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
       const int64_t keys = int64_t{row.num_launched} + item.num_tokens;
       prefill.keys += keys;
       prefill.scores += keys * item.num_tokens;
+      ScoredTokens scored;
+      scored.entry = static_cast<int32_t>(entries_.size());
+      if (rows_->scores(item, scored)) scored_.push_back(scored);
     }
     const int32_t draws = RowTable::num_samples(item, row);
     samples += draws;
@@ -401,13 +411,14 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
   }
   check(tokens <= config_.max_num_batched_tokens, "execute", "the batch has ", tokens,
         " tokens, max_num_batched_tokens is ", config_.max_num_batched_tokens);
+  if (!scored_.empty()) scorer_->place(scored_);
   StepShape shape;
   if (!batch.empty()) {
     const StepSizes exact{static_cast<int32_t>(batch.size()), static_cast<int32_t>(tokens),
                           samples};
     {
       std::lock_guard lock(side_mutex_);
-      shape = ladder_.choose(entries_, exact);
+      shape = ladder_.choose(entries_, exact, !scored_.empty());
     }
     shape.prefill = prefill;
     shape.cut = !masked_items_.empty();
@@ -420,7 +431,7 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
       sizes.num_logits = std::max(sizes.num_logits, config_.pad_requests);
     }
   }
-  const uint64_t step = submit(entries_, shape);
+  const uint64_t step = submit(entries_, shape, scored_);
   if (shape.cut) cut_step_ = step;
   slot_of(step).delivered = false;
   if (rows_->has_logprobs()) {
@@ -455,7 +466,8 @@ void ModelRunner::send_changes() {
   }
 }
 
-uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShape& shape) {
+uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShape& shape,
+                             std::span<const ScoredTokens> scored) {
   Slot& slot = slot_of(next_step_);
   if (slot.step != 0) {
     const auto start = std::chrono::steady_clock::now();
@@ -472,6 +484,7 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShap
   slot.injected.clear();
   slot.marks.clear();
   slot.num_logprobs.clear();
+  slot.scored.assign(scored.begin(), scored.end());
   {
     std::lock_guard lock(side_mutex_);
     if (!entries.empty()) slot.injected.swap(injected_failure_);
@@ -506,7 +519,7 @@ void ModelRunner::run_step(void* arg) {
       fail(ErrorKind::kDevice, "copy_blocks", std::exchange(runner.failed_copy_, {}));
     }
     if (slot.injected.empty()) {
-      runner.step_->run(slot.shape);
+      runner.step_->run(slot.shape, {runner.scorer_.get(), slot.scored, slot.step % kSlots});
     } else {
       runner.step_->run_and_fail(slot.shape, slot.injected);
     }
@@ -624,6 +637,10 @@ void ModelRunner::read_output(const Slot& slot, StepOutput& output) {
   output.logprobs.clear();
   output.logprobs_end.clear();
   if (!slot.num_logprobs.empty()) read_logprobs(slot, output);
+  output.prompt_scores.clear();
+  if (!slot.scored.empty()) {
+    scorer_->read(slot.scored, slot.step % kSlots, output.entries, output.prompt_scores);
+  }
 }
 
 void ModelRunner::read_logprobs(const Slot& slot, StepOutput& output) const {
@@ -632,17 +649,7 @@ void ModelRunner::read_logprobs(const Slot& slot, StepOutput& output) const {
     for (int32_t place = 0; place < places; ++place) {
       LogprobRecord* record = output_logprobs(slot.output, ctx_.infer.max_requests, ctx_.rows,
                                               static_cast<int32_t>(i), place);
-      output.logprobs.push_back({record->token, record->logprob, record->rank});
-      const std::span top(top_logprobs(record), static_cast<size_t>(std::max(0, record->count)));
-      if (record->count > kMaxSortedLogprobs) {
-        std::sort(top.begin(), top.end(), [](const TopLogprob& a, const TopLogprob& b) {
-          return a.logprob != b.logprob ? a.logprob > b.logprob : a.token < b.token;
-        });
-      }
-      int32_t rank = 0;
-      for (const TopLogprob& candidate : top) {
-        output.logprobs.push_back({candidate.token, candidate.logprob, ++rank});
-      }
+      append_logprobs(*record, output.logprobs);
     }
     output.logprobs_end.push_back(static_cast<int32_t>(output.logprobs.size()));
   }

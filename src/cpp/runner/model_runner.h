@@ -16,9 +16,11 @@
 #include "program/program.h"
 #include "runner/grammar_masks.h"
 #include "runner/graph_ladder.h"
+#include "runner/prompt_scores.h"
 #include "runner/row_table.h"
 #include "runner/runner_config.h"
 #include "runner/step.h"
+#include "runner/token_logprobs.h"
 #include "state/infer_param_view.h"
 #include "state/output_ring.h"
 #include "state/step_context.h"
@@ -36,13 +38,6 @@ struct MemoryPlan {
   }
 };
 
-// What is known of a token beside others that might have come: see LogprobRecord.
-struct TokenLogprob {
-  int32_t token = -1;
-  float logprob = 0.0f;
-  int32_t rank = 0;
-};
-
 // What a retired step says: one entry an item of the batch, in the caller's order.
 struct StepOutput {
   uint64_t step = 0;
@@ -56,7 +51,8 @@ struct StepOutput {
   // Of the entries, one after the other, whose rows have logprobs: for each new token a group of
   // 1 + num_logprobs, the token itself first.
   std::vector<TokenLogprob> logprobs;
-  std::vector<int32_t> logprobs_end;  // [entries] into logprobs; empty if no row has any
+  std::vector<int32_t> logprobs_end;        // [entries] into logprobs; empty if no row has any
+  std::vector<PromptScores> prompt_scores;  // of entries that score their prompts
 
   // The new tokens of an entry.
   std::span<const int32_t> tokens(size_t entry) const {
@@ -66,6 +62,13 @@ struct StepOutput {
     if (logprobs_end.empty()) return {};
     const int32_t start = entry == 0 ? 0 : logprobs_end[entry - 1];
     return std::span(logprobs).subspan(start, logprobs_end[entry] - start);
+  }
+  // Null if the entry has none.
+  const PromptScores* scores_of(size_t entry) const {
+    for (const PromptScores& scores : prompt_scores) {
+      if (static_cast<size_t>(scores.entry) == entry) return &scores;
+    }
+    return nullptr;
   }
 };
 
@@ -172,6 +175,11 @@ class ModelRunner {
   // Launches the draw of the step that is cut; the masks of masked_items() must have been written.
   void finish_step();
   GrammarMasks& masks() { return masks_; }
+  // Bytes of logprobs of prompt tokens that a step can hold; each token takes
+  // logprob_record_bytes(num_prompt_logprobs) of its row.
+  int64_t prompt_score_bytes() const {
+    return scorer_ != nullptr ? PromptScorer::record_bytes(config_) : 0;
+  }
   // Waits for the step and hands its output over, once. A failed step has no entries but an error.
   StepOutput result(uint64_t step);
   // The same into an output whose memory is used again.
@@ -229,6 +237,7 @@ class ModelRunner {
     StepShape shape;
     std::vector<RowTable::Mark> marks;  // of the batch's rows, if they speculate
     std::vector<int32_t> num_logprobs;  // of the batch's rows, if any has logprobs
+    std::vector<ScoredTokens> scored;   // of the batch's prompts
     std::string error;                  // set by the stream when the step failed
     std::string injected;               // test failure
   };
@@ -249,7 +258,8 @@ class ModelRunner {
   static PlanLimits plan_limits(const RunnerConfig& config);
   void allocate_state();
   void allocate_rings();
-  uint64_t submit(std::span<const BatchEntry> entries, const StepShape& shape);
+  uint64_t submit(std::span<const BatchEntry> entries, const StepShape& shape,
+                  std::span<const ScoredTokens> scored = {});
   void send_changes();
   void wait(const Slot& slot) const;
   void keep_output(Slot& slot);
@@ -274,6 +284,7 @@ class ModelRunner {
   Buffer workspace_;
   StepContext ctx_;
   std::unique_ptr<Step> step_;
+  std::unique_ptr<PromptScorer> scorer_;  // if rows may have logprobs
   GraphLadder ladder_;
   bool captured_ = false;
   std::optional<InferParamView> view_;
@@ -282,6 +293,7 @@ class ModelRunner {
   std::unique_ptr<RowTable> rows_;
   std::vector<Slot> slots_;
   std::vector<BatchEntry> entries_;
+  std::vector<ScoredTokens> scored_;
   // Outputs of steps whose slot was needed before they were asked for.
   std::unordered_map<uint64_t, StepOutput> kept_;
   uint64_t next_step_ = 1;

@@ -11,6 +11,7 @@
 #include "program/kv_layout.h"
 #include "runner/control_writer.h"
 #include "runner/grammar_masks.h"
+#include "runner/prompt_scores.h"
 #include "runner/row_lists.h"
 #include "runner/runner_config.h"
 #include "runner/word_pool.h"
@@ -43,6 +44,8 @@ struct RowHoldings {
   int32_t* words = nullptr;                  // device memory of the row's lists
   int64_t num_words = 0;
   int32_t num_logprobs = -1;
+  // Of the prompt: candidates beside each token, -1 for no logprobs, and what was scored before.
+  int32_t num_prompt_logprobs = -1, num_scored = 0, prompt_len = 0;
   uint64_t staged_for = 0;  // step whose record carries the newest change of the row
 };
 
@@ -89,6 +92,9 @@ class RowTable {
   // Throws kInvalidArgument unless the row can compute that many tokens in a step, by what is
   // known.
   void check_tokens(const BatchItem& item, const HostRow& row) const;
+  // Whether the item computes tokens that the prompt's next ones are scored from, or its last: if
+  // so, which they are, but for the entry and the records' place. Before launch().
+  bool scores(const BatchItem& item, ScoredTokens& scored) const;
   // Logits rows that the item asks for.
   static int32_t num_samples(const BatchItem& item, const HostRow& row);
 

@@ -17,7 +17,7 @@ void Step::find_pieces() {
   for (size_t first = 0; first < ops.size();) {
     size_t last = first + 1;
     while (last < ops.size() && kind_of(ops[last]) == kind_of(ops[first])) ++last;
-    pieces_.push_back({first, last, kind_of(ops[first]) == 0});
+    pieces_.push_back({first, last, kind_of(ops[first]) == 0, kind_of(ops[first]) == 2});
     first = last;
   }
 }
@@ -79,6 +79,15 @@ void Step::drop_graphs() {
   piecewise_.clear();
 }
 
+// The head reads hidden states of all the step's tokens, which the logits that it makes leave
+// alone.
+void Step::score(const Scoring& scoring, const StepContext& ctx, const Piece& head) const {
+  const auto* logits = static_cast<const float*>(executable_.value(program_.logits_value()));
+  scoring.scorer->run(scoring.tokens, scoring.slot, ctx, logits, [&](const StepContext& pass) {
+    executable_.run(pass, head.first, head.last);
+  });
+}
+
 // Sizes that run cut are recorded when they first do: most never are.
 void Step::run_graph(const StepShape& shape) {
   const auto index = static_cast<size_t>(shape.graph);
@@ -97,7 +106,7 @@ void Step::run_graph(const StepShape& shape) {
   device_.launch(*cut_[index]);
 }
 
-void Step::run(const StepShape& shape) {
+void Step::run(const StepShape& shape, const Scoring& scoring) {
   if (shape.mode == StepMode::kFull) {
     run_graph(shape);
     return;
@@ -107,6 +116,7 @@ void Step::run(const StepShape& shape) {
   if (shape.sizes.num_requests > 0) {
     size_t next = 0;
     for (const Piece& piece : pieces_) {
+      if (piece.head && !scoring.tokens.empty()) score(scoring, ctx, piece);
       if (shape.mode == StepMode::kPiecewise && piece.captured) {
         device_.launch(*piecewise_.at(static_cast<size_t>(shape.graph)).at(next++));
       } else {
