@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import math
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -501,6 +503,56 @@ def test_drafts_change_nothing(llm: LLM, drafting: LLM, name: str) -> None:
                 assert [o.logprobs for o in after.outputs] == [o.logprobs for o in before.outputs]
         if params.temperature == 0:
             assert sum(result.num_draft_tokens for result in two) > 0
+
+
+def random_params(rng: random.Random, text: str, tokens: list[int]) -> SamplingParams:
+    """Any parameters together, with stops that `tokens` and their text have."""
+    at = rng.randrange(len(tokens) - 3)
+    fields: dict[str, Any] = {
+        "temperature": rng.choice((0.0, 0.0, 0.7, 1.5)),
+        "top_k": rng.choice((0, 5, 40)),
+        "top_p": rng.choice((1.0, 0.8)),
+        "min_p": rng.choice((0.0, 0.05)),
+        "presence_penalty": rng.choice((0.0, -0.5, 0.5)),
+        "frequency_penalty": rng.choice((0.0, -0.25)),
+        "repetition_penalty": rng.choice((1.0, 0.9, 1.1)),
+        "logit_bias": rng.choice((None, {rng.randrange(500): 2.0, tokens[at]: 1.0})),
+        "allowed_token_ids": rng.choice((None, [*range(200, 800), *tokens])),
+        "bad_words": rng.choice(([], ["the"], ["a small", "it"])),
+        "stop": rng.choice(([], [text[at : at + 3]], ["\n", "zz"])),
+        "stop_token_ids": rng.choice(([], [tokens[at]], [14])),
+        "stop_sequences": rng.choice(([], [tokens[at : at + 2]], [[260, 5], tokens[at : at + 3]])),
+        "min_tokens": rng.choice((0, 0, 6)),
+        "include_stop_str_in_output": rng.random() < 0.5,
+        "logprobs": rng.choice((None, 0, 2)),
+        "n": rng.choice((1, 1, 2)),
+        "ignore_eos": rng.random() < 0.5,
+    }
+    return SamplingParams(seed=rng.randrange(2**32), max_tokens=rng.choice((9, 40)), **fields)
+
+
+def test_any_parameters_together_with_and_without_drafts(
+    device: str, llm: LLM, drafting: LLM
+) -> None:
+    rng = random.Random(7)
+    whole = llm.generate(PROMPTS, greedy(40))
+    reasons: collections.Counter[str] = collections.Counter()
+    drafts = 0
+    for _ in range(80):
+        prompt = rng.randrange(len(PROMPTS))
+        params = random_params(rng, whole[prompt].text, whole[prompt].token_ids)
+        (one,) = llm.generate(PROMPTS[prompt], params)
+        (two,) = drafting.generate(PROMPTS[prompt], params)
+        drafts += two.num_accepted_tokens
+        for before, after in zip(one.outputs, two.outputs, strict=True):
+            reasons[type(before.stop_reason).__name__] += 1
+            if device == "cpu":
+                assert dataclasses.replace(after, num_draft_tokens=0, num_accepted_tokens=0) == (
+                    dataclasses.replace(before, num_cached_tokens=after.num_cached_tokens)
+                ), params
+            assert before.error is None and after.error is None
+    assert drafts > 20
+    assert all(reasons[kind] >= 2 for kind in ("NoneType", "int", "str", "tuple")), reasons
 
 
 @pytest.mark.parametrize("name", EDITS)
