@@ -266,7 +266,11 @@ def check_place(
     assert next(iter(place)) == token
     for other, found in place.items():
         assert found.logprob == pytest.approx(expected[other], abs=1e-5 + slack)
-    best = np.lexsort((np.arange(len(logits)), -logits.astype(np.float64)))[:count].tolist()
+    order = -logits.astype(np.float64)
+    if count > 1024:  # then by log probabilities, whose rounding makes more of them equal
+        assert len(place) == len(logits)
+        order = np.array([-place[other].logprob for other in range(len(logits))])
+    best = np.lexsort((np.arange(len(logits)), order))[:count].tolist()
     if slack == 0:
         assert list(place) == list(dict.fromkeys([token, *best]))
         assert place[token].rank == 1 + int((logits > logits[token]).sum())
@@ -397,6 +401,53 @@ def test_max_logprobs_is_checked(device: str, llm: LLM) -> None:
     with open_llm(device, max_logprobs=0) as chosen_only:
         (result,) = chosen_only.generate(PROMPT, greedy(2, logprobs=0))
         assert result.logprobs is not None and [len(place) for place in result.logprobs] == [1, 1]
+
+
+@pytest.mark.parametrize("count", [0, 3, -1])
+def test_prompt_logprobs(llm: LLM, raw: RawLogits, count: int) -> None:
+    vocab = llm.model.config.vocab_size
+    for result in llm.generate(PROMPTS, seeded(5, 4, n=2, prompt_logprobs=count, logprobs=1)):
+        prompt, scored = result.prompt_token_ids, result.prompt_logprobs
+        assert scored is not None and len(scored) == len(prompt)
+        assert scored[0] is None
+        for at in range(1, len(prompt)):
+            place = scored[at]
+            assert place is not None
+            logits = raw(prompt[:at])
+            check_place(place, prompt[at], logits, vocab if count < 0 else count, raw.slack)
+            first = place[prompt[at]]
+            assert first.decoded_token == llm.tokenizer.decode([prompt[at]], False)
+
+
+def test_prompt_logprobs_in_pieces_and_again(device: str, llm: LLM) -> None:
+    """Chunks change nothing, nor does a prefix that is cached: what is asked for is computed."""
+    prompt = [*llm.tokenizer.encode(PROMPT), *range(30, 90)]
+    (expected,) = llm.generate([prompt], greedy(4, prompt_logprobs=2))
+    with open_llm(device, max_num_batched_tokens=16, batch_invariant=True) as small:
+        small.generate([prompt], greedy(4))
+        for _ in range(2):
+            (result,) = small.generate([prompt], greedy(4, prompt_logprobs=2))
+            assert result.num_cached_tokens == 0
+            assert result.token_ids == expected.token_ids
+            assert result.prompt_logprobs is not None and expected.prompt_logprobs is not None
+            assert len(result.prompt_logprobs) == len(prompt)
+            if device == "cpu":
+                assert result.prompt_logprobs == expected.prompt_logprobs
+        (plain_result,) = small.generate([prompt], greedy(4))
+        assert plain_result.prompt_logprobs is None and plain_result.num_cached_tokens > 0
+
+
+def test_the_only_token_of_a_prompt_has_no_logprob(llm: LLM) -> None:
+    (result,) = llm.generate([[40]], greedy(2, prompt_logprobs=2))
+    assert result.prompt_logprobs == [None]
+
+
+def test_prompt_logprobs_without_text(llm: LLM) -> None:
+    (result,) = llm.generate(PROMPT, greedy(1, prompt_logprobs=1, detokenize=False))
+    assert result.prompt_logprobs is not None
+    for place in result.prompt_logprobs[1:]:
+        assert place is not None
+        assert all(found.decoded_token is None for found in place.values())
 
 
 # --- stops ---------------------------------------------------------------------------------------
