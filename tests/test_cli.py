@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -71,6 +72,77 @@ def test_sampling_options_reach_the_sampler(model: str) -> None:
     options = "--temperature 1.5 --top-p 0.9 --top-k 40 --min-p 0.01 --seed 7 --max-tokens 24"
     given = run("generate", "--model", model, *options.split(), "--stop", "e", "hello")
     assert given.stdout == text + "\n"
+
+
+def test_options_that_edit_logits_reach_the_sampler(model: str) -> None:
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=24,
+        presence_penalty=0.5,
+        frequency_penalty=-0.25,
+        repetition_penalty=1.3,
+        logit_bias={40: 2.5, 41: -3},
+        allowed_token_ids=range(30, 200),
+        bad_words=["th", "e"],
+        stop_token_ids=[39],
+    )
+    (text,) = expected(model, ["hello"], params)
+    options = "--temperature 0 --max-tokens 24 --presence-penalty 0.5 --frequency-penalty -0.25"
+    options += " --repetition-penalty 1.3 --logit-bias 40:2.5 --logit-bias 41:-3 --bad-words th"
+    options += " --bad-words e --stop-token-ids 39 --allowed-token-ids "
+    options += ",".join(map(str, range(30, 200)))
+    given = run("generate", "--model", model, *options.split(), "hello")
+    assert given.stdout == text + "\n"
+    (plain,) = expected(model, ["hello"], SamplingParams(temperature=0.0, max_tokens=24))
+    assert plain != text
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        (["--regex", "[ab]{3}c"], "[ab]{3}c"),
+        (["--choice", "yes", "--choice", "no"], "yes|no"),
+        (["--json-schema", '{"enum": ["red", "green"]}'], '"(red|green)"'),
+        (["--grammar", 'start: "x" start | "y"'], "x*y?"),
+        (["--json-object"], r"\{.*"),
+    ],
+)
+def test_the_form_of_the_text_reaches_the_sampler(options: list[str], pattern: str) -> None:
+    """By the demo model, whose tokenizer has all the bytes."""
+    given = run("generate", "--seed", "3", "--max-tokens", "20", *options, "The answer is ")
+    assert given.returncode == 0, given.stderr
+    assert re.fullmatch(pattern, given.stdout.removesuffix("\n"), re.DOTALL), given.stdout
+
+
+def test_only_one_form_can_be_asked_for() -> None:
+    refused = run("generate", "--regex", "a", "--json-object", "hello")
+    assert refused.returncode == 1
+    assert "regex and json_object given: must be exactly one of" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--logit-bias", "5"), ("--logit-bias", "a:1"), ("--allowed-token-ids", "1,,2")],
+)
+def test_options_of_token_ids_are_checked(option: str, value: str) -> None:
+    refused = run("generate", option, value, "hello")
+    assert refused.returncode == 2
+    assert f"argument {option}: invalid" in refused.stderr
+
+
+def test_log_probabilities_are_printed(model: str) -> None:
+    with LLM(model, device="cpu") as llm:
+        params = SamplingParams(temperature=0.0, max_tokens=3, logprobs=2)
+        (result,) = llm.generate(["hello"], params)
+    options = "--temperature 0 --max-tokens 3 --logprobs 2 --device cpu"
+    lines = run("generate", "--model", model, *options.split(), "hello").stderr.splitlines()
+    assert result.logprobs is not None
+    printed = [line for line in lines if line.startswith("prompt 1: ")]
+    assert len(printed) == 3
+    for line, place in zip(printed, result.logprobs, strict=True):
+        told = [f"{p.decoded_token!r} {p.logprob:.4f} (rank {p.rank})" for p in place.values()]
+        assert line == "prompt 1: " + "; ".join(told)
+        assert len(told) == 2 and told[0].endswith("(rank 1)")
 
 
 def test_the_cache_dtype_reaches_the_model(model: str) -> None:

@@ -130,6 +130,13 @@ def test_accepted(config: Json, attribute: str, value: object, tmp_path: Path) -
         ({"temperature": 0, "top_k": None}, (2, 3), DefaultSampling(temperature=0.0)),
         ({"top_k": -1}, (2, 3), DefaultSampling(top_k=0)),
         ({"do_sample": True, "top_k": 3}, (2, 3), DefaultSampling(top_k=3)),
+        ({"min_p": 0.1}, (2, 3), DefaultSampling(min_p=0.1)),
+        ({"repetition_penalty": 1.05}, (2, 3), DefaultSampling(repetition_penalty=1.05)),
+        (
+            {"do_sample": False, "top_p": 0.9, "repetition_penalty": 1.05},
+            (2, 3),
+            DefaultSampling(temperature=0.0, repetition_penalty=1.05),
+        ),
         ({"do_sample": None, "top_k": 3}, (2, 3), DefaultSampling(top_k=3)),
         ({"do_sample": False, "temperature": 0.6}, (2, 3), DefaultSampling(temperature=0.0)),
     ],

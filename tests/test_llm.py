@@ -484,8 +484,24 @@ def test_empty_text_where_the_tokenizer_adds_nothing(device: str) -> None:
         *[("seed", value) for value in (-1, 2**64, 1.5, "1")],
         *[("max_tokens", value) for value in (0, -1, 1.5, "1", 2**31)],
         *[("min_tokens", value) for value in (-1, 17, 1.5, "1", None)],
-        *[("stop", value) for value in (5, [5], "", ["a", ""], ["x"] * 65, "x" * 1025)],
-        *[("stop_token_ids", value) for value in (5, [-1], ["1"], [1.5], [0] * 1025)],
+        *[("stop", value) for value in (5, [5], "", ["a", ""])],
+        *[("stop_token_ids", value) for value in (5, [-1], ["1"], [1.5])],
+        *[("stop_sequences", value) for value in (5, [5], [[]], [[-1]], [[1.5]])],
+        *[
+            (name, value)
+            for name in ("presence_penalty", "frequency_penalty")
+            for value in (-2.1, 2.1, "1", None)
+        ],
+        *[("repetition_penalty", value) for value in (0, -1, float("nan"), "1", None)],
+        *[("logit_bias", value) for value in (5, [5], {-1: 1}, {5: float("nan")}, {"5": 1})],
+        *[("allowed_token_ids", value) for value in (5, [], [-1], [1.5])],
+        *[("bad_words", value) for value in (5, "a", [""], [" "], [5])],
+        *[
+            (name, value)
+            for name in ("logprobs", "prompt_logprobs")
+            for value in (-2, 1.5, "1", True)
+        ],
+        *[("structured_outputs", value) for value in (5, {"regex": "a"}, "a")],
         *[
             (name, value)
             for name in (

@@ -413,4 +413,16 @@ def test_reference_random_word_is_philox() -> None:
 
 
 def test_the_order_of_processors_is_the_documented_one() -> None:
-    assert _core.sampling_processors() == ["min_tokens", "temperature", "min_p", "top_k", "top_p"]
+    assert _core.sampling_processors() == [
+        "grammar",
+        "raw_logprobs",
+        "logit_bias",
+        "allowed_token_ids",
+        "min_tokens",
+        "penalties",
+        "bad_words",
+        "temperature",
+        "min_p",
+        "top_k",
+        "top_p",
+    ]

@@ -696,6 +696,33 @@ class RowSpec:
     def num_logprobs(self, arg: int, /) -> None: ...
 
     @property
+    def grammar(self) -> bool:
+        """
+        A mask of the tokens that may come is set before each draw; there are no drafts.
+        """
+
+    @grammar.setter
+    def grammar(self, arg: bool, /) -> None: ...
+
+    @property
+    def num_prompt_logprobs(self) -> int:
+        """
+        Candidates to report beside each token of the prompt but the first; -1: no logprobs of it.
+        """
+
+    @num_prompt_logprobs.setter
+    def num_prompt_logprobs(self, arg: int, /) -> None: ...
+
+    @property
+    def num_scored(self) -> int:
+        """
+        Leading tokens after which the prompt's next one has been reported before.
+        """
+
+    @num_scored.setter
+    def num_scored(self, arg: int, /) -> None: ...
+
+    @property
     def block_ids(self) -> list[list[int]]: ...
 
     @block_ids.setter
@@ -820,6 +847,13 @@ class StepOutput:
         1 + num_logprobs, the token itself first. None without logprobs.
         """
 
+    def prompt_logprobs(self, entry: int) -> tuple[int, tuple[NDArray[numpy.int32], NDArray[numpy.float32], NDArray[numpy.int32]]] | None:
+        """
+        Of the tokens of an entry's prompt that the step scored: the position of the first, and
+        token ids, logprobs and ranks, [tokens, 1 + num_prompt_logprobs], each token's own
+        first. NaN where the logits hold a NaN. None if it scored none.
+        """
+
 class ModelRunner:
     """See mrv1.runner.ModelRunner."""
 
@@ -924,6 +958,20 @@ class ModelRunner:
         and whether it was one of decoding requests only.
         """
 
+    @property
+    def masked_items(self) -> list[int]:
+        """Items of the newest step's batch that draw under a mask."""
+
+    @property
+    def cut_step(self) -> int:
+        """Step that waits for masks; 0 if there is none."""
+
+    def set_masks(self, masks: Annotated[NDArray[numpy.uint32], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> None:
+        """
+        Sets the masks of `masked_items`, uint32 [items, ceil(vocab / 32)], and launches the
+        rest of `cut_step`. Waits for the step before.
+        """
+
     def fail_next_step(self, message: str) -> None: ...
 
     @property
@@ -936,6 +984,18 @@ def infer_param_view(device: Device, encoder: NDArray[numpy.int32], decoder: NDA
     Prefill and decode maps, cumulative lengths and slots by table row: the outputs of
     FastDeploy's get_infer_param, as int32 arrays by name.
     """
+
+class Grammar:
+    """What the outputs of a request must follow."""
+
+    def __init__(self, executor: object, matchers: Sequence[object]) -> None:
+        """
+        Args:
+            executor: With consume_token_par and unsafe_compute_mask_ptr, as llguidance's
+                LLExecutor.
+            matchers: One for each sample of the request, as llguidance's LLMatcher; nobody
+                else may use them.
+        """
 
 class RequestEnd(enum.Enum):
     NONE = 0
@@ -993,6 +1053,14 @@ class RequestOutput:
     def num_accepted_tokens(self) -> int:
         """Of the request so far."""
 
+    @property
+    def prompt_logprobs(self) -> tuple[NDArray[numpy.int32], NDArray[numpy.float32], NDArray[numpy.int32]] | None:
+        """
+        Token ids, logprobs and ranks of the prompt's tokens but the first, [tokens, 1 +
+        num_prompt_logprobs], each token's own first: once, with the first token of one of the
+        samples. None otherwise.
+        """
+
 class EngineOptions:
     def __init__(self, enable_prefix_caching: bool = True, background: bool = True) -> None:
         """
@@ -1021,7 +1089,7 @@ class Engine:
 
     def __init__(self, runner: ModelRunner, options: EngineOptions = ...) -> None: ...
 
-    def add_request(self, id: str, row: RowSpec, *, priority: int = 0, n: int = 1, cache_salt: int = 0, skip_prefix_cache: bool = False) -> None:
+    def add_request(self, id: str, row: RowSpec, *, priority: int = 0, n: int = 1, cache_salt: int = 0, skip_prefix_cache: bool = False, grammar: Grammar | None = None) -> None:
         """
         Queues a request.
 
@@ -1032,6 +1100,7 @@ class Engine:
             n: Samples; they share the blocks of the prompt. Sample i draws with seed + i.
             cache_salt: Requests share cached blocks only where it is equal.
             skip_prefix_cache: Neither take blocks from the prefix cache nor leave any there.
+            grammar: What the outputs must follow; None: anything.
 
         Raises:
             RequestError: the id is in use, or the request could never run.

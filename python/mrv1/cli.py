@@ -23,6 +23,7 @@ from mrv1.errors import InvalidArgumentError, Mrv1Error
 if TYPE_CHECKING:
     from mrv1.llm import LLM, GenerationResult
     from mrv1.sampling_params import SamplingParams
+    from mrv1.structured_outputs_params import StructuredOutputsParams
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -104,6 +105,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-tokens", type=int, default=_MAX_TOKENS, help="tokens a prompt (default: %(default)s)"
     )
+    parser.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="print the log probability of each token, and of the N most likely ones, to stderr",
+    )
     _add_sampling_options(parser)
     _add_device_options(parser)
     parser.set_defaults(run=_run_generate)
@@ -116,9 +123,57 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-p", type=float, help="(default: the model's, else 1)")
     parser.add_argument("--top-k", type=int, help="0 is off (default: the model's, else off)")
-    parser.add_argument("--min-p", type=float, default=0.0, help="(default: off)")
+    parser.add_argument("--min-p", type=float, help="(default: the model's, else off)")
+    parser.add_argument(
+        "--presence-penalty", type=float, default=0.0, help="in [-2, 2] (default: off)"
+    )
+    parser.add_argument(
+        "--frequency-penalty", type=float, default=0.0, help="in [-2, 2] (default: off)"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, help="1 is off (default: the model's, else off)"
+    )
+    parser.add_argument(
+        "--logit-bias",
+        type=_logit_bias,
+        action="append",
+        metavar="ID:BIAS",
+        help="added to the logit of a token; repeatable",
+    )
+    parser.add_argument(
+        "--allowed-token-ids",
+        type=_token_ids,
+        metavar="ID,...",
+        help="the only tokens that may be drawn (default: all)",
+    )
+    parser.add_argument(
+        "--bad-words",
+        action="append",
+        metavar="STR",
+        help="a text that must not be generated; repeatable",
+    )
+    form = parser.add_argument_group("form of the text, at most one of")
+    form.add_argument("--json-schema", metavar="JSON", help="JSON by this schema")
+    form.add_argument("--json-object", action="store_true", help="a JSON object")
+    form.add_argument("--regex", metavar="RE", help="a match of a regular expression")
+    form.add_argument(
+        "--choice", action="append", metavar="STR", help="one of the given texts; repeatable"
+    )
+    form.add_argument("--grammar", metavar="LARK", help="a text of a grammar in Lark's notation")
     parser.add_argument("--seed", type=int, help="makes the output repeatable")
     parser.add_argument("--stop", action="append", metavar="STR", help="ends the text; repeatable")
+    parser.add_argument(
+        "--stop-token-ids", type=_token_ids, metavar="ID,...", help="tokens that end the text"
+    )
+
+
+def _token_ids(text: str) -> list[int]:
+    return [int(token_id) for token_id in text.split(",")]
+
+
+def _logit_bias(text: str) -> tuple[int, float]:
+    token_id, bias = text.split(":")
+    return int(token_id), float(bias)
 
 
 def _run_generate(options: argparse.Namespace) -> int:
@@ -127,7 +182,7 @@ def _run_generate(options: argparse.Namespace) -> int:
     prompts = [_read_stdin() if prompt == "-" else prompt for prompt in options.prompts]
     clean = _make_clean()
     with _open_llm(demo_model() if options.model is None else options.model, options) as llm:
-        params = _sampling_params(options, llm)
+        params = _sampling_params(options, llm, options.logprobs)
         results: dict[int, GenerationResult] = {}
         try:
             with contextlib.closing(_in_order(llm, prompts, params, results)) as texts:
@@ -139,6 +194,7 @@ def _run_generate(options: argparse.Namespace) -> int:
             print(flush=True)
             raise
     ordered = [results[index] for index in range(len(prompts))]
+    _print_logprobs(ordered)
     _print_statistics(ordered)
     return EXIT_ERROR if any(result.error is not None for result in ordered) else 0
 
@@ -182,7 +238,9 @@ def for_terminal(text: str) -> str:
     return text.translate(_CONTROL_CHARACTERS)
 
 
-def _sampling_params(options: argparse.Namespace, llm: LLM) -> SamplingParams:
+def _sampling_params(
+    options: argparse.Namespace, llm: LLM, logprobs: int | None = None
+) -> SamplingParams:
     from mrv1.sampling_params import SamplingParams
 
     model = llm.model.config.default_sampling
@@ -194,11 +252,35 @@ def _sampling_params(options: argparse.Namespace, llm: LLM) -> SamplingParams:
         temperature=chosen(options.temperature, model.temperature, _TEMPERATURE),
         top_p=chosen(options.top_p, model.top_p, 1.0),
         top_k=int(chosen(options.top_k, model.top_k, 0)),
-        min_p=options.min_p,
+        min_p=chosen(options.min_p, model.min_p, 0.0),
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        repetition_penalty=chosen(options.repetition_penalty, model.repetition_penalty, 1.0),
+        logit_bias=options.logit_bias,
+        allowed_token_ids=options.allowed_token_ids,
+        bad_words=options.bad_words,
+        structured_outputs=_structured_outputs(options),
         seed=options.seed,
         max_tokens=options.max_tokens,
         stop=options.stop,
+        stop_token_ids=options.stop_token_ids,
+        logprobs=logprobs,
     )
+
+
+def _structured_outputs(options: argparse.Namespace) -> StructuredOutputsParams | None:
+    from mrv1.structured_outputs_params import StructuredOutputsParams
+
+    given = {
+        "json": options.json_schema,
+        "regex": options.regex,
+        "choice": options.choice,
+        "grammar": options.grammar,
+        "json_object": options.json_object or None,
+    }
+    if all(value is None for value in given.values()):
+        return None
+    return StructuredOutputsParams(**given)
 
 
 def _in_order(
@@ -228,6 +310,17 @@ def _in_order(
                     break
                 current += 1
                 yield "\n" if current == len(prompts) else "\n\n"
+
+
+def _print_logprobs(results: list[GenerationResult]) -> None:
+    """A line a token: its prompt, its log probability and rank, and the most likely ones."""
+    for index, result in enumerate(results):
+        for token, place in zip(result.token_ids, result.logprobs or (), strict=False):
+            told = [
+                f"{found.decoded_token!r} {found.logprob:.4f} (rank {found.rank})"
+                for found in (place[token], *(place[other] for other in place if other != token))
+            ]
+            print(f"prompt {index + 1}: {'; '.join(told)}", file=sys.stderr)
 
 
 def _print_statistics(results: list[GenerationResult]) -> None:

@@ -68,11 +68,15 @@ class DefaultSampling:
         temperature: 0 where the file says do_sample = false, which means greedy.
         top_p: As `SamplingParams`.
         top_k: As `SamplingParams`.
+        min_p: As `SamplingParams`.
+        repetition_penalty: As `SamplingParams`.
     """
 
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
     def params(self) -> SamplingParams:
         """The recommended parameters; those of `SamplingParams` where the file is silent."""
@@ -389,7 +393,7 @@ def _default_sampling(generation: Fields | None) -> DefaultSampling:
         return DefaultSampling()
     given = {
         name: value
-        for name in ("temperature", "top_p", "top_k")
+        for name in (field.name for field in dataclasses.fields(DefaultSampling))
         if (value := generation.values.get(name)) is not None
     }
     try:
@@ -398,6 +402,8 @@ def _default_sampling(generation: Fields | None) -> DefaultSampling:
         raise ConfigError(
             path=generation.path, field=error.field, value=error.value, allowed=error.allowed
         ) from None
+    recommended = DefaultSampling(**{name: getattr(params, name) for name in given})
     if not generation.boolean("do_sample", True):
-        return DefaultSampling(temperature=0.0)
-    return DefaultSampling(**{name: getattr(params, name) for name in given})
+        # Greedy, from logits that a penalty edits all the same.
+        return DefaultSampling(temperature=0.0, repetition_penalty=recommended.repetition_penalty)
+    return recommended

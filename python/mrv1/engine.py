@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 
 from mrv1 import _core
 from mrv1._closing import Closing
+from mrv1.admission import check_bad_words, check_stops
 from mrv1.errors import ClosedError, InternalError, InvalidArgumentError, Mrv1Error, RequestError
 from mrv1.hub import find_model
 from mrv1.loader import LoadedModel, RunnerKwargs, RunnerOptions, load_model
 from mrv1.output_pump import FinishReason, OutputPump, Request, RequestUpdate
 from mrv1.runner import make_row_spec
 from mrv1.sampling_params import MAX_INT32, SamplingParams
-from mrv1.tokenizer import IncrementalDetokenizer, Tokenizer
+from mrv1.structured_outputs import GrammarCompiler
+from mrv1.text_stream import TextStream
+from mrv1.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -91,6 +94,8 @@ class Engine(Closing):
         self.tokenizer = tokenizer
         self.background = options.background
         self._process = os.getpid()
+        config = self.model.config
+        self._grammars = GrammarCompiler(tokenizer, config.vocab_size, config.eos_token_ids)
         self._native = _core.Engine(self.model.runner, options)
         self._pump = OutputPump(self.model.runner, self._native, background=self.background)
         # For an engine that nobody closes, at the latest when the interpreter ends.
@@ -141,7 +146,10 @@ class Engine(Closing):
             model.max_model_len,
             request_id,
             max_speculative_tokens=model.num_speculative_tokens,
+            max_logprobs=model.max_logprobs,
         )
+        bad_words = self._bad_words(request_id, params)
+        check_stops(params, self.tokenizer, request_id)
         if params.n > model.max_num_seqs:
             raise RequestError(
                 request_id=request_id,
@@ -149,26 +157,43 @@ class Engine(Closing):
                 value=params.n,
                 allowed=f"at most max_num_seqs = {model.max_num_seqs}",
             )
-        detokenizers = None
+        grammar = None
+        if params.structured_outputs is not None:
+            grammar = self._grammars.compile(params, request_id)
+        texts = None
         if params.detokenize:
-            detokenizers = [IncrementalDetokenizer(self.tokenizer, params) for _ in range(params.n)]
+            texts = [TextStream(self.tokenizer, params) for _ in range(params.n)]
         try:
             spec = make_row_spec(
                 token_ids,
                 params,
+                vocab_size=model.config.vocab_size,
                 eos_token_ids=model.config.eos_token_ids,
+                bad_words=bad_words,
                 forced_token_ids=forced_token_ids,
             )
             self._pump.add(
-                Request(request_id, params, callback, detokenizers),
+                Request(request_id, params, callback, texts, self.tokenizer),
                 spec,
                 priority=int(priority),
                 cache_salt=_salt_number(cache_salt),
                 skip_prefix_cache=skip_prefix_cache,
+                grammar=grammar,
             )
         except (RequestError, InvalidArgumentError) as error:
             raise RequestError(str(error), request_id=request_id) from None
         return token_ids
+
+    def _bad_words(self, request_id: str, params: SamplingParams) -> list[tuple[int, ...]]:
+        """The token sequences that params.bad_words forbid."""
+        try:
+            sequences = self.tokenizer.encode_bad_words(params.bad_words)
+        except RequestError as error:
+            raise RequestError(
+                request_id=request_id, field=error.field, value=error.value, allowed=error.allowed
+            ) from None
+        check_bad_words(params, sequences, request_id)
+        return sequences
 
     def check_prompt(self, request_id: str, prompt: str | Sequence[int]) -> list[int]:
         """Returns the token ids of a prompt that the model can take.

@@ -20,7 +20,7 @@ from mrv1._closing import Closing
 from mrv1.engine import Engine
 from mrv1.errors import ClosedError, ForkError, InternalError, RequestError
 from mrv1.loader import LoadedModel, RunnerKwargs
-from mrv1.output_pump import FinishReason, RequestUpdate
+from mrv1.output_pump import FinishReason, RequestUpdate, StopReason
 from mrv1.progress import progress_bar
 from mrv1.sampling_params import SamplingParams
 from mrv1.tokenizer import Tokenizer
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from mrv1.chat_template import ChatOptions, Conversation
+    from mrv1.logprobs import Logprob
 
     # A text or token ids, or several of either. One union of what a sequence holds, not one of
     # sequences: type checkers take a list of both kinds only so.
@@ -52,27 +53,40 @@ class CompletionOutput:
 
     Attributes:
         index: Which sample, below the request's n.
-        text: What was generated, without EOS and stop tokens, up to the stop string that ended it;
-            with it under include_stop_str_in_output. Empty without detokenize.
+        text: What was generated, up to the EOS, stop token, stop sequence or stop string that ended
+            it; with that under include_stop_str_in_output. Empty without detokenize.
         token_ids: All tokens generated, the one that stopped the sample included. A stop string
             ends them with the token that completed it.
         finish_reason: "stop" (EOS, a stop token or a stop string), "length", "abort" or "error".
-        stop_reason: The stop string, or the id of stop_token_ids, that ended it; None for EOS.
+        stop_reason: The stop string, the id of stop_token_ids, or the tuple of stop_sequences, that
+            ended it; None for EOS.
         error: What went wrong, with finish_reason "error".
         num_cached_tokens: Tokens of the prompt that were not computed for this sample.
         num_draft_tokens: Tokens that were drafted for it.
         num_accepted_tokens: Drafted tokens that turned out to be its tokens.
+        logprobs: For each token a mapping from token id to `Logprob`: its own first, then those of
+            the most likely ones; None without SamplingParams.logprobs.
     """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
-    stop_reason: str | int | None
+    stop_reason: StopReason
     error: str | None
     num_cached_tokens: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    logprobs: list[dict[int, Logprob]] | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Sum of the log probabilities of its tokens; None without SamplingParams.logprobs."""
+        if self.logprobs is None:
+            return None
+        return sum(
+            place[token].logprob for token, place in zip(self.token_ids, self.logprobs, strict=True)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +114,8 @@ class GenerationResult:
     Attributes:
         request_id: "llm-" and its number among this LLM's requests.
         prompt_token_ids: Of the prompt.
-        text: Of the first sample, as are token_ids, finish_reason, stop_reason and error; see
-            `CompletionOutput`.
+        text: Of the first sample, as are token_ids, finish_reason, stop_reason, error and
+            logprobs; see `CompletionOutput`.
         token_ids: See text.
         finish_reason: See text.
         stop_reason: See text.
@@ -115,6 +129,9 @@ class GenerationResult:
         num_cached_tokens: Tokens of the prompt that the prefix cache had.
         num_draft_tokens: Tokens that were drafted, for all samples.
         num_accepted_tokens: Drafted tokens that turned out to be tokens of their samples.
+        logprobs: See text.
+        prompt_logprobs: For each token of the prompt a mapping as `CompletionOutput.logprobs` has,
+            None for the first. None without SamplingParams.prompt_logprobs, or if no token came.
     """
 
     request_id: str
@@ -122,7 +139,7 @@ class GenerationResult:
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
-    stop_reason: str | int | None
+    stop_reason: StopReason
     error: str | None
     prompt_tokens_per_s: float
     generation_tokens_per_s: float
@@ -132,6 +149,8 @@ class GenerationResult:
     num_cached_tokens: int
     num_draft_tokens: int
     num_accepted_tokens: int
+    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -152,6 +171,7 @@ class StreamChunk:
         result: The whole result, with a prompt's last chunk.
         sample: Which sample of the prompt, below n.
         finish_reason: Why the sample ended, with its last chunk.
+        logprobs: Of the new tokens, as in `CompletionOutput`.
     """
 
     index: int
@@ -160,6 +180,7 @@ class StreamChunk:
     result: GenerationResult | None = None
     sample: int = 0
     finish_reason: FinishReason | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
 
 
 def peak_memory_mb() -> float:
@@ -168,11 +189,12 @@ def peak_memory_mb() -> float:
 
 
 class _Sample:
-    __slots__ = ("last", "text", "token_ids")
+    __slots__ = ("last", "logprobs", "text", "token_ids")
 
     def __init__(self) -> None:
         self.text: list[str] = []
         self.token_ids: list[int] = []
+        self.logprobs: list[dict[int, Logprob]] | None = None
         self.last: RequestUpdate | None = None
 
     def output(self) -> CompletionOutput:
@@ -189,6 +211,7 @@ class _Sample:
             num_cached_tokens=last.num_cached_tokens,
             num_draft_tokens=last.num_draft_tokens,
             num_accepted_tokens=last.num_accepted_tokens,
+            logprobs=self.logprobs,
         )
 
 
@@ -216,6 +239,7 @@ class _Job:
         self.finished = False
         self._arrivals = arrivals
         self._samples: dict[int, _Sample] = {}
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self._start = time.perf_counter()
         self._first = self._last = 0.0
 
@@ -228,6 +252,12 @@ class _Job:
             self._last = time.perf_counter()
             self._first = self._first or self._last
             sample.token_ids.extend(update.token_ids)
+        if update.prompt_logprobs is not None:
+            self._prompt_logprobs = update.prompt_logprobs
+        if update.logprobs is not None:
+            if sample.logprobs is None:
+                sample.logprobs = []
+            sample.logprobs.extend(update.logprobs)
         if update.text:
             sample.text.append(update.text)
         if update.finish_reason is not None:
@@ -256,6 +286,8 @@ class _Job:
             num_cached_tokens=first.num_cached_tokens,
             num_draft_tokens=sum(output.num_draft_tokens for output in outputs),
             num_accepted_tokens=sum(output.num_accepted_tokens for output in outputs),
+            logprobs=first.logprobs,
+            prompt_logprobs=self._prompt_logprobs,
         )
 
 
@@ -452,6 +484,7 @@ class LLM(Closing):
                     result,
                     update.index,
                     update.finish_reason,
+                    update.logprobs,
                 )
         finally:
             self._forget(jobs)

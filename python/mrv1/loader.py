@@ -20,7 +20,7 @@ from mrv1.kv_scales import KvScales, is_kv_scale, read_kv_scales
 from mrv1.models import FAMILIES
 from mrv1.progress import format_phases, is_shown, progress_bar
 from mrv1.safetensors_reader import TensorInfo, read_checkpoint
-from mrv1.sampling_params import MAX_INT32
+from mrv1.sampling_params import MAX_INT32, WHOLE_VOCABULARY
 from mrv1.speculation import NgramConfig
 
 _LOG = logging.getLogger("mrv1")
@@ -94,6 +94,8 @@ class RunnerOptions:
             the only one), "num_speculative_tokens" (draft tokens of a step, 1 to 15; 4 is a good
             start), "prompt_lookup_max" and "prompt_lookup_min" (tokens of the longest and the
             shortest n-gram that is looked up; 3 and 1). None is off. See `mrv1.speculation`.
+        max_logprobs: Most that `SamplingParams.logprobs` and `prompt_logprobs` may ask for; -1 is
+            the vocabulary. The output ring has 8 bytes for each, of all requests at once.
         keep_hidden_states: Whether `ModelRunner.hidden_states` can be read; takes memory.
         force_tokens: Whether rows may carry tokens that take the place of those drawn; for testing.
     """
@@ -120,6 +122,7 @@ class RunnerOptions:
     pad_tokens: int = 0
     infer_param_view: bool = False
     speculative_config: Mapping[str, object] | None = None
+    max_logprobs: int = 20
     keep_hidden_states: bool = False
     force_tokens: bool = False
 
@@ -149,6 +152,7 @@ class RunnerKwargs(TypedDict, total=False):
     pad_tokens: int
     infer_param_view: bool
     speculative_config: Mapping[str, object] | None
+    max_logprobs: int
     keep_hidden_states: bool
     force_tokens: bool
 
@@ -170,6 +174,7 @@ class LoadedModel:
         kv_scales: Scales of the KV cache: "none", "static" (from the checkpoint) or "dynamic".
         num_kv_blocks: As `RunnerOptions`, resolved.
         num_speculative_tokens: Draft tokens of a step; 0 without speculation.
+        max_logprobs: As `RunnerOptions`, resolved; at most the vocabulary size.
         startup: Seconds of each phase of the start, by name.
         startup_bytes: Bytes that a phase allocated, read or captured, for those that have some.
     """
@@ -186,6 +191,7 @@ class LoadedModel:
     kv_scales: str
     num_kv_blocks: int
     num_speculative_tokens: int
+    max_logprobs: int
     startup: dict[str, float]
     startup_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -386,6 +392,10 @@ def make_runner(
     if speculation is not None:
         native.num_speculative_tokens = speculation.num_speculative_tokens
         native.ngram = (speculation.prompt_lookup_min, speculation.prompt_lookup_max)
+    asked = _integer("max_logprobs", options.max_logprobs, WHOLE_VOCABULARY, MAX_INT32)
+    native.max_logprobs = (
+        config.vocab_size if asked == WHOLE_VOCABULARY else min(asked, config.vocab_size)
+    )
     _set_graphs(native, kind, options)
     backend = _choice(
         "attention_backend", options.attention_backend, envs.ATTENTION_BACKEND, _BACKENDS
@@ -420,6 +430,7 @@ def make_runner(
         kv_scales=_kind_of_scales(native),
         num_kv_blocks=native.num_blocks,
         num_speculative_tokens=native.num_speculative_tokens,
+        max_logprobs=native.max_logprobs,
         startup=startup,
         startup_bytes={"allocate": allocated},
     )

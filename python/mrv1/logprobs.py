@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
 
-@dataclass(frozen=True, slots=True)
+
+# Not frozen: there are many in a step, and frozen ones take three times as long to make.
+@dataclass(slots=True)
 class Logprob:
     """Log probability of a token at one place.
 
@@ -47,10 +50,30 @@ def token_logprobs(
     size = len(token_ids) // num_tokens if num_tokens else 0
     for start in range(0, num_tokens * size, size or 1):
         group: dict[int, Logprob] = {}
-        for index in range(start, start + size):
-            token_id = token_ids[index]
+        part = slice(start, start + size)
+        for token_id, logprob, rank in zip(
+            token_ids[part], logprobs[part], ranks[part], strict=True
+        ):
             if token_id not in group:
                 text = None if decode is None else decode(token_id)
-                group[token_id] = Logprob(logprobs[index], ranks[index], text)
+                group[token_id] = Logprob(logprob, rank, text)
         result.append(group)
     return result
+
+
+def prompt_token_logprobs(
+    token_ids: np.ndarray,
+    logprobs: np.ndarray,
+    ranks: np.ndarray,
+    decode: Callable[[int], str] | None,
+) -> list[dict[int, Logprob] | None]:
+    """Returns, for each token of a prompt, what `token_logprobs` does: None for the first.
+
+    Args:
+        token_ids: [tokens - 1, group] as of `token_logprobs`.
+        logprobs: Log probabilities of these.
+        ranks: Ranks of these.
+        decode: As of `token_logprobs`.
+    """
+    flat = [values.ravel().tolist() for values in (token_ids, logprobs, ranks)]
+    return [None, *token_logprobs(len(token_ids), flat[0], flat[1], flat[2], decode)]

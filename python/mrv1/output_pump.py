@@ -14,22 +14,26 @@ import logging
 import os
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from mrv1 import _core
 from mrv1.errors import ClosedError, InternalError, RequestError
 from mrv1.loader import report_notices
-from mrv1.tokenizer import IncrementalDetokenizer
+from mrv1.logprobs import prompt_token_logprobs, token_logprobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import TypeAlias
 
+    from mrv1.logprobs import Logprob
     from mrv1.sampling_params import SamplingParams
+    from mrv1.text_stream import TextStream
+    from mrv1.tokenizer import Tokenizer
 
     Callback: TypeAlias = Callable[["RequestUpdate"], None]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+# A stop string, a stop token, or a stop sequence; None for EOS.
+StopReason: TypeAlias = str | int | tuple[int, ...] | None
 
 _LOG: Final = logging.getLogger("mrv1")
 _NONE: Final = _core.RequestEnd.NONE
@@ -55,7 +59,8 @@ class RequestUpdate:
             of a character, is held back.
         token_ids: Tokens that are new: none, one or several.
         finish_reason: Why the sample ended with this update; None while it runs.
-        stop_reason: What stopped it: a stop string, or a token id of stop_token_ids; None for EOS.
+        stop_reason: What stopped it: a stop string, a token id of stop_token_ids, or one of
+            stop_sequences; None for EOS.
         error: What went wrong, with finish_reason "error".
         index: Which sample, below the request's n.
         finished: Whether this is the request's last update, of all its samples.
@@ -63,19 +68,25 @@ class RequestUpdate:
             another sample, and were not computed for this one.
         num_draft_tokens: Tokens that were drafted for this sample so far.
         num_accepted_tokens: Drafted tokens that turned out to be its tokens.
+        logprobs: For each new token a mapping from token id to `Logprob`: its own first, then those
+            of the most likely ones; None without SamplingParams.logprobs.
+        prompt_logprobs: The same for the tokens of the prompt, None for the first of them: with the
+            first token of one of the samples. None in all other updates.
     """
 
     request_id: str
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
+    stop_reason: StopReason = None
     error: str | None = None
     index: int = 0
     finished: bool = False
     num_cached_tokens: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 class Request:
@@ -85,18 +96,20 @@ class Request:
         request_id: The caller's name for it.
         params: Its parameters.
         callback: Takes its updates; None leaves them to `OutputPump.take`.
-        detokenizers: One for each sample; None where no text is wanted.
+        texts: One for each sample; None where no text is wanted.
+        tokenizer: What gives the texts of tokens in `Logprob`.
     """
 
     __slots__ = (
         "callback",
-        "detokenizers",
         "dropped",
         "ended",
         "name",
         "num_running",
         "params",
         "request_id",
+        "texts",
+        "tokenizer",
     )
 
     def __init__(
@@ -104,12 +117,14 @@ class Request:
         request_id: str,
         params: SamplingParams,
         callback: Callback | None,
-        detokenizers: list[IncrementalDetokenizer] | None,
+        texts: list[TextStream] | None,
+        tokenizer: Tokenizer,
     ) -> None:
         self.request_id = request_id
         self.params = params
         self.callback = callback
-        self.detokenizers = detokenizers
+        self.texts = texts
+        self.tokenizer = tokenizer
         # Of the native engine, never used twice: an output cannot be taken for that of a later
         # request of the same id.
         self.name = ""
@@ -178,6 +193,7 @@ class OutputPump:
         priority: int,
         cache_salt: int,
         skip_prefix_cache: bool,
+        grammar: _core.Grammar | None = None,
     ) -> None:
         """Queues a request.
 
@@ -202,6 +218,7 @@ class OutputPump:
                     n=request.params.n,
                     cache_salt=cache_salt,
                     skip_prefix_cache=skip_prefix_cache,
+                    grammar=grammar,
                 )
             except BaseException:  # an interrupt may come at any point of it
                 self._forget(request)
@@ -361,34 +378,46 @@ class OutputPump:
                 del self.requests[request.request_id]
 
     def _update(self, request: Request, output: _core.RequestOutput) -> RequestUpdate:
-        end, token_ids = output.end, output.token_ids
+        end, token_ids, params = output.end, output.token_ids, request.params
         reason = None if end is _NONE else _ENDS[end]
-        stop_reason: str | int | None = None
-        if reason == "stop" and token_ids[-1] in request.params.stop_token_ids:
-            stop_reason = token_ids[-1]
+        stop_reason: StopReason = None
+        stop_tokens: tuple[int, ...] = ()
+        if reason == "stop":
+            stop_tokens = (token_ids[-1],)
+            if output.stop_sequence >= 0:
+                stop_reason = stop_tokens = params.stop_sequences[output.stop_sequence]
+            elif token_ids[-1] in params.stop_token_ids:
+                stop_reason = token_ids[-1]
         text = ""
-        if request.detokenizers is not None:
-            detokenizer = request.detokenizers[output.index]
+        count = len(token_ids)
+        if request.texts is not None:
+            stream = request.texts[output.index]
             stopped = None
-            # A token that stopped the request is no text.
-            for count in range(1, len(token_ids) + (reason != "stop")):
-                piece, stopped = detokenizer.push(token_ids[count - 1])
+            # What stopped the request is not text by itself.
+            for place in range(len(token_ids) - (reason == "stop")):
+                piece, stopped = stream.push(token_ids[place])
                 text += piece
                 if stopped is not None:
-                    del token_ids[count:]
+                    count = place + 1
                     break
             if stopped is None and reason is not None:
-                piece, stopped = detokenizer.finish()
+                piece, stopped = stream.finish(stop_tokens)
                 text += piece
             if stopped is not None:
                 if reason is None:
                     self.native.abort(request.name, index=output.index, report=False)
                 if reason != "abort" and reason != "error":
                     reason, stop_reason = "stop", stopped
+        decode = request.tokenizer.decode_token if params.detokenize else None
+        logprobs = None
+        if params.logprobs is not None:
+            found = output.logprobs
+            logprobs = [] if found is None else token_logprobs(len(token_ids), *found, decode)
+        prompt = output.prompt_logprobs
         return RequestUpdate(
             request.request_id,
             text,
-            tuple(token_ids),
+            tuple(token_ids[:count]),
             reason,
             stop_reason,
             (output.error or None) if reason == "error" else None,
@@ -397,6 +426,8 @@ class OutputPump:
             output.num_cached_tokens,
             output.num_draft_tokens,
             output.num_accepted_tokens,
+            None if logprobs is None else logprobs[:count],
+            None if prompt is None else prompt_token_logprobs(*prompt, decode),
         )
 
     def _call(self, request: Request, callback: Callback, update: RequestUpdate) -> None:

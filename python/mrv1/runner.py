@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 from mrv1 import _core
 from mrv1._closing import Closing
+from mrv1.admission import check_bad_words, check_stops
 from mrv1.errors import InternalError, InvalidArgumentError
 from mrv1.hub import find_model
 from mrv1.loader import (
@@ -22,11 +23,14 @@ from mrv1.loader import (
     load_model,
     report_notices,
 )
+from mrv1.logprobs import token_logprobs
 from mrv1.sampling_params import MAX_INT32, SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
+
+    from mrv1.logprobs import Logprob
 
 # Block ids of a row: of the one KV group there is, or of each.
 BlockIds: TypeAlias = "Sequence[int] | Sequence[Sequence[int]]"
@@ -44,6 +48,24 @@ FINISH_REASONS: dict[_core.FinishReason, Literal["stop", "length", "error"]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class PromptLogprobs:
+    """Log probabilities of tokens of a prompt, given the ones before each.
+
+    Attributes:
+        first: Position in the prompt of the first of these tokens.
+        token_ids: [tokens, 1 + SamplingParams.prompt_logprobs] int32: of each token its own id,
+            then those of the most likely ones, in order.
+        logprobs: Of these; float32. NaN for tokens whose logits hold a NaN.
+        ranks: Of these, 1 for the most likely; int32.
+    """
+
+    first: int
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    ranks: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class RowOutput:
     """What a step did for one row of its batch.
 
@@ -54,10 +76,14 @@ class RowOutput:
             unfinished prefill chunk and for a masked row.
         num_draft_tokens: Tokens that were proposed.
         num_accepted_tokens: Proposed tokens among the new ones.
-        finish_reason: "stop" (EOS or a stop token), "length" or "error" (the logits held no token
-            to draw) when the row ended with this step.
+        finish_reason: "stop" (EOS, a stop token or a stop sequence), "length" or "error" (the
+            logits held no token to draw) when the row ended with this step.
+        stop_sequence: Index of the one of stop_sequences that ended the row; None if none did.
+        logprobs: For each new token a mapping from token id to `Logprob`, without texts: its own
+            first, then those of the most likely ones; None without SamplingParams.logprobs.
         num_computed: Tokens in the cache now; 0 for a masked row.
         masked: Whether the row had ended before the step and computed nothing.
+        prompt_logprobs: Of the prompt's tokens that the step has scored; None if it scored none.
     """
 
     row: int
@@ -68,6 +94,9 @@ class RowOutput:
     masked: bool
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    stop_sequence: int | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def token_id(self) -> int | None:
@@ -111,7 +140,14 @@ def _index(field: str, value: object) -> int:
 
 
 class PendingStep:
-    """A step that was launched and may still be running."""
+    """A step that was launched and may still be running.
+
+    Attributes:
+        step: Its number.
+        masked_items: Items of its batch that draw under a mask (`add_row` with `grammar`). If there
+            are any, the step waits before the draw until `set_masks` is called. Until then nothing
+            that changes rows or launches another step is allowed.
+    """
 
     def __init__(
         self, runner: _core.ModelRunner, step: int, unread: collections.deque[int]
@@ -121,6 +157,34 @@ class PendingStep:
         self._outputs: list[RowOutput] | None = None
         self._error: str | None = None
         self.step = step
+        self.masked_items: tuple[int, ...] = ()
+        if runner.cut_step == step:
+            self.masked_items = tuple(runner.masked_items)
+
+    def set_masks(self, masks: np.ndarray) -> None:
+        """Tells which tokens the rows of `masked_items` may draw, and lets the step go on.
+
+        Waits for the step before.
+
+        Args:
+            masks: [len(masked_items), ceil(vocab_size / 32)] uint32 or int32, a row an item, in
+                order: bit i % 32 of word i / 32 is 1 if token i may be drawn.
+
+        Raises:
+            InvalidArgumentError: The array has another shape or dtype, or the step waits for none.
+        """
+        import numpy as np
+
+        words = np.ascontiguousarray(masks)
+        if words.ndim != 2 or words.dtype not in (np.uint32, np.int32):
+            raise InvalidArgumentError(
+                field="masks",
+                value=f"{words.ndim} dimensions of {words.dtype}",
+                allowed="a matrix of uint32 or int32",
+            )
+        if self._runner.cut_step != self.step:
+            raise InvalidArgumentError(f"step {self.step} does not wait for masks")
+        self._runner.set_masks(words.view(np.uint32))
 
     @property
     def ready(self) -> bool:
@@ -132,24 +196,13 @@ class PendingStep:
 
         Raises:
             InternalError: The step failed. Its rows are in an unknown state: free them.
+            InvalidArgumentError: The step waits for masks.
         """
         if self._outputs is None:
             output = self._runner.result(self.step)
             if output.error:
                 self._error = f"step {output.step} failed: {output.error}"
-            self._outputs = [
-                RowOutput(
-                    row=entry.row,
-                    generation=entry.generation,
-                    token_ids=tuple(output.tokens(index)),
-                    finish_reason=FINISH_REASONS.get(entry.finish_reason),
-                    num_computed=entry.num_computed,
-                    masked=entry.masked,
-                    num_draft_tokens=entry.num_drafts,
-                    num_accepted_tokens=entry.num_accepted,
-                )
-                for index, entry in enumerate(output.entries)
-            ]
+            self._outputs = [_row_output(output, index) for index in range(len(output.entries))]
         if self._error is not None:
             raise InternalError(self._error)
         return self._outputs
@@ -158,6 +211,32 @@ class PendingStep:
         # Runs on any thread at any time, so the runner is only told at its next step.
         if self._outputs is None:
             self._unread.append(self.step)
+
+
+def _row_output(output: _core.StepOutput, index: int) -> RowOutput:
+    entry = output.entries[index]
+    tokens = tuple(output.tokens(index))
+    logprobs = output.logprobs(index)
+    return RowOutput(
+        row=entry.row,
+        generation=entry.generation,
+        token_ids=tokens,
+        finish_reason=FINISH_REASONS.get(entry.finish_reason),
+        num_computed=entry.num_computed,
+        masked=entry.masked,
+        num_draft_tokens=entry.num_drafts,
+        num_accepted_tokens=entry.num_accepted,
+        stop_sequence=None if entry.stop_sequence < 0 else entry.stop_sequence,
+        logprobs=None if logprobs is None else token_logprobs(len(tokens), *logprobs, None),
+        prompt_logprobs=_prompt_logprobs(output, index),
+    )
+
+
+def _prompt_logprobs(output: _core.StepOutput, index: int) -> PromptLogprobs | None:
+    found = output.prompt_logprobs(index)
+    if found is None or not len(found[1][0]):
+        return None
+    return PromptLogprobs(found[0], *found[1])
 
 
 def _by_group(block_ids: BlockIds) -> Sequence[Sequence[int]]:
@@ -172,12 +251,18 @@ def make_row_spec(
     params: SamplingParams,
     *,
     eos_token_ids: Sequence[int],
+    vocab_size: int = 0,
+    bad_words: Sequence[Sequence[int]] = (),
     prompt_len: int | None = None,
     num_computed: int = 0,
     block_ids: BlockIds = (),
     forced_token_ids: Sequence[int] = (),
+    num_scored: int = 0,
 ) -> _core.RowSpec:
-    """Translates a request into what the native side takes."""
+    """Translates a request into what the native side takes.
+
+    `vocab_size` is needed where params ask for log probabilities of the whole vocabulary.
+    """
     spec = _core.RowSpec()
     try:
         spec.token_ids = [operator.index(token) for token in token_ids]
@@ -193,6 +278,7 @@ def make_row_spec(
         len(spec.token_ids) if prompt_len is None else _index("prompt_len", prompt_len)
     )
     spec.num_computed = _index("num_computed", num_computed)
+    spec.num_scored = _index("num_scored", num_scored)
     spec.temperature = params.temperature
     spec.top_p = max(params.top_p, _MIN_TOP_P)
     spec.min_p = params.min_p
@@ -204,6 +290,15 @@ def make_row_spec(
     spec.num_speculative_tokens = _ENGINE_DRAFTS if drafts is None else drafts
     eos = () if params.ignore_eos else tuple(eos_token_ids)
     spec.stop_ids = list(dict.fromkeys((*eos, *params.stop_token_ids)))
+    spec.stop_sequences = [list(sequence) for sequence in params.stop_sequences]
+    spec.presence_penalty = params.presence_penalty
+    spec.frequency_penalty = params.frequency_penalty
+    spec.repetition_penalty = params.repetition_penalty
+    spec.logit_bias = list(params.logit_bias)
+    spec.allowed_token_ids = list(params.allowed_token_ids or ())
+    spec.bad_words = [list(sequence) for sequence in bad_words]
+    spec.num_logprobs = params.num_logprobs(vocab_size)
+    spec.num_prompt_logprobs = params.num_prompt_logprobs(vocab_size)
     return spec
 
 
@@ -259,7 +354,10 @@ class ModelRunner(Closing):
         block_ids: BlockIds = (),
         prompt_len: int | None = None,
         num_computed: int = 0,
+        bad_words_token_ids: Sequence[Sequence[int]] = (),
         forced_token_ids: Sequence[int] = (),
+        grammar: bool = False,
+        num_scored: int = 0,
     ) -> RowHandle:
         """Admits a request into a free row; nothing is computed yet.
 
@@ -271,8 +369,16 @@ class ModelRunner(Closing):
                 for each. 0 stands for a block below the group's window that was given back.
             prompt_len: How many of token_ids are the prompt; all if None.
             num_computed: Leading tokens whose KV blocks are filled already.
+            bad_words_token_ids: Token sequences that the output must not contain; what
+                `Tokenizer.encode_bad_words` makes of params.bad_words, as a runner has no
+                tokenizer.
             forced_token_ids: Outputs, counted from prompt_len, whatever is drawn; for testing, with
                 `force_tokens=True`.
+            grammar: Whether the caller sets a mask of the tokens that may come before each draw:
+                `PendingStep.set_masks`. Such a row has no drafts. `structured_outputs` of `params`
+                must be None: `mrv1.structured_outputs.GrammarCompiler` makes matchers of it.
+            num_scored: With params.prompt_logprobs, how many tokens `PromptLogprobs` has come for
+                already, as to a row that was preempted. So many leading tokens may be computed.
 
         Raises:
             InvalidArgumentError: Something does not fit; the runner is as it was.
@@ -285,20 +391,45 @@ class ModelRunner(Closing):
             raise InvalidArgumentError(
                 field="params.n", value=params.n, allowed="1: a row is one sample"
             )
+        if not isinstance(grammar, bool):
+            raise InvalidArgumentError(field="grammar", value=grammar, allowed="True or False")
+        if params.structured_outputs is not None:
+            raise InvalidArgumentError(
+                field="params.structured_outputs",
+                value=params.structured_outputs,
+                allowed="None: a runner knows no text; see grammar",
+            )
         params.validate_for(
             self.model.config.vocab_size,
             self.model.max_model_len,
             max_speculative_tokens=self.model.num_speculative_tokens,
+            max_logprobs=self.model.max_logprobs,
         )
+        if params.bad_words and not bad_words_token_ids:
+            raise InvalidArgumentError(
+                field="params.bad_words",
+                value=params.bad_words,
+                allowed="empty, or given as bad_words_token_ids too: a runner has no tokenizer",
+            )
+        bad_words = [
+            [_index(f"bad_words_token_ids[{place}]", token) for token in sequence]
+            for place, sequence in enumerate(bad_words_token_ids)
+        ]
+        check_bad_words(params, bad_words)
+        check_stops(params, None)
         spec = make_row_spec(
             token_ids,
             params,
+            vocab_size=self.model.config.vocab_size,
             eos_token_ids=self.model.config.eos_token_ids,
+            bad_words=bad_words,
             prompt_len=prompt_len,
             num_computed=num_computed,
             block_ids=block_ids,
             forced_token_ids=forced_token_ids,
+            num_scored=num_scored,
         )
+        spec.grammar = grammar
         return RowHandle(*self._native.add_row(spec))
 
     @property
@@ -418,8 +549,9 @@ class ModelRunner(Closing):
     def logits(self, item: int) -> np.ndarray:
         """Logits of the newest step for one item of its batch: [vocab] float32; waits for it.
 
-        As the sampler left them: stop tokens that min_tokens masked are -inf. Empty if no token was
-        drawn for the item.
+        As the sampler left them: the model's, unless the row's parameters edit logits. Of edits,
+        those of stop tokens, biases, penalties and bad words are in them and masks may be. Empty if
+        no token was drawn for the item.
 
         Raises:
             InvalidArgumentError: There is no such item, or no step yet.
@@ -479,7 +611,8 @@ class ModelRunner(Closing):
         steps (records sent, those that only change rows included), batches (steps that ran the
         program), steps_eager, steps_piecewise and steps_full (batches by how they reached the
         device), host_ns (host time inside execute, waiting aside), control_bytes and output_bytes
-        (sent to and received from the device); of the whole device kernel_launches and
+        (sent to and received from the device), mask_bytes (of host memory, for rows with a grammar:
+        allocated with the first one, for all rows); of the whole device kernel_launches and
         graph_launches, waits (blocking calls), allocations and copies.
         """
         counts: dict[str, int] = self._native.stats()

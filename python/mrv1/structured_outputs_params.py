@@ -30,7 +30,7 @@ class StructuredOutputsParams:
         regex: A regular expression that the whole text matches.
         choice: Texts of which the text is one; a list of at least one, stored as a tuple without
             repetitions.
-        grammar: A context-free grammar in Lark's notation.
+        grammar: A context-free grammar in Lark's notation or in GBNF.
         json_object: True for any JSON object.
     """
 

@@ -255,6 +255,10 @@ class Tokenizer:
                 self._texts[token_id] = text
         return text
 
+    def to_json(self) -> str:
+        """Returns tokenizer.json as it is in use, with the tokens that were added."""
+        return self._backend.to_str()
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the directory has a chat template."""

@@ -30,6 +30,7 @@ const Kernels& cuda_kernels() {
       .infer_param_view = infer_param_view_cuda,
       .sample = sample_cuda,
       .advance = advance_cuda,
+      .score_rows = score_rows_cuda,
       .copy_blocks = copy_blocks_cuda,
       .gather_blocks = gather_blocks_cuda,
       .zero_blocks = zero_blocks_cuda,

@@ -1,8 +1,10 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "bind/bind.h"
+#include "bind/grammar.h"
 #include "bind/logprobs.h"
 #include "bind/runner_handle.h"
 #include "engine/engine_thread.h"
@@ -13,10 +15,23 @@ namespace {
 struct EngineHandle : Handle<EngineThread> {
   using Handle::Handle;
 
+  // What Python lets go of without closing it ends as one that is closed. The thread may want the
+  // GIL for masks, so that waiting for it with the GIL would last for ever.
+  ~EngineHandle() {
+    nb::gil_scoped_release release;
+    close();
+  }
+
   // Ends the thread first, so that whoever waits for outputs comes back.
   void close() {
     try {
-      share()->stop();
+      const std::shared_ptr<EngineThread> engine = share();
+      if (engine->is_own_thread()) {
+        // A finalizer that runs while masks are made: the thread cannot wait for itself.
+        std::thread([engine] { engine->stop(); }).detach();
+      } else {
+        engine->stop();
+      }
     } catch (const Error&) {
       // Closed already, or another process's.
     }
@@ -73,7 +88,19 @@ void bind_engine(nb::module_& m) {
       .def_ro("num_cached_tokens", &RequestOutput::num_cached_tokens,
               "Tokens of the prompt that were not computed for this sample.")
       .def_ro("num_draft_tokens", &RequestOutput::num_draft_tokens, "Of the request so far.")
-      .def_ro("num_accepted_tokens", &RequestOutput::num_accepted_tokens, "Of the request so far.");
+      .def_ro("num_accepted_tokens", &RequestOutput::num_accepted_tokens, "Of the request so far.")
+      .def_prop_ro(
+          "prompt_logprobs",
+          [](const RequestOutput& self) -> nb::object {
+            const PromptLogprobs& prompt = self.prompt_logprobs;
+            if (prompt.num_logprobs < 0) return nb::none();
+            return prompt_logprob_arrays(prompt.tokens, prompt.num_logprobs);
+          },
+          nb::sig("def prompt_logprobs(self) -> tuple[NDArray[numpy.int32], "
+                  "NDArray[numpy.float32], NDArray[numpy.int32]] | None"),
+          "Token ids, logprobs and ranks of the prompt's tokens but the first, [tokens, 1 +\n"
+          "num_prompt_logprobs], each token's own first: once, with the first token of one of the\n"
+          "samples. None otherwise.");
   nb::class_<EngineOptions>(m, "EngineOptions")
       .def(
           "__init__",
@@ -94,14 +121,19 @@ void bind_engine(nb::module_& m) {
           "__init__",
           [](EngineHandle* self, const RunnerHandle& runner, const EngineOptions& options) {
             new (self)
-                EngineHandle(std::make_shared<EngineThread>(runner.share(), options), "engine");
+                EngineHandle(std::make_shared<EngineThread>(runner.share(), options,
+                                                            std::make_shared<PythonMaskSource>()),
+                             "engine");
           },
           nb::arg("runner"), nb::arg("options") = EngineOptions{},
           nb::sig("def __init__(self, runner: ModelRunner, options: EngineOptions = ...) -> None"))
       .def(
           "add_request",
           [](const EngineHandle& self, std::string id, const RowSpec& row, int32_t priority,
-             int32_t n, uint64_t cache_salt, bool skip_prefix_cache) {
+             int32_t n, uint64_t cache_salt, bool skip_prefix_cache,
+             std::shared_ptr<PythonGrammar> grammar) {
+            check(grammar == nullptr || static_cast<int32_t>(grammar->num_samples()) == n,
+                  "add_request", "the grammar is not for n = ", n, " samples");
             NamedRequest request;
             request.id = std::move(id);
             request.samples = n;
@@ -109,11 +141,13 @@ void bind_engine(nb::module_& m) {
             request.spec.priority = priority;
             request.spec.scope.salt = cache_salt;
             request.spec.use_prefix_cache = !skip_prefix_cache;
+            request.spec.row.grammar = grammar != nullptr;
+            request.spec.grammar = std::move(grammar);
             self->add_request(std::move(request));
           },
           nb::arg("id"), nb::arg("row"), nb::kw_only(), nb::arg("priority") = 0, nb::arg("n") = 1,
           nb::arg("cache_salt") = 0, nb::arg("skip_prefix_cache") = false,
-          nb::call_guard<nb::gil_scoped_release>(),
+          nb::arg("grammar").none() = nb::none(), nb::call_guard<nb::gil_scoped_release>(),
           "Queues a request.\n\n"
           "Args:\n"
           "    id: Unique among the requests whose last output was not returned yet.\n"
@@ -122,7 +156,8 @@ void bind_engine(nb::module_& m) {
           "    n: Samples; they share the blocks of the prompt. Sample i draws with seed + i.\n"
           "    cache_salt: Requests share cached blocks only where it is equal.\n"
           "    skip_prefix_cache: Neither take blocks from the prefix cache nor leave any "
-          "there.\n\n"
+          "there.\n"
+          "    grammar: What the outputs must follow; None: anything.\n\n"
           "Raises:\n"
           "    RequestError: the id is in use, or the request could never run.\n"
           "    InvalidArgumentError: a field of row is out of range.")

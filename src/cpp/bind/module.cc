@@ -1,5 +1,6 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include "bind/bind.h"
+#include "bind/grammar.h"
 
 namespace mrv1 {
 namespace {
@@ -50,6 +51,7 @@ NB_MODULE(_core, m) {
   mrv1::bind_session(m);
   mrv1::bind_sampling(m);
   mrv1::bind_runner(m);
+  mrv1::bind_grammar(m);
   mrv1::bind_engine(m);
   mrv1::bind_bench(m);
   mrv1::bind_cache_write_probe(m);

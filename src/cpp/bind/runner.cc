@@ -7,6 +7,8 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "bind/bind.h"
 #include "bind/logprobs.h"
 #include "bind/runner_arrays.h"
@@ -124,6 +126,23 @@ nb::dict infer_param_view(const DeviceHandle& handle, IntArray encoder, IntArray
     dict[field.name] = to_numpy(values, {values.size()});
   }
   return dict;
+}
+
+using MaskArray = nb::ndarray<const uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void set_masks(const RunnerHandle& self, const MaskArray& masks) {
+  const std::shared_ptr<ModelRunner> runner = self.share();
+  const size_t count = runner->masked_items().size();
+  const auto words = static_cast<size_t>(runner->masks().words());
+  check(runner->cut_step() != 0, "set_masks", "no step waits for masks");
+  check(masks.shape(0) == count && masks.shape(1) == words, "set_masks", "masks is [",
+        masks.shape(0), ", ", masks.shape(1), "], not [", count, ", ", words, "]");
+  runner->wait_masks();
+  for (size_t i = 0; i < count; ++i) {
+    std::copy_n(masks.data() + i * words, words,
+                runner->masks().mask(runner->masked_row(i)).data());
+  }
+  runner->finish_step();
 }
 
 }  // namespace
@@ -247,6 +266,13 @@ void bind_runner(nb::module_& m) {
       .def_rw("bad_words", &RowSpec::bad_words, "Token sequences that never come out whole.")
       .def_rw("num_logprobs", &RowSpec::num_logprobs,
               "Candidates to report beside each token; -1: no logprobs.")
+      .def_rw("grammar", &RowSpec::grammar,
+              "A mask of the tokens that may come is set before each draw; there are no drafts.")
+      .def_rw("num_prompt_logprobs", &RowSpec::num_prompt_logprobs,
+              "Candidates to report beside each token of the prompt but the first; -1: no logprobs "
+              "of it.")
+      .def_rw("num_scored", &RowSpec::num_scored,
+              "Leading tokens after which the prompt's next one has been reported before.")
       .def_rw("block_ids", &RowSpec::block_ids);
 
   nb::enum_<FinishReason>(m, "FinishReason")
@@ -314,7 +340,23 @@ void bind_runner(nb::module_& m) {
           nb::sig("def logprobs(self, entry: int) -> tuple[list[int], list[float], list[int]] | "
                   "None"),
           "Token ids, logprobs and ranks of an entry: for each new token a group of\n"
-          "1 + num_logprobs, the token itself first. None without logprobs.");
+          "1 + num_logprobs, the token itself first. None without logprobs.")
+      .def(
+          "prompt_logprobs",
+          [](const StepOutput& self, size_t entry) -> nb::object {
+            const PromptScores* scores = self.scores_of(entry);
+            if (scores == nullptr) return nb::none();
+            return nb::make_tuple(scores->position,
+                                  prompt_logprob_arrays(scores->logprobs, scores->num_logprobs));
+          },
+          nb::arg("entry"),
+          nb::sig("def prompt_logprobs(self, entry: int) -> tuple[int, "
+                  "tuple[NDArray[numpy.int32], NDArray[numpy.float32], NDArray[numpy.int32]]] | "
+                  "None"),
+          "Of the tokens of an entry's prompt that the step scored: the position of the first, "
+          "and\n"
+          "token ids, logprobs and ranks, [tokens, 1 + num_prompt_logprobs], each token's own\n"
+          "first. NaN where the logits hold a NaN. None if it scored none.");
 
   nb::class_<RunnerHandle>(m, "ModelRunner", "See mrv1.runner.ModelRunner.")
       .def(
@@ -469,6 +511,7 @@ void bind_runner(nb::module_& m) {
             dict["host_ns"] = stats.host_ns;
             dict["control_bytes"] = stats.control_bytes;
             dict["output_bytes"] = stats.output_bytes;
+            dict["mask_bytes"] = stats.mask_bytes;
             for (int mode = 0; mode < kNumStepModes; ++mode) {
               const std::string name = step_mode_name(static_cast<StepMode>(mode));
               dict[("steps_" + name).c_str()] = stats.steps_by_mode[mode];
@@ -503,6 +546,19 @@ void bind_runner(nb::module_& m) {
           },
           "Why a step did not run in the mode that was asked for, each reason once, else empty;\n"
           "and whether it was one of decoding requests only.")
+      .def_prop_ro(
+          "masked_items",
+          [](const RunnerHandle& self) {
+            const std::span<const int32_t> items = self->masked_items();
+            return std::vector<int32_t>(items.begin(), items.end());
+          },
+          "Items of the newest step's batch that draw under a mask.")
+      .def_prop_ro(
+          "cut_step", [](const RunnerHandle& self) { return self->cut_step(); },
+          "Step that waits for masks; 0 if there is none.")
+      .def("set_masks", &set_masks, nb::arg("masks"), nb::call_guard<nb::gil_scoped_release>(),
+           "Sets the masks of `masked_items`, uint32 [items, ceil(vocab / 32)], and launches the\n"
+           "rest of `cut_step`. Waits for the step before.")
       .def(
           "fail_next_step",
           [](const RunnerHandle& self, const std::string& message) {

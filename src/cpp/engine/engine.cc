@@ -39,13 +39,15 @@ std::vector<int32_t> group_windows(const ModelRunner& runner) {
 
 }  // namespace
 
-Engine::Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching)
+Engine::Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching,
+               std::shared_ptr<MaskSource> mask_source)
     : runner_(std::move(runner)),
       enable_prefix_caching_(enable_prefix_caching),
       block_size_(runner_->config().block_size),
       windows_(group_windows(*runner_)),
       has_windows_(std::any_of(windows_.begin(), windows_.end(), [](int32_t w) { return w > 0; })),
-      pool_(runner_->config().num_blocks, block_size_, static_cast<int32_t>(windows_.size())) {
+      pool_(runner_->config().num_blocks, block_size_, static_cast<int32_t>(windows_.size())),
+      mask_source_(std::move(mask_source)) {
   const size_t rows = runner_->config().max_num_seqs;
   running_.reserve(rows);
   planned_.reserve(rows);
@@ -68,6 +70,9 @@ void Engine::check(const RequestSpec& spec) const {
            config.max_model_len - 1, " fit max_model_len ", config.max_model_len);
   }
   runner_->check_spec(row);
+  check_internal(row.grammar == (spec.grammar != nullptr) &&
+                     (spec.grammar == nullptr || mask_source_ != nullptr),
+                 "add_request", "a request with a grammar needs a source of masks");
   const auto most =
       static_cast<int32_t>(std::min<int64_t>(length + row.max_tokens, config.max_model_len));
   // The last token is never computed, so it needs no slot.
@@ -111,6 +116,11 @@ void Engine::add(RequestSpec spec, std::span<const int32_t> slots) {
       its.row = std::move(spec.row);
     }
     its.row.seed += i;
+    its.grammar = spec.grammar;
+    its.num_told = 0;
+    if (its.row.grammar) its.row.num_speculative_tokens = 0;
+    its.row.num_scored = 0;
+    its.prompt_logprobs = {};
     added.keeps_blocks = enable_prefix_caching_ && spec.use_prefix_cache;
     added.num_drafts = its.row.num_speculative_tokens < 0 ? config.num_speculative_tokens
                                                           : its.row.num_speculative_tokens;
@@ -173,6 +183,7 @@ void Engine::remove(int32_t slot, bool spoilt) {
       break;
   }
   reset_progress(ended);
+  its.grammar.reset();
   ended.state = RequestState::kNone;
   --num_requests_;
   promote_held(ended);
@@ -192,6 +203,8 @@ void Engine::promote_held(Request& first) {
   auto& held = details(first).held;
   const int32_t slot = held.front();
   RequestDetails& next = details(slot);
+  next.row.num_scored = details(first).row.num_scored;
+  next.prompt_logprobs = std::move(details(first).prompt_logprobs);
   next.held.assign(held.begin() + 1, held.end());
   held.clear();
   for (const int32_t other : next.held) details(other).first_sample = slot;
@@ -277,6 +290,19 @@ void Engine::keep_filled_blocks(Request& running) {
   }
 }
 
+// Adds what a step has scored; true if the prompt is complete.
+bool Engine::keep_scores(Request& running, const PromptScores& scores) {
+  RequestDetails& its = details(running);
+  auto& all = its.prompt_logprobs.tokens;
+  its.prompt_logprobs.num_logprobs = scores.num_logprobs;
+  if (all.empty()) {
+    all.reserve(static_cast<size_t>(its.row.prompt_len - 1) * (1 + scores.num_logprobs));
+  }
+  all.insert(all.end(), scores.logprobs.begin(), scores.logprobs.end());
+  its.row.num_scored += scores.num_tokens;
+  return scores.complete;
+}
+
 // The first sample's prompt is in its blocks: the others share them, and wait for rows.
 void Engine::fork_held(Request& running) {
   RequestDetails& first = details(running);
@@ -284,6 +310,7 @@ void Engine::fork_held(Request& running) {
   for (const int32_t slot : first.held) {
     RequestDetails& sample = details(slot);
     sample.first_sample = -1;
+    sample.row.num_prompt_logprobs = -1;  // the first sample's are the request's
     request(slot).num_computed = first.row.prompt_len - 1;
     for (int32_t group = 0; group < num_groups(); ++group) {
       sample.blocks[group].assign(first.blocks[group].begin(), first.blocks[group].begin() + count);
@@ -329,6 +356,7 @@ void Engine::step(EventBatch& out) {
   const bool idle = num_in_flight_ == 0;
   const size_t events = out.events.size();
   const bool launched = launch(out);
+  if (runner_->cut_step() != 0) finish_cut_step();
   if (num_in_flight_ >= kRunAhead || (!launched && num_in_flight_ > 0)) {
     take_in(out);
   } else if (!launched && idle && num_requests_ > 0 && out.events.size() == events) {
@@ -336,6 +364,7 @@ void Engine::step(EventBatch& out) {
   }
   // Nobody is left to ask for the steps that still run: bring blocks home.
   while (num_requests_ == 0 && num_in_flight_ > 0) take_in(out);
+  if (!unmasked_.empty()) end_unmasked(out);
   release_drained();
 }
 
@@ -393,10 +422,9 @@ void Engine::prefetch_details(int32_t slot) const {
   for (size_t i = 0; i < 2 * 64; i += 64) __builtin_prefetch(line + i, 1);
 }
 
-void Engine::take_in(EventBatch& out) {
-  InFlight& oldest = in_flight_[first_in_flight_];
-  first_in_flight_ = (first_in_flight_ + 1) % kRunAhead;
-  --num_in_flight_;
+// Waits for the oldest step's output.
+void Engine::read_oldest() {
+  const InFlight& oldest = in_flight_[first_in_flight_];
   const uint64_t start = thread_cpu_ns();
   runner_->wait_step(oldest.step);
   stats_.device_wait_cpu_ns += thread_cpu_ns() - start;
@@ -408,6 +436,15 @@ void Engine::take_in(EventBatch& out) {
     output_.error = error.what();
     output_.entries.clear();
   }
+  oldest_is_read_ = true;
+}
+
+void Engine::take_in(EventBatch& out) {
+  if (!oldest_is_read_) read_oldest();
+  oldest_is_read_ = false;
+  InFlight& oldest = in_flight_[first_in_flight_];
+  first_in_flight_ = (first_in_flight_ + 1) % kRunAhead;
+  --num_in_flight_;
   retired_ = oldest.step;
   for (size_t i = 0; i < oldest.requests.size(); ++i) {
     if (i + 2 * kPrefetch < oldest.requests.size()) {
@@ -443,6 +480,7 @@ void Engine::take_in(EventBatch& out) {
 void Engine::take_in_entry(const Planned& planned, size_t index, EventBatch& out) {
   const OutputEntry& entry = output_.entries[index];
   const std::span<const int32_t> tokens = output_.tokens(index);
+  const PromptScores* const scores = output_.scores_of(index);
   Request& running = request(planned.slot);
   if (entry.masked != 0) {
     // It ended in no step that was taken in, so the device never got it, or lost it.
@@ -452,6 +490,13 @@ void Engine::take_in_entry(const Planned& planned, size_t index, EventBatch& out
   const RequestEnd reason = end_of(entry.finish_reason);
   if (reason == RequestEnd::kError) {
     end(planned.slot, reason, "the logits hold no token to draw", out);
+    return;
+  }
+  if (scores != nullptr && scores->nan_position >= 0) {
+    end(planned.slot, RequestEnd::kError,
+        concat("token ", scores->nan_position,
+               " of the prompt has no logprob: the logits hold a NaN, or nothing above -inf"),
+        out);
     return;
   }
   // By what the step was counted with, the bounds were too high or too low.
@@ -478,6 +523,7 @@ void Engine::take_in_entry(const Planned& planned, size_t index, EventBatch& out
   if (has_windows_ && running.num_computed >= running.next_drop && reason == RequestEnd::kNone) {
     drop_below_window(running);
   }
+  const bool all_scored = scores != nullptr && keep_scores(running, *scores);
   if (tokens.empty()) return;
   emit(running, tokens, reason, "", out);
   RequestEvent& event = out.events.back();
@@ -485,6 +531,11 @@ void Engine::take_in_entry(const Planned& planned, size_t index, EventBatch& out
   const std::span<const TokenLogprob> logprobs = output_.token_logprobs(index);
   event.num_logprobs = static_cast<int32_t>(logprobs.size());
   out.logprobs.insert(out.logprobs.end(), logprobs.begin(), logprobs.end());
+  if (all_scored) {
+    event.prompt_logprobs = static_cast<int32_t>(out.prompt_logprobs.size());
+    out.prompt_logprobs.push_back(std::move(details(running).prompt_logprobs));
+    details(running).row.num_prompt_logprobs = -1;  // resumed, it scores nothing again
+  }
   if (reason != RequestEnd::kNone) remove(planned.slot, false);
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "engine/block_pool.h"
+#include "engine/mask_source.h"
 #include "engine/request.h"
 #include "runner/model_runner.h"
 
@@ -21,7 +22,9 @@ namespace mrv1 {
 // One thread at a time, but for check().
 class Engine {
  public:
-  Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching);
+  // `mask_source` serves requests with a grammar; without one they are refused.
+  Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching,
+         std::shared_ptr<MaskSource> mask_source = nullptr);
 
   // Throws kRequest or kInvalidArgument if the request could never run. Any thread.
   void check(const RequestSpec& spec) const;
@@ -86,6 +89,9 @@ class Engine {
   bool plan_batch();
   void plan_running(int32_t slot, size_t place);
   int32_t decode_tokens(const Request& running) const;
+  int32_t tokens_to_score(const Request& running, int32_t tokens) const;
+  int32_t scorable_tokens(const Request& running, int32_t tokens) const;
+  int64_t score_bytes(const Request& running, int32_t tokens) const;
   size_t place_of(const Urgency& urgency) const;
   int32_t cover(Request& running, int32_t tokens, size_t place);
   bool admit(int32_t slot, size_t place);
@@ -108,15 +114,23 @@ class Engine {
   // engine.cc: steps, and what comes of them.
   bool launch(EventBatch& out);
   void take_in(EventBatch& out);
+  void read_oldest();
   void prefetch(int32_t slot) const;
   void prefetch_details(int32_t slot) const;
   void take_in_entry(const Planned& planned, size_t index, EventBatch& out);
   void keep_filled_blocks(Request& running);
   void fork_held(Request& first);
+  bool keep_scores(Request& running, const PromptScores& scores);
   void drop_below_window(Request& running);
   void fail_touched(std::string_view error, EventBatch& out);
   void emit(const Request& request, std::span<const int32_t> tokens, RequestEnd end,
             std::string_view error, EventBatch& out);
+  // masks.cc: steps that are cut.
+  void finish_cut_step();
+  void ask_for_mask(const Planned& planned);
+  void fill_masks();
+  void end_unmasked(EventBatch& out);
+
   void append_tail(Request& running);
   void leave_row(Request& running);
   void release_blocks(std::vector<std::vector<int32_t>>& blocks);
@@ -166,6 +180,7 @@ class Engine {
   std::vector<Planned> planned_;
   std::vector<BatchItem> batch_;
   int32_t decode_budget_ = 0, prefill_budget_ = 0;
+  int64_t score_budget_ = 0;  // bytes of logprobs of prompts
   bool drafts_fit_ = true;
   int32_t promised_ = 0;       // blocks that running requests need for tokens known at admission
   int32_t touched_ = -1;       // slot that is worked on, in the batch or not yet
@@ -173,9 +188,22 @@ class Engine {
   int32_t blocked_slot_ = -1;  // head of the line that did not fit
   int32_t blocked_need_ = 0;   // free blocks it lacked
   int32_t blocked_steps_ = 0;  // since
-  StepOutput output_;
-  std::vector<int32_t> table_;     // scratch
-  std::vector<BlockCopy> copies_;  // scratch
+  StepOutput output_;          // of the oldest step, if it was read
+  bool oldest_is_read_ = false;
+
+  // The masks of the step that is cut.
+  const std::shared_ptr<MaskSource> mask_source_;
+  std::vector<MaskRequest> mask_requests_;
+  std::vector<Planned> masked_;             // one a mask request
+  std::vector<std::vector<int32_t>> told_;  // their new tokens
+  std::vector<int32_t> read_entries_;       // [row] entry of output_, -1 = none
+  struct Unmasked {
+    Planned planned;
+    std::string error;
+  };
+  std::vector<Unmasked> unmasked_;  // to end, as there was no mask
+  std::vector<int32_t> table_;      // scratch
+  std::vector<BlockCopy> copies_;   // scratch
   EngineStats stats_;
 };
 

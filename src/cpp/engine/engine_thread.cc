@@ -22,8 +22,10 @@ constexpr const char* kOutOfMemory = "ran out of host memory and has ended; clos
 
 }  // namespace
 
-EngineThread::EngineThread(std::shared_ptr<ModelRunner> runner, const EngineOptions& options)
-    : options_(options), engine_(std::move(runner), options.enable_prefix_caching) {
+EngineThread::EngineThread(std::shared_ptr<ModelRunner> runner, const EngineOptions& options,
+                           std::shared_ptr<MaskSource> mask_source)
+    : options_(options),
+      engine_(std::move(runner), options.enable_prefix_caching, std::move(mask_source)) {
   static_cast<EngineStats&>(stats_) = engine_.stats();
   if (!options_.background) return;
   try {
@@ -182,6 +184,9 @@ std::vector<RequestOutput> EngineThread::take_outputs() {
     output.num_cached_tokens = event.num_cached_tokens;
     output.num_draft_tokens = event.num_draft_tokens;
     output.num_accepted_tokens = event.num_accepted_tokens;
+    if (event.prompt_logprobs >= 0) {
+      output.prompt_logprobs = std::move(outputs_.prompt_logprobs[event.prompt_logprobs]);
+    }
   }
   if (out_of_memory_ && outputs_.events.empty()) {
     end_unfinished(outputs);
@@ -343,6 +348,10 @@ void EngineThread::hand_over_each() {
     if (event.error >= 0) {
       outputs_.errors.push_back(std::move(events_.errors[event.error]));
       event.error = static_cast<int32_t>(outputs_.errors.size()) - 1;
+    }
+    if (event.prompt_logprobs >= 0) {
+      outputs_.prompt_logprobs.push_back(std::move(events_.prompt_logprobs[event.prompt_logprobs]));
+      event.prompt_logprobs = static_cast<int32_t>(outputs_.prompt_logprobs.size()) - 1;
     }
     outputs_.tokens.insert(outputs_.tokens.end(), tokens, token);
     outputs_.logprobs.insert(outputs_.logprobs.end(), logprobs, logprob);

@@ -41,6 +41,7 @@ struct RequestOutput {
   std::string error;
   int32_t num_cached_tokens = 0;
   int32_t num_draft_tokens = 0, num_accepted_tokens = 0;  // of the request so far
+  PromptLogprobs prompt_logprobs;  // of the request, with the first token of one of its samples
 };
 
 struct EngineThreadStats : EngineStats {
@@ -57,7 +58,8 @@ class EngineThread {
  public:
   static constexpr int32_t kMaxSamples = 1024;
 
-  EngineThread(std::shared_ptr<ModelRunner> runner, const EngineOptions& options);
+  EngineThread(std::shared_ptr<ModelRunner> runner, const EngineOptions& options,
+               std::shared_ptr<MaskSource> mask_source = nullptr);
   ~EngineThread();  // as stop()
   EngineThread(const EngineThread&) = delete;
   EngineThread& operator=(const EngineThread&) = delete;
@@ -82,8 +84,10 @@ class EngineThread {
   void check_idle();
   void check_invariants();
   // Ends all requests with a kAbort, waits for the steps in flight and joins the thread. Later
-  // calls find an engine without requests that takes no new ones.
+  // calls find an engine without requests that takes no new ones. Not from the engine's own thread.
   void stop();
+  // Whether the engine's own thread calls this, as from within a mask source.
+  bool is_own_thread() const { return thread_.get_id() == std::this_thread::get_id(); }
 
  private:
   // A sample, by the slot that it has in the engine.

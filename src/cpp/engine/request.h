@@ -3,21 +3,31 @@
 
 #include <compare>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "engine/block_pool.h"
+#include "engine/mask_source.h"
 #include "runner/model_runner.h"
 
 namespace mrv1 {
 
-// A request as the engine takes it. Of `row`, num_computed and block_ids are the engine's to fill,
-// and every token of token_ids is the prompt's.
+// A request as the engine takes it. Of `row`, num_computed, block_ids and grammar are the engine's
+// to fill, and every token of token_ids is the prompt's.
 struct RequestSpec {
   RowSpec row;
   int32_t priority = 0;  // lower is more urgent; equal ones in order of arrival
   CacheScope scope;
-  bool use_prefix_cache = true;  // takes blocks from the prefix cache, and leaves its own there
+  bool use_prefix_cache = true;      // takes blocks from the prefix cache, and leaves its own there
+  std::shared_ptr<Grammar> grammar;  // of all samples; null if outputs are free
+};
+
+// Logprobs of the tokens of a prompt but the first, given those before each:
+// [tokens, 1 + num_logprobs], of each token itself, then of the candidates.
+struct PromptLogprobs {
+  int32_t num_logprobs = -1;  // candidates; -1: there are none at all
+  std::vector<TokenLogprob> tokens;
 };
 
 enum class RequestEnd { kNone, kStop, kLength, kAbort, kError };
@@ -26,10 +36,11 @@ enum class RequestEnd { kNone, kStop, kLength, kAbort, kError };
 struct RequestEvent {
   int32_t slot = -1;
   RequestEnd end = RequestEnd::kNone;
-  int32_t num_tokens = 0;      // that many of EventBatch::tokens
-  int32_t num_logprobs = 0;    // that many of EventBatch::logprobs
-  int32_t stop_sequence = -1;  // which one stopped the request
-  int32_t error = -1;          // index into EventBatch::errors
+  int32_t num_tokens = 0;        // that many of EventBatch::tokens
+  int32_t num_logprobs = 0;      // that many of EventBatch::logprobs
+  int32_t stop_sequence = -1;    // which one stopped the request
+  int32_t error = -1;            // index into EventBatch::errors
+  int32_t prompt_logprobs = -1;  // index into EventBatch::prompt_logprobs
   int32_t num_cached_tokens = 0;
   int32_t num_draft_tokens = 0, num_accepted_tokens = 0;  // of the request so far
 };
@@ -41,6 +52,7 @@ struct EventBatch {
   std::vector<int32_t> tokens;         // of the events, one after the other
   std::vector<TokenLogprob> logprobs;  // of the events, as StepOutput has them
   std::vector<std::string> errors;
+  std::vector<PromptLogprobs> prompt_logprobs;
 
   void clear() {
     events.clear();
@@ -48,6 +60,7 @@ struct EventBatch {
     tokens.clear();
     logprobs.clear();
     errors.clear();
+    prompt_logprobs.clear();
   }
 };
 
@@ -118,11 +131,14 @@ struct alignas(64) RequestDetails {
   int32_t prefix = BlockPool::kRoot;  // pinned: of the first num_kept blocks
   bool forked = false;                // waiting, with blocks of the first sample
   RowSpec row;                        // token_ids grows with the outputs
+  std::shared_ptr<Grammar> grammar;
+  int32_t num_told = 0;  // outputs that the grammar has heard of
   Urgency urgency;
   std::vector<int32_t> num_dropped;  // [group] leading blocks below the window
   int32_t num_draft_tokens = 0, num_accepted_tokens = 0;
-  int32_t first_sample = -1;  // held: the slot of the one that computes the prompt
-  std::vector<int32_t> held;  // slots of samples that wait for this one's prompt
+  int32_t first_sample = -1;       // held: the slot of the one that computes the prompt
+  std::vector<int32_t> held;       // slots of samples that wait for this one's prompt
+  PromptLogprobs prompt_logprobs;  // of the tokens scored so far; row.num_scored follows
 };
 
 }  // namespace mrv1

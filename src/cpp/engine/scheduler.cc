@@ -94,6 +94,7 @@ bool Engine::plan_batch() {
   }
   decode_budget_ = static_cast<int32_t>(decode);
   prefill_budget_ = limit - decode_budget_;
+  score_budget_ = runner_->prompt_score_bytes();
 
   bool line_moves = true;
   // Where the head of the line belongs among the running ones; a preempted one belongs at the end.
@@ -121,12 +122,38 @@ void Engine::plan_running(int32_t slot, size_t place) {
   const int32_t wanted =
       prefill ? running.prefill_target - running.num_launched : decode_tokens(running);
   int32_t tokens = std::min(wanted, budget);
+  if (prefill) tokens = scorable_tokens(running, tokens);
   if (tokens <= 0) return;
   tokens = cover(running, tokens, place);
   if (tokens <= 0) return;
   budget -= tokens;
+  if (prefill) score_budget_ -= score_bytes(running, tokens);
   planned_.push_back({slot, tokens, running.handle, !prefill});
   batch_.push_back({running.handle.row, tokens, running.handle.generation});
+}
+
+// How many of the request's next tokens the prompt's tokens after them are to be scored from.
+int32_t Engine::tokens_to_score(const Request& running, int32_t tokens) const {
+  const RowSpec& row = details(running).row;
+  if (row.num_prompt_logprobs < 0) return 0;
+  const int32_t first = std::max(running.num_launched, row.num_scored);
+  const int32_t last = std::min(running.num_launched + tokens, row.prompt_len - 1);
+  return std::max(0, last - first);
+}
+
+int64_t Engine::score_bytes(const Request& running, int32_t tokens) const {
+  const int32_t count = tokens_to_score(running, tokens);
+  return count == 0 ? 0 : count * logprob_record_bytes(details(running).row.num_prompt_logprobs);
+}
+
+// Of the next tokens of a prompt, as many as the step has room for the logprobs of.
+int32_t Engine::scorable_tokens(const Request& running, int32_t tokens) const {
+  const int64_t bytes = score_bytes(running, tokens);
+  if (bytes <= score_budget_) return tokens;
+  const int32_t count = tokens_to_score(running, tokens);
+  const int64_t fit = score_budget_ / (bytes / count);
+  const int32_t first = std::max(0, details(running).row.num_scored - running.num_launched);
+  return first + static_cast<int32_t>(fit);
 }
 
 // Gives the request blocks for its next tokens; returns for how many it has them. The last token of
@@ -221,7 +248,9 @@ Engine::Hit Engine::find_prefix(const Request& head) {
   if (!head.keeps_blocks) return best;
   const RequestDetails& its = details(head);
   const int32_t* tokens = its.row.token_ids.data();
-  const int32_t most = (head.prefill_target - 1) / block_size_;
+  int32_t most = (head.prefill_target - 1) / block_size_;
+  // Tokens that the prompt's next ones are still to be scored from are computed.
+  if (its.row.num_prompt_logprobs >= 0) most = its.row.num_scored / block_size_;
   table_.assign(num_groups(), 0);  // blocks in a row that are there, up to this one
   int32_t prefix = BlockPool::kRoot;
   for (int32_t count = 1; count <= most; ++count, tokens += block_size_) {

@@ -18,11 +18,14 @@
 #include "ops/swap_blocks.h"
 #include "ops/token_map.h"
 #include "ops/zero_blocks.h"
+#include "sampling/penalties.h"
 #include "sampling/sample.h"
+#include "sampling/score.h"
 #include "state/infer_param_view.h"
 #include "state/infer_params.h"
 #include "state/output_ring.h"
 #include "state/propose.h"
+#include "state/score_rows.h"
 
 namespace mrv1 {
 
@@ -58,8 +61,14 @@ struct Kernels {
   void (*propose)(const StepContext&);
   void (*infer_params)(const StepContext&);
   void (*infer_param_view)(const InferParamInputs&, const InferParamView&, const StepContext&);
+  void (*count_tokens)(const StepContext&);
   void (*sample)(const SampleParams&, const StepContext&);
   void (*advance)(const StepContext&);
+
+  // Before sample, in steps that score prompts: the rows of a pass of the output head, and the
+  // logprobs of their targets.
+  void (*score_rows)(const ScoreRowsParams&, const StepContext&);
+  void (*score)(const ScoreParams&, const StepContext&);
 
   // Between steps: blocks that a row is about to write and shares with others.
   void (*copy_blocks)(const CopyBlocksParams&, const StepContext&);

@@ -77,11 +77,11 @@ std::vector<int32_t> GraphLadder::default_piecewise(int32_t max_tokens) {
   return sizes;
 }
 
-StepShape GraphLadder::choose(std::span<const BatchEntry> entries, StepSizes exact) {
+StepShape GraphLadder::choose(std::span<const BatchEntry> entries, StepSizes exact, bool scores) {
   exact.speculates = std::any_of(entries.begin(), entries.end(),
                                  [](const BatchEntry& entry) { return entry.samples > 1; });
   // Eager steps take the sizes of whole steps too, to run what the graphs would.
-  const size_t num_full = mode_ == StepMode::kPiecewise ? 0 : full_.size();
+  const size_t num_full = mode_ == StepMode::kPiecewise || scores ? 0 : full_.size();
   for (size_t i = 0; i < num_full; ++i) {
     const CaptureSize& size = full_[i];
     if (size.requests < exact.num_requests || size.tokens() < exact.num_tokens) continue;

@@ -36,6 +36,7 @@ struct StepShape {
   bool whole = false;  // the size is one of whole steps, so these kernels run in every mode
   StepSizes sizes;
   PrefillWork prefill = {};
+  bool cut = false;  // the draw, and what follows it, is launched apart from the rest
 };
 
 // The sizes that are captured, and which of them a batch runs at: the smallest that holds it.
@@ -60,7 +61,8 @@ class GraphLadder {
 
   // What a step of a size is launched for.
   StepSizes sizes_of(const CaptureSize& size) const;
-  StepShape choose(std::span<const BatchEntry> entries, StepSizes exact);
+  // With `scores`, tokens of prompts are scored too: work that no whole step has room for.
+  StepShape choose(std::span<const BatchEntry> entries, StepSizes exact, bool scores);
   // A batch that could not use the mode that was asked for; each kind of miss is told once.
   struct Miss {
     std::string text;          // empty: nothing new

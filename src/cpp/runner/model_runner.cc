@@ -65,12 +65,14 @@ PlanLimits ModelRunner::plan_limits(const RunnerConfig& config) {
   // No other cache is dequantised for prompts, nor this one where all rows take one kernel.
   const bool dequantises = config.kv_cache.dtype == DType::kE4M3 && !config.batch_invariant;
   const int64_t keys = int64_t{config.max_num_seqs} * config.max_model_len;
-  return {config.max_num_batched_tokens, max_logits_rows(config), config.max_num_seqs,
-          dequantises ? keys : 0};
+  const int32_t logits =
+      config.max_logprobs < 0 ? max_logits_rows(config) : PromptScorer::max_rows(config);
+  return {config.max_num_batched_tokens, logits, config.max_num_seqs, dequantises ? keys : 0};
 }
 
 Program ModelRunner::prepared(Program program, const RunnerConfig& config) {
-  if (config.keep_hidden_states) {
+  // Prompts are scored from them in several passes of the head.
+  if (config.keep_hidden_states || config.max_logprobs >= 0) {
     check(program.hidden_value() >= 0, "runner", "the program has no logits");
     program.output(program.hidden_value());
   }
@@ -102,6 +104,7 @@ MemoryPlan ModelRunner::plan_memory(const Program& wired, const RunnerConfig& co
       sizeof(uint64_t) +
       kSlots * static_cast<int64_t>(control_slot_bytes(config, groups) + output_slot_bytes(config));
   plan.state += KvStore::other_bytes(config.kv_cache, program);
+  if (config.max_logprobs >= 0) plan.state += PromptScorer::bytes(config, kSlots);
   plan.per_block = KvStore::block_bytes(config.kv_cache, program, config.block_size);
   return plan;
 }
@@ -181,6 +184,7 @@ ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
       config_(checked_config(program_, config, *device_)),
       weights_(program_, *device_),
       kv_layout_(program_.kv_layout()),
+      masks_(config_.max_num_seqs, vocab_size(program_)),
       memory_plan_(plan_memory(program_, config_, *device_)) {
   device_->linear_context();  // a missing library is reported here, not in a step
   kv_ = std::make_unique<KvStore>(*device_, config_.kv_cache, program_, config_.num_blocks,
@@ -194,6 +198,9 @@ ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
   allocate_rings();
   step_ = std::make_unique<Step>(program_, *executable_, *device_, ctx_);
   if (view_) step_->set_view(view_inputs_, *view_);
+  if (config_.max_logprobs >= 0) {
+    scorer_ = std::make_unique<PromptScorer>(config_, kSlots, *device_);
+  }
 }
 
 ModelRunner::~ModelRunner() {
@@ -290,7 +297,7 @@ void ModelRunner::allocate_state() {
   ctx_.workspace = workspace_.data();
 
   rows_ = std::make_unique<RowTable>(
-      config_, state.vocab_size, kv_layout_.groups, [this] { send_changes(); },
+      config_, state.vocab_size, kv_layout_.groups, masks_, [this] { send_changes(); },
       [this](int64_t words) { return state_array<int32_t>(words, "sampling lists"); });
   entries_.reserve(rows);
 }
@@ -322,9 +329,21 @@ void ModelRunner::allocate_rings() {
   }
 }
 
-// --- blocks ------------------------------------------------------------------------------------
+// --- rows and blocks
+// ------------------------------------------------------------------------------------
+
+RowHandle ModelRunner::add_row(const RowSpec& spec) {
+  check_no_cut("add_row");
+  if (spec.grammar && masks_.bytes() == 0) {
+    masks_.allocate(*device_);
+    std::lock_guard lock(side_mutex_);
+    stats_.mask_bytes = masks_.bytes();
+  }
+  return rows_->add(spec);
+}
 
 void ModelRunner::copy_blocks(std::span<const BlockCopy> copies) {
+  check_no_cut("copy_blocks");
   check_copies(copies, config_.num_blocks);
   struct Task {
     ModelRunner* runner;
@@ -359,12 +378,15 @@ void ModelRunner::copy_blocks(std::span<const BlockCopy> copies) {
 uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
   const auto start = std::chrono::steady_clock::now();
   waited_ns_ = 0;
+  check_no_cut("execute");
   check(batch.size() <= static_cast<size_t>(config_.max_num_seqs), "execute", "a batch holds ",
         config_.max_num_seqs, " rows, not ", batch.size());
   int64_t tokens = 0;
   int32_t samples = 0;
   PrefillWork prefill;
   entries_.clear();
+  masked_items_.clear();
+  scored_.clear();
   ++batch_mark_;
   for (const BatchItem& item : batch) {
     HostRow& row = rows_->checked({item.row, item.generation}, "execute");
@@ -376,22 +398,30 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
       const int64_t keys = int64_t{row.num_launched} + item.num_tokens;
       prefill.keys += keys;
       prefill.scores += keys * item.num_tokens;
+      ScoredTokens scored;
+      scored.entry = static_cast<int32_t>(entries_.size());
+      if (rows_->scores(item, scored)) scored_.push_back(scored);
     }
     const int32_t draws = RowTable::num_samples(item, row);
     samples += draws;
+    if (row.has_grammar && draws > 0) {
+      masked_items_.push_back(static_cast<int32_t>(entries_.size()));
+    }
     entries_.push_back({item.row, row.generation, item.num_tokens, draws});
   }
   check(tokens <= config_.max_num_batched_tokens, "execute", "the batch has ", tokens,
         " tokens, max_num_batched_tokens is ", config_.max_num_batched_tokens);
+  if (!scored_.empty()) scorer_->place(scored_);
   StepShape shape;
   if (!batch.empty()) {
     const StepSizes exact{static_cast<int32_t>(batch.size()), static_cast<int32_t>(tokens),
                           samples};
     {
       std::lock_guard lock(side_mutex_);
-      shape = ladder_.choose(entries_, exact);
+      shape = ladder_.choose(entries_, exact, !scored_.empty());
     }
     shape.prefill = prefill;
+    shape.cut = !masked_items_.empty();
     // Until there are graphs, the same kernels are launched one by one.
     if (!captured_) shape.mode = StepMode::kEager;
     if (shape.mode == StepMode::kEager) {
@@ -401,7 +431,8 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
       sizes.num_logits = std::max(sizes.num_logits, config_.pad_requests);
     }
   }
-  const uint64_t step = submit(entries_, shape);
+  const uint64_t step = submit(entries_, shape, scored_);
+  if (shape.cut) cut_step_ = step;
   slot_of(step).delivered = false;
   if (rows_->has_logprobs()) {
     for (const BatchItem& item : batch) {
@@ -435,7 +466,8 @@ void ModelRunner::send_changes() {
   }
 }
 
-uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShape& shape) {
+uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShape& shape,
+                             std::span<const ScoredTokens> scored) {
   Slot& slot = slot_of(next_step_);
   if (slot.step != 0) {
     const auto start = std::chrono::steady_clock::now();
@@ -452,6 +484,7 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShap
   slot.injected.clear();
   slot.marks.clear();
   slot.num_logprobs.clear();
+  slot.scored.assign(scored.begin(), scored.end());
   {
     std::lock_guard lock(side_mutex_);
     if (!entries.empty()) slot.injected.swap(injected_failure_);
@@ -465,6 +498,19 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShap
   return step;
 }
 
+void ModelRunner::finish_step() {
+  const auto start = std::chrono::steady_clock::now();
+  check(cut_step_ != 0, "finish_step", "no step waits for it");
+  device_->submit(&ModelRunner::run_rest, &slot_of(std::exchange(cut_step_, 0)));
+  std::lock_guard lock(side_mutex_);
+  stats_.host_ns += nanoseconds_since(start);
+}
+
+void ModelRunner::refuse_cut(const char* where) const {
+  fail(ErrorKind::kInvalidArgument, where, "step ", cut_step_,
+       " waits for the masks of its rows and must be finished first");
+}
+
 void ModelRunner::run_step(void* arg) {
   Slot& slot = *static_cast<Slot*>(arg);
   ModelRunner& runner = *slot.runner;
@@ -473,12 +519,22 @@ void ModelRunner::run_step(void* arg) {
       fail(ErrorKind::kDevice, "copy_blocks", std::exchange(runner.failed_copy_, {}));
     }
     if (slot.injected.empty()) {
-      runner.step_->run(slot.shape);
+      runner.step_->run(slot.shape, {runner.scorer_.get(), slot.scored, slot.step % kSlots});
     } else {
       runner.step_->run_and_fail(slot.shape, slot.injected);
     }
   } catch (const std::exception& error) {
     runner.fail_step(slot, error.what());
+  }
+}
+
+void ModelRunner::run_rest(void* arg) {
+  Slot& slot = *static_cast<Slot*>(arg);
+  if (!slot.error.empty()) return;  // it has ended
+  try {
+    slot.runner->step_->run_rest(slot.shape);
+  } catch (const std::exception& error) {
+    slot.runner->fail_step(slot, error.what());
   }
 }
 
@@ -512,6 +568,7 @@ void ModelRunner::warm_up(const StepShape& shape) {
 
 CaptureReport ModelRunner::capture_graphs() {
   CaptureReport report;
+  check_no_cut("capture_graphs");
   if (config_.graph_mode == StepMode::kEager) return report;
   const size_t free_before = device_->memory().free_bytes;
   captured_ = false;
@@ -556,6 +613,13 @@ void ModelRunner::wait(const Slot& slot) const {
   device_->wait_sequence(slot.output->sequence, slot.step + 1);
 }
 
+// Steps end in order, so the one before has outlived all others.
+void ModelRunner::wait_before(uint64_t step) const {
+  if (step < 2) return;
+  const Slot& before = slots_[(step - 1) % kSlots];
+  if (before.step == step - 1) wait(before);
+}
+
 void ModelRunner::read_output(const Slot& slot, StepOutput& output) {
   output.step = slot.step;
   output.error = slot.error;
@@ -573,6 +637,10 @@ void ModelRunner::read_output(const Slot& slot, StepOutput& output) {
   output.logprobs.clear();
   output.logprobs_end.clear();
   if (!slot.num_logprobs.empty()) read_logprobs(slot, output);
+  output.prompt_scores.clear();
+  if (!slot.scored.empty()) {
+    scorer_->read(slot.scored, slot.step % kSlots, output.entries, output.prompt_scores);
+  }
 }
 
 void ModelRunner::read_logprobs(const Slot& slot, StepOutput& output) const {
@@ -581,17 +649,7 @@ void ModelRunner::read_logprobs(const Slot& slot, StepOutput& output) const {
     for (int32_t place = 0; place < places; ++place) {
       LogprobRecord* record = output_logprobs(slot.output, ctx_.infer.max_requests, ctx_.rows,
                                               static_cast<int32_t>(i), place);
-      output.logprobs.push_back({record->token, record->logprob, record->rank});
-      const std::span top(top_logprobs(record), static_cast<size_t>(std::max(0, record->count)));
-      if (record->count > kMaxSortedLogprobs) {
-        std::sort(top.begin(), top.end(), [](const TopLogprob& a, const TopLogprob& b) {
-          return a.logprob != b.logprob ? a.logprob > b.logprob : a.token < b.token;
-        });
-      }
-      int32_t rank = 0;
-      for (const TopLogprob& candidate : top) {
-        output.logprobs.push_back({candidate.token, candidate.logprob, ++rank});
-      }
+      append_logprobs(*record, output.logprobs);
     }
     output.logprobs_end.push_back(static_cast<int32_t>(output.logprobs.size()));
   }
@@ -617,6 +675,7 @@ void ModelRunner::result(uint64_t step, StepOutput& output) {
   Slot& slot = slot_of(step);
   check(slot.step == step && !slot.delivered, "result", "step ", step,
         " was never launched or its result was taken");
+  if (step == cut_step_) refuse_cut("result");
   slot.delivered = true;
   try {
     wait(slot);
@@ -641,6 +700,11 @@ void ModelRunner::wait_step(uint64_t step) noexcept {
 }
 
 void ModelRunner::discard(uint64_t step) {
+  if (step != 0 && step == cut_step_) {
+    wait_masks();
+    for (size_t i = 0; i < masked_items_.size(); ++i) masks_.allow_all(masked_row(i));
+    finish_step();
+  }
   kept_.erase(step);
   if (Slot& slot = slot_of(step); slot.step == step) slot.delivered = true;
 }
@@ -664,6 +728,7 @@ uint64_t ModelRunner::retired_step() const {
 
 void ModelRunner::wait_newest() const {
   check(newest_batch_step_ != 0, "runner", "no step has been executed");
+  check_no_cut("runner");
   device_->synchronize();
 }
 

@@ -14,10 +14,13 @@
 #include "io/weight_store.h"
 #include "program/executable.h"
 #include "program/program.h"
+#include "runner/grammar_masks.h"
 #include "runner/graph_ladder.h"
+#include "runner/prompt_scores.h"
 #include "runner/row_table.h"
 #include "runner/runner_config.h"
 #include "runner/step.h"
+#include "runner/token_logprobs.h"
 #include "state/infer_param_view.h"
 #include "state/output_ring.h"
 #include "state/step_context.h"
@@ -35,13 +38,6 @@ struct MemoryPlan {
   }
 };
 
-// What is known of a token beside others that might have come: see LogprobRecord.
-struct TokenLogprob {
-  int32_t token = -1;
-  float logprob = 0.0f;
-  int32_t rank = 0;
-};
-
 // What a retired step says: one entry an item of the batch, in the caller's order.
 struct StepOutput {
   uint64_t step = 0;
@@ -55,7 +51,8 @@ struct StepOutput {
   // Of the entries, one after the other, whose rows have logprobs: for each new token a group of
   // 1 + num_logprobs, the token itself first.
   std::vector<TokenLogprob> logprobs;
-  std::vector<int32_t> logprobs_end;  // [entries] into logprobs; empty if no row has any
+  std::vector<int32_t> logprobs_end;        // [entries] into logprobs; empty if no row has any
+  std::vector<PromptScores> prompt_scores;  // of entries that score their prompts
 
   // The new tokens of an entry.
   std::span<const int32_t> tokens(size_t entry) const {
@@ -66,6 +63,13 @@ struct StepOutput {
     const int32_t start = entry == 0 ? 0 : logprobs_end[entry - 1];
     return std::span(logprobs).subspan(start, logprobs_end[entry] - start);
   }
+  // Null if the entry has none.
+  const PromptScores* scores_of(size_t entry) const {
+    for (const PromptScores& scores : prompt_scores) {
+      if (static_cast<size_t>(scores.entry) == entry) return &scores;
+    }
+    return nullptr;
+  }
 };
 
 struct RunnerStats {
@@ -74,6 +78,7 @@ struct RunnerStats {
   uint64_t host_ns = 0;        // host time inside execute(), waiting for a free slot excluded
   uint64_t control_bytes = 0;  // sent to the device
   uint64_t output_bytes = 0;   // received
+  uint64_t mask_bytes = 0;     // host memory of GrammarMasks
   uint64_t steps_by_mode[kNumStepModes] = {};  // batches, by StepMode
   DeviceCounters device;
 };
@@ -111,7 +116,7 @@ class ModelRunner {
   void check_spec(const RowSpec& spec) { rows_->check_spec(spec); }
   // Admits a request into a free row. Errors (kRequest, kInvalidArgument; kOutOfMemory if the lists
   // find no room on the device) leave everything as it was.
-  RowHandle add_row(const RowSpec& spec) { return rows_->add(spec); }
+  RowHandle add_row(const RowSpec& spec);
   // Calls that name a generation are refused once the row has been given to another request.
   // Block ids that the row already holds are refused; rows may share blocks.
   // A block serves one KV group (Program::kv_layout). With `distinct` the caller has seen to it
@@ -119,17 +124,22 @@ class ModelRunner {
   // holds.
   void append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids,
                      bool distinct = false) {
+    check_no_cut("append_blocks");
     rows_->append_blocks(row, group, block_ids, distinct);
   }
   // Makes blocks [first, first + count) of a group null, all of whose positions lie below the
   // window of every token that is still to be launched. They may be reused once every step up to
   // last_step(row) has retired.
   void drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t count) {
+    check_no_cut("drop_blocks");
     rows_->drop_blocks(row, group, first, count);
   }
   // The row may be given to another request at once: steps in flight keep their generation. Its
   // blocks may be reused once every step up to last_step(row) has retired.
-  void free_row(RowHandle row) { rows_->free(row); }
+  void free_row(RowHandle row) {
+    check_no_cut("free_row");
+    rows_->free(row);
+  }
   // Makes blocks equal to others, in stream order after what was launched before: for a row that is
   // to write a block which it shares. No target may be named twice or be a source.
   void copy_blocks(std::span<const BlockCopy> copies);
@@ -149,7 +159,27 @@ class ModelRunner {
   // Launches a step; returns its number. Each row at most once; the rows of a step that failed are
   // in an unknown state and must be freed. Decode rows take 1 token and up to as many more as they
   // may have drafts, prefill and extend rows up to what is left of their prefill target.
+  //
+  // A step that draws for rows with a grammar is *cut*: what comes before the draw is launched at
+  // once, so that it runs while the masks are made; finish_step() launches the rest. Until then
+  // only results of earlier steps can be had, and whatever changes rows or launches work is
+  // refused.
   uint64_t execute(std::span<const BatchItem> batch);
+  // The step that waits for finish_step(); 0 if there is none.
+  uint64_t cut_step() const { return cut_step_; }
+  // Places in its batch of the items whose rows need a mask.
+  std::span<const int32_t> masked_items() const { return masked_items_; }
+  int32_t masked_row(size_t index) const { return entries_[masked_items_[index]].row; }
+  // Waits until no step reads masks, so that they can be written.
+  void wait_masks() { wait_before(cut_step_); }
+  // Launches the draw of the step that is cut; the masks of masked_items() must have been written.
+  void finish_step();
+  GrammarMasks& masks() { return masks_; }
+  // Bytes of logprobs of prompt tokens that a step can hold; each token takes
+  // logprob_record_bytes(num_prompt_logprobs) of its row.
+  int64_t prompt_score_bytes() const {
+    return scorer_ != nullptr ? PromptScorer::record_bytes(config_) : 0;
+  }
   // Waits for the step and hands its output over, once. A failed step has no entries but an error.
   StepOutput result(uint64_t step);
   // The same into an output whose memory is used again.
@@ -160,7 +190,8 @@ class ModelRunner {
   // Steps up to this number have retired.
   uint64_t retired_step() const;
 
-  // Forgets the output of a step nobody will ask for.
+  // Forgets the output of a step nobody will ask for. One that is cut is finished, with masks that
+  // allow everything.
   void discard(uint64_t step);
 
   // Logits of the newest step for one item of its batch, [vocab] float32, as the sampler left them
@@ -206,6 +237,7 @@ class ModelRunner {
     StepShape shape;
     std::vector<RowTable::Mark> marks;  // of the batch's rows, if they speculate
     std::vector<int32_t> num_logprobs;  // of the batch's rows, if any has logprobs
+    std::vector<ScoredTokens> scored;   // of the batch's prompts
     std::string error;                  // set by the stream when the step failed
     std::string injected;               // test failure
   };
@@ -215,12 +247,19 @@ class ModelRunner {
   static Program prepared(Program program, const RunnerConfig& config);
   static RunnerConfig checked_config(const Program& program, RunnerConfig config, Device& device);
   static void run_step(void* slot);
+  static void run_rest(void* slot);
+  void check_no_cut(const char* where) const {
+    if (cut_step_ != 0) refuse_cut(where);
+  }
+  [[noreturn]] void refuse_cut(const char* where) const;
+  void wait_before(uint64_t step) const;
   void fail_step(Slot& slot, const char* what) noexcept;
   void warm_up(const StepShape& shape);
   static PlanLimits plan_limits(const RunnerConfig& config);
   void allocate_state();
   void allocate_rings();
-  uint64_t submit(std::span<const BatchEntry> entries, const StepShape& shape);
+  uint64_t submit(std::span<const BatchEntry> entries, const StepShape& shape,
+                  std::span<const ScoredTokens> scored = {});
   void send_changes();
   void wait(const Slot& slot) const;
   void keep_output(Slot& slot);
@@ -245,13 +284,16 @@ class ModelRunner {
   Buffer workspace_;
   StepContext ctx_;
   std::unique_ptr<Step> step_;
+  std::unique_ptr<PromptScorer> scorer_;  // if rows may have logprobs
   GraphLadder ladder_;
   bool captured_ = false;
   std::optional<InferParamView> view_;
   InferParamInputs view_inputs_{};
+  GrammarMasks masks_;
   std::unique_ptr<RowTable> rows_;
   std::vector<Slot> slots_;
   std::vector<BatchEntry> entries_;
+  std::vector<ScoredTokens> scored_;
   // Outputs of steps whose slot was needed before they were asked for.
   std::unordered_map<uint64_t, StepOutput> kept_;
   uint64_t next_step_ = 1;
@@ -262,6 +304,8 @@ class ModelRunner {
   std::string injected_failure_;
   std::string failed_copy_;  // by the stream: fails the next step
   uint64_t newest_batch_step_ = 0;
+  uint64_t cut_step_ = 0;
+  std::vector<int32_t> masked_items_;
   uint64_t batch_mark_ = 0;
   uint64_t waited_ns_ = 0;
   MemoryPlan memory_plan_;

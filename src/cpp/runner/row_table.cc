@@ -24,11 +24,13 @@ size_t RowTable::record_bytes(const RunnerConfig& config, size_t num_groups) {
 }
 
 RowTable::RowTable(const RunnerConfig& config, int32_t vocab_size, std::vector<KvGroup> groups,
-                   std::function<void()> send, std::function<int32_t*(int64_t)> new_words)
+                   const GrammarMasks& masks, std::function<void()> send,
+                   std::function<int32_t*(int64_t)> new_words)
     : config_(config),
       vocab_size_(vocab_size),
       max_blocks_(max_blocks_per_row(config)),
       groups_(std::move(groups)),
+      masks_(masks),
       send_(std::move(send)),
       rows_(config.max_num_seqs),
       holdings_(config.max_num_seqs),
@@ -116,6 +118,16 @@ void RowTable::check_spec(const RowSpec& spec) {
           ")");
   }
   check_row_lists(spec, vocab, config_.max_logprobs);
+  check(spec.num_prompt_logprobs >= -1 && spec.num_prompt_logprobs <= config_.max_logprobs, where,
+        "num_prompt_logprobs ", spec.num_prompt_logprobs, " is outside [-1, ", config_.max_logprobs,
+        "], what the runner was made for (max_logprobs)");
+  if (spec.num_prompt_logprobs >= 0) {
+    check(spec.num_scored >= 0 && spec.num_scored < spec.prompt_len, where, "num_scored ",
+          spec.num_scored, " is outside [0, prompt_len = ", spec.prompt_len, ")");
+    check(spec.num_computed <= spec.num_scored, where, "num_computed ", spec.num_computed,
+          " with num_prompt_logprobs: at most num_scored = ", spec.num_scored,
+          " tokens may be computed, as the next ones could not be scored");
+  }
   check(length < max_total_length(spec), where, "token_ids holds ", length - spec.prompt_len,
         " outputs already, max_tokens is ", spec.max_tokens);
   check(spec.block_ids.size() <= groups_.size(), where, "block_ids is for ", spec.block_ids.size(),
@@ -150,6 +162,8 @@ SamplingRow RowTable::sampling_row(const RowSpec& spec) const {
   sampling.num_logprobs = spec.num_logprobs;
   sampling.num_speculative_tokens = spec.num_speculative_tokens < 0 ? config_.num_speculative_tokens
                                                                     : spec.num_speculative_tokens;
+  // The place of a draft would need a mask of its own.
+  if (spec.grammar) sampling.num_speculative_tokens = 0;
   const auto forced = static_cast<int32_t>(spec.forced_token_ids.size());
   sampling.forced_end = forced > 0 ? spec.prompt_len + forced : 0;
   return sampling;
@@ -165,9 +179,11 @@ RowHandle RowTable::add(const RowSpec& spec) {
   if (lists_.num_words > 0) sampling.words = words_.allocate(lists_.num_words);
   const int32_t row = free_rows_.back();
   free_rows_.pop_back();
+  if (spec.grammar) sampling.grammar_mask = masks_.device_mask(row);
   HostRow& host = rows_[row];
   const int32_t generation = host.generation + 1;
   host = HostRow{.active = true,
+                 .has_grammar = spec.grammar,
                  .generation = generation,
                  .prefill_target = static_cast<int32_t>(spec.token_ids.size()),
                  .num_launched = spec.num_computed,
@@ -179,6 +195,9 @@ RowHandle RowTable::add(const RowSpec& spec) {
   holdings.num_words = lists_.num_words;
   holdings.num_logprobs = spec.num_logprobs;
   num_with_logprobs_ += spec.num_logprobs >= 0;
+  holdings.num_prompt_logprobs = std::min(spec.num_prompt_logprobs, vocab_size_);
+  holdings.num_scored = spec.num_scored;
+  holdings.prompt_len = spec.prompt_len;
   holdings.blocks.resize(groups_.size());
   for (std::vector<int32_t>& held : holdings.blocks) {
     held.clear();  // it keeps its capacity
@@ -356,6 +375,21 @@ void RowTable::refuse_tokens(const BatchItem& item, const HostRow& row) const {
 int32_t RowTable::num_samples(const BatchItem& item, const HostRow& row) {
   if (row.num_launched >= row.prefill_target) return item.num_tokens;
   return row.num_launched + item.num_tokens >= row.prefill_target ? 1 : 0;
+}
+
+bool RowTable::scores(const BatchItem& item, ScoredTokens& scored) const {
+  const RowHoldings& holdings = holdings_[item.row];
+  const int32_t begin = rows_[item.row].num_launched, end = begin + item.num_tokens;
+  if (holdings.num_prompt_logprobs < 0 || begin >= holdings.prompt_len) return false;
+  // The prompt's last token has none after it.
+  const int32_t first = std::max(begin, holdings.num_scored);
+  const int32_t last = std::min(end, holdings.prompt_len - 1);
+  scored.first_token = first - begin;
+  scored.count = std::max(0, last - first);
+  scored.position = first + 1;
+  scored.num_logprobs = holdings.num_prompt_logprobs;
+  scored.complete = end >= holdings.prompt_len;
+  return scored.count > 0 || scored.complete;
 }
 
 void RowTable::launch(const BatchItem& item, uint64_t step) {

@@ -10,6 +10,8 @@
 
 #include "program/kv_layout.h"
 #include "runner/control_writer.h"
+#include "runner/grammar_masks.h"
+#include "runner/prompt_scores.h"
 #include "runner/row_lists.h"
 #include "runner/runner_config.h"
 #include "runner/word_pool.h"
@@ -20,6 +22,7 @@ namespace mrv1 {
 // step touches, one cache line; RowHoldings has the rest.
 struct alignas(64) HostRow {
   bool active = false;
+  bool has_grammar = false;
   int32_t generation = 0;
   int32_t prefill_target = 0;
   // Bounds of num_computed after the steps launched so far. They differ for rows with drafts, by
@@ -41,6 +44,8 @@ struct RowHoldings {
   int32_t* words = nullptr;                  // device memory of the row's lists
   int64_t num_words = 0;
   int32_t num_logprobs = -1;
+  // Of the prompt: candidates beside each token, -1 for no logprobs, and what was scored before.
+  int32_t num_prompt_logprobs = -1, num_scored = 0, prompt_len = 0;
   uint64_t staged_for = 0;  // step whose record carries the newest change of the row
 };
 
@@ -53,9 +58,10 @@ class RowTable {
 
   // `send` must carry the staged changes away at once, by write() with no entries: called when they
   // fill a record, or must come before what is staged next. `new_words` gives device memory for
-  // lists of rows, as WordPool asks for it.
+  // lists of rows, as WordPool asks for it. `masks` must be there when a row with a grammar comes.
   RowTable(const RunnerConfig& config, int32_t vocab_size, std::vector<KvGroup> groups,
-           std::function<void()> send, std::function<int32_t*(int64_t)> new_words);
+           const GrammarMasks& masks, std::function<void()> send,
+           std::function<int32_t*(int64_t)> new_words);
 
   // Candidates that the row reports beside each token, -1 for no logprobs.
   int32_t num_logprobs(int32_t row) const { return holdings_[row].num_logprobs; }
@@ -86,6 +92,9 @@ class RowTable {
   // Throws kInvalidArgument unless the row can compute that many tokens in a step, by what is
   // known.
   void check_tokens(const BatchItem& item, const HostRow& row) const;
+  // Whether the item computes tokens that the prompt's next ones are scored from, or its last: if
+  // so, which they are, but for the entry and the records' place. Before launch().
+  bool scores(const BatchItem& item, ScoredTokens& scored) const;
   // Logits rows that the item asks for.
   static int32_t num_samples(const BatchItem& item, const HostRow& row);
 
@@ -126,6 +135,7 @@ class RowTable {
   const RunnerConfig& config_;
   const int32_t vocab_size_, max_blocks_;
   const std::vector<KvGroup> groups_;
+  const GrammarMasks& masks_;
   const std::function<void()> send_;
   std::vector<HostRow> rows_;
   std::vector<RowHoldings> holdings_;  // by row

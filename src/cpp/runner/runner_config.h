@@ -69,6 +69,13 @@ struct RowSpec {
   std::vector<std::vector<int32_t>> bad_words;        // token sequences that never come out whole
   // Candidates to report beside each token; -1: not even the token's own logprob.
   int32_t num_logprobs = -1;
+  // What may be drawn is told before each draw, by a mask (GrammarMasks); there are no drafts.
+  bool grammar = false;
+  // Candidates to report beside each token of the prompt but the first; -1: not even its own
+  // logprob. What follows the first num_scored tokens has been reported before, and only these may
+  // have been computed.
+  int32_t num_prompt_logprobs = -1;
+  int32_t num_scored = 0;
   // First blocks of each KV group; more by append_blocks. Leading ones whose positions no token
   // sees any more may be 0.
   std::vector<std::vector<int32_t>> block_ids;

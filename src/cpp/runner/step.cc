@@ -17,7 +17,7 @@ void Step::find_pieces() {
   for (size_t first = 0; first < ops.size();) {
     size_t last = first + 1;
     while (last < ops.size() && kind_of(ops[last]) == kind_of(ops[first])) ++last;
-    pieces_.push_back({first, last, kind_of(ops[first]) == 0});
+    pieces_.push_back({first, last, kind_of(ops[first]) == 0, kind_of(ops[first]) == 2});
     first = last;
   }
 }
@@ -36,6 +36,7 @@ void Step::run_front(const StepContext& ctx) const {
   if (ctx.sizes.num_requests == 0) return;
   if (ctx.sizes.speculates) kernels.propose(ctx);
   kernels.infer_params(ctx);
+  kernels.count_tokens(ctx);
   if (view_) kernels.infer_param_view(view_inputs_, *view_, ctx);
   executable_.plan_attention(ctx);
 }
@@ -74,19 +75,48 @@ void Step::capture_pieces(size_t index, int32_t tokens) {
 
 void Step::drop_graphs() {
   full_.clear();
+  cut_.clear();
   piecewise_.clear();
 }
 
-void Step::run(const StepShape& shape) const {
-  const StepContext ctx = context_for(shape);
-  if (shape.mode == StepMode::kFull) {
-    device_.launch(*full_.at(static_cast<size_t>(shape.graph)));
+// The head reads hidden states of all the step's tokens, which the logits that it makes leave
+// alone.
+void Step::score(const Scoring& scoring, const StepContext& ctx, const Piece& head) const {
+  const auto* logits = static_cast<const float*>(executable_.value(program_.logits_value()));
+  scoring.scorer->run(scoring.tokens, scoring.slot, ctx, logits, [&](const StepContext& pass) {
+    executable_.run(pass, head.first, head.last);
+  });
+}
+
+// Sizes that run cut are recorded when they first do: most never are.
+void Step::run_graph(const StepShape& shape) {
+  const auto index = static_cast<size_t>(shape.graph);
+  if (!shape.cut) {
+    device_.launch(*full_.at(index));
     return;
   }
+  if (cut_.size() <= index) cut_.resize(index + 1);
+  if (cut_[index] == nullptr) {
+    cut_[index] = device_.capture([this, sizes = shape.sizes] {
+      const StepContext ctx = context_for({.whole = true, .sizes = sizes});
+      run_front(ctx);
+      executable_.run(ctx, 0, executable_.num_ops());
+    });
+  }
+  device_.launch(*cut_[index]);
+}
+
+void Step::run(const StepShape& shape, const Scoring& scoring) {
+  if (shape.mode == StepMode::kFull) {
+    run_graph(shape);
+    return;
+  }
+  const StepContext ctx = context_for(shape);
   run_front(ctx);
   if (shape.sizes.num_requests > 0) {
     size_t next = 0;
     for (const Piece& piece : pieces_) {
+      if (piece.head && !scoring.tokens.empty()) score(scoring, ctx, piece);
       if (shape.mode == StepMode::kPiecewise && piece.captured) {
         device_.launch(*piecewise_.at(static_cast<size_t>(shape.graph)).at(next++));
       } else {
@@ -94,7 +124,7 @@ void Step::run(const StepShape& shape) const {
       }
     }
   }
-  run_back(ctx);
+  if (!shape.cut) run_back(ctx);
 }
 
 void Step::run_and_fail(const StepShape& shape, std::string_view message) const {

@@ -10,6 +10,7 @@
 #include "program/executable.h"
 #include "program/program.h"
 #include "runner/graph_ladder.h"
+#include "runner/prompt_scores.h"
 #include "state/infer_param_view.h"
 #include "state/step_context.h"
 
@@ -41,9 +42,19 @@ class Step {
   void capture_pieces(size_t index, int32_t tokens);
   void drop_graphs();
 
-  // Launches the whole step. Sizes of 0 requests: a record that only applies changes.
-  void run(const StepShape& shape) const;
-  // The same with every kernel launched by itself, and a failure after the program: for testing.
+  // What a step scores of its prompts.
+  struct Scoring {
+    const PromptScorer* scorer = nullptr;
+    std::span<const ScoredTokens> tokens;
+    uint64_t slot = 0;
+  };
+
+  // Launches the whole step, or of one that is cut what comes before the draw. Sizes of 0 requests:
+  // a record that only applies changes.
+  void run(const StepShape& shape, const Scoring& scoring);
+  // Launches the rest of a step that is cut.
+  void run_rest(const StepShape& shape) const { run_back(context_for(shape)); }
+  // As run() with every kernel launched by itself, and a failure after the program: for testing.
   void run_and_fail(const StepShape& shape, std::string_view message) const;
 
  private:
@@ -51,12 +62,15 @@ class Step {
   struct Piece {
     size_t first = 0, last = 0;
     bool captured = false;  // works on tokens alone, so that the number of tokens is its only size
+    bool head = false;      // works on logits rows
   };
 
   void find_pieces();
   StepContext context_for(const StepShape& shape) const;
   void run_front(const StepContext& ctx) const;
+  void score(const Scoring& scoring, const StepContext& ctx, const Piece& head) const;
   void run_back(const StepContext& ctx) const;
+  void run_graph(const StepShape& shape);
 
   const Program& program_;
   const Executable& executable_;
@@ -66,6 +80,7 @@ class Step {
   InferParamInputs view_inputs_{};
   std::vector<Piece> pieces_;
   std::vector<std::unique_ptr<Graph>> full_;
+  std::vector<std::unique_ptr<Graph>> cut_;  // full_ without the draw and what follows it
   std::vector<std::vector<std::unique_ptr<Graph>>> piecewise_;  // by size, by captured piece
 };
 

@@ -3,115 +3,42 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <limits>
 
 #include "ops/cpu_isa.h"
 #include "ops/kernels.h"
+#include "sampling/edits_cpu.h"
+#include "sampling/logprobs_cpu.h"
 #include "sampling/processors.h"
+#include "sampling/row_blocks_cpu.h"
 #include "sampling/sample.h"
 #include "sampling/sample_loops.h"
+#include "state/output_ring.h"
 
 namespace mrv1 {
 namespace {
 
-constexpr int64_t kTileBlocks = kDrawTile / kSampleBlock;
-static_assert(kTileBlocks * kSampleBlock == kDrawTile);
 constexpr int32_t kRadixBits = 8;
 constexpr int32_t kRadix = 1 << kRadixBits;
-
-// Scratch of one row, carved from one thread's slice of the workspace.
-struct RowScratch {
-  uint64_t* class_sum;   // [kNumClasses]
-  uint64_t* block_sum;   // [blocks], or of draw tiles
-  int32_t* class_count;  // [kNumClasses]
-  int32_t* block_max;    // [blocks] largest key
-  int32_t* block_order;  // [blocks]
-  float* candidates;     // [vocab]
-};
-
-int64_t num_blocks(int64_t vocab_size) { return (vocab_size + kSampleBlock - 1) / kSampleBlock; }
-
-int64_t slice_bytes(int64_t vocab_size) {
-  const int64_t bytes =
-      kNumClasses * (8 + 4) + num_blocks(vocab_size) * (8 + 4 + 4) + vocab_size * 4;
-  return (bytes + 63) / 64 * 64;
-}
-
-RowScratch carve(void* workspace, int64_t vocab_size, int64_t index) {
-  char* at = static_cast<char*>(workspace) + index * slice_bytes(vocab_size);
-  const int64_t blocks = num_blocks(vocab_size);
-  RowScratch scratch;
-  scratch.class_sum = reinterpret_cast<uint64_t*>(at);
-  scratch.block_sum = scratch.class_sum + kNumClasses;
-  scratch.class_count = reinterpret_cast<int32_t*>(scratch.block_sum + blocks);
-  scratch.block_max = scratch.class_count + kNumClasses;
-  scratch.block_order = scratch.block_max + blocks;
-  scratch.candidates = reinterpret_cast<float*>(scratch.block_order + blocks);
-  return scratch;
-}
 
 // How much of a sorted list a prefix takes: at least `limit`, counted in tokens or in weight.
 enum class Measure { kCount, kWeight };
 
-// One row on its way from logits to a token. apply() implements the table of processors.
+// One row on its way from edited logits to a token. apply() implements the processors that narrow
+// the set.
 class RowSampler {
  public:
-  RowSampler(float* logits, int64_t vocab_size, const int32_t* words, const RowScratch& scratch,
+  RowSampler(const float* logits, int64_t vocab_size, const RowScratch& scratch,
              const SampleLoops& loops)
       : logits_(logits),
-        vocab_(vocab_size),
-        blocks_(num_blocks(vocab_size)),
-        words_(words),
+        row_(logits, vocab_size, scratch, loops),
         scratch_(scratch),
         loops_(loops) {}
 
-  void apply(MinTokens, const Row&, const SamplingRow& sampling) {
-    const int32_t* stop_ids = words_ + sampling.stop_ids.offset;
-    int64_t survivor = 0;
-    while (survivor < vocab_ &&
-           !survives_stop_mask(logits_[survivor], static_cast<int32_t>(survivor), stop_ids,
-                               sampling.stop_ids.count)) {
-      ++survivor;
-    }
-    if (survivor == vocab_) {
-      return;
-    }
-    for (int32_t i = 0; i < sampling.stop_ids.count; ++i) {
-      const int64_t id = stop_ids[i];
-      if (id >= 0 && id < vocab_ && logits_[id] == logits_[id]) {
-        logits_[id] = -std::numeric_limits<float>::infinity();
-      }
-    }
-  }
-
-  // Finds the largest logit. False if there is nothing to draw.
-  bool scan() {
-    int32_t low = INT32_MAX;
-    int32_t high = INT32_MIN;
-    for (int64_t block = 0; block < blocks_; ++block) {
-      const KeyRange range = loops_.key_range(block_logits(block), block_count(block));
-      scratch_.block_max[block] = range.high;
-      low = std::min(low, range.low);
-      high = std::max(high, range.high);
-    }
-    max_key_ = high;
-    return low >= kMinusInfKey && high <= kPlusInfKey && high > kMinusInfKey;
-  }
-
-  int32_t largest() const {
-    const int64_t block =
-        std::find(scratch_.block_max, scratch_.block_max + blocks_, max_key_) - scratch_.block_max;
-    int64_t id = block * kSampleBlock;
-    while (logit_key(logits_[id]) != max_key_) {
-      ++id;
-    }
-    return static_cast<int32_t>(id);
-  }
+  bool scan() { return row_.scan(); }
+  int32_t largest() const { return row_.largest(); }
 
   void apply(Temperature, const Row&, const SamplingRow& sampling) {
-    rule_.reference = logits_[largest()];
-    rule_.scale = Temperature::scale(sampling);
-    rule_.min_weight = 1;
+    rule_ = WeightRule{row_.max_logit(), Temperature::scale(sampling), 1};
   }
 
   void apply(MinP, const Row&, const SamplingRow& sampling) {
@@ -119,7 +46,9 @@ class RowSampler {
   }
 
   void apply(TopK, const Row&, const SamplingRow& sampling) {
-    build_histogram(top_k_floor(sampling.top_k));
+    // (Should the floor have weight 0, all tokens of the blocks left out have weight 0 too, as
+    // weights never decrease with the logit.)
+    build_histogram(row_.key_floor(sampling.top_k));
     narrow<Measure::kCount>(static_cast<uint64_t>(sampling.top_k));
   }
 
@@ -130,44 +59,18 @@ class RowSampler {
     narrow<Measure::kWeight>(TopP::target(sampling, total_));
   }
 
-  // From the whole row.
-  int32_t draw_by_tiles(uint64_t word) {
-    uint64_t* const masses = scratch_.block_sum;
-    const int64_t num_tiles = (blocks_ + kTileBlocks - 1) / kTileBlocks;
-    uint64_t total = 0;
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      const WeightRule rule = tile_rule(tile);
-      const uint64_t share = token_weight(rule.reference, rule_);
-      uint64_t sum = 0;
-      for (int64_t block = tile * kTileBlocks; share > 0 && block < tile_end(tile); ++block) {
-        sum += loops_.weight_sum(block_logits(block), block_count(block), rule);
-      }
-      masses[tile] = scale_weight(sum, share);
-      total += masses[tile];
-    }
-    uint64_t target = multiply_high(word, total);
-    int64_t tile = 0;
-    while (target >= masses[tile]) target -= masses[tile++];
-    const WeightRule rule = tile_rule(tile);
-    const uint64_t share = token_weight(rule.reference, rule_);
-    uint64_t weights[kSampleBlock];
-    uint64_t running = 0;
-    for (int64_t block = tile * kTileBlocks;; ++block) {
-      loops_.weights(block_logits(block), block_count(block), rule, weights);
-      for (int64_t i = 0; i < block_count(block); ++i) {
-        running += weights[i];
-        if (scale_weight(running, share) > target) return first_id(block) + static_cast<int32_t>(i);
-      }
-    }
+  int32_t draw_from_whole_row(uint64_t word) {
+    const uint64_t total = row_.weigh_tiles(rule_.scale, scratch_.block_sum);
+    return row_.draw_from_tiles(rule_.scale, scratch_.block_sum, multiply_high(word, total));
   }
 
   int32_t draw(uint64_t word) {
     uint64_t total = 0;
-    for (int64_t block = 0; block < blocks_; ++block) {
+    for (int64_t block = 0; block < row_.blocks(); ++block) {
       uint64_t sum = 0;
-      if (scratch_.block_max[block] >= edge_.key) {
-        sum =
-            loops_.kept_sum(block_logits(block), block_count(block), first_id(block), rule_, edge_);
+      if (row_.max_key(block) >= edge_.key) {
+        sum = loops_.kept_sum(row_.logits(block), row_.count(block), RowBlocks::first_id(block),
+                              rule_, edge_);
       }
       scratch_.block_sum[block] = sum;
       total += sum;
@@ -178,9 +81,9 @@ class RowSampler {
       target -= scratch_.block_sum[block++];
     }
     uint64_t weights[kSampleBlock];
-    const float* logits = block_logits(block);
-    loops_.weights(logits, block_count(block), rule_, weights);
-    int32_t id = first_id(block);
+    const float* logits = row_.logits(block);
+    loops_.weights(logits, row_.count(block), rule_, weights);
+    int32_t id = RowBlocks::first_id(block);
     for (int64_t i = 0;; ++i, ++id) {
       const uint64_t weight = is_kept(logits[i], id, edge_) ? weights[i] : 0;
       if (target < weight) {
@@ -191,33 +94,6 @@ class RowSampler {
   }
 
  private:
-  int64_t tile_end(int64_t tile) const { return std::min((tile + 1) * kTileBlocks, blocks_); }
-  // Weights relative to the tile's largest logit.
-  WeightRule tile_rule(int64_t tile) const {
-    int32_t* const first = scratch_.block_max + tile * kTileBlocks;
-    const int32_t key = *std::max_element(first, scratch_.block_max + tile_end(tile));
-    return WeightRule{logit_of_key(key), rule_.scale, 1};
-  }
-
-  const float* block_logits(int64_t block) const { return logits_ + block * kSampleBlock; }
-  int64_t block_count(int64_t block) const {
-    return std::min(kSampleBlock, vocab_ - block * kSampleBlock);
-  }
-  static int32_t first_id(int64_t block) { return static_cast<int32_t>(block * kSampleBlock); }
-
-  // A key at or below that of the k-th token: the k-th largest of the blocks' maxima. Blocks whose
-  // maximum is lower hold none of the first k tokens. (Should one of the k maxima have weight 0,
-  // all tokens of the blocks left out have weight 0 too, as weights never decrease with the logit.)
-  int32_t top_k_floor(int32_t top_k) {
-    if (top_k > blocks_) {
-      return INT32_MIN;
-    }
-    std::copy(scratch_.block_max, scratch_.block_max + blocks_, scratch_.block_order);
-    std::nth_element(scratch_.block_order, scratch_.block_order + top_k - 1,
-                     scratch_.block_order + blocks_, [](int32_t a, int32_t b) { return a > b; });
-    return scratch_.block_order[top_k - 1];
-  }
-
   // Counts and weighs the tokens of each class, over the blocks that reach the floor.
   void build_histogram(int32_t floor) {
     std::fill(scratch_.class_count, scratch_.class_count + kNumClasses, 0);
@@ -228,12 +104,12 @@ class RowSampler {
     // Locals: a store to the histogram might else change the pointers and the total.
     uint64_t* const class_sum = scratch_.class_sum;
     int32_t* const class_count = scratch_.class_count;
-    for (int64_t block = 0; block < blocks_; ++block) {
-      if (scratch_.block_max[block] < floor) {
+    for (int64_t block = 0; block < row_.blocks(); ++block) {
+      if (row_.max_key(block) < floor) {
         continue;
       }
-      const int64_t count = block_count(block);
-      loops_.classify(block_logits(block), count, rule_, weights, classes);
+      const int64_t count = row_.count(block);
+      loops_.classify(row_.logits(block), count, rule_, weights, classes);
       for (int64_t i = 0; i < count; ++i) {
         class_count[classes[i]] += weights[i] != 0 ? 1 : 0;
         class_sum[classes[i]] += weights[i];
@@ -313,12 +189,12 @@ class RowSampler {
     int32_t classes[kSampleBlock];
     int64_t found = 0;
     float* const candidates = scratch_.candidates;
-    for (int64_t block = 0; block < blocks_; ++block) {
-      const float* logits = block_logits(block);
-      if (class_of_key(scratch_.block_max[block]) > cls) {
+    for (int64_t block = 0; block < row_.blocks(); ++block) {
+      const float* logits = row_.logits(block);
+      if (class_of_key(row_.max_key(block)) > cls) {
         continue;
       }
-      const int64_t count = block_count(block);
+      const int64_t count = row_.count(block);
       loops_.classify(logits, count, rule_, weights, classes);
       for (int64_t i = 0; i < count; ++i) {
         candidates[found] = logits[i];
@@ -341,10 +217,10 @@ class RowSampler {
     int64_t block = 0;
     int64_t id = -1;
     while (n > 0) {
-      while (scratch_.block_max[block] < key) {
+      while (row_.max_key(block) < key) {
         ++block;
       }
-      const int64_t end = block * kSampleBlock + block_count(block);
+      const int64_t end = block * kSampleBlock + row_.count(block);
       for (int64_t i = block * kSampleBlock; i < end && n > 0; ++i) {
         if (logit_key(logits_[i]) == key) {
           --n;
@@ -361,13 +237,10 @@ class RowSampler {
     return (ordered >> shift) & (kRadix - 1);
   }
 
-  float* logits_;
-  int64_t vocab_;
-  int64_t blocks_;
-  const int32_t* words_;
+  const float* logits_;
+  RowBlocks row_;
   RowScratch scratch_;
   const SampleLoops& loops_;
-  int32_t max_key_ = 0;
   WeightRule rule_ = {};
   SetEdge edge_;
   uint64_t total_ = 0;  // weight of the set while it is narrowed; needs the histogram
@@ -375,7 +248,6 @@ class RowSampler {
 };
 
 int32_t sample_row(RowSampler& sampler, const Row& row, const SamplingRow& sampling) {
-  Processors::run<ProcessorStage::kLogits>(row, sampling, sampler);
   if (!sampler.scan()) {
     return kErrorToken;
   }
@@ -384,25 +256,31 @@ int32_t sample_row(RowSampler& sampler, const Row& row, const SamplingRow& sampl
   }
   Processors::run<ProcessorStage::kSet>(row, sampling, sampler);
   const uint64_t word = random_word(sampling.seed, static_cast<uint32_t>(row.total_len));
-  return draws_whole_row(row, sampling) ? sampler.draw_by_tiles(word) : sampler.draw(word);
+  return draws_whole_row(row, sampling) ? sampler.draw_from_whole_row(word) : sampler.draw(word);
 }
 
 }  // namespace
 
 int64_t sample_workspace_cpu(const WorkspaceLimits& limits) {
-  return slice_bytes(limits.vocab_size) * std::max(limits.num_threads, 1);
+  return row_scratch_bytes(limits.vocab_size) * std::max(limits.num_threads, 1);
+}
+
+void check_sample_workspace(std::string_view op, int64_t vocab_size, const StepContext& ctx) {
+  check_internal(vocab_size > 0 && vocab_size <= kMaxSampledVocab, op, "vocab_size is ", vocab_size,
+                 ", expected 1 to ", kMaxSampledVocab);
+  const int64_t needed = row_scratch_bytes(vocab_size) * ctx.pool->num_threads();
+  check_internal(ctx.workspace_bytes >= static_cast<size_t>(needed), op, "workspace has ",
+                 ctx.workspace_bytes, " bytes, expected at least ", needed);
 }
 
 void sample_cpu(const SampleParams& params, const StepContext& ctx) {
-  check_internal(params.vocab_size > 0 && params.vocab_size <= kMaxSampledVocab, "sample",
-                 "vocab_size is ", params.vocab_size, ", expected 1 to ", kMaxSampledVocab);
-  const int64_t needed = slice_bytes(params.vocab_size) * ctx.pool->num_threads();
-  check_internal(ctx.workspace_bytes >= static_cast<size_t>(needed), "sample", "workspace has ",
-                 ctx.workspace_bytes, " bytes, expected at least ", needed);
+  const int64_t vocab_size = params.vocab_size;
+  check_sample_workspace("sample", vocab_size, ctx);
   const InferParams& infer = ctx.infer;
+  const RowState& state = ctx.rows;
   const SampleLoops& loops = sample_loops(current_cpu_isa());
   ctx.pool->parallel_for(ctx.sizes.num_logits, 1, [&](int64_t begin, int64_t end, int thread) {
-    const RowScratch scratch = carve(ctx.workspace, params.vocab_size, thread);
+    const RowScratch scratch = carve_row_scratch(ctx.workspace, vocab_size, thread);
     for (int64_t i = begin; i < end; ++i) {
       const int32_t batch = infer.logits_batch[i];
       infer.sampled[i] = kNoToken;
@@ -410,13 +288,24 @@ void sample_cpu(const SampleParams& params, const StepContext& ctx) {
         continue;
       }
       const int32_t index = infer.row[batch];
-      const SamplingRow& sampling = ctx.rows.sampling[index];
-      Row row = ctx.rows.rows[index];
-      row.total_len += infer.logits_place[i];
-      RowSampler sampler(params.logits + i * params.vocab_size, params.vocab_size, sampling.words,
-                         scratch, loops);
-      infer.sampled[i] = forced_token(ctx.rows, index, sampling, row.total_len,
-                                      sample_row(sampler, row, sampling));
+      const int32_t place = infer.logits_place[i];
+      const SamplingRow& sampling = state.sampling[index];
+      const Row row = row_at_place(state.rows[index], place);
+      float* logits = params.logits + i * vocab_size;
+      LogitEdits edits(logits, vocab_size, state.tokens + int64_t{index} * state.max_model_len,
+                       place, scratch.raw, loops);
+      Processors::run<ProcessorStage::kRaw>(row, sampling, edits);
+      Processors::run<ProcessorStage::kLogits>(row, sampling, edits);
+      RowSampler sampler(logits, vocab_size, scratch, loops);
+      const int32_t drawn = sample_row(sampler, row, sampling);
+      const int32_t token = forced_token(state, index, sampling, row.total_len, drawn);
+      infer.sampled[i] = token;
+      if (RawLogprobs::applies(row, sampling)) {
+        write_logprobs(edits.raw(), vocab_size, token, RawLogprobs::count(sampling, vocab_size),
+                       scratch, loops,
+                       output_logprobs(ctx.rings.output_slot(), infer.max_requests, state,
+                                       infer.logits_entry[i], place));
+      }
     }
   });
 }

@@ -2,12 +2,17 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
 namespace mrv1 {
 
+struct StepContext;
 struct WorkspaceLimits;  // ops/kernels.h
 
 // Bytes of StepContext::workspace that sample_cpu needs: one slice for each thread.
 int64_t sample_workspace_cpu(const WorkspaceLimits& limits);
+// Throws kInternal where a step has less, or the vocabulary is none that weights can be added up
+// of.
+void check_sample_workspace(std::string_view op, int64_t vocab_size, const StepContext& ctx);
 
 }  // namespace mrv1

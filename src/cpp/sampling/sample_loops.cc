@@ -48,6 +48,28 @@ MRV1_LOOP void classify_body(const float* logits, int64_t count, const WeightRul
   }
 }
 
+MRV1_LOOP int32_t count_above_body(const float* logits, int64_t count, int32_t key) {
+  int32_t above = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    above += logit_key(logits[i]) > key ? 1 : 0;
+  }
+  return above;
+}
+
+MRV1_LOOP void mask_body(float* logits, int64_t count, const uint32_t* mask) {
+  for (int64_t first = 0; first < count; first += 32) {
+    const uint32_t word = mask[first / 32];
+    if (word == 0xffffffffu) {
+      continue;
+    }
+    const int64_t end = first + 32 < count ? first + 32 : count;
+    for (int64_t i = first; i < end; ++i) {
+      const bool stays = (word >> (i - first) & 1u) != 0;
+      logits[i] = stays | (logits[i] != logits[i]) ? logits[i] : kMinusInf;
+    }
+  }
+}
+
 MRV1_LOOP uint64_t kept_sum_body(const float* logits, int64_t count, int32_t first_id,
                                  const WeightRule& rule, SetEdge edge) {
   const WeightRule local = rule;
@@ -63,28 +85,35 @@ MRV1_LOOP uint64_t kept_sum_body(const float* logits, int64_t count, int32_t fir
 }
 
 // Defines the loops for one instruction set and the table that holds them.
-#define MRV1_SAMPLE_LOOPS(suffix, attribute)                                                      \
-  attribute KeyRange key_range_##suffix(const float* logits, int64_t count) {                     \
-    return key_range_body(logits, count);                                                         \
-  }                                                                                               \
-  attribute void weights_##suffix(const float* logits, int64_t count, const WeightRule& rule,     \
-                                  uint64_t* weights) {                                            \
-    weights_body(logits, count, rule, weights);                                                   \
-  }                                                                                               \
-  attribute uint64_t weight_sum_##suffix(const float* logits, int64_t count,                      \
-                                         const WeightRule& rule) {                                \
-    return weight_sum_body(logits, count, rule);                                                  \
-  }                                                                                               \
-  attribute void classify_##suffix(const float* logits, int64_t count, const WeightRule& rule,    \
-                                   uint64_t* weights, int32_t* classes) {                         \
-    classify_body(logits, count, rule, weights, classes);                                         \
-  }                                                                                               \
-  attribute uint64_t kept_sum_##suffix(const float* logits, int64_t count, int32_t first_id,      \
-                                       const WeightRule& rule, SetEdge edge) {                    \
-    return kept_sum_body(logits, count, first_id, rule, edge);                                    \
-  }                                                                                               \
-  const SampleLoops kLoops_##suffix = {key_range_##suffix, weights_##suffix, weight_sum_##suffix, \
-                                       classify_##suffix, kept_sum_##suffix};
+#define MRV1_SAMPLE_LOOPS(suffix, attribute)                                                   \
+  attribute KeyRange key_range_##suffix(const float* logits, int64_t count) {                  \
+    return key_range_body(logits, count);                                                      \
+  }                                                                                            \
+  attribute void weights_##suffix(const float* logits, int64_t count, const WeightRule& rule,  \
+                                  uint64_t* weights) {                                         \
+    weights_body(logits, count, rule, weights);                                                \
+  }                                                                                            \
+  attribute uint64_t weight_sum_##suffix(const float* logits, int64_t count,                   \
+                                         const WeightRule& rule) {                             \
+    return weight_sum_body(logits, count, rule);                                               \
+  }                                                                                            \
+  attribute void classify_##suffix(const float* logits, int64_t count, const WeightRule& rule, \
+                                   uint64_t* weights, int32_t* classes) {                      \
+    classify_body(logits, count, rule, weights, classes);                                      \
+  }                                                                                            \
+  attribute int32_t count_above_##suffix(const float* logits, int64_t count, int32_t key) {    \
+    return count_above_body(logits, count, key);                                               \
+  }                                                                                            \
+  attribute void mask_##suffix(float* logits, int64_t count, const uint32_t* mask) {           \
+    mask_body(logits, count, mask);                                                            \
+  }                                                                                            \
+  attribute uint64_t kept_sum_##suffix(const float* logits, int64_t count, int32_t first_id,   \
+                                       const WeightRule& rule, SetEdge edge) {                 \
+    return kept_sum_body(logits, count, first_id, rule, edge);                                 \
+  }                                                                                            \
+  const SampleLoops kLoops_##suffix = {                                                        \
+      key_range_##suffix,   weights_##suffix, weight_sum_##suffix, classify_##suffix,          \
+      count_above_##suffix, mask_##suffix,    kept_sum_##suffix};
 
 MRV1_SAMPLE_LOOPS(portable, )
 #if defined(__x86_64__)

@@ -32,6 +32,10 @@ struct SampleLoops {
   // weights[i], with the class of each logit.
   void (*classify)(const float* logits, int64_t count, const WeightRule& rule, uint64_t* weights,
                    int32_t* classes);
+  // Logits whose key is above `key`.
+  int32_t (*count_above)(const float* logits, int64_t count, int32_t key);
+  // Makes logits -inf whose bit in the mask is 0, but no NaN; bit 0 belongs to logits[0].
+  void (*mask)(float* logits, int64_t count, const uint32_t* mask);
   // Sum of the weights of kept tokens; logits[0] belongs to first_id.
   uint64_t (*kept_sum)(const float* logits, int64_t count, int32_t first_id, const WeightRule& rule,
                        SetEdge edge);
