@@ -148,23 +148,32 @@ class Program:
 
     def __init__(self, dtype: str) -> None: ...
 
-    def weight(self, name: str, is_vector: bool, cols: int, segments: Sequence[tuple[str, int]], offset: float = 0.0) -> int:
+    def weight(self, name: str, is_vector: bool, cols: int, segments: Sequence[tuple[str, int]], offset: float = 0.0, slices: Sequence[tuple[int, int, int, int]] = ()) -> int:
         """
         Declares a weight [sum of segment rows, cols]; segments are (tensor name, rows).
-        `offset` is added to the values of a vector when they are loaded.
+        `offset` is added to the values of a vector when they are loaded. `slices` say for each
+        segment which part of its tensor it is: (rows of the tensor, first row, columns of the
+        tensor, first column); without them segments are whole tensors.
         """
 
     def input(self, name: str, cols: int, logits_rows: bool = False) -> int: ...
 
     def output(self, value: int) -> None: ...
 
-    def embedding(self, table: int, scale: float = 1.0) -> int: ...
+    def embedding(self, table: int, scale: float = 1.0, first_row: int = 0) -> int:
+        """
+        `first_row` is the token id of the table's first row; ids without a row give zeros.
+        """
 
     def rms_norm(self, x: int, weight: int, eps: float) -> int: ...
 
     def add(self, a: int, b: int) -> int: ...
 
-    def linear(self, x: int, weight: int, bias: int = -1, residual: int = -1, row_parallel: bool = False) -> int: ...
+    def linear(self, x: int, weight: int, bias: int = -1, residual: int = -1, row_parallel: bool = False, wide: bool = False) -> int:
+        """With `wide` the result stays in float32."""
+
+    def all_reduce(self, x: int, bias: int = -1) -> int:
+        """The sum over the ranks (+ bias), in the program's dtype."""
 
     def silu_mul(self, x: int) -> int: ...
 
@@ -176,7 +185,8 @@ class Program:
 
     def gather_rows(self, x: int) -> int: ...
 
-    def logits(self, x: int, weight: int, softcap: float = 0.0) -> int: ...
+    def logits(self, x: int, weight: int, softcap: float = 0.0, ranks: int = 1) -> int:
+        """With `ranks` the weight is a rank's part of the head."""
 
     def begin_layer(self, layer: int) -> None: ...
 
@@ -199,6 +209,13 @@ class Program:
     @property
     def weights(self) -> list[tuple[str, bool, int, list[tuple[str, int]]]]:
         """(name, is_vector, cols, [(tensor, rows)]) of each weight."""
+
+    @property
+    def weight_slices(self) -> list[list[tuple[int, int, int, int]]]:
+        """
+        (rows of the tensor, first row, columns of the tensor, first column) of each segment of
+        each weight.
+        """
 
     @property
     def kv_layout(self) -> tuple[list[int], list[tuple[int, int]]]:
@@ -406,7 +423,26 @@ def default_piecewise_sizes(max_tokens: int) -> list[int]:
     """Numbers of tokens of steps in pieces, by the same rule."""
 
 class RunnerConfig:
+    @overload
     def __init__(self) -> None: ...
+
+    @overload
+    def __init__(self, other: RunnerConfig) -> None:
+        """A copy."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Devices that compute the model together, each a part of it."""
+
+    @num_ranks.setter
+    def num_ranks(self, arg: int, /) -> None: ...
+
+    @property
+    def rank_timeout_ms(self) -> int:
+        """How long a rank waits for the others before they all end."""
+
+    @rank_timeout_ms.setter
+    def rank_timeout_ms(self, arg: int, /) -> None: ...
 
     @property
     def max_num_seqs(self) -> int: ...
@@ -857,7 +893,14 @@ class StepOutput:
 class ModelRunner:
     """See mrv1.runner.ModelRunner."""
 
+    @overload
     def __init__(self, device: Device, program: Program, config: RunnerConfig) -> None: ...
+
+    @overload
+    def __init__(self, devices: Sequence[Device], programs: Sequence[Program], configs: Sequence[RunnerConfig]) -> None:
+        """
+        Ranks that compute one model together: a device, a program and a configuration of each.
+        """
 
     @staticmethod
     def plan_memory(program: Program, config: RunnerConfig, device: Device) -> dict[str, int]:
@@ -870,7 +913,8 @@ class ModelRunner:
 
     def load_tensors(self, file: MappedFile, tensors: Sequence[tuple[int, int, int, str]], progress: Callable[[int], object]) -> None:
         """
-        Loads tensors of a file: (weight, segment, offset in bytes, dtype) each. `progress` is
+        Loads tensors of a file: (weight, segment, offset in bytes, dtype) each. Ranks load what
+        they need of them at the same time, each in a thread of its own. `progress` is
         called with the bytes that were done since its last call; what it raises ends the loading.
 
         Raises:
@@ -972,7 +1016,14 @@ class ModelRunner:
         rest of `cut_step`. Waits for the step before.
         """
 
-    def fail_next_step(self, message: str) -> None: ...
+    def fail_next_step(self, message: str, rank: int = -1) -> None:
+        """
+        For testing: the next batch fails after its program, on all ranks (-1) or on one.
+        """
+
+    @property
+    def num_ranks(self) -> int:
+        """Devices that compute the model together."""
 
     @property
     def program(self) -> Program: ...

@@ -433,8 +433,7 @@ def _measure(
         rates = bench.measure_rates(model.device, model.dtype, _read_bytes(options))
         return timings, rates, bench.describe_device(model.device)
     finally:
-        model.runner.close()
-        model.device.close()
+        model.close()
 
 
 def _decode_records(options: argparse.Namespace) -> list[Record]:
@@ -685,8 +684,7 @@ def _profile_records(options: argparse.Namespace) -> list[Record]:
         rates = bench.measure_rates(model.device, model.dtype, _read_bytes(options))
         device = bench.describe_device(model.device)
     finally:
-        model.runner.close()
-        model.device.close()
+        model.close()
     records: list[Record] = []
     for batch, context, profile in cases:
         # Those traced come after as many that were not.

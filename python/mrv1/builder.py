@@ -10,11 +10,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from mrv1 import _core
+from mrv1.errors import InvalidArgumentError
+from mrv1.parallel import Shard
 from mrv1.rope import RopeConfig, rope_frequencies
+
+# Along what ranks share a weight out.
+Split: TypeAlias = Literal["rows", "cols"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +32,36 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A weight of the program: one tensor of the checkpoint, or several stacked by rows."""
+    """A weight of the program: one tensor of the checkpoint, or several stacked by rows.
+
+    Attributes:
+        index: Of the program.
+        split: Along what ranks share it out: "rows", "cols", or None if each has all of it.
+        shape: [rows, cols] of the whole weight.
+    """
 
     index: int
+    split: Split = None
+    shape: tuple[int, int] = (0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Rows of a tensor of the checkpoint.
+
+    Attributes:
+        name: Of the tensor.
+        rows: How many rows the part has.
+        first: The first of them.
+        total: Rows of the tensor; None for those up to the end of the part.
+        units: What ranks share out by whole ones: heads, for example; None for single rows.
+    """
+
+    name: str
+    rows: int
+    first: int = 0
+    total: int | None = None
+    units: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +87,21 @@ class Builder:
     Names of weights are relative to the enclosing `scope`. Shapes are [out, in], as checkpoints
     store them. Errors are InvalidArgumentError, naming the op.
 
+    Names, sizes and heads are always those of the whole model. Where ranks share it, each wires a
+    program of its own part: weights say along what they are split, and what needs the other ranks
+    follows from that.
+
     Args:
         dtype: Of activations, matrices and KV cache: "float32" or "bfloat16".
+        shard: The part of the model that is wired.
+        wide_sums: Whether ranks add their parts of a sum before it is rounded to `dtype`, as
+            batch-invariant steps do.
     """
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str, *, shard: Shard | None = None, wide_sums: bool = False) -> None:
         self.program = _core.Program(dtype)
+        self.shard = Shard() if shard is None else shard
+        self._wide_sums = wide_sums
         self._prefix = ""
 
     @property
@@ -85,13 +127,25 @@ class Builder:
             yield
         self.program.end_layer()
 
-    def matrix(self, name: str, rows: int, cols: int) -> Weight:
-        """A weight [rows, cols] of the tensor `name`."""
-        return self.fused(cols, (name, rows))
+    def matrix(self, name: str, rows: int, cols: int, *, split: Split = None) -> Weight:
+        """A weight [rows, cols] of the tensor `name`.
 
-    def fused(self, cols: int, *segments: tuple[str, int]) -> Weight:
-        """Tensors (name, rows) of `cols` columns each, stacked by rows into one weight."""
-        return self._weight(False, cols, segments)
+        Args:
+            name: Of the tensor.
+            rows: Of the whole tensor.
+            cols: Of the whole tensor.
+            split: "rows" where ranks compute some of the outputs each (a column-parallel linear, or
+                a part of the vocabulary), "cols" where they see some of the inputs each (a
+                row-parallel linear).
+        """
+        return self.fused(cols, (name, rows), split=split)
+
+    def fused(self, cols: int, *segments: tuple[str, int] | Part, split: Split = None) -> Weight:
+        """Tensors (name, rows), or parts, of `cols` columns each, stacked by rows into one weight.
+
+        With several ranks and split="rows" each takes its share of every segment.
+        """
+        return self._weight(False, cols, segments, split)
 
     def vector(self, name: str, size: int, *, offset: float = 0.0) -> Weight:
         """A weight [size] of the tensor `name`, in float32.
@@ -101,16 +155,42 @@ class Builder:
         """
         return self.fused_vector((name, size), offset=offset)
 
-    def fused_vector(self, *segments: tuple[str, int], offset: float = 0.0) -> Weight:
-        """Tensors (name, size) joined into one vector; see `vector`."""
-        return self._weight(True, 1, segments, offset)
+    def fused_vector(
+        self, *segments: tuple[str, int] | Part, offset: float = 0.0, split: Split = None
+    ) -> Weight:
+        """Tensors (name, size), or parts, joined into one vector; see `vector` and `fused`."""
+        return self._weight(True, 1, segments, split, offset)
 
     def _weight(
-        self, is_vector: bool, cols: int, segments: Sequence[tuple[str, int]], offset: float = 0.0
+        self,
+        is_vector: bool,
+        cols: int,
+        segments: Sequence[tuple[str, int] | Part],
+        split: Split,
+        offset: float = 0.0,
     ) -> Weight:
-        named = [(self._prefix + name, rows) for name, rows in segments]
-        label = "+".join(name for name, _ in named)
-        return Weight(self.program.weight(label, is_vector, cols, named, offset))
+        parts = [each if isinstance(each, Part) else Part(*each) for each in segments]
+        shape = (sum(part.rows for part in parts), cols)
+        first_col, own_cols = self.shard.cut(cols) if split == "cols" else (0, cols)
+        named: list[tuple[str, int]] = []
+        slices: list[tuple[int, int, int, int]] = []
+        for part in parts:
+            first, rows = part.first, part.rows
+            if split == "rows":
+                units = part.rows if part.units is None else part.units
+                start, count = self.shard.cut(units)
+                first += start * (part.rows // units)
+                rows = count * (part.rows // units)
+            name = self._prefix + part.name
+            total = part.first + part.rows if part.total is None else part.total
+            if named and named[-1][0] == name and slices[-1][1] + named[-1][1] == first:
+                named[-1] = (name, named[-1][1] + rows)  # it goes on in the same tensor
+                continue
+            named.append((name, rows))
+            slices.append((total, first, cols, first_col))
+        label = "+".join(dict.fromkeys(name for name, _ in named))
+        index = self.program.weight(label, is_vector, own_cols, named, offset, slices)
+        return Weight(index, split, shape)
 
     def embedding(self, table: Weight, *, scale: float = 1.0) -> Value:
         """Rows of `table` [vocab, hidden] for the step's token ids, times scale: [tokens, hidden].
@@ -118,7 +198,23 @@ class Builder:
         The product is made in float32 and rounded to the dtype of activations. Where a model rounds
         its scale first, so should the caller.
         """
-        return Value(self.program.embedding(table.index, scale))
+        if self.shard.size == 1 or table.split is None:
+            return Value(self.program.embedding(table.index, scale))
+        self._expect_split(table, "rows", "embedding")
+        first, _ = self.shard.cut(table.shape[0])
+        # Each rank has the rows of its own ids, and zeros for all others.
+        return self._all_reduce(Value(self.program.embedding(table.index, scale, first)))
+
+    def _all_reduce(self, x: Value, bias: Weight | None = None) -> Value:
+        return Value(self.program.all_reduce(x.index, -1 if bias is None else bias.index))
+
+    def _expect_split(self, weight: Weight, split: Split, op: str) -> None:
+        if weight.split != split:
+            raise InvalidArgumentError(
+                f"{op}: with {self.shard.size} ranks the weight must be split by {split}",
+                field="split",
+                value=weight.split,
+            )
 
     def rms_norm(self, x: Value, weight: Weight, eps: float) -> Value:
         """x / sqrt(mean(x^2) + eps) * weight, by row."""
@@ -141,8 +237,18 @@ class Builder:
             bias: [out].
             residual: [rows, out], added to the result.
             row_parallel: Marks a projection back into the residual stream, whose output is a sum
-                over ranks when the model is sharded: a place where the program can be cut.
+                over ranks when the model is sharded: a place where the program can be cut. Its
+                weight is split by columns then.
         """
+        if self.shard.size > 1 and row_parallel:
+            self._expect_split(weight, "cols", "linear")
+            partial = self.program.linear(
+                x.index, weight.index, row_parallel=True, wide=self._wide_sums
+            )
+            total = self._all_reduce(Value(partial), bias)
+            return total if residual is None else self.add(total, residual)
+        if self.shard.size > 1 and weight.split == "cols":
+            self._expect_split(weight, "rows", "linear")
         return Value(
             self.program.linear(
                 x.index,
@@ -218,6 +324,8 @@ class Builder:
             window: Positions a token sees, itself included; 0 for all before it.
             softcap: Scores become softcap * tanh(score / softcap) before the softmax; 0 for none.
         """
+        _, num_heads = self.shard.cut(num_heads)
+        _, num_kv_heads = self.shard.cut(num_kv_heads)
         q_norm, k_norm = (-1, -1) if qk_norm is None else (qk_norm[0].index, qk_norm[1].index)
         return Value(
             self.program.attention(
@@ -241,4 +349,5 @@ class Builder:
 
         With a softcap they become softcap * tanh(logit / softcap).
         """
-        return Value(self.program.logits(x.index, head.index, softcap))
+        ranks = self.shard.size if head.split == "rows" else 1
+        return Value(self.program.logits(x.index, head.index, softcap, ranks))

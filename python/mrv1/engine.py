@@ -325,8 +325,7 @@ class _Release:
     def __call__(self) -> None:
         if self._native is not None:
             self._native.close()
-        self._model.runner.close()
-        self._model.device.close()
+        self._model.close()
 
 
 def _engine_options(enable_prefix_caching: object, background: object) -> _core.EngineOptions:

@@ -3,21 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
-from mrv1 import _core, envs, tuning
+from mrv1 import _core, envs, parallel, tuning
 from mrv1._streams import Stream
 from mrv1.builder import Builder
 from mrv1.config import ModelConfig, model_root
 from mrv1.errors import ConfigError, InvalidArgumentError, OutOfMemoryError, WeightError
 from mrv1.kv_scales import KvScales, is_kv_scale, read_kv_scales
 from mrv1.models import FAMILIES
+from mrv1.parallel import Shard
 from mrv1.progress import format_phases, is_shown, progress_bar
 from mrv1.safetensors_reader import TensorInfo, read_checkpoint
 from mrv1.sampling_params import MAX_INT32, WHOLE_VOCABULARY
@@ -74,7 +77,11 @@ class RunnerOptions:
             the KV cache is allocated; 0.9.
         stream: CUDA stream in which all steps run: an object with `__cuda_stream__`, or a handle,
             whose stream must outlive the runner. No default stream; None makes one.
-        num_threads: CPU threads; MRV1_NUM_THREADS, else the cores this process may use.
+        num_threads: CPU threads, of all ranks together; MRV1_NUM_THREADS, else the cores this
+            process may use.
+        tensor_parallel_size: Devices that compute the model together, each a part of every layer:
+            as many GPUs, from the first on, or as many streams of the CPU. Memory and KV blocks
+            are then those of each. See docs/parallel.md.
         fusion: Whether the fusion pass runs; MRV1_FUSION.
         graph_mode: Fastest way that steps may reach the device: "eager" (kernel by kernel),
             "piecewise" (graphs between the attention ops), "full" (one graph a step) or "auto"
@@ -86,7 +93,7 @@ class RunnerOptions:
         attention_backend: Kernels of decode attention on a GPU, "native" or "flashinfer" (native
             again where the build or FlashInfer has no kernel for it); MRV1_ATTENTION_BACKEND.
         batch_invariant: Whether a row's results on a GPU must not depend, bit for bit, on what else
-            is in the batch; MRV1_BATCH_INVARIANT.
+            is in the batch, nor, on any device, on tensor_parallel_size; MRV1_BATCH_INVARIANT.
         pad_requests: Steps are padded to at least this many requests; for testing.
         pad_tokens: Steps are padded to at least this many tokens; for testing.
         infer_param_view: Whether steps also compute the by-table-row view of the batch.
@@ -112,6 +119,7 @@ class RunnerOptions:
     gpu_memory_utilization: float | None = None
     stream: Stream = None
     num_threads: int | None = None
+    tensor_parallel_size: int = 1
     fusion: bool | None = None
     graph_mode: str | None = None
     capture_sizes: Sequence[int | tuple[int, int]] | None = None
@@ -142,6 +150,7 @@ class RunnerKwargs(TypedDict, total=False):
     gpu_memory_utilization: float | None
     stream: Stream
     num_threads: int | None
+    tensor_parallel_size: int
     fusion: bool | None
     graph_mode: str | None
     capture_sizes: Sequence[int | tuple[int, int]] | None
@@ -163,7 +172,8 @@ class LoadedModel:
 
     Attributes:
         config: The model's.
-        device: Where it runs.
+        device: Where it runs; the first of them where there are several.
+        devices: Of each rank.
         runner: The native runner.
         dtype: "float32" or "bfloat16".
         max_num_seqs: As `RunnerOptions`, resolved.
@@ -181,6 +191,7 @@ class LoadedModel:
 
     config: ModelConfig
     device: _core.Device
+    devices: tuple[_core.Device, ...]
     runner: _core.ModelRunner
     dtype: str
     max_num_seqs: int
@@ -194,6 +205,17 @@ class LoadedModel:
     max_logprobs: int
     startup: dict[str, float]
     startup_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """As `RunnerOptions`."""
+        return len(self.devices)
+
+    def close(self) -> None:
+        """Frees memory and devices."""
+        self.runner.close()
+        for device in self.devices:
+            device.close()
 
 
 def resolve_device(name: str | None) -> str:
@@ -239,8 +261,24 @@ def resolve_max_model_len(options: RunnerOptions, config: ModelConfig) -> int:
     return length
 
 
+def resolve_batch_invariant(options: RunnerOptions) -> bool:
+    """Returns whether steps are batch invariant."""
+    invariant = options.batch_invariant
+    if not (invariant is None or isinstance(invariant, bool)):
+        raise InvalidArgumentError(
+            field="batch_invariant", value=invariant, allowed="None, True or False"
+        )
+    return envs.BATCH_INVARIANT.get() if invariant is None else invariant
+
+
 def wire_model(
-    config: ModelConfig, dtype: str, *, fusion: bool | None = None, max_model_len: int | None = None
+    config: ModelConfig,
+    dtype: str,
+    *,
+    fusion: bool | None = None,
+    max_model_len: int | None = None,
+    shard: Shard | None = None,
+    wide_sums: bool = False,
 ) -> _core.Program:
     """Wires the program of a model.
 
@@ -249,11 +287,13 @@ def wire_model(
         dtype: "float32" or "bfloat16".
         fusion: Whether the fusion pass runs; None asks MRV1_FUSION.
         max_model_len: Tokens that a sequence may have; the model's own limit if None.
+        shard: As `Builder`.
+        wide_sums: As `Builder`.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ConfigError(field="model_type", value=config.model_type, allowed=", ".join(FAMILIES))
-    builder = Builder(dtype)
+    builder = Builder(dtype, shard=shard, wide_sums=wide_sums)
     limit = config.max_position_embeddings if max_model_len is None else max_model_len
     family.wire(builder, config.for_length(limit))
     if not (fusion is None or isinstance(fusion, bool)):
@@ -261,6 +301,30 @@ def wire_model(
     if envs.FUSION.get() if fusion is None else fusion:
         builder.program.fuse()
     return builder.program
+
+
+def wire_ranks(config: ModelConfig, dtype: str, options: RunnerOptions) -> list[_core.Program]:
+    """Wires the program of each rank.
+
+    Raises:
+        InvalidArgumentError: The model cannot be shared out among so many ranks, or an option does
+            not go with several.
+    """
+    parallel.check_options(options)
+    size = options.tensor_parallel_size
+    invariant = resolve_batch_invariant(options)
+    parallel.check_sizes(config, size, batch_invariant=invariant)
+    return [
+        wire_model(
+            config,
+            dtype,
+            fusion=options.fusion,
+            max_model_len=resolve_max_model_len(options, config),
+            shard=Shard(rank, size),
+            wide_sums=invariant,
+        )
+        for rank in range(size)
+    ]
 
 
 def load_model(
@@ -290,29 +354,29 @@ def load_model(
     config = ModelConfig.from_dir(root)
     tensors = read_checkpoint(root)
     dtype = resolve_dtype(options.dtype, config)
-    program = wire_model(
-        config, dtype, fusion=options.fusion, max_model_len=resolve_max_model_len(options, config)
-    )
-    sources = _match_tensors(program, tensors, config)
+    programs = wire_ranks(config, dtype, options)
+    sources = _match_tensors(programs[0], tensors, config)
     kv_scales: KvScales = []
     if resolve_kv_cache_dtype(options.kv_cache_dtype) != "auto":
         heads = [config.num_key_value_heads] * config.num_hidden_layers
         kv_scales = read_kv_scales(tensors, heads, FAMILIES[config.model_type].other_tensors)
     startup = {"read headers and wire": time.perf_counter() - start}
 
-    model = make_runner(config, program, dtype, options, startup, kv_scales)
+    model = make_runner(config, programs, dtype, options, startup, kv_scales)
     start = time.perf_counter()
-    _load_weights(model.runner, sources, progress)
+    total = _loaded_bytes(programs, sources)
+    _load_weights(model.runner, sources, total, progress)
     startup["load weights"] = time.perf_counter() - start
-    model.startup_bytes["load weights"] = sum(info.nbytes for _, _, info in sources)
+    model.startup_bytes["load weights"] = total
     capture_graphs(model)
     plan = model.runner.memory_plan
     _LOG.info(
-        "%s on %s in %s: weights %.0f MB, activations %.0f MB, state %.0f MB, KV cache %.0f MB "
+        "%s on %s in %s: %sweights %.0f MB, activations %.0f MB, state %.0f MB, KV cache %.0f MB "
         "in %d blocks of %d tokens (%s)\n%s",
         root,
         model.device.name,
         dtype,
+        f"of each of {len(programs)} ranks " if len(programs) > 1 else "",
         plan["weights"] / 1e6,
         plan["activations"] / 1e6,
         plan["state"] / 1e6,
@@ -353,7 +417,7 @@ def report_notices(runner: _core.ModelRunner) -> None:
 
 def make_runner(
     config: ModelConfig,
-    program: _core.Program,
+    programs: Sequence[_core.Program],
     dtype: str,
     options: RunnerOptions,
     startup: dict[str, float],
@@ -361,13 +425,14 @@ def make_runner(
 ) -> LoadedModel:
     """Resolves the sizes and allocates a runner for a program; its weights are still to be set.
 
-    `kv_scales` are static scales of an FP8 cache; without them each token and head has its own.
+    There is a program for each rank. `kv_scales` are static scales of an FP8 cache, of all heads;
+    without them each token and head has its own.
     """
     start = time.perf_counter()
     kind = resolve_device(options.device)
     threads = envs.NUM_THREADS.get() if options.num_threads is None else options.num_threads
     threads = _integer("num_threads", threads or 0, 0, envs.MAX_THREADS)
-    device = tuning.make_device(kind, num_threads=threads, stream=options.stream)
+    devices = _open_devices(kind, len(programs), threads, options.stream)
     startup["open device"] = time.perf_counter() - start
     start = time.perf_counter()
     native = _core.RunnerConfig()
@@ -380,7 +445,7 @@ def make_runner(
     native.max_model_len = resolve_max_model_len(options, config)
     native.block_size = _positive("block_size", options.block_size, RunnerOptions.block_size)
     native.kv_cache_dtype = resolve_kv_cache_dtype(options.kv_cache_dtype)
-    native.kv_scales = list(kv_scales)
+    native.num_ranks = len(programs)
     native.pad_requests = _integer("pad_requests", options.pad_requests, 0, native.max_num_seqs)
     native.pad_tokens = _integer("pad_tokens", options.pad_tokens, 0, native.max_num_batched_tokens)
     for field in ("infer_param_view", "keep_hidden_states", "force_tokens"):
@@ -401,25 +466,24 @@ def make_runner(
         "attention_backend", options.attention_backend, envs.ATTENTION_BACKEND, _BACKENDS
     )
     native.attention_backend = _BACKENDS[backend]
-    invariant = options.batch_invariant
-    if not (invariant is None or isinstance(invariant, bool)):
-        raise InvalidArgumentError(
-            field="batch_invariant", value=invariant, allowed="None, True or False"
-        )
-    native.batch_invariant = envs.BATCH_INVARIANT.get() if invariant is None else invariant
-    native.num_blocks = _num_blocks(program, native, device, options)
+    native.batch_invariant = resolve_batch_invariant(options)
+    configs = [_of_rank(native, kv_scales, rank) for rank in range(len(programs))]
+    native.num_blocks = _num_blocks(programs[0], configs[0], devices, options)
     if options.max_model_len is None:
         native.max_model_len = min(
             native.max_model_len, (native.num_blocks - 1) * native.block_size
         )
-    runner = _core.ModelRunner(device, program, native)
+    for each in configs:
+        each.num_blocks, each.max_model_len = native.num_blocks, native.max_model_len
+    runner = _core.ModelRunner(devices, programs, configs)
     startup["allocate"] = time.perf_counter() - start
     plan = runner.memory_plan
     allocated = plan["weights"] + plan["activations"] + plan["state"]
     allocated += plan["per_block"] * native.num_blocks
     return LoadedModel(
         config=config,
-        device=device,
+        device=devices[0],
+        devices=tuple(devices),
         runner=runner,
         dtype=dtype,
         max_num_seqs=native.max_num_seqs,
@@ -427,13 +491,41 @@ def make_runner(
         max_model_len=native.max_model_len,
         block_size=native.block_size,
         kv_cache_dtype=native.kv_cache_dtype,
-        kv_scales=_kind_of_scales(native),
+        kv_scales=_kind_of_scales(configs[0]),
         num_kv_blocks=native.num_blocks,
         num_speculative_tokens=native.num_speculative_tokens,
         max_logprobs=native.max_logprobs,
         startup=startup,
-        startup_bytes={"allocate": allocated},
+        startup_bytes={"allocate": allocated * len(programs)},
     )
+
+
+def _open_devices(kind: str, count: int, threads: int, stream: Stream) -> list[_core.Device]:
+    """A device for each rank; CPU ranks share the threads out."""
+    if kind == "cpu" and count > 1:
+        threads = max(1, (threads or len(os.sched_getaffinity(0))) // count)
+    with contextlib.ExitStack() as opened:
+        devices = []
+        for rank in range(count):
+            device = tuning.make_device(kind, num_threads=threads, ordinal=rank, stream=stream)
+            opened.callback(device.close)
+            devices.append(device)
+        opened.pop_all()
+    return devices
+
+
+def _of_rank(native: _core.RunnerConfig, kv_scales: KvScales, rank: int) -> _core.RunnerConfig:
+    """The configuration of a rank, with the scales of its own key/value heads."""
+
+    def own(scales: list[float]) -> list[float]:
+        if len(scales) == 1:
+            return scales
+        first, count = Shard(rank, native.num_ranks).cut(len(scales))
+        return scales[first : first + count]
+
+    config = _core.RunnerConfig(native)
+    config.kv_scales = [(own(keys), own(values)) for keys, values in kv_scales]
+    return config
 
 
 def _kind_of_scales(native: _core.RunnerConfig) -> str:
@@ -523,7 +615,7 @@ def _positive(field: str, value: int | None, default: int) -> int:
 def _num_blocks(
     program: _core.Program,
     native: _core.RunnerConfig,
-    device: _core.Device,
+    devices: Sequence[_core.Device],
     options: RunnerOptions,
 ) -> int:
     """KV blocks, the null block included, from what the options say or from free memory."""
@@ -548,9 +640,12 @@ def _num_blocks(
                 field="num_kv_blocks", value=blocks, allowed="at least 2 (block 0 is never used)"
             )
         return blocks
-    plan = _core.ModelRunner.plan_memory(program, native, device)
+    plan = _core.ModelRunner.plan_memory(program, native, devices[0])
     others = plan["weights"] + plan["activations"] + plan["state"]
-    free, total = device.memory()
+    free, total = min(device.memory() for device in devices)
+    kind = devices[0].kind
+    if kind == "cpu":
+        free //= len(devices)  # they share the host's memory
     needs = (
         f"weights {plan['weights'] / 1e6:.0f} MB, activations {plan['activations'] / 1e6:.0f} MB, "
         f"state {plan['state'] / 1e6:.0f} MB"
@@ -561,7 +656,7 @@ def _num_blocks(
             f"max_num_batched_tokens = {native.max_num_batched_tokens}, state with max_num_seqs = "
             f"{native.max_num_seqs} and max_model_len = {native.max_model_len}"
         )
-    if budget is None and device.kind == "cuda":
+    if budget is None and kind == "cuda":
         graphs = len(native.capture_sizes) + len(native.piecewise_sizes)
         reserve = graphs * _GRAPH_BYTES + _LIBRARY_BYTES
         allowed = (_GPU_SHARE if share is None else share) * total
@@ -590,8 +685,10 @@ def _match_tensors(
     """
     sources = []
     used = set()
-    for weight, (_, is_vector, cols, segments) in enumerate(program.weights):
-        for segment, (name, rows) in enumerate(segments):
+    slices = program.weight_slices
+    for weight, (_, is_vector, _, segments) in enumerate(program.weights):
+        for segment, (name, _) in enumerate(segments):
+            rows, _, cols, _ = slices[weight][segment]
             info = tensors.get(name)
             if info is None:
                 raise WeightError("is missing from the checkpoint", tensor=name)
@@ -633,12 +730,26 @@ def _match_tensors(
     return sources
 
 
+def _loaded_bytes(
+    programs: Sequence[_core.Program], sources: list[tuple[int, int, TensorInfo]]
+) -> int:
+    """Bytes of the files that the ranks read, each what it needs."""
+    total = 0
+    for program in programs:
+        weights = program.weights
+        for weight, segment, info in sources:
+            _, _, cols, segments = weights[weight]
+            elements = math.prod(info.shape)
+            total += segments[segment][1] * cols * (info.nbytes // max(elements, 1))
+    return total
+
+
 def _load_weights(
     runner: _core.ModelRunner,
     sources: list[tuple[int, int, TensorInfo]],
+    total: int,
     progress: bool | None,
 ) -> None:
-    total = sum(info.nbytes for _, _, info in sources)
     # By place in the files, so that each is read once from front to back.
     ordered = sorted(sources, key=lambda source: (str(source[2].path), source[2].offset))
     with progress_bar("Loading weights", total, unit="B", show=progress) as advance:

@@ -20,8 +20,8 @@ from mrv1.loader import (
     capture_graphs,
     make_runner,
     resolve_dtype,
-    resolve_max_model_len,
     wire_model,
+    wire_ranks,
 )
 from mrv1.progress import progress_bar
 from mrv1.tokenizer import TOKENIZER_NAME
@@ -59,11 +59,9 @@ def random_runner(config: ModelConfig, options: RunnerOptions, seed: int = 0) ->
         OutOfMemoryError: Memory for weights, buffers or one KV block is missing.
     """
     dtype = resolve_dtype(options.dtype, config)
-    program = wire_model(
-        config, dtype, fusion=options.fusion, max_model_len=resolve_max_model_len(options, config)
-    )
-    model = make_runner(config, program, dtype, options, {})
-    for weight in range(len(program.weights)):
+    programs = wire_ranks(config, dtype, options)
+    model = make_runner(config, programs, dtype, options, {})
+    for weight in range(len(programs[0].weights)):
         model.runner.fill_random(weight, seed, RANGE)
     capture_graphs(model)
     return model

@@ -620,5 +620,4 @@ class ModelRunner(Closing):
 
     def close(self) -> None:
         """Frees memory and threads. Using the runner afterwards raises ClosedError."""
-        self._native.close()
-        self.model.device.close()
+        self.model.close()

@@ -249,6 +249,11 @@ class CudaDevice final : public Device {
   // Spins first, as a step is short, then sleeps between looks. A launch that failed never stores
   // the sequence, so the stream is asked now and then.
   void wait_sequence(const std::atomic<uint64_t>& sequence, uint64_t value) override {
+    wait_sequence_until(sequence, value, std::chrono::steady_clock::time_point::max());
+  }
+
+  bool wait_sequence_until(const std::atomic<uint64_t>& sequence, uint64_t value,
+                           std::chrono::steady_clock::time_point until) override {
     auto next_query = std::chrono::steady_clock::now() + kQueryInterval;
     for (int64_t looks = 1; sequence.load(std::memory_order_acquire) < value; ++looks) {
       if (looks % kLooksPerClock == 0 && std::chrono::steady_clock::now() >= next_query) {
@@ -258,12 +263,13 @@ class CudaDevice final : public Device {
         if (status == cudaSuccess) {
           check_internal(sequence.load(std::memory_order_acquire) >= value, kWhere,
                          "the stream is idle but sequence ", value, " was never written");
-          return;
+          return true;
         }
         if (status != cudaErrorNotReady) {
           cuda::check_cuda(status, kWhere, "a kernel of the step that was waited for");
         }
         cudaGetLastError();  // "not ready" is remembered, and the next launch must not report it
+        if (next_query > until) return false;
       }
       if (looks < kSpins) {
         cpu_pause();
@@ -271,6 +277,7 @@ class CudaDevice final : public Device {
         std::this_thread::sleep_for(kSleep);
       }
     }
+    return true;
   }
 
   void settle() noexcept override {

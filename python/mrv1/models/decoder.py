@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from mrv1.builder import Builder, Rope, Value, Weight
+import dataclasses
+import itertools
+
+from mrv1.builder import Builder, Part, Rope, Value, Weight
 from mrv1.config import ModelConfig
 
 
@@ -18,7 +21,7 @@ def wire_decoder(
         qk_norm: Whether q and k heads are normalised before rope.
         fused_tensors: Whether the checkpoint holds qkv_proj and gate_up_proj, not their parts.
     """
-    embed = p.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    embed = embedding_table(p, config)
     rope = p.rope(config.rope, config.head_dim)
     x = p.embedding(embed)
     for index in range(config.num_hidden_layers):
@@ -58,13 +61,22 @@ def _attention(
     )
 
 
+def embedding_table(p: Builder, config: ModelConfig) -> Weight:
+    """The embedding [vocab, hidden], which ranks share out by the vocabulary."""
+    return p.matrix(
+        "model.embed_tokens.weight", config.vocab_size, config.hidden_size, split="rows"
+    )
+
+
 def project_qkv(p: Builder, config: ModelConfig, x: Value, *, fused_tensor: bool = False) -> Value:
     """Queries, keys and values of all heads: [tokens, hidden] -> [tokens, q | k | v]."""
-    q_size = config.num_attention_heads * config.head_dim
-    kv_size = config.num_key_value_heads * config.head_dim
-    parts = [("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size)]
+    heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+    parts = [
+        Part(f"{name}_proj", count * config.head_dim, units=count)
+        for name, count in zip("qkv", heads, strict=True)
+    ]
     if fused_tensor:
-        parts = [("qkv_proj", q_size + 2 * kv_size)]
+        parts = _in_one("qkv_proj", parts)
     return _project(p, x, config.hidden_size, parts, config.attention_bias)
 
 
@@ -74,7 +86,12 @@ def project_attention(
     """The projection of attention's output: [tokens, heads * dim] -> [tokens, hidden]."""
     return p.linear(
         mixed,
-        p.matrix("o_proj.weight", config.hidden_size, config.num_attention_heads * config.head_dim),
+        p.matrix(
+            "o_proj.weight",
+            config.hidden_size,
+            config.num_attention_heads * config.head_dim,
+            split="cols",
+        ),
         bias=p.vector("o_proj.bias", config.hidden_size) if config.attention_output_bias else None,
         residual=residual,
         row_parallel=True,
@@ -85,10 +102,9 @@ def project_gate_up(
     p: Builder, config: ModelConfig, x: Value, *, fused_tensor: bool = False
 ) -> Value:
     """Both halves of a gated MLP: [tokens, hidden] -> [tokens, gate | up]."""
-    size = config.intermediate_size
-    parts = (
-        [("gate_up_proj", 2 * size)] if fused_tensor else [("gate_proj", size), ("up_proj", size)]
-    )
+    parts = [Part(f"{name}_proj", config.intermediate_size) for name in ("gate", "up")]
+    if fused_tensor:
+        parts = _in_one("gate_up_proj", parts)
     return _project(p, x, config.hidden_size, parts, config.mlp_bias)
 
 
@@ -98,7 +114,7 @@ def project_down(
     """The MLP's way back: [tokens, intermediate] -> [tokens, hidden]."""
     return p.linear(
         x,
-        p.matrix("down_proj.weight", config.hidden_size, config.intermediate_size),
+        p.matrix("down_proj.weight", config.hidden_size, config.intermediate_size, split="cols"),
         bias=p.vector("down_proj.bias", config.hidden_size) if config.mlp_bias else None,
         residual=residual,
         row_parallel=True,
@@ -109,15 +125,27 @@ def output_head(p: Builder, config: ModelConfig, embed: Weight) -> Weight:
     """The weight [vocab, hidden] of the logits, which may be the embedding."""
     if config.tie_word_embeddings:
         return embed
-    return p.matrix("lm_head.weight", config.vocab_size, config.hidden_size)
+    return p.matrix("lm_head.weight", config.vocab_size, config.hidden_size, split="rows")
 
 
-def _project(
-    p: Builder, x: Value, cols: int, parts: list[tuple[str, int]], has_bias: bool
-) -> Value:
-    biases = [(f"{name}.bias", rows) for name, rows in parts]
+def _in_one(name: str, parts: list[Part]) -> list[Part]:
+    """The parts as they follow each other in one tensor."""
+    total = sum(part.rows for part in parts)
+    firsts = itertools.accumulate((part.rows for part in parts), initial=0)
+    return [
+        dataclasses.replace(part, name=name, first=first, total=total)
+        for part, first in zip(parts, firsts, strict=False)
+    ]
+
+
+def _project(p: Builder, x: Value, cols: int, parts: list[Part], has_bias: bool) -> Value:
+    """A column-parallel linear: ranks compute some of the outputs of each part."""
+
+    def of(kind: str) -> list[Part]:
+        return [dataclasses.replace(part, name=f"{part.name}.{kind}") for part in parts]
+
     return p.linear(
         x,
-        p.fused(cols, *((f"{name}.weight", rows) for name, rows in parts)),
-        bias=p.fused_vector(*biases) if has_bias else None,
+        p.fused(cols, *of("weight"), split="rows"),
+        bias=p.fused_vector(*of("bias"), split="rows") if has_bias else None,
     )

@@ -17,6 +17,7 @@ from mrv1.config import (
 )
 from mrv1.config_fields import Fields
 from mrv1.models.decoder import (
+    embedding_table,
     output_head,
     project_attention,
     project_down,
@@ -101,7 +102,7 @@ def _read_cap(fields: Fields, name: str) -> float:
 def wire(p: Builder, config: GemmaConfig) -> None:
     """Wires the model. Norms multiply by 1 + weight."""
     with p.scope(config.prefix):
-        embed = p.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        embed = embedding_table(p, config)
         rope = p.rope(config.rope, config.head_dim)
         local = p.rope(config.local_rope, config.head_dim) if config.local_rope else rope
         # The scale is rounded as a weight would be.

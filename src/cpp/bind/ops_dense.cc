@@ -184,7 +184,8 @@ nb::object embedding(const OpsHandle& self, nb::handle ids_array, nb::handle tab
         {{table.data, table_dtype, WeightLayout::kRowMajor, table.rows(), table.cols()},
          out.data,
          dtype,
-         scale},
+         scale,
+         0},
         ctx);
   });
   return call.result(out);

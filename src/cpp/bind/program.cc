@@ -66,7 +66,8 @@ void bind_program(nb::module_& m) {
                   "segments: Sequence[tuple[str, int]], offset: float = 0.0, "
                   "slices: Sequence[tuple[int, int, int, int]] = ()) -> int"),
           "Declares a weight [sum of segment rows, cols]; segments are (tensor name, rows).\n"
-          "`offset` is added to the values of a vector when they are loaded. `slices` say for each\n"
+          "`offset` is added to the values of a vector when they are loaded. `slices` say for "
+          "each\n"
           "segment which part of its tensor it is: (rows of the tensor, first row, columns of the\n"
           "tensor, first column); without them segments are whole tensors.")
       .def(
@@ -167,7 +168,8 @@ void bind_program(nb::module_& m) {
             }
             return all;
           },
-          "(rows of the tensor, first row, columns of the tensor, first column) of each segment of\n"
+          "(rows of the tensor, first row, columns of the tensor, first column) of each segment "
+          "of\n"
           "each weight.")
       .def_prop_ro(
           "kv_layout",

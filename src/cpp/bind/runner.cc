@@ -14,6 +14,7 @@
 #include "bind/runner_arrays.h"
 #include "bind/runner_handle.h"
 #include "io/mapped_file.h"
+#include "runner/rank_followers.h"
 #include "state/infer_param_view.h"
 
 namespace mrv1 {
@@ -173,6 +174,16 @@ void bind_runner(nb::module_& m) {
 
   nb::class_<RunnerConfig>(m, "RunnerConfig")
       .def(nb::init<>())
+      .def(nb::init<const RunnerConfig&>(), nb::arg("other"), "A copy.")
+      .def_rw("num_ranks", &RunnerConfig::num_ranks,
+              "Devices that compute the model together, each a part of it.")
+      .def_prop_rw(
+          "rank_timeout_ms",
+          [](const RunnerConfig& self) { return static_cast<int64_t>(self.rank_timeout.count()); },
+          [](RunnerConfig& self, int64_t milliseconds) {
+            self.rank_timeout = std::chrono::milliseconds(milliseconds);
+          },
+          "How long a rank waits for the others before they all end.")
       .def_rw("max_num_seqs", &RunnerConfig::max_num_seqs)
       .def_rw("max_num_batched_tokens", &RunnerConfig::max_num_batched_tokens)
       .def_rw("max_model_len", &RunnerConfig::max_model_len)
@@ -363,10 +374,23 @@ void bind_runner(nb::module_& m) {
           "__init__",
           [](RunnerHandle* self, const DeviceHandle& device, const Program& program,
              const RunnerConfig& config) {
-            new (self) RunnerHandle(std::make_shared<ModelRunner>(device.share(), program, config),
-                                    "runner");
+            new (self) RunnerHandle(make_runner({device.share()}, {program}, {config}), "runner");
           },
           nb::arg("device"), nb::arg("program"), nb::arg("config"))
+      .def(
+          "__init__",
+          [](RunnerHandle* self, const std::vector<const DeviceHandle*>& devices,
+             const std::vector<const Program*>& programs,
+             const std::vector<RunnerConfig>& configs) {
+            std::vector<std::shared_ptr<Device>> shared;
+            for (const DeviceHandle* device : devices) shared.push_back(device->share());
+            std::vector<Program> copies;
+            for (const Program* program : programs) copies.push_back(*program);
+            nb::gil_scoped_release release;
+            new (self) RunnerHandle(make_runner(shared, std::move(copies), configs), "runner");
+          },
+          nb::arg("devices"), nb::arg("programs"), nb::arg("configs"),
+          "Ranks that compute one model together: a device, a program and a configuration of each.")
       .def_static(
           "plan_memory",
           [](const Program& program, const RunnerConfig& config, const DeviceHandle& device) {
@@ -379,19 +403,23 @@ void bind_runner(nb::module_& m) {
       .def_prop_ro(
           "memory_plan", [](const RunnerHandle& self) { return plan_dict(self->memory_plan()); },
           nb::sig("def memory_plan(self) -> dict[str, int]"))
-      .def(
-          "load_tensors", &load_tensors, nb::arg("file"), nb::arg("tensors"), nb::arg("progress"),
-          "Loads tensors of a file: (weight, segment, offset in bytes, dtype) each. `progress` is\n"
-          "called with the bytes that were done since its last call; what it raises ends the "
-          "loading.\n\n"
-          "Raises:\n"
-          "    InvalidArgumentError: no such weight, segment or dtype.\n"
-          "    WeightError: the file has no such bytes, or a weight cannot have that dtype.\n"
-          "    DeviceError: the copy failed.")
+      .def("load_tensors", &load_tensors, nb::arg("file"), nb::arg("tensors"), nb::arg("progress"),
+           "Loads tensors of a file: (weight, segment, offset in bytes, dtype) each. Ranks load "
+           "what\n"
+           "they need of them at the same time, each in a thread of its own. `progress` is\n"
+           "called with the bytes that were done since its last call; what it raises ends the "
+           "loading.\n\n"
+           "Raises:\n"
+           "    InvalidArgumentError: no such weight, segment or dtype.\n"
+           "    WeightError: the file has no such bytes, or a weight cannot have that dtype.\n"
+           "    DeviceError: the copy failed.")
       .def(
           "fill_random",
           [](const RunnerHandle& self, int32_t weight, uint64_t seed, float range) {
-            self->weights().fill_random(weight, seed, range);
+            const std::shared_ptr<ModelRunner> runner = self.share();
+            for (int rank = 0; rank < runner->config().num_ranks; ++rank) {
+              runner->rank_runner(rank).weights().fill_random(weight, seed, range);
+            }
           },
           nb::arg("weight"), nb::arg("seed"), nb::arg("range"),
           nb::call_guard<nb::gil_scoped_release>())
@@ -400,7 +428,13 @@ void bind_runner(nb::module_& m) {
           [](const RunnerHandle& self, uint64_t seed) { self->fill_kv_random(seed); },
           nb::arg("seed"), nb::call_guard<nb::gil_scoped_release>(),
           "Fills the KV cache with random values: timing without a prefill.")
-      .def("check_weights", [](const RunnerHandle& self) { self->weights().check_complete(); })
+      .def("check_weights",
+           [](const RunnerHandle& self) {
+             const std::shared_ptr<ModelRunner> runner = self.share();
+             for (int rank = 0; rank < runner->config().num_ranks; ++rank) {
+               runner->rank_runner(rank).weights().check_complete();
+             }
+           })
       .def(
           "add_row",
           [](const RunnerHandle& self, const RowSpec& spec) {
@@ -561,10 +595,14 @@ void bind_runner(nb::module_& m) {
            "rest of `cut_step`. Waits for the step before.")
       .def(
           "fail_next_step",
-          [](const RunnerHandle& self, const std::string& message) {
-            self->fail_next_step(message);
+          [](const RunnerHandle& self, const std::string& message, int rank) {
+            self->fail_next_step(message, rank);
           },
-          nb::arg("message"))
+          nb::arg("message"), nb::arg("rank") = ModelRunner::kAllRanks,
+          "For testing: the next batch fails after its program, on all ranks (-1) or on one.")
+      .def_prop_ro(
+          "num_ranks", [](const RunnerHandle& self) { return self->config().num_ranks; },
+          "Devices that compute the model together.")
       .def_prop_ro("program", [](const RunnerHandle& self) { return self->program(); })
       .def("close", &RunnerHandle::close);
 

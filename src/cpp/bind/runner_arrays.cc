@@ -8,6 +8,8 @@
 
 #include <algorithm>
 
+#include "runner/rank_followers.h"
+
 namespace mrv1 {
 
 void load_tensors(const RunnerHandle& self, const MappedFile& file,
@@ -19,7 +21,7 @@ void load_tensors(const RunnerHandle& self, const MappedFile& file,
   const std::shared_ptr<ModelRunner> runner = self.share();
   nb::gil_scoped_release release;
   // Called even when nothing is done yet, so that an interrupt is seen.
-  runner->weights().load(file, sources, [&](size_t bytes) {
+  load_ranks(*runner, file, sources, [&](size_t bytes) {
     nb::gil_scoped_acquire acquire;
     progress(bytes);
   });

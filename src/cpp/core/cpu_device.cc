@@ -106,6 +106,13 @@ class CpuDevice final : public Device {
                    "the stream is idle but sequence ", value, " was never written");
   }
 
+  bool wait_sequence_until(const std::atomic<uint64_t>& sequence, uint64_t value,
+                           std::chrono::steady_clock::time_point until) override {
+    std::unique_lock lock(mutex_);
+    return drained_.wait_until(lock, until,
+                               [&] { return sequence.load(std::memory_order_acquire) >= value; });
+  }
+
   std::unique_ptr<Graph> capture(std::function<void()> fn) override {
     return std::make_unique<RecordedWork>(std::move(fn));
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -120,6 +121,9 @@ class Device {
   virtual void submit(void (*fn)(void* arg), void* arg) = 0;
   // Waits until *sequence >= value, where device work stores the sequence.
   virtual void wait_sequence(const std::atomic<uint64_t>& sequence, uint64_t value) = 0;
+  // The same until a point in time at most; false if it was not there by then.
+  virtual bool wait_sequence_until(const std::atomic<uint64_t>& sequence, uint64_t value,
+                                   std::chrono::steady_clock::time_point until) = 0;
   // Waits for all work submitted before the call, by whichever thread.
   virtual void synchronize() = 0;
   // Records what fn() launches without running it. To be called from inside a submitted task; what

@@ -22,8 +22,8 @@ struct StagedTensor {
   void* target;
   DType stored;  // float32 or bfloat16
   int64_t count;
-  // They lie in the file in rows of `cols`, whose beginnings are `stride` elements apart. Zeros: one
-  // behind the other.
+  // They lie in the file in rows of `cols`, whose beginnings are `stride` elements apart. Zeros:
+  // one behind the other.
   int64_t cols = 0, stride = 0;
 };
 

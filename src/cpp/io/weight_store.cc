@@ -123,8 +123,8 @@ void WeightStore::load_mapped(const MappedFile& file, const TensorSource& tensor
   const auto size = static_cast<int64_t>(dtype_size(tensor.dtype));
   const int64_t row_bytes = view.cols * size;
   const int64_t stride = rows.slice.cols * size;
-  const size_t begin =
-      tensor.offset + static_cast<size_t>(rows.slice.first_row * stride + rows.slice.first_col * size);
+  const size_t begin = tensor.offset + static_cast<size_t>(rows.slice.first_row * stride +
+                                                           rows.slice.first_col * size);
   // Whole panels a piece, so that pieces never share one.
   const int64_t piece =
       std::max<int64_t>(kPanelRows, kPieceBytes / row_bytes / kPanelRows * kPanelRows);

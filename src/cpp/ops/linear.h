@@ -13,9 +13,10 @@ namespace mrv1 {
 // activation the weight stacks gate over up and out = activation(gate) * up: [rows, weight.rows /
 // 2]; gate and up are rounded to dtype first, so that the fused form equals its parts bit for bit.
 //
-// The output of a row-parallel linear is a sum over ranks, which hold some of the columns each. In a
-// batch-invariant step it has the same bits whatever their number: all columns are kInvariantParts
-// parts, each is summed by itself, and the parts are added in the order of sum_in_order.
+// The output of a row-parallel linear is a sum over ranks, which hold some of the columns each. In
+// a batch-invariant step it has the same bits whatever their number: all columns are
+// kInvariantParts parts, each is summed by itself, and the parts are added in the order of
+// sum_in_order.
 struct LinearParams {
   const void* x;          // [rows, weight.cols] of dtype
   WeightView weight;      // dtype equal to `dtype`; kPanel16 on the CPU, kRowMajor on CUDA

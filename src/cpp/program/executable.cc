@@ -157,12 +157,8 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
     case OpKind::kGatherRows:
       return GatherRowsParams{in(0), out(0), result->cols, dtype};
     case OpKind::kAllReduce:
-      return AllReduceParams{in(0),
-                             op.weights.empty() ? nullptr : vector(0),
-                             out(0),
-                             result->cols,
-                             program.values()[op.inputs[0]].dtype,
-                             result->dtype,
+      return AllReduceParams{in(0),        op.weights.empty() ? nullptr : vector(0), out(0),
+                             result->cols, program.values()[op.inputs[0]].dtype,     result->dtype,
                              logits_rows};
     case OpKind::kAllGather: {
       const Value& part = program.values()[op.inputs[0]];

@@ -157,11 +157,9 @@ int32_t Program::embedding(int32_t table, float scale, int64_t first_row) {
   check(std::isfinite(scale), "embedding", "scale must be finite, not ", scale);
   check(first_row >= 0 && first_row <= kMaxExtent, "embedding",
         "first_row must be in [0, 2^31], not ", first_row);
-  return emit({.kind = OpKind::kEmbedding,
-               .weights = {table},
-               .scale = scale,
-               .first_row = first_row},
-              RowSpace::kTokens, spec.cols, dtype_);
+  return emit(
+      {.kind = OpKind::kEmbedding, .weights = {table}, .scale = scale, .first_row = first_row},
+      RowSpace::kTokens, spec.cols, dtype_);
 }
 
 int32_t Program::rms_norm(int32_t x, int32_t weight, float eps) {

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "runner/rank_followers.h"
 #include "sampling/math.h"
 
 namespace mrv1 {
@@ -91,6 +92,10 @@ MemoryPlan ModelRunner::plan_memory(const Program& wired, const RunnerConfig& co
   plan.activations =
       Executable::bytes(program, limits, device, config.max_model_len) +
       device.kernels().workspace_bytes(Executable::workspace_limits(program, limits, device));
+  if (config.num_ranks > 1) {
+    plan.activations +=
+        group_bytes(device.type(), config.num_ranks, group_options(program, config));
+  }
   const int64_t rows = config.max_num_seqs;
   const KvLayout layout = program.kv_layout();
   const auto groups = static_cast<int64_t>(layout.groups.size());
@@ -149,6 +154,17 @@ void ModelRunner::check_limits(const Program& program, const RunnerConfig& confi
           "piecewise_sizes asks for ", tokens,
           " tokens; allowed are 1 to max_num_batched_tokens = ", config.max_num_batched_tokens);
   }
+  check(config.num_ranks >= 1 && config.num_ranks <= kMaxRanks, "runner",
+        "num_ranks must be in [1, ", kMaxRanks, "], not ", config.num_ranks);
+  check(config.rank_timeout.count() > 0, "runner", "rank_timeout must be positive");
+  for (const Op& op : program.ops()) {
+    if (!op.row_parallel || !config.batch_invariant || config.num_ranks == 1) continue;
+    const WeightSpec& weight = program.weights()[op.weights[0]];
+    check(has_invariant_parts(weight.cols, config.num_ranks), "runner",
+          "batch_invariant sums the columns of row-parallel weights in ", kInvariantParts,
+          " parts of whole pairs, which ", config.num_ranks, " ranks with ", weight.cols,
+          " columns each of '", weight.name, "' do not have");
+  }
   check(program.logits_value() >= 0, "runner", "the program has no logits");
   check(!program.kv_layers().empty(), "runner", "the program has no attention");
   check_kv_spec(config.kv_cache, program, "runner");
@@ -178,8 +194,9 @@ RunnerConfig ModelRunner::checked_config(const Program& program, RunnerConfig co
 }
 
 ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
-                         const RunnerConfig& config)
+                         const RunnerConfig& config, std::unique_ptr<Communicator> communicator)
     : device_(std::move(device)),
+      communicator_(std::move(communicator)),
       program_(prepared(std::move(program), config)),
       config_(checked_config(program_, config, *device_)),
       weights_(program_, *device_),
@@ -204,6 +221,7 @@ ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
 }
 
 ModelRunner::~ModelRunner() {
+  followers_.reset();
   try {
     device_->synchronize();
   } catch (const Error&) {
@@ -288,6 +306,7 @@ void ModelRunner::allocate_state() {
   ctx_.device = device_.get();
   ctx_.pool = device_->pool();
   ctx_.stream = device_->stream();
+  ctx_.communicator = communicator_.get();
   ctx_.attention_backend = config_.attention_backend;
   ctx_.batch_invariant = config_.batch_invariant;
   ctx_.sync_launches = config_.sync_launches;
@@ -329,8 +348,7 @@ void ModelRunner::allocate_rings() {
   }
 }
 
-// --- rows and blocks
-// ------------------------------------------------------------------------------------
+// --- rows and blocks ---------------------------------------------------------------------------
 
 RowHandle ModelRunner::add_row(const RowSpec& spec) {
   check_no_cut("add_row");
@@ -339,12 +357,40 @@ RowHandle ModelRunner::add_row(const RowSpec& spec) {
     std::lock_guard lock(side_mutex_);
     stats_.mask_bytes = masks_.bytes();
   }
-  return rows_->add(spec);
+  const RowHandle made = rows_->add(spec);
+  if (followers_ != nullptr) followers_->add_row(spec, made);
+  return made;
+}
+
+void ModelRunner::append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids,
+                                bool distinct) {
+  check_no_cut("append_blocks");
+  rows_->append_blocks(row, group, block_ids, distinct);
+  if (followers_ != nullptr) followers_->append_blocks(row, group, block_ids);
+}
+
+void ModelRunner::drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t count) {
+  check_no_cut("drop_blocks");
+  rows_->drop_blocks(row, group, first, count);
+  if (followers_ != nullptr) followers_->drop_blocks(row, group, first, count);
+}
+
+void ModelRunner::free_row(RowHandle row) {
+  check_no_cut("free_row");
+  rows_->free(row);
+  if (followers_ != nullptr) followers_->free_row(row);
+}
+
+void ModelRunner::fill_kv_random(uint64_t seed) {
+  if (followers_ != nullptr) followers_->fill_kv_random(seed);
+  kv_->fill_random(seed);
+  if (followers_ != nullptr) followers_->join();
 }
 
 void ModelRunner::copy_blocks(std::span<const BlockCopy> copies) {
   check_no_cut("copy_blocks");
   check_copies(copies, config_.num_blocks);
+  if (followers_ != nullptr) followers_->copy_blocks(copies);
   struct Task {
     ModelRunner* runner;
     CopyBlocksParams params;
@@ -376,6 +422,10 @@ void ModelRunner::copy_blocks(std::span<const BlockCopy> copies) {
 // --- the step ----------------------------------------------------------------------------------
 
 uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
+  return execute(batch, take_injected(batch));
+}
+
+uint64_t ModelRunner::execute(std::span<const BatchItem> batch, const std::string& injected) {
   const auto start = std::chrono::steady_clock::now();
   waited_ns_ = 0;
   check_no_cut("execute");
@@ -431,7 +481,9 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
       sizes.num_logits = std::max(sizes.num_logits, config_.pad_requests);
     }
   }
-  const uint64_t step = submit(entries_, shape, scored_);
+  // Before this rank's own: it may wait for a step that the others have not launched yet.
+  if (followers_ != nullptr) followers_->execute(batch, injected);
+  const uint64_t step = submit(entries_, shape, scored_, injected);
   if (shape.cut) cut_step_ = step;
   slot_of(step).delivered = false;
   if (rows_->has_logprobs()) {
@@ -467,7 +519,7 @@ void ModelRunner::send_changes() {
 }
 
 uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShape& shape,
-                             std::span<const ScoredTokens> scored) {
+                             std::span<const ScoredTokens> scored, const std::string& injected) {
   Slot& slot = slot_of(next_step_);
   if (slot.step != 0) {
     const auto start = std::chrono::steady_clock::now();
@@ -481,13 +533,17 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShap
   slot.shape = shape;
   slot.delivered = true;  // execute() asks for delivery; changes alone have nothing to say
   slot.error.clear();
-  slot.injected.clear();
+  slot.injected = injected;
+  slot.alone = false;
   slot.marks.clear();
   slot.num_logprobs.clear();
   slot.scored.assign(scored.begin(), scored.end());
   {
     std::lock_guard lock(side_mutex_);
-    if (!entries.empty()) slot.injected.swap(injected_failure_);
+    if (!entries.empty() && fails_alone_) {
+      slot.injected.swap(injected_failure_);
+      slot.alone = std::exchange(fails_alone_, false);
+    }
     ++stats_.steps;
     stats_.control_bytes += slot.control->bytes;
     stats_.output_bytes +=
@@ -501,6 +557,11 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShap
 void ModelRunner::finish_step() {
   const auto start = std::chrono::steady_clock::now();
   check(cut_step_ != 0, "finish_step", "no step waits for it");
+  if (followers_ != nullptr) {
+    masked_rows_.clear();
+    for (size_t i = 0; i < masked_items_.size(); ++i) masked_rows_.push_back(masked_row(i));
+    followers_->finish_step(masked_rows_, masks_.all(), masks_.words());
+  }
   device_->submit(&ModelRunner::run_rest, &slot_of(std::exchange(cut_step_, 0)));
   std::lock_guard lock(side_mutex_);
   stats_.host_ns += nanoseconds_since(start);
@@ -515,6 +576,7 @@ void ModelRunner::run_step(void* arg) {
   Slot& slot = *static_cast<Slot*>(arg);
   ModelRunner& runner = *slot.runner;
   try {
+    runner.check_ranks();
     if (!runner.failed_copy_.empty()) {
       fail(ErrorKind::kDevice, "copy_blocks", std::exchange(runner.failed_copy_, {}));
     }
@@ -540,6 +602,8 @@ void ModelRunner::run_rest(void* arg) {
 
 // Ends a step that could not be launched as a whole, so that the next one finds the rings in order.
 void ModelRunner::fail_step(Slot& slot, const char* what) noexcept {
+  // Others may wait for what it launched no more.
+  abort_ranks(slot, what);
   // Earlier steps, and what was launched of this one, still use the rings.
   device_->settle();
   slot.error = what;
@@ -570,6 +634,7 @@ CaptureReport ModelRunner::capture_graphs() {
   CaptureReport report;
   check_no_cut("capture_graphs");
   if (config_.graph_mode == StepMode::kEager) return report;
+  if (followers_ != nullptr) followers_->capture_graphs();
   const size_t free_before = device_->memory().free_bytes;
   captured_ = false;
   device_->synchronize();  // a step in flight may be one of them
@@ -592,6 +657,8 @@ CaptureReport ModelRunner::capture_graphs() {
     ++report.piecewise_graphs;
   }
   captured_ = true;
+  if (followers_ != nullptr) followers_->join();
+  check_ranks();
   report.bytes =
       static_cast<int64_t>(free_before) - static_cast<int64_t>(device_->memory().free_bytes);
   return report;
@@ -610,6 +677,7 @@ RunnerStats ModelRunner::stats() const {
 // --- results -----------------------------------------------------------------------------------
 
 void ModelRunner::wait(const Slot& slot) const {
+  if (communicator_ != nullptr) return wait_among_ranks(slot);
   device_->wait_sequence(slot.output->sequence, slot.step + 1);
 }
 
@@ -621,6 +689,13 @@ void ModelRunner::wait_before(uint64_t step) const {
 }
 
 void ModelRunner::read_output(const Slot& slot, StepOutput& output) {
+  if (slot.error.empty() && communicator_ != nullptr && communicator_->is_aborted()) {
+    // What other ranks did not send is missing from its results.
+    output = StepOutput{};
+    output.step = slot.step;
+    output.error = concat("[ranks] ", communicator_->abort_reason());
+    return;
+  }
   output.step = slot.step;
   output.error = slot.error;
   output.mode = slot.shape.mode;
@@ -668,6 +743,7 @@ StepOutput ModelRunner::result(uint64_t step) {
 
 void ModelRunner::result(uint64_t step, StepOutput& output) {
   if (auto it = kept_.find(step); it != kept_.end()) {
+    if (followers_ != nullptr) followers_->take_result(step);
     output = std::move(it->second);
     kept_.erase(it);
     return;
@@ -677,6 +753,7 @@ void ModelRunner::result(uint64_t step, StepOutput& output) {
         " was never launched or its result was taken");
   if (step == cut_step_) refuse_cut("result");
   slot.delivered = true;
+  if (followers_ != nullptr) followers_->take_result(step);
   try {
     wait(slot);
   } catch (const Error& error) {
@@ -707,6 +784,7 @@ void ModelRunner::discard(uint64_t step) {
   }
   kept_.erase(step);
   if (Slot& slot = slot_of(step); slot.step == step) slot.delivered = true;
+  if (followers_ != nullptr) followers_->discard(step);
 }
 
 bool ModelRunner::ready(uint64_t step) const {

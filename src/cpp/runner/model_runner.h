@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/device.h"
+#include "dist/communicator.h"
 #include "io/weight_store.h"
 #include "program/executable.h"
 #include "program/program.h"
@@ -27,10 +28,15 @@
 
 namespace mrv1 {
 
+class RankFollowers;  // runner/rank_followers.h
+
+// What the ranks of a runner must be able to send each other.
+GroupOptions group_options(const Program& program, const RunnerConfig& config);
+
 // Bytes a runner allocates, known before it is made.
 struct MemoryPlan {
   int64_t weights = 0;
-  int64_t activations = 0;  // arena, rope tables, workspace
+  int64_t activations = 0;  // arena, rope tables, workspace, what ranks send each other
   int64_t state = 0;        // rows, history, block tables, infer_params, rings
   int64_t per_block = 0;    // one KV block, for the layers of a group, scales included
   int64_t total(int64_t num_blocks) const {
@@ -99,11 +105,25 @@ class ModelRunner {
   static constexpr int kSlots = 4;
 
   // The program is copied. Memory is allocated here, before any request; kOutOfMemory says how
-  // much which part needs.
-  ModelRunner(std::shared_ptr<Device> device, Program program, const RunnerConfig& config);
+  // much which part needs. `communicator` is that of the runner's rank where there are several
+  // (runner/rank_followers.h makes those).
+  ModelRunner(std::shared_ptr<Device> device, Program program, const RunnerConfig& config,
+              std::unique_ptr<Communicator> communicator = nullptr);
   ~ModelRunner();
 
+  // From now on the other ranks do what this runner, rank 0, is asked to do.
+  void lead(std::unique_ptr<RankFollowers> followers);
+  // Null where there is one rank.
+  Communicator* communicator() const { return communicator_.get(); }
+  // Throws kDevice if the ranks have ended: no step can succeed any more.
+  void check_ranks() const {
+    if (communicator_ != nullptr) communicator_->check_alive();
+  }
+  // The runner of a rank; of rank 0 that is this one.
+  ModelRunner& rank_runner(int rank);
+
   static MemoryPlan plan_memory(const Program& program, const RunnerConfig& config, Device& device);
+  static PlanLimits plan_limits(const RunnerConfig& config);
 
   WeightStore& weights() { return weights_; }
   const Program& program() const { return program_; }
@@ -123,23 +143,14 @@ class ModelRunner {
   // that the row does not hold the blocks yet; else that is checked, which takes time for all it
   // holds.
   void append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids,
-                     bool distinct = false) {
-    check_no_cut("append_blocks");
-    rows_->append_blocks(row, group, block_ids, distinct);
-  }
+                     bool distinct = false);
   // Makes blocks [first, first + count) of a group null, all of whose positions lie below the
   // window of every token that is still to be launched. They may be reused once every step up to
   // last_step(row) has retired.
-  void drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t count) {
-    check_no_cut("drop_blocks");
-    rows_->drop_blocks(row, group, first, count);
-  }
+  void drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t count);
   // The row may be given to another request at once: steps in flight keep their generation. Its
   // blocks may be reused once every step up to last_step(row) has retired.
-  void free_row(RowHandle row) {
-    check_no_cut("free_row");
-    rows_->free(row);
-  }
+  void free_row(RowHandle row);
   // Makes blocks equal to others, in stream order after what was launched before: for a row that is
   // to write a block which it shares. No target may be named twice or be a source.
   void copy_blocks(std::span<const BlockCopy> copies);
@@ -219,15 +230,19 @@ class ModelRunner {
   const KvLayout& kv_layout() const { return kv_layout_; }
 
   // Fills the KV cache with random values (program/kv_store.h): timing without a prefill.
-  void fill_kv_random(uint64_t seed) { kv_->fill_random(seed); }
+  void fill_kv_random(uint64_t seed);
 
-  // Makes the next step fail with this message after it is launched: for testing error paths.
-  void fail_next_step(std::string message) {
-    std::lock_guard lock(side_mutex_);
-    injected_failure_ = std::move(message);
-  }
+  // Makes the next step fail with this message after it is launched: for testing error paths. All
+  // ranks fail alike, or one of them alone.
+  static constexpr int kAllRanks = -1;
+  void fail_next_step(std::string message, int rank = kAllRanks);
+
+  // Whether all work that was launched has ended, by then. For a runner that nobody calls any more.
+  bool settles(std::chrono::steady_clock::time_point until);
 
  private:
+  friend class RankFollowers;
+
   struct Slot {
     ModelRunner* runner = nullptr;
     ControlHeader* control = nullptr;
@@ -240,6 +255,7 @@ class ModelRunner {
     std::vector<ScoredTokens> scored;   // of the batch's prompts
     std::string error;                  // set by the stream when the step failed
     std::string injected;               // test failure
+    bool alone = false;                 // other ranks do not have it
   };
 
   static void check_limits(const Program& program, const RunnerConfig& config);
@@ -255,11 +271,15 @@ class ModelRunner {
   void wait_before(uint64_t step) const;
   void fail_step(Slot& slot, const char* what) noexcept;
   void warm_up(const StepShape& shape);
-  static PlanLimits plan_limits(const RunnerConfig& config);
   void allocate_state();
   void allocate_rings();
+  uint64_t execute(std::span<const BatchItem> batch, const std::string& injected);
+  std::string take_injected(std::span<const BatchItem> batch);
+  bool has_written(uint64_t step) const;
+  void abort_ranks(const Slot& slot, const char* what) noexcept;
+  void wait_among_ranks(const Slot& slot) const;
   uint64_t submit(std::span<const BatchEntry> entries, const StepShape& shape,
-                  std::span<const ScoredTokens> scored = {});
+                  std::span<const ScoredTokens> scored = {}, const std::string& injected = {});
   void send_changes();
   void wait(const Slot& slot) const;
   void keep_output(Slot& slot);
@@ -273,6 +293,7 @@ class ModelRunner {
   std::vector<int32_t> read_ints(const int32_t* data, int64_t count);
 
   std::shared_ptr<Device> device_;
+  std::unique_ptr<Communicator> communicator_;
   Program program_;
   RunnerConfig config_;
   WeightStore weights_;
@@ -302,14 +323,17 @@ class ModelRunner {
   RunnerStats stats_;
   mutable std::mutex side_mutex_;  // of stats_, injected_failure_ and the ladder's miss
   std::string injected_failure_;
+  bool fails_alone_ = false;
   std::string failed_copy_;  // by the stream: fails the next step
   uint64_t newest_batch_step_ = 0;
   uint64_t cut_step_ = 0;
   std::vector<int32_t> masked_items_;
+  std::vector<int32_t> masked_rows_;  // scratch
   uint64_t batch_mark_ = 0;
   uint64_t waited_ns_ = 0;
   MemoryPlan memory_plan_;
   size_t control_slot_bytes_ = 0, output_slot_bytes_ = 0;
+  std::unique_ptr<RankFollowers> followers_;  // of rank 0, where there are others
 };
 
 }  // namespace mrv1

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -43,6 +44,10 @@ struct RunnerConfig {
   bool keep_hidden_states = false;
   bool batch_invariant = false;  // see StepContext
   bool sync_launches = false;    // see StepContext
+  // Ranks that compute the model together, and how long one waits for the others before they all
+  // end.
+  int32_t num_ranks = 1;
+  std::chrono::milliseconds rank_timeout{8000};
 };
 
 // A request as the runner sees it.

@@ -1,0 +1,114 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// What a runner does as one of several ranks.
+#include <algorithm>
+#include <chrono>
+#include <new>
+#include <thread>
+#include <utility>
+
+#include "core/error.h"
+#include "core/side_stream.h"
+#include "runner/model_runner.h"
+#include "runner/rank_followers.h"
+
+namespace mrv1 {
+namespace {
+
+// Between two looks whether the ranks have ended, and how long a rank may take to come back then.
+constexpr std::chrono::milliseconds kRankLook{50};
+constexpr std::chrono::seconds kRankGrace{1};
+
+}  // namespace
+
+GroupOptions group_options(const Program& program, const RunnerConfig& config) {
+  const PlanLimits limits = ModelRunner::plan_limits(config);
+  GroupOptions options;
+  options.timeout = config.rank_timeout;
+  for (const Op& op : program.ops()) {
+    if (op.kind != OpKind::kAllReduce && op.kind != OpKind::kAllGather) continue;
+    options.max_bytes =
+        std::max(options.max_bytes, value_bytes(program.values()[op.inputs[0]], limits));
+  }
+  return options;
+}
+
+void ModelRunner::lead(std::unique_ptr<RankFollowers> followers) {
+  followers_ = std::move(followers);
+}
+
+ModelRunner& ModelRunner::rank_runner(int rank) {
+  check(rank >= 0 && rank < config_.num_ranks && (rank == 0 || followers_ != nullptr), "runner",
+        "there is no rank ", rank);
+  return rank == 0 ? *this : followers_->runner(rank);
+}
+
+void ModelRunner::fail_next_step(std::string message, int rank) {
+  if (rank > 0) return rank_runner(rank).fail_next_step(std::move(message), 0);
+  std::lock_guard lock(side_mutex_);
+  injected_failure_ = std::move(message);
+  fails_alone_ = rank != kAllRanks;
+}
+
+// What the other ranks are told to fail with as this one does.
+std::string ModelRunner::take_injected(std::span<const BatchItem> batch) {
+  std::lock_guard lock(side_mutex_);
+  if (batch.empty() || fails_alone_) return {};
+  return std::exchange(injected_failure_, {});
+}
+
+bool ModelRunner::has_written(uint64_t step) const {
+  return slots_[step % kSlots].output->sequence.load(std::memory_order_acquire) >= step + 1;
+}
+
+// A step failed here that may have gone well elsewhere.
+void ModelRunner::abort_ranks(const Slot& slot, const char* what) noexcept {
+  if (communicator_ == nullptr || (!slot.injected.empty() && !slot.alone)) return;
+  try {
+    communicator_->abort(
+        concat("rank ", communicator_->rank(), " failed in step ", slot.step, ": ", what));
+  } catch (const std::bad_alloc&) {
+    communicator_->abort("a rank ran out of host memory");
+  }
+}
+
+bool ModelRunner::settles(std::chrono::steady_clock::time_point until) {
+  if (followers_ != nullptr && !followers_->settles(until)) return false;
+  std::unique_ptr<Fence> fence = device_->make_fence();
+  fence->record(nullptr);
+  while (!fence->passed()) {
+    if (std::chrono::steady_clock::now() > until) {
+      fence.release();  // the device may still pass it
+      return false;
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return true;
+}
+
+// A rank that hangs is missed by the others in a collective; one that hangs behind its last one, by
+// whoever leads, once the others have ended the step.
+void ModelRunner::wait_among_ranks(const Slot& slot) const {
+  using Clock = std::chrono::steady_clock;
+  constexpr auto kNever = Clock::time_point::max();
+  auto too_late = kNever, give_up = kNever;
+  for (;;) {
+    const auto now = Clock::now();
+    if (device_->wait_sequence_until(slot.output->sequence, slot.step + 1, now + kRankLook)) return;
+    if (communicator_->is_aborted()) {
+      if (give_up == kNever) give_up = now + kRankGrace;
+      if (now > give_up) {
+        fail(ErrorKind::kDevice, "ranks", "rank ", communicator_->rank(), " does not end step ",
+             slot.step, ": ", communicator_->abort_reason());
+      }
+    } else if (followers_ != nullptr && followers_->has_retired(slot.step)) {
+      if (too_late == kNever) too_late = now + config_.rank_timeout;
+      if (now > too_late) {
+        communicator_->abort(concat("rank 0 did not end step ", slot.step, " within ",
+                                    config_.rank_timeout.count(), " ms of the others"));
+      }
+    }
+  }
+}
+
+}  // namespace mrv1

@@ -1,0 +1,391 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "runner/rank_followers.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <exception>
+#include <system_error>
+#include <utility>
+
+#include "core/error.h"
+#include "dist/communicator.h"
+
+namespace mrv1 {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr std::string_view kWhere = "ranks";
+// Between two looks at what others do.
+constexpr std::chrono::microseconds kLook{100};
+// What a group that has ended needs to come back from where it waits.
+constexpr std::chrono::seconds kGrace{1};
+
+void copy_spec(const RowSpec& spec, std::shared_ptr<const RowSpec>& target) {
+  target = std::make_shared<const RowSpec>(spec);
+}
+
+}  // namespace
+
+RankFollowers::RankFollowers(std::vector<std::unique_ptr<ModelRunner>> runners) {
+  for (std::unique_ptr<ModelRunner>& runner : runners) {
+    followers_.push_back(std::make_unique<Follower>());
+    followers_.back()->runner = std::move(runner);
+  }
+  try {
+    for (const std::unique_ptr<Follower>& follower : followers_) {
+      follower->thread = std::thread([this, &follower = *follower] { run(follower); });
+      pthread_setname_np(follower->thread.native_handle(), "mrv1-rank");
+    }
+  } catch (const std::system_error& error) {
+    next().kind = Kind::kStop;
+    post();
+    for (const std::unique_ptr<Follower>& follower : followers_) {
+      if (follower->thread.joinable()) follower->thread.join();
+    }
+    fail(ErrorKind::kDevice, kWhere, "cannot start the thread of a rank: ", error.what());
+  }
+}
+
+RankFollowers::~RankFollowers() {
+  try {
+    next().kind = Kind::kStop;
+    post();
+  } catch (const Error&) {
+    // A thread that is stuck: make_runner's caller has left it alone before it comes to this.
+  }
+  for (const std::unique_ptr<Follower>& follower : followers_) follower->thread.join();
+}
+
+// --- rank 0's thread ---------------------------------------------------------------------------
+
+bool RankFollowers::all_done(uint64_t posted) const {
+  return std::all_of(followers_.begin(), followers_.end(), [&](const auto& follower) {
+    return follower->done.load(std::memory_order_acquire) >= posted;
+  });
+}
+
+template <typename Fn>
+void RankFollowers::wait_for(const Fn& fn) const {
+  const Communicator& group = *followers_[0]->runner->communicator();
+  auto give_up = Clock::time_point::max();
+  while (!fn()) {
+    std::this_thread::sleep_for(kLook);
+    if (give_up == Clock::time_point::max()) {
+      if (group.is_aborted()) give_up = Clock::now() + kGrace;
+    } else if (Clock::now() > give_up) {
+      group.check_alive();
+    }
+  }
+}
+
+RankFollowers::Command& RankFollowers::next() {
+  const uint64_t posted = posted_.load(std::memory_order_relaxed);
+  if (posted >= kCommands) {
+    wait_for([&] { return all_done(posted + 1 - kCommands); });
+  }
+  return commands_[posted % kCommands];
+}
+
+void RankFollowers::post() {
+  posted_.fetch_add(1, std::memory_order_release);
+  posted_.notify_all();
+}
+
+void RankFollowers::add_row(const RowSpec& spec, RowHandle made) {
+  Command& command = next();
+  command.kind = Kind::kAddRow;
+  command.row = made;
+  copy_spec(spec, command.spec);
+  post();
+}
+
+void RankFollowers::append_blocks(RowHandle row, int32_t group,
+                                  std::span<const int32_t> block_ids) {
+  Command& command = next();
+  command.kind = Kind::kAppendBlocks;
+  command.row = row;
+  command.group = group;
+  command.ids.assign(block_ids.begin(), block_ids.end());
+  post();
+}
+
+void RankFollowers::drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t count) {
+  Command& command = next();
+  command.kind = Kind::kDropBlocks;
+  command.row = row;
+  command.group = group;
+  command.first = first;
+  command.count = count;
+  post();
+}
+
+void RankFollowers::free_row(RowHandle row) {
+  Command& command = next();
+  command.kind = Kind::kFreeRow;
+  command.row = row;
+  post();
+}
+
+void RankFollowers::copy_blocks(std::span<const BlockCopy> copies) {
+  Command& command = next();
+  command.kind = Kind::kCopyBlocks;
+  command.copies.assign(copies.begin(), copies.end());
+  post();
+}
+
+void RankFollowers::execute(std::span<const BatchItem> batch, const std::string& injected) {
+  Command& command = next();
+  command.kind = Kind::kExecute;
+  command.batch.assign(batch.begin(), batch.end());
+  command.injected = injected;
+  post();
+}
+
+void RankFollowers::finish_step(std::span<const int32_t> rows, const uint32_t* masks,
+                                int64_t words) {
+  Command& command = next();
+  command.kind = Kind::kFinishStep;
+  command.ids.assign(rows.begin(), rows.end());
+  command.words = words;
+  command.masks.clear();
+  for (const int32_t row : rows) {
+    command.masks.insert(command.masks.end(), masks + row * words, masks + (row + 1) * words);
+  }
+  post();
+}
+
+void RankFollowers::take_result(uint64_t step) {
+  Command& command = next();
+  command.kind = Kind::kResult;
+  command.number = step;
+  post();
+}
+
+void RankFollowers::discard(uint64_t step) {
+  Command& command = next();
+  command.kind = Kind::kDiscard;
+  command.number = step;
+  post();
+}
+
+void RankFollowers::capture_graphs() {
+  next().kind = Kind::kCapture;
+  post();
+}
+
+void RankFollowers::fill_kv_random(uint64_t seed) {
+  Command& command = next();
+  command.kind = Kind::kFillKv;
+  command.number = seed;
+  post();
+}
+
+void RankFollowers::join() {
+  const uint64_t posted = posted_.load(std::memory_order_relaxed);
+  wait_for([&] { return all_done(posted); });
+}
+
+bool RankFollowers::has_retired(uint64_t step) const {
+  return std::all_of(followers_.begin(), followers_.end(),
+                     [&](const auto& follower) { return follower->runner->has_written(step); });
+}
+
+bool RankFollowers::settles(Clock::time_point until) {
+  const uint64_t posted = posted_.load(std::memory_order_relaxed);
+  while (!all_done(posted)) {
+    if (Clock::now() > until) return false;
+    std::this_thread::sleep_for(kLook);
+  }
+  return std::all_of(followers_.begin(), followers_.end(),
+                     [&](const auto& follower) { return follower->runner->settles(until); });
+}
+
+// --- a follower's thread -----------------------------------------------------------------------
+
+void RankFollowers::run(Follower& follower) {
+  for (uint64_t done = 0;; ++done) {
+    posted_.wait(done, std::memory_order_acquire);
+    const Command& command = commands_[done % kCommands];
+    if (command.kind == Kind::kStop) return;
+    try {
+      carry_out(follower, command);
+    } catch (const std::exception& error) {
+      const Communicator& rank = *follower.runner->communicator();
+      follower.runner->communicator()->abort(
+          concat("rank ", rank.rank(), " cannot do what rank 0 did: ", error.what()));
+    }
+    follower.done.store(done + 1, std::memory_order_release);
+  }
+}
+
+void RankFollowers::carry_out(Follower& follower, const Command& command) {
+  ModelRunner& runner = *follower.runner;
+  switch (command.kind) {
+    case Kind::kAddRow: {
+      const RowHandle made = runner.add_row(*command.spec);
+      check_internal(made.row == command.row.row && made.generation == command.row.generation,
+                     kWhere, "the request got row ", made.row, " instead of ", command.row.row);
+      return;
+    }
+    case Kind::kAppendBlocks:
+      // Rank 0 has seen to it that the row does not hold them.
+      return runner.append_blocks(command.row, command.group, command.ids, /*distinct=*/true);
+    case Kind::kDropBlocks:
+      return runner.drop_blocks(command.row, command.group, command.first, command.count);
+    case Kind::kFreeRow:
+      return runner.free_row(command.row);
+    case Kind::kCopyBlocks:
+      return runner.copy_blocks(command.copies);
+    case Kind::kExecute:
+      runner.execute(command.batch, command.injected);
+      return;
+    case Kind::kFinishStep:
+      runner.wait_masks();
+      for (size_t i = 0; i < command.ids.size(); ++i) {
+        std::copy_n(command.masks.data() + i * command.words, command.words,
+                    runner.masks().mask(command.ids[i]).data());
+      }
+      return runner.finish_step();
+    case Kind::kResult:
+      // Its bounds of the rows' lengths follow from it.
+      return runner.result(command.number, follower.output);
+    case Kind::kDiscard:
+      return runner.discard(command.number);
+    case Kind::kCapture:
+      runner.capture_graphs();
+      return;
+    case Kind::kFillKv:
+      return runner.fill_kv_random(command.number);
+    case Kind::kStop:
+      return;
+  }
+}
+
+// --- the group ---------------------------------------------------------------------------------
+
+namespace {
+
+// How long a device that has work left may take when nobody needs it any more.
+constexpr std::chrono::seconds kLastWait{2};
+
+// Between two calls of `progress` while others load.
+constexpr std::chrono::milliseconds kProgressInterval{20};
+
+int64_t largest_message(const Program& program, const RunnerConfig& config) {
+  return group_options(program, config).max_bytes;
+}
+
+// Ends a group's runners, unless a device is stuck: its memory is in use for as long as it is.
+void release(ModelRunner* leader) {
+  auto until = Clock::now() + kLastWait;
+  if (!leader->communicator()->is_aborted()) until += leader->config().rank_timeout;
+  try {
+    if (!leader->settles(until)) return;
+  } catch (const Error&) {
+    // A device that failed has no work left.
+  }
+  delete leader;
+}
+
+}  // namespace
+
+std::shared_ptr<ModelRunner> make_runner(const std::vector<std::shared_ptr<Device>>& devices,
+                                         std::vector<Program> programs,
+                                         const std::vector<RunnerConfig>& configs) {
+  const size_t size = devices.size();
+  check(size >= 1 && programs.size() == size && configs.size() == size, kWhere, "there are ", size,
+        " devices, ", programs.size(), " programs and ", configs.size(),
+        " configurations: one of each is needed for a rank");
+  for (const RunnerConfig& config : configs) {
+    check(config.num_ranks == static_cast<int32_t>(size), kWhere, "num_ranks is ", config.num_ranks,
+          ", there are ", size, " devices");
+  }
+  if (size == 1) {
+    return std::make_shared<ModelRunner>(devices[0], std::move(programs[0]), configs[0]);
+  }
+  GroupOptions options;
+  for (size_t rank = 0; rank < size; ++rank) {
+    options.max_bytes = std::max(options.max_bytes, largest_message(programs[rank], configs[rank]));
+  }
+  options.timeout = configs[0].rank_timeout;
+  std::vector<std::unique_ptr<Communicator>> group = make_group(devices, options);
+  std::vector<std::unique_ptr<ModelRunner>> runners;
+  for (size_t rank = 0; rank < size; ++rank) {
+    runners.push_back(std::make_unique<ModelRunner>(devices[rank], std::move(programs[rank]),
+                                                    configs[rank], std::move(group[rank])));
+  }
+  std::unique_ptr<ModelRunner> leader = std::move(runners[0]);
+  runners.erase(runners.begin());
+  leader->lead(std::make_unique<RankFollowers>(std::move(runners)));
+  return {leader.release(), release};
+}
+
+void load_ranks(ModelRunner& leader, const MappedFile& file, std::span<const TensorSource> tensors,
+                const std::function<void(size_t)>& progress) {
+  const int size = leader.config().num_ranks;
+  std::atomic<size_t> done{0};
+  std::atomic<bool> stop{false};
+  std::atomic<int> running{0};
+  std::vector<std::exception_ptr> errors(size);
+  std::vector<std::thread> threads;
+  const auto load = [&](int rank, const std::function<void(size_t)>& tell) {
+    try {
+      leader.rank_runner(rank).weights().load(file, tensors, tell);
+    } catch (...) {
+      errors[rank] = std::current_exception();
+      stop = true;
+    }
+  };
+  const auto join = [&] {
+    for (std::thread& thread : threads) thread.join();
+    threads.clear();
+  };
+  try {
+    for (int rank = 1; rank < size; ++rank) {
+      ++running;
+      threads.emplace_back([&, rank] {
+        pthread_setname_np(pthread_self(), "mrv1-load");
+        load(rank, [&](size_t bytes) {
+          done += bytes;
+          if (stop) fail(ErrorKind::kInternal, "weights", "the loading was ended");
+        });
+        --running;
+      });
+    }
+  } catch (const std::system_error& error) {
+    stop = true;
+    join();
+    fail(ErrorKind::kDevice, "weights", "cannot start a thread that loads: ", error.what());
+  }
+  load(0, [&](size_t bytes) {
+    progress(bytes + done.exchange(0));
+    if (stop) fail(ErrorKind::kInternal, "weights", "the loading was ended");
+  });
+  while (running > 0 && !stop) {
+    std::this_thread::sleep_for(kProgressInterval);
+    try {
+      progress(done.exchange(0));
+    } catch (...) {
+      errors[0] = std::current_exception();
+      stop = true;
+    }
+  }
+  join();
+  // The first to fail has stopped the others; theirs say only that.
+  for (const std::exception_ptr& error : errors) {
+    if (!error) continue;
+    try {
+      std::rethrow_exception(error);
+    } catch (const Error& each) {
+      if (each.kind() != ErrorKind::kInternal) throw;
+    }
+  }
+  if (stop)
+    std::rethrow_exception(
+        *std::find_if(errors.begin(), errors.end(), [](const auto& e) { return e != nullptr; }));
+  progress(done.exchange(0));
+}
+
+}  // namespace mrv1

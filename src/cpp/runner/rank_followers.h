@@ -1,0 +1,121 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "runner/model_runner.h"
+
+namespace mrv1 {
+
+// The ranks beside rank 0: a runner each, and a thread that carries out, in order, what rank 0's
+// runner was asked to do and did. As the host side of a runner follows from its calls alone, all
+// ranks have the same rows and launch the same steps. A call that fails here though it succeeded
+// there ends the group.
+//
+// Called by the thread that calls rank 0's runner, but for has_retired().
+class RankFollowers {
+ public:
+  // Runners of ranks 1, 2, ...
+  explicit RankFollowers(std::vector<std::unique_ptr<ModelRunner>> runners);
+  // Carries out what was posted, ends the threads and the runners.
+  ~RankFollowers();
+
+  int count() const { return static_cast<int>(followers_.size()); }
+  ModelRunner& runner(int rank) { return *followers_[rank - 1]->runner; }
+
+  void add_row(const RowSpec& spec, RowHandle made);
+  void append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids);
+  void drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t count);
+  void free_row(RowHandle row);
+  void copy_blocks(std::span<const BlockCopy> copies);
+  // `injected`: the failure that the step has on all ranks, if any.
+  void execute(std::span<const BatchItem> batch, const std::string& injected);
+  // `rows` and their masks, `words` each, of the step that is cut.
+  void finish_step(std::span<const int32_t> rows, const uint32_t* masks, int64_t words);
+  void take_result(uint64_t step);
+  void discard(uint64_t step);
+  void capture_graphs();
+  void fill_kv_random(uint64_t seed);
+
+  // Waits until everything that was posted is done, or the group has ended.
+  void join();
+  // Whether all of them have ended a step. Any thread.
+  bool has_retired(uint64_t step) const;
+  // Whether everything that was posted is done, and launched work has ended, by then.
+  bool settles(std::chrono::steady_clock::time_point until);
+
+ private:
+  enum class Kind {
+    kAddRow,
+    kAppendBlocks,
+    kDropBlocks,
+    kFreeRow,
+    kCopyBlocks,
+    kExecute,
+    kFinishStep,
+    kResult,
+    kDiscard,
+    kCapture,
+    kFillKv,
+    kStop,
+  };
+  // Memory is used again by the next in its place.
+  struct Command {
+    Kind kind = Kind::kStop;
+    RowHandle row;
+    int32_t group = 0, first = 0, count = 0;
+    uint64_t number = 0;  // a step, or a seed
+    int64_t words = 0;
+    std::vector<int32_t> ids;
+    std::vector<uint32_t> masks;
+    std::vector<BatchItem> batch;
+    std::vector<BlockCopy> copies;
+    std::string injected;
+    std::shared_ptr<const RowSpec> spec;
+  };
+  struct Follower {
+    std::unique_ptr<ModelRunner> runner;
+    std::atomic<uint64_t> done{0};  // commands that it has carried out
+    StepOutput output;
+    std::thread thread;
+  };
+  static constexpr uint64_t kCommands = 256;
+
+  // The place of the next command, once no follower reads it any more.
+  Command& next();
+  void post();
+  void run(Follower& follower);
+  void carry_out(Follower& follower, const Command& command);
+  bool all_done(uint64_t posted) const;
+  // Waits for fn(), unless the group ends and what it waits for does not follow soon.
+  template <typename Fn>
+  void wait_for(const Fn& fn) const;
+
+  std::vector<std::unique_ptr<Follower>> followers_;
+  std::vector<Command> commands_{kCommands};  // a ring
+  std::atomic<uint64_t> posted_{0};
+};
+
+// The runner of rank 0, which leads the others. A device, program and configuration for each rank;
+// programs differ in their weights' slices. One device makes a runner without ranks.
+//
+// A device that does not end its work when the last reference is gone is left alone, with its
+// memory: nobody waits for it.
+std::shared_ptr<ModelRunner> make_runner(const std::vector<std::shared_ptr<Device>>& devices,
+                                         std::vector<Program> programs,
+                                         const std::vector<RunnerConfig>& configs);
+
+// WeightStore::load of every rank, at the same time: each reads what it needs of the tensors.
+// `progress` is called in the calling thread with the bytes that all have done.
+void load_ranks(ModelRunner& leader, const MappedFile& file, std::span<const TensorSource> tensors,
+                const std::function<void(size_t)>& progress);
+
+}  // namespace mrv1
