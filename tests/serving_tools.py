@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from safetensors.numpy import load_file, save_file
 
+from mrv1 import _core
+from mrv1.errors import DeviceError
 from mrv1.runner import ModelRunner, RowOutput
 from mrv1.sampling_params import SamplingParams
 
@@ -34,6 +37,15 @@ def open_runner(device: str, model: Path = LLAMA, **options: Any) -> ModelRunner
         "num_threads": 1,
     }
     return ModelRunner(model, device=device, progress=False, **{**defaults, **options})
+
+
+def need_ranks(device: str, count: int) -> None:
+    """Skips a test for which the machine has too few GPUs; the CPU has ranks as it likes."""
+    if device == "cuda":
+        try:
+            _core.Device(device, ordinal=count - 1).close()
+        except DeviceError as error:
+            pytest.skip(f"needs {count} GPUs: {error}")
 
 
 def greedy(max_tokens: int | None = 16, **fields: Any) -> SamplingParams:

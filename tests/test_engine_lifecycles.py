@@ -47,6 +47,7 @@ from serving_tools import (
     cut,
     greedy,
     make_prompt,
+    need_ranks,
     num_blocks,
     open_runner,
     seeded,
@@ -112,13 +113,14 @@ def repeat_often(tensors: Tensors) -> None:
 class References:
     """What requests must generate, by model and block size; each path is computed once."""
 
-    def __init__(self, device: str, repeating: Path) -> None:
+    def __init__(self, device: str, repeating: Path, plain: Path = LLAMA) -> None:
         self._device = device
         self._repeating = repeating
+        self._plain = plain
         self._opened: dict[tuple[bool, bool, int, str], SlowReference] = {}
 
     def model(self, repeats: bool) -> Path:
-        return self._repeating if repeats else LLAMA
+        return self._repeating if repeats else self._plain
 
     def of(
         self, repeats: bool, windowed: bool, block_size: int, kv_cache_dtype: str
@@ -197,10 +199,15 @@ class EngineLives(RuleBasedStateMachine):
     """Nothing that is drawn depends on when the engine's thread does its work."""
 
     def __init__(
-        self, device: str, references: References, counters: Counter[str], background: bool
+        self,
+        device: str,
+        references: References,
+        counters: Counter[str],
+        background: bool,
+        ranks: int = 1,
     ) -> None:
         super().__init__()
-        self.device, self.references = device, references
+        self.device, self.references, self.ranks = device, references, ranks
         self.counters, self.background = counters, background
         self.lives: dict[tuple[str, int], Life] = {}
         self.known: list[tuple[int, str, list[int]]] = []  # salt, name, tokens that may be cached
@@ -260,6 +267,7 @@ class EngineLives(RuleBasedStateMachine):
             num_kv_blocks=self.total + 1,
             pad_requests=rows if padded else 0,
             pad_tokens=budget if padded else 0,
+            tensor_parallel_size=self.ranks,
             speculative_config=speculative_config if drafts else None,
             kv_cache_dtype=kv_cache_dtype,
         )
@@ -541,3 +549,32 @@ def test_lives_over_the_native_engine(
     for name in RARE:
         assert counters[name + DRAFTING] >= LEAST // 4, (name, counters)
         assert counters[name + FP8] >= LEAST // 4, (name, counters)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("ranks", "background"), [(2, False), (4, False), (2, True)], ids=["2", "4", "2-thread"]
+)
+def test_lives_over_several_ranks(
+    device: str, ranks: int, background: bool, report_line: Callable[[str], None], tmp_path: Path
+) -> None:
+    """Ranks draw the tokens of one, whatever befalls the requests."""
+    need_ranks(device, ranks)
+    counters: Counter[str] = Counter()
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
+    plain = copy_model(tmp_path / "plain", config=heads)
+    repeating = copy_model(tmp_path / "repeating", config=heads, change=repeat_often)
+    references = References(device, repeating, plain)
+    try:
+        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+            lambda: EngineLives(device, references, counters, background, ranks),
+            settings=settings(max_examples=60, stateful_step_count=40, derandomize=True),
+        )
+    finally:
+        references.close()
+    report_line(
+        f"engine lives, {ranks} ranks: " + ", ".join(f"{n} {c}" for n, c in counters.most_common())
+    )
+    if not background:
+        for name in (*RARE, "accepted draft", "rejected draft", "fork", "windowed steps"):
+            assert counters[name] >= 10, (name, counters)

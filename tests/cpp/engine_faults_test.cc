@@ -165,6 +165,11 @@ class LosableDevice final : public Device {
     throw_if_lost();
     cpu_->wait_sequence(sequence, value);
   }
+  bool wait_sequence_until(const std::atomic<uint64_t>& sequence, uint64_t value,
+                           std::chrono::steady_clock::time_point until) override {
+    throw_if_lost();
+    return cpu_->wait_sequence_until(sequence, value, until);
+  }
   void synchronize() override {
     cpu_->synchronize();  // the memory is still the CPU's
     throw_if_lost();

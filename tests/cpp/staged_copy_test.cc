@@ -71,6 +71,10 @@ class StagingDevice final : public Device {
   void wait_sequence(const std::atomic<uint64_t>& sequence, uint64_t value) override {
     cpu_->wait_sequence(sequence, value);
   }
+  bool wait_sequence_until(const std::atomic<uint64_t>& sequence, uint64_t value,
+                           std::chrono::steady_clock::time_point until) override {
+    return cpu_->wait_sequence_until(sequence, value, until);
+  }
   void synchronize() override { cpu_->synchronize(); }
   std::unique_ptr<Graph> capture(std::function<void()> fn) override {
     return cpu_->capture(std::move(fn));

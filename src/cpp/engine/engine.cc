@@ -59,6 +59,7 @@ Engine::Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching,
 
 void Engine::check(const RequestSpec& spec) const {
   const RunnerConfig& config = runner_->config();
+  runner_->check_ranks();
   const auto refuse = [&](const auto&... parts) {
     fail(ErrorKind::kRequest, "add_request", parts...);
   };

@@ -26,7 +26,8 @@ class Engine {
   Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching,
          std::shared_ptr<MaskSource> mask_source = nullptr);
 
-  // Throws kRequest or kInvalidArgument if the request could never run. Any thread.
+  // Throws kRequest or kInvalidArgument if the request could never run, and kDevice if nothing can
+  // any more, as the ranks have ended. Any thread.
   void check(const RequestSpec& spec) const;
   // Queues a request that passed check(), one sample a slot; slots must be free. Sample i draws
   // with seed + i.
