@@ -206,12 +206,12 @@ __global__ void __launch_bounds__(cuda::kPeerThreads)
   const uint4* from = reinterpret_cast<const uint4*>(cuda::scatter_of(peers, peers.rank, call));
   const int64_t own = peers.rank * part;
   for (int64_t place = begin; place < length_of(peers.rank); place += stride) {
+    const uint4 own_part = load_part<T>(range, own + place);
     uint4 parts[kMost];
 #pragma unroll
     for (int rank = 0; rank < kMost; ++rank) {
-      if (rank == peers.rank) {
-        parts[rank] = load_part<T>(range, own + place);
-      } else if (rank < peers.size) {
+      parts[rank] = own_part;
+      if (rank < peers.size && rank != peers.rank) {
         parts[rank] = __ldcg(from + rank * part + place);
       }
     }
