@@ -26,6 +26,7 @@ DEFAULTS = {
     "MRV1_SYNC": False,
     "MRV1_CHECK_SLOTS": False,
     "MRV1_CUBLASLT": None,
+    "MRV1_NCCL": None,
     "MRV1_TUNE": False,
     "MRV1_TUNE_DIR": "~/.cache/mrv1/tuning",
     "MRV1_MAX_BAD_WORDS_NUM": None,

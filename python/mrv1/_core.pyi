@@ -1314,6 +1314,63 @@ class CacheWriteProbe:
 
     def close(self) -> None: ...
 
+class CollectiveProbe:
+    """
+    Collectives of a group of devices by themselves: a graph of several calls on every rank,
+    each with values of its own. What collectives are tested and measured by.
+
+    Args:
+        devices: One a rank, all of one kind; GPUs are distinct.
+        op: "all_reduce" or "all_gather".
+        rows: Of a call.
+        cols: Of one rank.
+        calls: Of a graph.
+        dtype: Of the values, "float32" or "bfloat16".
+        out_dtype: Of sums; None is that of the values.
+        in_place: Whether sums take the place of the values.
+        with_bias: Whether a bias is added to sums.
+        offset: Elements that arrays lie behind an aligned address.
+        batch_invariant: Whether the order of sums may depend on nothing.
+        delay: Seconds that a rank waits before a call at most, at random.
+        kernels: Of GPUs: "auto", "one_shot", "two_shot" or "nccl".
+        nccl: Names to open NCCL by, in order; without any it is not used.
+        timeout: Seconds that a rank waits for others before the group ends.
+
+    Raises:
+        InvalidArgumentError: something is not what it must be.
+        DeviceError: GPUs do not reach each other's memory, or NCCL was asked for and not found.
+    """
+
+    def __init__(self, devices: Sequence[Device], op: str, *, rows: int, cols: int, calls: int = 1, dtype: str = 'bfloat16', out_dtype: str | None = None, in_place: bool = False, with_bias: bool = False, offset: int = 0, batch_invariant: bool = False, delay: float = 0.0, kernels: str = 'auto', nccl: Sequence[str] = [], timeout: float = 8.0) -> None: ...
+
+    def set_values(self, rank: int, values: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None:
+        """Sets a rank's values, [calls, rows, cols], rounded to the dtype."""
+
+    def set_bias(self, bias: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None:
+        """Sets the bias of every rank, [cols]."""
+
+    def run(self, launches: int = 1, absent: int | None = None) -> None:
+        """
+        Runs the graph of every rank, `launches` times; rank `absent` does not come.
+
+        Raises:
+            DeviceError: the group has ended; the message says why.
+        """
+
+    def result(self, rank: int) -> NDArray[numpy.float32]:
+        """Of a rank: [calls, rows, columns]."""
+
+    def time(self, repeats: int, launches: int) -> list[float]:
+        """
+        Seconds of a call on the slowest rank, in each of `repeats` runs of `launches` graphs;
+        by the clock of a GPU, else of the host.
+        """
+
+    def abort(self, reason: str) -> None:
+        """Ends the group, as a rank that fails does."""
+
+    def close(self) -> None: ...
+
 class Ops:
     """
     The backend table's ops on arrays of the caller. Use mrv1.ops, which documents them.

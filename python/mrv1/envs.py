@@ -202,6 +202,15 @@ CUBLASLT: Final = EnvVar[str | None](
     "without it.",
     parse=str,
 )
+NCCL: Final = EnvVar[str | None](
+    name="MRV1_NCCL",
+    default=None,
+    default_text="found",
+    allowed="a name or path of the library, or none",
+    help="NCCL to use between GPUs, instead of the one that the loader or a wheel has; `none` runs "
+    "without it.",
+    parse=str,
+)
 TUNE: Final = EnvVar[bool](
     name="MRV1_TUNE",
     default=False,
@@ -247,6 +256,7 @@ REGISTRY: Final[Mapping[str, EnvVar[object]]] = MappingProxyType(
         SYNC.name: SYNC,
         CHECK_SLOTS.name: CHECK_SLOTS,
         CUBLASLT.name: CUBLASLT,
+        NCCL.name: NCCL,
         TUNE.name: TUNE,
         TUNE_DIR.name: TUNE_DIR,
         MAX_BAD_WORDS_NUM.name: MAX_BAD_WORDS_NUM,

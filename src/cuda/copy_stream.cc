@@ -4,29 +4,12 @@
 #include <array>
 
 #include "check.h"
+#include "current_device.h"
 
 namespace mrv1::cuda {
 namespace {
 
 constexpr std::string_view kWhere = "copy stream";
-
-// Makes `ordinal` current for a scope, and gives the thread its context.
-class Current {
- public:
-  explicit Current(int ordinal) : ordinal_(ordinal) {
-    check_cuda(cudaGetDevice(&previous_), kWhere, "cudaGetDevice");
-    check_cuda(cudaSetDevice(ordinal_), kWhere, "cudaSetDevice");
-  }
-  ~Current() {
-    if (previous_ != ordinal_) cudaSetDevice(previous_);
-  }
-  Current(const Current&) = delete;
-  Current& operator=(const Current&) = delete;
-
- private:
-  int ordinal_;
-  int previous_ = 0;
-};
 
 class Event {
  public:
@@ -83,13 +66,13 @@ class Stream {
 class CudaCopyStream final : public CopyStream {
  public:
   explicit CudaCopyStream(int ordinal) : ordinal_(ordinal) {
-    const Current current(ordinal);
+    const CurrentDevice current(ordinal, kWhere);
     queue_ = std::make_unique<Queue>();
   }
 
   void copy_in(void* device_dst, const void* pinned_src, size_t bytes) override {
     if (bytes == 0) return;
-    const Current current(ordinal_);
+    const CurrentDevice current(ordinal_, kWhere);
     check_cuda(cudaMemcpyAsync(device_dst, pinned_src, bytes, cudaMemcpyHostToDevice,
                                queue_->stream.get()),
                kWhere, "cudaMemcpyAsync");
@@ -97,7 +80,7 @@ class CudaCopyStream final : public CopyStream {
 
   // An event that is taken again stands for a later point, which implies the earlier one.
   uint64_t record() override {
-    const Current current(ordinal_);
+    const CurrentDevice current(ordinal_, kWhere);
     event(++ticket_).record(queue_->stream.get());
     return ticket_;
   }
@@ -105,7 +88,7 @@ class CudaCopyStream final : public CopyStream {
   void wait(uint64_t ticket) override {
     check_internal(ticket <= ticket_, kWhere, "there is no ticket ", ticket);
     if (ticket == 0) return;
-    const Current current(ordinal_);
+    const CurrentDevice current(ordinal_, kWhere);
     event(ticket).wait();
   }
 
@@ -127,20 +110,20 @@ class CudaCopyStream final : public CopyStream {
 class EventFence final : public Fence {
  public:
   EventFence(int ordinal, cudaStream_t own) : own_(own), ordinal_(ordinal) {
-    const Current current(ordinal);
+    const CurrentDevice current(ordinal, kWhere);
     event_ = std::make_unique<Event>(false);
   }
 
   void record(void* stream) override {
-    const Current current(ordinal_);
+    const CurrentDevice current(ordinal_, kWhere);
     event_->record(stream == nullptr ? own_ : static_cast<cudaStream_t>(stream));
   }
   bool passed() override {
-    const Current current(ordinal_);
+    const CurrentDevice current(ordinal_, kWhere);
     return event_->passed();
   }
   void wait() override {
-    const Current current(ordinal_);
+    const CurrentDevice current(ordinal_, kWhere);
     event_->wait();
   }
 
@@ -162,7 +145,7 @@ std::unique_ptr<Fence> make_fence(int ordinal, cudaStream_t own) {
 
 void order_streams(int ordinal, cudaStream_t before, cudaStream_t after) {
   if (before == after) return;
-  const Current current(ordinal);
+  const CurrentDevice current(ordinal, kWhere);
   Event event(false);  // what is queued on it stays valid when it is destroyed
   event.record(before);
   check_cuda(cudaStreamWaitEvent(after, event.get(), 0), kWhere, "cudaStreamWaitEvent");

@@ -15,36 +15,19 @@
 #include "copy_stream.h"
 #include "core/device.h"
 #include "core/error.h"
+#include "current_device.h"
 #include "kernels.h"
 #include "linear_context.h"
 
 namespace mrv1 {
 namespace {
 
+using cuda::CurrentDevice;
+
 constexpr std::string_view kWhere = "cuda";
 
 // Its attributes can be read only if the build holds code for the GPU at hand.
 __global__ void probe_kernel() {}
-
-// Makes `ordinal` current for a scope.
-class CurrentDevice {
- public:
-  explicit CurrentDevice(int ordinal) : ordinal_(ordinal) {
-    cuda::check_cuda(cudaGetDevice(&previous_), kWhere, "cudaGetDevice");
-    // Also where the number is right already: a thread's first call has no context yet, and
-    // queries such as cudaPointerGetAttributes do not make one.
-    cuda::check_cuda(cudaSetDevice(ordinal_), kWhere, "cudaSetDevice");
-  }
-  ~CurrentDevice() {
-    if (previous_ != ordinal_) cudaSetDevice(previous_);
-  }
-  CurrentDevice(const CurrentDevice&) = delete;
-  CurrentDevice& operator=(const CurrentDevice&) = delete;
-
- private:
-  int ordinal_;
-  int previous_ = 0;
-};
 
 // Number of GPUs, and why there is none. Leaves no error behind.
 struct DeviceCount {
@@ -91,7 +74,7 @@ class CudaDevice final : public Device {
  public:
   CudaDevice(int ordinal, cudaStream_t stream)
       : ordinal_(ordinal), owns_stream_(stream == nullptr), stream_(stream) {
-    CurrentDevice current(ordinal_);
+    CurrentDevice current(ordinal_, kWhere);
     cudaDeviceProp properties{};
     cuda::check_cuda(cudaGetDeviceProperties(&properties, ordinal_), kWhere,
                      "cudaGetDeviceProperties");
@@ -152,7 +135,7 @@ class CudaDevice final : public Device {
 
   void copy_in_stream(void* device_dst, const void* src, size_t bytes, void* stream) override {
     if (bytes == 0) return;
-    CurrentDevice current(ordinal_);
+    CurrentDevice current(ordinal_, kWhere);
     cuda::check_cuda(cudaMemcpyAsync(device_dst, src, bytes, cudaMemcpyDefault, handle_of(stream)),
                      kWhere, "cudaMemcpyAsync");
   }
@@ -163,7 +146,7 @@ class CudaDevice final : public Device {
   bool overlaps_launches() const override { return overlaps_launches_; }
 
   MemoryInfo memory() const override {
-    CurrentDevice current(ordinal_);
+    CurrentDevice current(ordinal_, kWhere);
     MemoryInfo info;
     cuda::check_cuda(cudaMemGetInfo(&info.free_bytes, &info.total_bytes), kWhere, "cudaMemGetInfo");
     return info;
@@ -171,7 +154,7 @@ class CudaDevice final : public Device {
 
   Buffer allocate(size_t bytes, std::string_view what) override {
     if (bytes == 0) return Buffer(this, nullptr, nullptr, 0);
-    CurrentDevice current(ordinal_);
+    CurrentDevice current(ordinal_, kWhere);
     ++counters().allocations;
     void* data = nullptr;
     check_allocation(cudaMalloc(&data, bytes), "cudaMalloc", bytes, what, "device memory");
@@ -183,7 +166,7 @@ class CudaDevice final : public Device {
 
   Buffer allocate_mapped(size_t bytes, std::string_view what) override {
     if (bytes == 0) return Buffer(this, nullptr, nullptr, 0);
-    CurrentDevice current(ordinal_);
+    CurrentDevice current(ordinal_, kWhere);
     ++counters().allocations;
     void* host = nullptr;
     check_allocation(cudaHostAlloc(&host, bytes, cudaHostAllocMapped | cudaHostAllocPortable),
@@ -209,7 +192,7 @@ class CudaDevice final : public Device {
   }
 
   void submit(void (*fn)(void*), void* arg) override {
-    CurrentDevice current(ordinal_);
+    CurrentDevice current(ordinal_, kWhere);
     fn(arg);
   }
 
@@ -258,7 +241,7 @@ class CudaDevice final : public Device {
     for (int64_t looks = 1; sequence.load(std::memory_order_acquire) < value; ++looks) {
       if (looks % kLooksPerClock == 0 && std::chrono::steady_clock::now() >= next_query) {
         next_query = std::chrono::steady_clock::now() + kQueryInterval;
-        CurrentDevice current(ordinal_);
+        CurrentDevice current(ordinal_, kWhere);
         const cudaError_t status = cudaStreamQuery(stream_);
         if (status == cudaSuccess) {
           check_internal(sequence.load(std::memory_order_acquire) >= value, kWhere,
@@ -285,7 +268,7 @@ class CudaDevice final : public Device {
   }
 
   void synchronize() override {
-    CurrentDevice current(ordinal_);
+    CurrentDevice current(ordinal_, kWhere);
     wait_for_stream();
   }
 
@@ -325,7 +308,7 @@ class CudaDevice final : public Device {
   }
 
   void* stream_allocate(size_t bytes, bool zeroed, std::string_view what, void* stream) override {
-    CurrentDevice current(ordinal_);
+    CurrentDevice current(ordinal_, kWhere);
     void* data = nullptr;
     check_allocation(cudaMallocFromPoolAsync(&data, bytes, pool_of_streams(), handle_of(stream)),
                      "cudaMallocFromPoolAsync", bytes, what, "device memory");
@@ -347,7 +330,7 @@ class CudaDevice final : public Device {
   }
 
   void make_linear(const LinearOptions& options) {
-    CurrentDevice current(ordinal_);
+    CurrentDevice current(ordinal_, kWhere);
     linear_ = std::make_unique<cuda::LinearContext>(options, name_);
   }
 
@@ -370,7 +353,7 @@ class CudaDevice final : public Device {
 
   void copy(void* target, const void* source, size_t bytes, cudaMemcpyKind kind) {
     if (bytes == 0) return;
-    CurrentDevice current(ordinal_);
+    CurrentDevice current(ordinal_, kWhere);
     ++counters().copies;
     cuda::check_cuda(cudaMemcpyAsync(target, source, bytes, kind, stream_), kWhere,
                      "cudaMemcpyAsync");

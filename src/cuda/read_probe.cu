@@ -55,6 +55,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+__global__ void delay_kernel(uint64_t nanoseconds) {
+  uint64_t start, now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+  do {
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  } while (now - start < nanoseconds);
+}
+
 // A timestamp in a stream.
 class Event {
  public:
@@ -89,6 +97,11 @@ double time_launches(Device& device, const std::function<void()>& fn) {
   end.record(stream_of(device));
   end.wait();
   return end.seconds_since(begin);
+}
+
+void delay(Device& device, uint64_t nanoseconds) {
+  delay_kernel<<<1, 1, 0, stream_of(device)>>>(nanoseconds);
+  check_launch(kWhere);
 }
 
 void fill_words(Device& device, uint64_t* words, int64_t count) {

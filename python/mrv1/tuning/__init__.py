@@ -6,17 +6,15 @@ The tables beside this file are what was measured on the cards named; docs/tunin
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TypedDict
 
-from mrv1 import _core, envs
+from mrv1 import _core, _libraries, envs
 from mrv1.errors import DeviceError
 
 # What the native code was built for; a later major version has other structures.
 LIBRARY = "libcublasLt.so.13"
-# Value of MRV1_CUBLASLT that runs without the library.
-NO_LIBRARY = "none"
+NO_LIBRARY = _libraries.NO_LIBRARY
 
 
 class LinearOptions(TypedDict):
@@ -29,18 +27,11 @@ class LinearOptions(TypedDict):
 
 
 def library_names() -> list[str]:
-    """Names to open cuBLASLt by, in order: MRV1_CUBLASLT alone, or the loader's path and wheels.
-
-    The wheels of the CUDA libraries keep them where the loader does not look.
-    """
+    """Names to open cuBLASLt by, in order: MRV1_CUBLASLT alone, or all; none to run without it."""
     chosen = envs.CUBLASLT.get()
     if chosen is not None:
         return [] if chosen == NO_LIBRARY else [chosen]
-    names = [LIBRARY]
-    for entry in dict.fromkeys(sys.path):
-        found = sorted(Path(entry or ".").glob(f"nvidia/*/lib/{LIBRARY}"))
-        names += [str(path.resolve()) for path in found]
-    return names
+    return _libraries.library_names(LIBRARY)
 
 
 def linear_options() -> LinearOptions:

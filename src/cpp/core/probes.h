@@ -15,6 +15,9 @@ namespace mrv1::cuda {
 // Seconds from the start to the end of what fn() launches. Waits for it.
 double time_launches(Device& device, const std::function<void()>& fn);
 
+// Keeps the device busy for so many nanoseconds, with nothing.
+void delay(Device& device, uint64_t nanoseconds);
+
 // Fills `count` words with i * 0x9e3779b97f4a7c15.
 void fill_words(Device& device, uint64_t* words, int64_t count);
 

@@ -16,11 +16,19 @@ namespace mrv1 {
 // Ranks of a group at most, as kernels keep a value of each in registers.
 constexpr int kMaxRanks = 8;
 
+// Which kernels carry the collectives of GPUs: packets that say themselves that they have come, or
+// plain values in two trips, both of our own, or NCCL's; kAuto chooses by size. All give the same
+// bits, but NCCL's sums of more than two ranks, which kAuto never takes.
+enum class CollectiveKernels { kAuto, kOneShot, kTwoShot, kNccl };
+
 struct GroupOptions {
   // Bytes that a rank gives to the largest collective, rows of the largest step included.
   int64_t max_bytes = 0;
   // How long a rank waits for the others in a collective before it ends the group.
   std::chrono::milliseconds timeout{8000};
+  // Of GPUs only.
+  CollectiveKernels kernels = CollectiveKernels::kAuto;
+  std::vector<std::string> nccl;  // names to open NCCL by, in order; without any it is not used
 };
 
 // One rank's end of a group of devices that compute one model together. The collectives themselves

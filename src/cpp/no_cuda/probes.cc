@@ -12,6 +12,8 @@ namespace {
 
 double time_launches(Device&, const std::function<void()>&) { refuse(); }
 
+void delay(Device&, uint64_t) { refuse(); }
+
 void fill_words(Device&, uint64_t*, int64_t) { refuse(); }
 
 void read_words(Device&, const uint64_t*, int64_t, uint64_t*) { refuse(); }
