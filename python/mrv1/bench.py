@@ -88,6 +88,7 @@ class Record(_RequiredKeys, total=False):
     peer_step_ms: float
     peer_tokens_per_s: float
     times_peer: float
+    tp: int
 
 
 REQUIRED_KEYS: Final = frozenset(Record.__required_keys__)
@@ -395,8 +396,18 @@ def make_record(
     costs: Sequence[OpCost] = (),
     rates: Rates | None = None,
     cache: CacheFormat = AUTO_CACHE,
+    ranks: int = 1,
 ) -> Record:
-    """Sets a timing of mrv1 against what the machine can do, unless `rates` is None."""
+    """Sets a timing of mrv1 against what the machine can do, unless `rates` is None.
+
+    `costs` are those of the whole model, `rates` of one device: `ranks` of them share the work.
+    """
+    costs = [
+        dataclasses.replace(
+            cost, read_bytes=cost.read_bytes // ranks, operations=cost.operations // ranks
+        )
+        for cost in costs
+    ]
     seconds = timing.step_ms / 1e3
     tokens = timing.batch if timing.tokens is None else timing.tokens
     record: Record = {
@@ -428,6 +439,8 @@ def make_record(
         _set_counts(record, rates.counts)
     if cache.kv_scales != "none":
         record["scale"] = cache.kv_scales
+    if ranks > 1:
+        record["tp"] = ranks
     if timing.idle_share is not None:
         record["idle_share"] = round(timing.idle_share, 5)
     return record
@@ -538,6 +551,7 @@ def format_table(records: Sequence[Record]) -> str:
             record.get("backend"),
             record.get("launches"),
             record.get("layout"),
+            f"tp {record['tp']}" if "tp" in record else None,
             None if cache == "auto" else cache,
             record.get("scale") if "cache_dtype" in record and cache != "auto" else None,
         )

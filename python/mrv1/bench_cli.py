@@ -399,10 +399,23 @@ def _load(
     from mrv1.loader import load_model
     from mrv1.random_model import random_runner
 
-    runner_options = dataclasses.replace(runner_options, kv_cache_dtype=options.kv_cache_dtype)
+    runner_options = dataclasses.replace(
+        runner_options,
+        kv_cache_dtype=options.kv_cache_dtype,
+        tensor_parallel_size=options.tensor_parallel_size,
+    )
     if directory is None:
         return random_runner(ModelConfig.from_values(config), runner_options)
     return load_model(directory, runner_options, progress=False if options.no_progress else None)
+
+
+def _refuse_ranks(options: argparse.Namespace) -> None:
+    if options.tensor_parallel_size != 1:
+        raise InvalidArgumentError(
+            field="--tensor-parallel-size",
+            value=options.tensor_parallel_size,
+            allowed=f"1 for the figure {options.figure}, which is about one device",
+        )
 
 
 def _cache(model: LoadedModel) -> CacheFormat:
@@ -453,7 +466,17 @@ def _decode_records(options: argparse.Namespace) -> list[Record]:
         mean = timing.context + (options.steps - 1) / 2
         costs = bench.decode_costs(model.config, model.dtype, timing.batch, mean, cache)
         records.append(
-            bench.make_record("decode", shape, device, model.dtype, timing, costs, rates, cache)
+            bench.make_record(
+                "decode",
+                shape,
+                device,
+                model.dtype,
+                timing,
+                costs,
+                rates,
+                cache,
+                model.tensor_parallel_size,
+            )
         )
     return records
 
@@ -472,7 +495,17 @@ def _prefill_records(options: argparse.Namespace) -> list[Record]:
     for timing in timings:
         costs = bench.prefill_costs(model.config, model.dtype, timing.batch, timing.context, cache)
         records.append(
-            bench.make_record("prefill", shape, device, model.dtype, timing, costs, rates, cache)
+            bench.make_record(
+                "prefill",
+                shape,
+                device,
+                model.dtype,
+                timing,
+                costs,
+                rates,
+                cache,
+                model.tensor_parallel_size,
+            )
         )
     return records
 
@@ -509,7 +542,18 @@ def _mix_records(options: argparse.Namespace) -> list[Record]:
         )
         for cost in bench.mix_costs(model.config, model.dtype, lengths, cache)
     ]
-    return [bench.make_record("mix", shape, device, model.dtype, timing, costs, rates, cache)]
+    record = bench.make_record(
+        "mix",
+        shape,
+        device,
+        model.dtype,
+        timing,
+        costs,
+        rates,
+        cache,
+        model.tensor_parallel_size,
+    )
+    return [record]
 
 
 def _op_records(options: argparse.Namespace) -> list[Record]:
@@ -517,6 +561,7 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
     from mrv1.config import ModelConfig
     from mrv1.loader import resolve_dtype, resolve_kv_cache_dtype
 
+    _refuse_ranks(options)
     shape, directory, values = _source(options)
     config = (
         ModelConfig.from_values(values) if directory is None else ModelConfig.from_dir(directory)
@@ -645,6 +690,7 @@ def _kv_caches(
     """The caches that a figure of its kernels goes through, on a device that is open meanwhile."""
     from mrv1 import bench, bench_kv, tuning
 
+    _refuse_ranks(options)
     if options.kv_cache_dtype != "auto":
         raise InvalidArgumentError(
             field="--kv-cache-dtype",
@@ -666,6 +712,7 @@ def _kv_caches(
 def _profile_records(options: argparse.Namespace) -> list[Record]:
     from mrv1 import _cupti, bench, bench_decode, bench_profile
 
+    _refuse_ranks(options)
     if options.device != "cuda":
         raise DeviceError("[bench] a profile is of kernels on a GPU: pass --device cuda")
     _cupti.open_cupti()  # before minutes go into what cannot be traced

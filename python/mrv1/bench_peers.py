@@ -85,8 +85,11 @@ def add_peers(records: Sequence[Record], peers: Sequence[PeerFigure]) -> None:
 def _is_same(record: Record, peer: PeerFigure) -> bool:
     mine: Mapping[str, object] = record
     names = ("figure", "shape", "batch", "context", "dtype", "kv_cache_dtype")
-    return peer.device in record["device"] and all(
-        mine.get(name) == getattr(peer, name) for name in names
+    # Figures of others are of one GPU.
+    return (
+        peer.device in record["device"]
+        and "tp" not in record
+        and all(mine.get(name) == getattr(peer, name) for name in names)
     )
 
 

@@ -90,6 +90,13 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto (as --dtype), fp8_e4m3 or fp8_e5m2 (default: auto)",
     )
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that compute the model together (default: %(default)s)",
+    )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
 
 
@@ -209,6 +216,7 @@ def _open_llm(model: str | os.PathLike[str], options: argparse.Namespace) -> LLM
         device=options.device,
         dtype=options.dtype,
         kv_cache_dtype=options.kv_cache_dtype,
+        tensor_parallel_size=options.tensor_parallel_size,
     )
 
 

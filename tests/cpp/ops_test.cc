@@ -227,7 +227,7 @@ TEST_CASE("pack_panels and embedding: every source dtype, written in pieces, rea
       step.ctx.infer.token_ids = ids.data();
       Tensor out(dtype, (kRows + 2) * kCols);
       out.fill(kNaN);
-      embedding_cpu({view, out.data(), dtype, 1.0f}, step.ctx);
+      embedding_cpu({view, out.data(), dtype, 1.0f, 0}, step.ctx);
       for (int64_t t = 0; t < kRows; ++t) {
         REQUIRE(out.same_bits(expected, t * kCols, ids[static_cast<size_t>(t)] * kCols, kCols));
       }
@@ -235,7 +235,7 @@ TEST_CASE("pack_panels and embedding: every source dtype, written in pieces, rea
 
       Tensor from_rows(dtype, (kRows + 2) * kCols);
       embedding_cpu({WeightView{expected.data(), dtype, WeightLayout::kRowMajor, kRows, kCols},
-                     from_rows.data(), dtype, 1.0f},
+                     from_rows.data(), dtype, 1.0f, 0},
                     step.ctx);
       CHECK(from_rows == out);
     }

@@ -23,8 +23,9 @@ inline int32_t vector(Program& program, const std::string& name, int64_t size) {
   return program.weight({name, WeightKind::kVector, size, 1, {{name, 0, size}}});
 }
 
-// A layer a window; 0 = all positions.
-inline Program small_model(const std::vector<int32_t>& windows) {
+// A layer a window; 0 = all positions. `ranked`: what is row-parallel is summed over ranks, each of
+// which has the whole model.
+inline Program small_model(const std::vector<int32_t>& windows, bool ranked = false) {
   Program program(DType::kBF16);
   const int32_t embed = matrix(program, "embed", kVocab, kHidden);
   std::vector<float> inv_freq(kHeadDim / 2);
@@ -32,6 +33,11 @@ inline Program small_model(const std::vector<int32_t>& windows) {
   const int32_t rope = program.rope_table({inv_freq, 1.0f});
   int32_t x = program.embedding(embed, 1.0f);
   const HeadShape heads{kHeads, kKvHeads, kHeadDim};
+  const auto row_parallel = [&](int32_t from, int32_t weight, int32_t residual) {
+    if (!ranked) return program.linear(from, weight, -1, residual, true);
+    const int32_t sum = program.all_reduce(program.linear(from, weight, -1, -1, true), -1);
+    return program.add(sum, residual);
+  };
   for (size_t layer = 0; layer < windows.size(); ++layer) {
     const auto named = [&](const char* name) { return name + std::to_string(layer); };
     program.begin_layer(static_cast<int32_t>(layer));
@@ -45,12 +51,12 @@ inline Program small_model(const std::vector<int32_t>& windows) {
     spec.kv_layer = static_cast<int32_t>(layer);
     spec.rope = rope;
     const int32_t mixed = program.attention(qkv, spec);
-    x = program.linear(mixed, matrix(program, named("o"), kHidden, heads.q_cols()), -1, x, true);
+    x = row_parallel(mixed, matrix(program, named("o"), kHidden, heads.q_cols()), x);
     const int32_t normed2 = program.rms_norm(x, vector(program, named("norm2"), kHidden), 1e-6f);
     const int32_t gate_up =
         program.linear(normed2, matrix(program, named("gate_up"), 2 * 80, kHidden), -1, -1, false);
-    x = program.linear(program.gated_mul(gate_up, Activation::kSilu),
-                       matrix(program, named("down"), kHidden, 80), -1, x, true);
+    x = row_parallel(program.gated_mul(gate_up, Activation::kSilu),
+                     matrix(program, named("down"), kHidden, 80), x);
     program.end_layer();
   }
   program.logits(program.rms_norm(x, vector(program, "norm", kHidden), 1e-6f), embed, 0.0f);

@@ -689,8 +689,8 @@ void ModelRunner::wait_before(uint64_t step) const {
 }
 
 void ModelRunner::read_output(const Slot& slot, StepOutput& output) {
-  if (slot.error.empty() && communicator_ != nullptr && communicator_->is_aborted()) {
-    // What other ranks did not send is missing from its results.
+  if (communicator_ != nullptr && communicator_->is_aborted()) {
+    // What other ranks did not send may be missing from its results.
     output = StepOutput{};
     output.step = slot.step;
     output.error = concat("[ranks] ", communicator_->abort_reason());

@@ -273,10 +273,6 @@ constexpr std::chrono::seconds kLastWait{2};
 // Between two calls of `progress` while others load.
 constexpr std::chrono::milliseconds kProgressInterval{20};
 
-int64_t largest_message(const Program& program, const RunnerConfig& config) {
-  return group_options(program, config).max_bytes;
-}
-
 // Ends a group's runners, unless a device is stuck: its memory is in use for as long as it is.
 void release(ModelRunner* leader) {
   auto until = Clock::now() + kLastWait;
@@ -305,12 +301,8 @@ std::shared_ptr<ModelRunner> make_runner(const std::vector<std::shared_ptr<Devic
   if (size == 1) {
     return std::make_shared<ModelRunner>(devices[0], std::move(programs[0]), configs[0]);
   }
-  GroupOptions options;
-  for (size_t rank = 0; rank < size; ++rank) {
-    options.max_bytes = std::max(options.max_bytes, largest_message(programs[rank], configs[rank]));
-  }
-  options.timeout = configs[0].rank_timeout;
-  std::vector<std::unique_ptr<Communicator>> group = make_group(devices, options);
+  std::vector<std::unique_ptr<Communicator>> group =
+      make_group(devices, group_options(programs[0], configs[0]));
   std::vector<std::unique_ptr<ModelRunner>> runners;
   for (size_t rank = 0; rank < size; ++rank) {
     runners.push_back(std::make_unique<ModelRunner>(devices[rank], std::move(programs[rank]),

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -48,6 +49,7 @@ struct RunnerConfig {
   // end.
   int32_t num_ranks = 1;
   std::chrono::milliseconds rank_timeout{8000};
+  std::vector<std::string> rank_libraries;  // see GroupOptions::nccl
 };
 
 // A request as the runner sees it.
