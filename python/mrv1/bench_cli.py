@@ -145,7 +145,7 @@ _GPU_DEFAULTS: dict[Figure, dict[str, object]] = {
     "kv_write": {"tokens": [4**power for power in range(9)]},
     "decode_attention": {"batch": [64, 256], "context": [1024, 8192], "steps": 20},
     "all_reduce": {
-        "message_kb": [8, 16, 64, 256, 1024, 16384],
+        "message_kb": [8, 16, 64, 256, 1024, 16384, 65536],
         "kernels": list(KERNELS),
     },
 }
@@ -337,7 +337,7 @@ def _add_rank_options(parser: argparse.ArgumentParser) -> None:
         type=_positive_list,
         metavar="N[,N]",
         help="all_reduce: KiB that a rank gives to a sum (default: 8,64,1024; on a GPU "
-        "8,16,64,256,1024,16384)",
+        "8,16,64,256,1024,16384,65536)",
     )
     parser.add_argument(
         "--kernels",
