@@ -73,6 +73,7 @@ def check_record(record: dict[str, Any]) -> None:
         assert value is None or isinstance(value, str | int | float), f"{key} is not flat"
     assert record["step_ms"] > 0
     figures = ("decode", "prefill", "mix", "op", "profile", "kv_write", "decode_attention")
+    figures += ("all_reduce",)
     assert record["figure"] in figures
     if record.get("x_floor") is not None and record["floor_ms"] > 1e-3:  # not lost in rounding
         ratio = record["step_ms"] / record["floor_ms"]
@@ -496,6 +497,24 @@ def test_cache_writes(device: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert {record["launches"] for record in records} == {"plain", "overlapped"}
     for wrong in (["--shape", "demo"], ["--kv-cache-dtype", "fp8_e4m3"], ["--batch", "1"]):
         assert cli.main(["bench", "kv_write", "--device", device, *wrong]) != 0
+
+
+def test_sums_over_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["bench", "all_reduce", "--device", "cpu", "--json", str(path), "--ranks", "4"]
+    assert cli.main([*arguments, "--message-kb", "1,8", "--steps", "2"]) == 0
+    records = json.loads(path.read_text())
+    assert [record["message_bytes"] for record in records] == [1024, 8192]
+    for record in records:
+        check_record(record)
+        assert (record["tp"], record["shape"], record["backend"]) == (4, "4 ranks", "auto")
+        assert "fault" not in record
+        assert record["gb_s"] == pytest.approx(
+            record["message_bytes"] / record["us"] / 1e3, rel=0.02, abs=0.01
+        )
+    check_table(capsys.readouterr().out, records)
+    for wrong in (["--kernels", "nccl"], ["--ranks", "1"], ["--ranks", "9"], ["--shape", "demo"]):
+        assert cli.main(["bench", "all_reduce", "--device", "cpu", *wrong]) != 0
 
 
 def test_decode_attention(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

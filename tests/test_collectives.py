@@ -15,9 +15,11 @@ import pytest
 from mrv1 import _core, _libraries
 from mrv1.errors import DeviceError, InvalidArgumentError
 
-# Sizes that tests draw, in elements: of a few, around a piece and a warp of pieces, and enough for
-# several launches of every kind of kernel.
-_SIZES = ((1, 1), (1, 7), (3, 5), (1, 8), (5, 129), (1, 4096), (64, 4096), (37, 1001))
+# Rows and columns: few, around a piece of 16 bytes and a warp of pieces, and some at random.
+_SIZES = (
+    *((1, 1), (1, 7), (3, 5), (1, 8), (5, 129), (1, 4096), (64, 4096), (37, 1001)),
+    *map(tuple, np.random.default_rng(7).integers((1, 1), (40, 3000), (6, 2)).tolist()),
+)
 # More than ranks of two GPUs take at a time, and what is large for a test on the CPU.
 _LARGE = {"cuda": (600, 8192), "cpu": (24, 8192)}
 _KERNELS = ("auto", "one_shot", "two_shot", "nccl")
@@ -212,17 +214,17 @@ def test_columns_of_all_ranks_are_side_by_side(ranks: Ranks, dtype: str, kernels
 
 @pytest.mark.parametrize("op", ["all_reduce", "all_gather"])
 def test_a_rank_that_does_not_come_ends_the_group(ranks: Ranks, op: str, kernels: str) -> None:
-    with ranks.probe(op, 4, 64, kernels=kernels, timeout=0.3) as probe:
+    with ranks.probe(op, 4, 64, kernels=kernels, timeout=1.0) as probe:
         probe.run()
         start = time.monotonic()
         with pytest.raises(DeviceError, match=f"rank {ranks.size - 1} did not come"):
             probe.run(3, absent=ranks.size - 1)
-        assert time.monotonic() - start < 8.0
+        assert time.monotonic() - start < 9.0
         # For good, and at once.
         start = time.monotonic()
         with pytest.raises(DeviceError, match="did not come"):
             probe.run()
-        assert time.monotonic() - start < 0.3
+        assert time.monotonic() - start < 1.0
     # The devices are none the worse for it.
     with ranks.probe(op, 4, 64, kernels=kernels) as probe:
         probe.run()

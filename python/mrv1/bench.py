@@ -23,7 +23,9 @@ from mrv1.config import ModelConfig
 from mrv1.env_report import commit, cpu_model, package_version
 from mrv1.errors import InvalidArgumentError
 
-Figure = Literal["decode", "prefill", "mix", "op", "profile", "kv_write", "decode_attention"]
+Figure = Literal[
+    "decode", "prefill", "mix", "op", "profile", "kv_write", "decode_attention", "all_reduce"
+]
 
 # Bytes that the plain read covers, unless less memory is free.
 READ_BYTES: Final = {"cpu": 1 << 30, "cuda": 8 << 30}
@@ -66,6 +68,8 @@ class Record(_RequiredKeys, total=False):
     scale: str
     kernels: int
     tokens: int
+    tp: int
+    message_bytes: int
     heads: int
     kv_heads: int
     head_dim: int
@@ -514,6 +518,10 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.3g} %"
 
 
+def _kilobytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1024:g}"
+
+
 # Columns that are left out of a table where no record has a value.
 _COLUMNS: Final[tuple[tuple[str, Callable[[Record], str]], ...]] = (
     ("batch", lambda record: str(record["batch"])),
@@ -527,6 +535,7 @@ _COLUMNS: Final[tuple[tuple[str, Callable[[Record], str]], ...]] = (
     ("peer ms", lambda record: _number(record.get("peer_step_ms"), 3)),
     ("peer tokens/s", lambda record: _number(record.get("peer_tokens_per_s"), 1)),
     ("x peer", lambda record: _number(record.get("times_peer"), 2)),
+    ("message KB", lambda record: _kilobytes(record.get("message_bytes"))),
     ("us", lambda record: _number(record.get("us"), 2)),
     ("GB/s", lambda record: _number(record.get("gb_s"), 1)),
     ("FlashInfer us", lambda record: _number(record.get("flashinfer_us"), 2)),

@@ -63,6 +63,8 @@ CACHES = (
 )
 WRITES = ("write", "rope_write")
 LAUNCHES = ("overlapped", "plain")
+# As bench_collectives has them.
+KERNELS = ("auto", "one_shot", "two_shot", "nccl")
 
 # Of the figures that run a whole model.
 _SHAPE_DEFAULTS: Mapping[str, object] = {"layers": None, "save": None}
@@ -124,9 +126,15 @@ _DEFAULTS: dict[Figure, dict[str, object]] = {
         "layout": ["HND"],
         "caches": ["auto", "fp8_e4m3/static", "fp8_e4m3/dynamic"],
     },
+    "all_reduce": {
+        "steps": 9,
+        "ranks": None,
+        "message_kb": [8, 64, 1024],
+        "kernels": ["auto"],
+    },
 }
 # Figures of kernels by themselves, which have no model.
-_WITHOUT_MODEL: tuple[Figure, ...] = ("kv_write", "decode_attention")
+_WITHOUT_MODEL: tuple[Figure, ...] = ("kv_write", "decode_attention", "all_reduce")
 # What differs on a GPU.
 _GPU_DEFAULTS: dict[Figure, dict[str, object]] = {
     "decode": {"batch": list(_GPU_BATCHES), "steps": 128},
@@ -136,6 +144,10 @@ _GPU_DEFAULTS: dict[Figure, dict[str, object]] = {
     "profile": {"batch": [64]},
     "kv_write": {"tokens": [4**power for power in range(9)]},
     "decode_attention": {"batch": [64, 256], "context": [1024, 8192], "steps": 20},
+    "all_reduce": {
+        "message_kb": [8, 16, 64, 256, 1024, 16384, 65536],
+        "kernels": list(KERNELS),
+    },
 }
 _OPTIONS = (
     "batch",
@@ -156,6 +168,9 @@ _OPTIONS = (
     "caches",
     "writes",
     "launches",
+    "ranks",
+    "message_kb",
+    "kernels",
 )
 # Bytes that a run of a single op reads at least: on a GPU several times what its caches hold.
 _GPU_WORKING_SET = 512 << 20
@@ -177,7 +192,8 @@ def add_bench(
         help="decode: steps of one token a request; prefill: whole prompts; mix: requests of many "
         "lengths from first to last token; op: single ops of a decode step; profile: where the "
         "time of a decode step on a GPU goes; kv_write: writes to a paged KV cache; "
-        "decode_attention: decode attention over one, by itself",
+        "decode_attention: decode attention over one, by itself; all_reduce: sums over ranks, by "
+        "themselves",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", metavar="MODEL", help="a directory, or a name in the local cache")
@@ -202,7 +218,7 @@ def add_bench(
         type=_positive,
         metavar="N",
         help="decode, prefill, op, profile: steps that count (default: 32; decode on a GPU: 128; "
-        "prefill: 3; profile: 20); kv_write, decode_attention: runs (default: 9; "
+        "prefill: 3; profile: 20); kv_write, decode_attention, all_reduce: runs (default: 9; "
         "decode_attention on a GPU: 20)",
     )
     parser.add_argument(
@@ -231,6 +247,7 @@ def add_bench(
         help="op: kernels of attention, native or flashinfer (default: native)",
     )
     _add_kv_options(parser)
+    _add_rank_options(parser)
     parser.add_argument(
         "--layers",
         type=_positive,
@@ -308,6 +325,28 @@ def _add_kv_options(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def _add_rank_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ranks",
+        type=_positive,
+        metavar="N",
+        help="all_reduce: of the group (default: all GPUs; 2 of the CPU)",
+    )
+    parser.add_argument(
+        "--message-kb",
+        type=_positive_list,
+        metavar="N[,N]",
+        help="all_reduce: KiB that a rank gives to a sum (default: 8,64,1024; on a GPU "
+        "8,16,64,256,1024,16384,65536)",
+    )
+    parser.add_argument(
+        "--kernels",
+        type=_names(*KERNELS),
+        metavar="NAME[,NAME]",
+        help=f"all_reduce: how sums travel, of {', '.join(KERNELS)} (default: auto; on a GPU all)",
+    )
+
+
 def _run_bench(options: argparse.Namespace) -> int:
     from mrv1 import bench, bench_peers
     from mrv1.loader import resolve_device
@@ -325,6 +364,7 @@ def _run_bench(options: argparse.Namespace) -> int:
         "profile": _profile_records,
         "kv_write": _kv_write_records,
         "decode_attention": _decode_attention_records,
+        "all_reduce": _all_reduce_records,
     }[options.figure](options)
     if options.commit is not None:
         for record in records:
@@ -678,6 +718,33 @@ def _decode_attention_records(options: argparse.Namespace) -> list[Record]:
                     record["lengths"] = kind
                 records.append(record)
     return records
+
+
+def _all_reduce_records(options: argparse.Namespace) -> list[Record]:
+    from mrv1 import bench_collectives
+
+    if options.device == "cpu" and options.kernels != ["auto"]:
+        raise InvalidArgumentError(
+            field="--kernels", value=",".join(options.kernels), allowed="auto on the cpu"
+        )
+    if options.kv_cache_dtype != "auto":
+        raise InvalidArgumentError(
+            field="--kv-cache-dtype",
+            value=options.kv_cache_dtype,
+            allowed="left out for the figure all_reduce, which has no cache",
+        )
+    dtype = "bfloat16" if options.dtype == "auto" else options.dtype
+    devices = bench_collectives.open_ranks(options.device, options.ranks)
+    try:
+        sizes = [count << 10 for count in options.message_kb]
+        return list(
+            bench_collectives.measure_all_reduce(
+                devices, dtype, sizes, options.kernels, options.steps
+            )
+        )
+    finally:
+        for device in devices:
+            device.close()
 
 
 def _kv_working_set(options: argparse.Namespace) -> int:

@@ -113,10 +113,12 @@ __global__ void __launch_bounds__(cuda::kPeerThreads)
   const int64_t pieces = cuda::divide_up(range.count, kSize);
   const int64_t begin = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+  // Asked for before the call's number is there.
+  uint4 own = load_part<T>(range, begin);
   const uint64_t call = cuda::begin_call(peers);
   if (call == 0) return;
   for (int64_t piece = begin; piece < pieces; piece += stride) {
-    const uint4 own = load_part<T>(range, piece);
+    if (piece != begin) own = load_part<T>(range, piece);
 #pragma unroll
     for (int step = 1; step < kMost; ++step) {
       if (step >= peers.size) break;

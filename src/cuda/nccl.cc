@@ -5,6 +5,9 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <exception>
+#include <thread>
+#include <utility>
 
 #include "core/error.h"
 
@@ -152,12 +155,23 @@ void NcclGroup::gather(int rank, const void* x, void* out, int64_t rows, int64_t
 }
 
 void NcclGroup::abort() noexcept {
+  // At once: to end a communicator may take until the graphs that use it are gone, and what waits
+  // in another rank's stream must end before that.
+  std::vector<std::thread> threads;
   for (const auto& rank : ranks_) {
-    const std::unique_lock lock(rank->mutex, kQueuing);
-    if (rank->comm == nullptr) continue;
-    library_.comm_abort(rank->comm);
-    rank->comm = nullptr;
+    Nccl::Comm comm = nullptr;
+    {
+      const std::unique_lock lock(rank->mutex, kQueuing);
+      comm = std::exchange(rank->comm, nullptr);
+    }
+    if (comm == nullptr) continue;
+    try {
+      threads.emplace_back([this, comm] { library_.comm_abort(comm); });
+    } catch (const std::exception&) {
+      library_.comm_abort(comm);
+    }
   }
+  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace mrv1::cuda

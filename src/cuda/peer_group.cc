@@ -79,6 +79,7 @@ PeerGroup::PeerGroup(std::span<const std::shared_ptr<Device>> devices, const Gro
     const CurrentDevice current(device->ordinal(), kWhere);
     load_all_reduce(size());
     load_all_gather();
+    load_meeting();
   }
   try_out();
   if (nccl_ != nullptr) watcher_ = std::thread([this] { watch(); });

@@ -92,6 +92,7 @@ class CudaCommunicator final : public Communicator {
 // loaded at its first launch may wait for others that wait for it.
 void load_all_reduce(int size);
 void load_all_gather();
+void load_meeting();
 
 // Waits, in the rank's stream, until all ranks are there.
 void launch_meeting(const PeerView& peers, const StepContext& ctx);

@@ -21,6 +21,12 @@ __global__ void __launch_bounds__(kThreads) meeting_kernel(const __grid_constant
 
 }  // namespace
 
+void load_meeting() {
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, meeting_kernel), "meeting",
+             "cudaFuncGetAttributes");
+}
+
 void launch_meeting(const PeerView& peers, const StepContext& ctx) {
   launch("meeting", ctx, meeting_kernel, dim3(1), dim3(kThreads), 0, peers);
 }

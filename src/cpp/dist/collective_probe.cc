@@ -187,6 +187,7 @@ void CollectiveProbe::capture() {
 
 void CollectiveProbe::run(int32_t launches, int absent) {
   check(launches > 0, kWhere, "launches is ", launches, "; must be positive");
+  ranks_[0].communicator->check_alive();
   capture();
   each_rank(absent, [launches](Rank& rank) {
     run_on_stream(*rank.device, [&] {
