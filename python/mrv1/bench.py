@@ -92,7 +92,6 @@ class Record(_RequiredKeys, total=False):
     peer_step_ms: float
     peer_tokens_per_s: float
     times_peer: float
-    tp: int
 
 
 REQUIRED_KEYS: Final = frozenset(Record.__required_keys__)

@@ -31,8 +31,9 @@ Tensor run_linear(const Tensor& x, const Weight& weight, const float* bias, int6
   const int64_t cols = activation != Activation::kNone ? weight.view.rows / 2 : weight.view.rows;
   Tensor out(out_dtype, rows * cols);
   out.fill(kNaN);
-  linear_cpu({x.data(), weight.view, bias, out.data(), x.dtype(), out_dtype, activation, false},
-             step.ctx);
+  linear_cpu(
+      {x.data(), weight.view, bias, out.data(), x.dtype(), out_dtype, activation, false, false},
+      step.ctx);
   return out;
 }
 
@@ -163,8 +164,8 @@ TEST_CASE("linear refuses arguments that do not fit") {
   const Weight weight(DType::kF32, 24, 8, 1);
   Tensor x(DType::kF32, 8);
   Tensor out(DType::kF32, 24);
-  LinearParams good{x.data(),    weight.view, nullptr,           out.data(),
-                    DType::kF32, DType::kF32, Activation::kNone, false};
+  LinearParams good{x.data(),    weight.view,       nullptr, out.data(), DType::kF32,
+                    DType::kF32, Activation::kNone, false,   false};
   linear_cpu(good, step.ctx);
   LinearParams bad = good;
   bad.dtype = bad.out_dtype = DType::kBF16;
