@@ -143,8 +143,8 @@ __device__ __forceinline__ void count_call(const PeerView& peers) {
 }
 
 // From inside a wait that takes long: whether it has to end. `start` is 0 before the first call.
-__device__ __noinline__ bool gives_up(const PeerView& peers, PeerWait wait, uint64_t call,
-                                      int missing, uint64_t* start) {
+inline __device__ __noinline__ bool gives_up(const PeerView& peers, PeerWait wait, uint64_t call,
+                                             int missing, uint64_t* start) {
   uint64_t now;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
   if (*start == 0) *start = now;
