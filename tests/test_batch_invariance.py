@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+from mrv1 import _core
 from mrv1.runner import ModelRunner, RowHandle
 from mrv1.sampling_params import SamplingParams
 from serving_tools import (
@@ -156,3 +158,58 @@ def test_tokens_do_not_depend_on_batch_or_run_ahead(device: str, name: str) -> N
             assert tokens_together(runner, requests, ahead) == alone
     finally:
         runner.close()
+
+
+# --- row-parallel linears: one order of sums, however many ranks share the columns ----------------
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cols", [16, 48, 256, 1024, 4096])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_row_parallel_sums_are_those_of_eight_parts(
+    native_device: _core.Device, rows: int, cols: int, dtype: str, with_bias: bool
+) -> None:
+    """The linear equals linears of its parts, neighbours added first, bit for bit."""
+    rng = np.random.default_rng(cols + rows)
+    outputs, parts = 72, 8
+    x = _rounded(rng.standard_normal((rows, cols), np.float32), dtype)
+    weight = _rounded(rng.standard_normal((outputs, cols), np.float32), dtype)
+    bias = rng.standard_normal(outputs, np.float32) if with_bias else None
+
+    def run(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, whole: bool) -> np.ndarray:
+        program = _core.Program(dtype)
+        value = program.input("x", x.shape[1])
+        matrix = program.weight("w", False, x.shape[1], [("w", outputs)])
+        vector = -1 if bias is None else program.weight("b", True, 1, [("b", outputs)])
+        out = program.linear(value, matrix, vector, row_parallel=whole, wide=not whole)
+        program.output(out)
+        session = _core.ProgramSession(native_device, program, max_tokens=rows)
+        session.set_options(batch_invariant=True)
+        session.load_weight(matrix, weight)
+        if bias is not None:
+            session.load_weight(vector, bias)
+        session.set_value(value, x)
+        session.run(1, rows)
+        result = session.value(out, rows)
+        session.close()
+        return result
+
+    sums = [
+        run(np.ascontiguousarray(a), np.ascontiguousarray(b), None, False)
+        for a, b in zip(np.split(x, parts, 1), np.split(weight, parts, 1), strict=True)
+    ]
+    while len(sums) > 1:
+        sums = [sums[i] + sums[i + 1] for i in range(0, len(sums), 2)]
+    expected = sums[0] if bias is None else sums[0] + bias
+    got = run(x, weight, bias, True)
+    np.testing.assert_array_equal(got, _rounded(expected, dtype))
+    exact = x.astype(np.float64) @ weight.astype(np.float64).T + (0 if bias is None else bias)
+    bound = np.abs(x).astype(np.float64) @ np.abs(weight).astype(np.float64).T
+    assert np.all(np.abs(got - exact) <= bound * 1e-5 + np.abs(exact) * 2.0**-8)
+
+
+def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "float32":
+        return values
+    return values.astype(ml_dtypes.bfloat16).astype(np.float32)

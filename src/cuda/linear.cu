@@ -116,15 +116,84 @@ void run_cublaslt(const LinearParams& params, int64_t rows, const LinearPlan& pl
   }
 }
 
+// out = sum of the parts (+ bias). A thread has one column; blockIdx.y is the row.
+template <typename Out>
+__global__ void __launch_bounds__(kThreads)
+    sum_parts_kernel(const float* parts, int num_parts, int64_t part_size, const float* bias,
+                     Out* out, int32_t out_cols) {
+  launch_next();
+  wait_for_previous();
+  const int32_t col = blockIdx.x * kThreads + threadIdx.x;
+  if (col >= out_cols) return;
+  const int64_t at = int64_t{blockIdx.y} * out_cols + col;
+  float values[kInvariantParts];
+#pragma unroll
+  for (int part = 0; part < kInvariantParts; ++part) {
+    if (part < num_parts) values[part] = parts[part * part_size + at];
+  }
+  // sum_in_order() with constant indices, so that the values stay in registers.
+#pragma unroll
+  for (int step = 1; step < kInvariantParts; step *= 2) {
+#pragma unroll
+    for (int i = 0; i + step < kInvariantParts; i += 2 * step) {
+      if (i + step < num_parts) values[i] += values[i + step];
+    }
+  }
+  if (bias != nullptr) values[0] += bias[col];
+  out[at] = from_float<Out>(values[0]);
+}
+
+// A row-parallel linear of a batch-invariant step: each part of the columns by itself, into the
+// workspace, then their sum. Which kernel computes a part depends on the part's sizes alone, and is
+// the one that a rank with a single part has.
+void run_parts(const LinearParams& params, int num_parts, int64_t rows, const StepContext& ctx) {
+  const int64_t cols = params.weight.cols, part_cols = cols / num_parts;
+  const int64_t out_cols = params.weight.rows;
+  constexpr int64_t kMaxGridY = 65535;
+  const int64_t room = std::min(static_cast<int64_t>(ctx.workspace_bytes) /
+                                    (num_parts * out_cols * static_cast<int64_t>(sizeof(float))),
+                                kMaxGridY);
+  check_internal(room > 0, kOp, "workspace has ", ctx.workspace_bytes, " bytes, which hold no row ",
+                 "of ", num_parts, " parts of ", out_cols);
+  const auto size = static_cast<int64_t>(dtype_size(params.dtype));
+  for (int64_t row = 0; row < rows; row += room) {
+    const int64_t count = std::min(room, rows - row);
+    for (int part = 0; part < num_parts; ++part) {
+      LinearParams each = params;
+      each.x = static_cast<const char*>(params.x) + (row * cols + part * part_cols) * size;
+      each.weight.data = static_cast<const char*>(params.weight.data) + part * part_cols * size;
+      each.weight.cols = part_cols;
+      each.bias = nullptr;
+      each.out = static_cast<float*>(ctx.workspace) + part * count * out_cols;
+      each.out_dtype = DType::kF32;
+      if (skinny_supports(each, count)) {
+        linear_skinny(each, skinny_invariant(out_cols, part_cols, false, count), count, cols, ctx);
+      } else {
+        linear_tiled(each, count, cols, ctx);
+      }
+    }
+    const dim3 grid(static_cast<unsigned>((out_cols + kThreads - 1) / kThreads),
+                    static_cast<unsigned>(count));
+    void* out = static_cast<char*>(params.out) +
+                row * out_cols * static_cast<int64_t>(dtype_size(params.out_dtype));
+    dispatch_activation(params.out_dtype, kOp, [&](auto tag) {
+      using Out = typename decltype(tag)::type;
+      launch(kOp, ctx, sum_parts_kernel<Out>, grid, kThreads, 0,
+             static_cast<const float*>(ctx.workspace), num_parts, count * out_cols, params.bias,
+             static_cast<Out*>(out), static_cast<int32_t>(out_cols));
+    });
+  }
+}
+
 }  // namespace
 
 void run_linear(const LinearParams& params, int64_t rows, const LinearPlan& plan,
                 const LinearContext& context, const StepContext& ctx) {
   switch (plan.kind) {
     case LinearKind::kTiled:
-      return linear_tiled(params, rows, ctx);
+      return linear_tiled(params, rows, params.weight.cols, ctx);
     case LinearKind::kSkinny:
-      return linear_skinny(params, plan.skinny, rows, ctx);
+      return linear_skinny(params, plan.skinny, rows, params.weight.cols, ctx);
     case LinearKind::kCublasLt:
       return run_cublaslt(params, rows, plan, context, ctx);
   }
@@ -152,6 +221,8 @@ void linear_cuda(const LinearParams& params, const StepContext& ctx) {
   if (rows == 0) return;
   cuda::LinearContext* context = ctx.device != nullptr ? ctx.device->linear_context() : nullptr;
   check_internal(context != nullptr, kOp, "the step's device has no linear context");
+  const int parts = num_invariant_parts(params, ctx);
+  if (parts > 1) return cuda::run_parts(params, parts, rows, ctx);
   cuda::run_linear(params, rows, context->plan(params, rows, ctx), *context, ctx);
 }
 

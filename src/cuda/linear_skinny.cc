@@ -266,7 +266,7 @@ bool skinny_offers(const SkinnyConfig& config, int64_t rows, int64_t n, int64_t 
 int64_t skinny_workspace_bytes(const SkinnyConfig&, int64_t, int64_t, int64_t) { return 0; }
 
 void linear_skinny(const LinearParams& params, const SkinnyConfig& config, int64_t rows,
-                   const StepContext& ctx) {
+                   int64_t stride, const StepContext& ctx) {
   const SkinnyArgs args = {
       .x = static_cast<const BFloat16*>(params.x),
       .weight = static_cast<const BFloat16*>(params.weight.data),
@@ -275,6 +275,7 @@ void linear_skinny(const LinearParams& params, const SkinnyConfig& config, int64
       .tokens = static_cast<int>(rows),
       .n = static_cast<int>(params.weight.rows),
       .k = static_cast<int>(params.weight.cols),
+      .stride = static_cast<int>(stride),
       .out_cols = static_cast<int>(params.out_cols()),
       .activation = params.activation,
       .out_f32 = params.out_dtype == DType::kF32,

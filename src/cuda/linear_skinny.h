@@ -50,8 +50,9 @@ SkinnyConfig skinny_invariant(int64_t n, int64_t k, bool gated, int64_t rows = 6
 // Bytes of ctx.workspace that linear_skinny uses: none.
 int64_t skinny_workspace_bytes(const SkinnyConfig& config, int64_t rows, int64_t n, int64_t k);
 
-// The caller has made sure of skinny_supports and rows > 0.
+// The caller has made sure of skinny_supports and rows > 0. Rows of x and of the weight lie
+// `stride` elements apart, a multiple of 8 and weight.cols at least.
 void linear_skinny(const LinearParams& params, const SkinnyConfig& config, int64_t rows,
-                   const StepContext& ctx);
+                   int64_t stride, const StepContext& ctx);
 
 }  // namespace mrv1::cuda

@@ -17,11 +17,12 @@ constexpr std::string_view kSkinnyOp = "linear";
 
 // What the kernels get of a linear.
 struct SkinnyArgs {
-  const BFloat16* x;       // [tokens, k]
-  const BFloat16* weight;  // [n, k]
+  const BFloat16* x;       // [tokens, k], rows `stride` apart
+  const BFloat16* weight;  // [n, k], rows `stride` apart
   const float* bias;       // [n] or null
   void* out;               // [tokens, out_cols], bfloat16 or float32
   int tokens, n, k;
+  int stride;    // elements, a multiple of 8
   int out_cols;  // n, or n / 2 if gated
   Activation activation;
   bool out_f32;

@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
       const int row = in_half + i / 2 % 2 * half_stride;
       const bool valid = col < args.k && (args.gated() ? in_half < args.out_cols : row < args.n);
       copy_async(stage + load_to + i * 4 * kRowBytes,
-                 valid ? source + int64_t{row} * args.k : args.weight, valid);
+                 valid ? source + int64_t{row} * args.stride : args.weight, valid);
     }
   };
   const auto load_x = [&](const Walk& at, uint32_t stage) {
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
       const int token = first_token + i * 4 + load_row;
       const bool valid = col < args.k && token < args.tokens;
       copy_async(stage + load_to + (kRows + i * 4) * kRowBytes,
-                 valid ? args.x + int64_t{token} * args.k + col : args.x, valid);
+                 valid ? args.x + int64_t{token} * args.stride + col : args.x, valid);
     }
   };
 

@@ -239,7 +239,7 @@ void launch_wide(const SkinnyArgs& args, const SkinnyConfig& config, int token_t
                  const DeviceLimits& limits, const StepContext& ctx) {
   using Shape = WideShape<kTokens, kRows>;
   const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
-  const cuuint64_t row_bytes = size(args.k) * 2;
+  const cuuint64_t row_bytes = size(args.stride) * 2;
   const CUtensorMap weight_map =
       args.gated()
           ? tensor_map<4>(args.weight, {size(args.k), 8, 2, size(args.out_cols) / 8},

@@ -25,17 +25,18 @@ constexpr int64_t kMaxGridY = 65535;
 // Stages src[first_row + r, first_col + c] as tile[c][r]; zeros outside [rows, cols].
 template <typename T>
 __device__ void load_tile(float (&tile)[kDepth][kTile + 1], const T* src, int64_t rows,
-                          int64_t cols, int64_t first_row, int64_t first_col) {
+                          int64_t cols, int64_t stride, int64_t first_row, int64_t first_col) {
   for (int i = threadIdx.x; i < kTile * kDepth; i += kThreads) {
     const int64_t row = first_row + i / kDepth;
     const int64_t col = first_col + i % kDepth;
     tile[i % kDepth][i / kDepth] =
-        row < rows && col < cols ? to_float(src[row * cols + col]) : 0.0f;
+        row < rows && col < cols ? to_float(src[row * stride + col]) : 0.0f;
   }
 }
 
 template <typename T, typename Out, bool kGated>
-__global__ void __launch_bounds__(kThreads) tiled_kernel(LinearParams params, int64_t rows) {
+__global__ void __launch_bounds__(kThreads)
+    tiled_kernel(LinearParams params, int64_t rows, int64_t stride) {
   wait_for_previous();
   launch_next();
   constexpr int kParts = kGated ? 2 : 1;
@@ -54,10 +55,10 @@ __global__ void __launch_bounds__(kThreads) tiled_kernel(LinearParams params, in
 
   float sums[kParts][kPerThread][kPerThread] = {};
   for (int64_t first_col = 0; first_col < cols; first_col += kDepth) {
-    load_tile(x_tile, x, rows, cols, first_row, first_col);
+    load_tile(x_tile, x, rows, cols, stride, first_row, first_col);
     for (int part = 0; part < kParts; ++part) {
-      load_tile(weight_tile[part], weight + part * out_cols * cols, out_cols, cols, first_out,
-                first_col);
+      load_tile(weight_tile[part], weight + part * out_cols * stride, out_cols, cols, stride,
+                first_out, first_col);
     }
     __syncthreads();
     for (int k = 0; k < kDepth; ++k) {
@@ -93,30 +94,31 @@ __global__ void __launch_bounds__(kThreads) tiled_kernel(LinearParams params, in
 }
 
 template <typename T, typename Out>
-void run(const LinearParams& params, int64_t rows, const StepContext& ctx) {
+void run(const LinearParams& params, int64_t rows, int64_t stride, const StepContext& ctx) {
   const int64_t out_cols = params.out_cols();
   const dim3 grid(static_cast<unsigned>((out_cols + kTile - 1) / kTile),
                   static_cast<unsigned>((rows + kTile - 1) / kTile));
   if constexpr (std::is_same_v<T, Out>) {
     if (params.gated()) {
-      launch(kOp, ctx, tiled_kernel<T, Out, true>, grid, kThreads, 0, params, rows);
+      launch(kOp, ctx, tiled_kernel<T, Out, true>, grid, kThreads, 0, params, rows, stride);
       return;
     }
   }
-  launch(kOp, ctx, tiled_kernel<T, Out, false>, grid, kThreads, 0, params, rows);
+  launch(kOp, ctx, tiled_kernel<T, Out, false>, grid, kThreads, 0, params, rows, stride);
 }
 
 }  // namespace
 
-void linear_tiled(const LinearParams& params, int64_t rows, const StepContext& ctx) {
+void linear_tiled(const LinearParams& params, int64_t rows, int64_t stride,
+                  const StepContext& ctx) {
   check(rows <= kMaxGridY * kTile, kOp, rows, " rows; at most ", kMaxGridY * kTile,
         " are possible");
   dispatch_activation(params.dtype, kOp, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (params.out_dtype == params.dtype) {
-      run<T, T>(params, rows, ctx);
+      run<T, T>(params, rows, stride, ctx);
     } else {
-      run<T, float>(params, rows, ctx);
+      run<T, float>(params, rows, stride, ctx);
     }
   });
 }
