@@ -18,7 +18,7 @@ from golden_data import relative_error
 from mrv1.config import ModelConfig
 from mrv1.errors import ConfigError, InvalidArgumentError
 from mrv1.models import FAMILIES, register
-from serving_tools import greedy, num_blocks, open_runner
+from serving_tools import greedy, need_ranks, num_blocks, open_runner
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "adding-a-model.md"
 Json = dict[str, Any]
@@ -97,14 +97,18 @@ def reference(directory: Path, values: Json, token_ids: list[int]) -> np.ndarray
     return logits
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("fusion", [True, False], ids=["fused", "unfused"])
 def test_the_family_of_the_page_computes_what_it_says(
-    device: str, page: types.ModuleType, values: Json, tmp_path: Path, fusion: bool
+    device: str, page: types.ModuleType, values: Json, tmp_path: Path, fusion: bool, ranks: int
 ) -> None:
+    need_ranks(device, ranks)
     page.make_model(str(tmp_path / "model"), values)
     prompt = np.random.default_rng(0).integers(0, 256, 40).tolist()
     expected = reference(tmp_path / "model", values, prompt)
-    with open_runner(device, tmp_path / "model", fusion=fusion) as runner:
+    with open_runner(
+        device, tmp_path / "model", fusion=fusion, tensor_parallel_size=ranks
+    ) as runner:
         count = num_blocks(len(prompt))
         groups = range(len(runner.kv_windows))
         assert len(groups) == 2

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -323,6 +325,12 @@ def test_the_command_line_takes_ranks(device: str, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == two
     assert cli.main([*shared, "--tensor-parallel-size", "3"]) != 0
     assert "tensor_parallel_size" in capsys.readouterr().err
+
+
+def test_the_documented_table_is_that_of_the_checks() -> None:
+    script = Path(__file__).resolve().parent.parent / "scripts" / "make_parallel_table.py"
+    checked = subprocess.run([sys.executable, script, "--check"], capture_output=True, timeout=60)
+    assert checked.returncode == 0, checked.stdout
 
 
 # --- failures ------------------------------------------------------------------------------------

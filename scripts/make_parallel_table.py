@@ -1,0 +1,82 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""Writes the table of features in docs/parallel.md by asking `mrv1.parallel` about each.
+
+python scripts/make_parallel_table.py            # rewrites the table
+python scripts/make_parallel_table.py --check    # exits with 1 if the table is out of date
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from document_table import main, markdown
+from mrv1 import parallel
+from mrv1.config import ModelConfig
+from mrv1.errors import InvalidArgumentError
+from mrv1.loader import RunnerOptions
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "parallel.md"
+SIZES = (2, 3, 4, 8)
+# A model that they share out.
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 48000,
+    "hidden_size": 3072,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 24,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+    "hidden_act": "silu",
+    "rope_theta": 500000.0,
+}
+LLAMA_3_8B = {"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}
+LLAMA_3_8B |= {"vocab_size": 128256}
+FEATURES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    ("24 heads, an MLP of 12,288 columns, 48,000 ids", {}, {}),
+    ("the same with one key/value head, which all ranks have", {"num_key_value_heads": 1}, {}),
+    ("the sizes of Llama 3 8B", LLAMA_3_8B, {}),
+    ("a vocabulary of 50,257 ids", {"vocab_size": 50257}, {}),
+    ("`batch_invariant=True`", {}, {"batch_invariant": True}),
+    ("`speculative_config`", {}, {"speculative_config": {"method": "ngram"}}),
+    ('`kv_cache_dtype="fp8_e4m3"`', {}, {"kv_cache_dtype": "fp8_e4m3"}),
+    ('`kv_cache_dtype="fp8_e5m2"`', {}, {"kv_cache_dtype": "fp8_e5m2"}),
+    ('`graph_mode="full"`', {}, {"graph_mode": "full"}),
+    ('`graph_mode="piecewise"`', {}, {"graph_mode": "piecewise"}),
+    ("`keep_hidden_states=True`", {}, {"keep_hidden_states": True}),
+    ("`max_logprobs=-1`", {}, {"max_logprobs": -1}),
+    ("`stream=` of the caller", {}, {"stream": 1}),
+)
+
+
+def answer(size: int, model: dict[str, Any], options: dict[str, Any]) -> str:
+    """What the checks at the start say: "yes", or their sentence."""
+    config = ModelConfig.from_values({**MODEL, **model})
+    try:
+        asked = dataclasses.replace(RunnerOptions(**options), tensor_parallel_size=size)
+        parallel.check_options(asked)
+        parallel.check_sizes(config, size, batch_invariant=bool(asked.batch_invariant))
+    except InvalidArgumentError as refusal:
+        return f"no: {str(refusal).removeprefix(f'tensor_parallel_size = {size}: ')}"
+    return "yes"
+
+
+def table() -> str:
+    """Returns the table in Markdown, one row a feature."""
+    return markdown(
+        ("", *(f"{size} ranks" for size in SIZES)),
+        (
+            (name, *(answer(size, model, options) for size in SIZES))
+            for name, model, options in FEATURES
+        ),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main("make_parallel_table.py", DOCUMENT, table))
