@@ -415,7 +415,7 @@ class ModelRunner(Closing):
             [_index(f"bad_words_token_ids[{place}]", token) for token in sequence]
             for place, sequence in enumerate(bad_words_token_ids)
         ]
-        check_bad_words(params, bad_words)
+        check_bad_words(params, bad_words, self.model.config.vocab_size)
         check_stops(params, None)
         spec = make_row_spec(
             token_ids,
