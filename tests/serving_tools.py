@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -129,6 +130,54 @@ class SlowReference:
 
     def close(self) -> None:
         self._runner.close()
+
+
+class Listener:
+    """A matcher of `_core.Grammar` that allows every token and notes those that it is told.
+
+    Args:
+        lifetime: Tokens after which it fails.
+    """
+
+    def __init__(self, lifetime: int = 10**9) -> None:
+        self.lifetime = lifetime
+        self.heard: list[int] = []
+
+    def is_stopped(self) -> bool:
+        return self.is_error()
+
+    def is_error(self) -> bool:
+        return len(self.heard) >= self.lifetime
+
+    def get_error(self) -> str:
+        return "worn out"
+
+
+class OpenExecutor:
+    """An executor for such matchers.
+
+    Args:
+        fails_in: The call for masks, counted from 1, that fails; 0 is none.
+    """
+
+    def __init__(self, fails_in: int = 0) -> None:
+        self.fails_in = fails_in
+        self.calls: list[list[int]] = []  # rows of each call for masks
+
+    def consume_token_par(self, pairs: list[tuple[Listener, int]]) -> list[bool]:
+        for matcher, token in pairs:
+            matcher.heard.append(token)
+        return [True] * len(pairs)
+
+    def unsafe_compute_mask_ptr(
+        self, pairs: list[tuple[Listener, int]], address: int, size: int, rows: int
+    ) -> None:
+        self.calls.append([row for _, row in pairs])
+        if len(self.calls) == self.fails_in:
+            raise RuntimeError("out of order")
+        for _, row in pairs:
+            assert 0 <= row < rows
+            ctypes.memset(address + row * size, 0xFF, size)
 
 
 def cut(tokens: Sequence[int], params: SamplingParams) -> tuple[tuple[int, ...], str]:

@@ -2,10 +2,11 @@
 """Random lives of requests over the native engine, against one request at a time.
 
 Hypothesis adds requests that share prefixes, wants several samples of some, aborts, and steps,
-over engines with few blocks, rows and tokens a step, with drafts and without, with caches in
-float32 and in FP8; layers see all positions, or some a window. Every token and end must be that of
-the request alone, without drafts. After each rule lists, rows and references to blocks are checked,
-at the end that all are back. On a GPU rows are batch invariant, as they are on the CPU.
+over engines with few blocks, rows and tokens a step, with drafts and without, with grammars (that
+allow everything) and without, with caches in float32 and in FP8; layers see all positions, or some
+a window. Every token and end must be that of the request alone, without drafts. After each rule
+lists, rows and references to blocks are checked, at the end that all are back. On a GPU rows are
+batch invariant, as they are on the CPU.
 
 MRV1_TEST_STEPS sets how many engine steps are taken at least. MRV1_TEST_SEED draws other lives than
 those of every run, and MRV1_TEST_COUNTS names a directory for what was counted, as JSON;
@@ -41,6 +42,8 @@ from mrv1.runner import ModelRunner, make_row_spec
 from mrv1.sampling_params import SamplingParams
 from serving_tools import (
     LLAMA,
+    Listener,
+    OpenExecutor,
     SlowReference,
     Tensors,
     copy_model,
@@ -56,7 +59,7 @@ STEPS = int(os.environ.get("MRV1_TEST_STEPS", "20000"))
 SEED = os.environ.get("MRV1_TEST_SEED")
 COUNTS = os.environ.get("MRV1_TEST_COUNTS")
 LEAST = 200  # of each rare event
-RARE = ("preemption", "prefix hit", "chunk edge", "stop in flight", "abort in flight")
+RARE = ("preemption", "prefix hit", "chunk edge", "stop in flight", "abort in flight", "bound")
 DRAFTING = ", drafting"  # ends the names of what engines with drafts count besides
 FP8 = ", FP8 cache"  # and of those with FP8 caches
 STEPS_AN_EXAMPLE = 50  # fewer than there are on average
@@ -156,6 +159,7 @@ class Wish:
     priority: int
     salt: int
     skip_cache: bool
+    bound: bool  # has matchers, which must hear its tokens
     drafts: int | None  # as num_speculative_tokens, at most the engine's; None is all of them
 
 
@@ -175,6 +179,7 @@ wishes = st.builds(
     priority=st.sampled_from((0, 0, 0, -1, 1)),
     salt=st.sampled_from((0, 0, 0, 0, 0, 1)),
     skip_cache=st.sampled_from((False, False, False, False, True)),
+    bound=st.sampled_from((False, False, False, False, True)),
     drafts=st.sampled_from((None, None, None, 0, 1, 3)),
 )
 
@@ -191,6 +196,7 @@ class Life:
     drafted: int = 0
     accepted: int = 0
     aborted: bool = False
+    matcher: Listener | None = None
 
 
 class EngineLives(RuleBasedStateMachine):
@@ -326,6 +332,7 @@ class EngineLives(RuleBasedStateMachine):
 
     def add(self, name: str, wish: Wish) -> None:
         prompt = PROMPTS[wish.prompt]
+        matchers = [Listener() for _ in range(wish.n)] if wish.bound else []
 
         def add_request() -> None:
             self.engine.add_request(
@@ -335,6 +342,7 @@ class EngineLives(RuleBasedStateMachine):
                 n=wish.n,
                 cache_salt=wish.salt,
                 skip_prefix_cache=wish.skip_cache,
+                grammar=_core.Grammar(OpenExecutor(), matchers) if matchers else None,
             )
 
         if not self.fits(wish):
@@ -348,6 +356,7 @@ class EngineLives(RuleBasedStateMachine):
         else:
             for index in range(wish.n):
                 life = self.life(wish, index)
+                life.matcher = matchers[index] if matchers else None
                 self.lives[name, index] = life
                 if not wish.skip_cache and self.caching:
                     self.known.append((wish.salt, name, [*prompt, *life.tokens]))
@@ -411,6 +420,7 @@ class EngineLives(RuleBasedStateMachine):
         """A step gives one token and what it accepts, of no more drafts than were asked for."""
         wish, most = life.wish, self.drafts
         most = most if wish.drafts is None else min(most, wish.drafts)
+        most = 0 if wish.bound else most
         drafted = output.num_draft_tokens - life.drafted
         accepted = output.num_accepted_tokens - life.accepted
         assert 0 <= accepted <= drafted <= most
@@ -434,6 +444,10 @@ class EngineLives(RuleBasedStateMachine):
         assert not life.aborted or self.background
         assert output.end == ENDS[life.reason], key
         assert tuple(life.got) == life.tokens, key
+        if life.matcher is not None:
+            # All but the token that ended it, each once.
+            assert life.matcher.heard == life.got[:-1]
+            self.count("bound")
         self.counters[life.reason] += 1
 
     @rule(

@@ -27,7 +27,17 @@ from mrv1.sampling_params import SamplingParams
 from mrv1.structured_outputs import EXTRA, GrammarCompiler
 from mrv1.structured_outputs_params import StructuredOutputsParams
 from mrv1.tokenizer import Tokenizer
-from serving_tools import LLAMA, VOCAB, greedy, make_prompt, num_blocks, open_runner, seeded
+from serving_tools import (
+    LLAMA,
+    VOCAB,
+    Listener,
+    OpenExecutor,
+    greedy,
+    make_prompt,
+    num_blocks,
+    open_runner,
+    seeded,
+)
 
 DEMO = Path(mrv1.__file__).parent / "demo"
 PROMPT = "Once upon a time there was a little girl who liked to play with her dog."
@@ -340,7 +350,9 @@ def test_ids_past_the_tokenizers_are_never_allowed() -> None:
     bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
     assert bits[:VOCAB].sum() > VOCAB / 2
     assert bits[VOCAB:].sum() == 0
-    assert bits[2] == bits[5] == 1
+    # Ends of sequence, and no other special token.
+    assert bits[:3].tolist() == [0, 0, 1]
+    assert bits[5] == 1
 
 
 def test_a_form_is_compiled_once(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,48 +393,7 @@ def test_a_matchers_failure_ends_its_request_alone(opened: Opened) -> None:
     assert outcomes == alone
 
 
-class Matcher:
-    """Allows everything, until it fails."""
-
-    def __init__(self, lifetime: int) -> None:
-        self.left = lifetime
-
-    def is_stopped(self) -> bool:
-        return self.left <= 0
-
-    def is_error(self) -> bool:
-        return self.left <= 0
-
-    def get_error(self) -> str:
-        return "worn out"
-
-
-class Executor:
-    """Sets every bit; it fails in call number `fails_in`."""
-
-    def __init__(self, fails_in: int = -1) -> None:
-        self.fails_in = fails_in
-        self.calls: list[list[int]] = []
-
-    def consume_token_par(self, pairs: list[tuple[Matcher, int]]) -> list[bool]:
-        for matcher, _ in pairs:
-            matcher.left -= 1
-        return [True] * len(pairs)
-
-    def unsafe_compute_mask_ptr(
-        self, pairs: list[tuple[Matcher, int]], address: int, size: int, rows: int
-    ) -> None:
-        import ctypes
-
-        self.calls.append([row for _, row in pairs])
-        if len(self.calls) == self.fails_in:
-            raise RuntimeError("out of order")
-        for _, row in pairs:
-            assert 0 <= row < rows
-            ctypes.memset(address + row * size, 0xFF, size)
-
-
-def add_native(engine: Engine, name: str, executor: Executor, matchers: list[Matcher]) -> None:
+def add_native(engine: Engine, name: str, executor: OpenExecutor, matchers: list[Listener]) -> None:
     """A request of the native engine with matchers of the test's own."""
     from mrv1.runner import make_row_spec
 
@@ -445,11 +416,25 @@ def drain_native(engine: Engine) -> dict[tuple[str, int], tuple[int, _core.Reque
     return ends
 
 
+def test_what_leaves_nothing_of_the_form_ends_the_request(opened: Opened) -> None:
+    engine = opened()
+    letters = [engine.tokenizer.encode(letter)[0] for letter in "xyz"]
+    none = drawn(1, form(choice=["no"]), allowed_token_ids=letters)
+    some = drawn(1, form(regex="[w-z]{5}"), allowed_token_ids=letters)
+    outcomes = run(engine, {"none": none, "some": some})
+    assert outcomes["none"] == ([], "", "error", "the logits hold no token to draw")
+    # What is forbidden is also what would end it.
+    tokens, text, reason, error = outcomes["some"]
+    assert re.fullmatch("[xyz]{5}", text)
+    assert (reason, error) == ("error", "the logits hold no token to draw")
+    assert len(tokens) == 5
+
+
 def test_one_call_a_step_for_all_rows(opened: Opened) -> None:
     engine = opened()
-    executor = Executor()
-    add_native(engine, "a", executor, [Matcher(99)])
-    add_native(engine, "b", executor, [Matcher(99)])
+    executor = OpenExecutor()
+    add_native(engine, "a", executor, [Listener()])
+    add_native(engine, "b", executor, [Listener()])
     ends = drain_native(engine)
     assert ends == {(name, 0): (20, _core.RequestEnd.LENGTH, "") for name in "ab"}
     assert len(executor.calls) == 20
@@ -458,7 +443,7 @@ def test_one_call_a_step_for_all_rows(opened: Opened) -> None:
 
 def test_samples_fail_one_by_one(opened: Opened) -> None:
     engine = opened()
-    add_native(engine, "a", Executor(), [Matcher(99), Matcher(5), Matcher(99)])
+    add_native(engine, "a", OpenExecutor(), [Listener(), Listener(5), Listener()])
     ends = drain_native(engine)
     assert ends["a", 1] == (5, _core.RequestEnd.ERROR, "structured_outputs: worn out")
     assert ends["a", 0] == ends["a", 2] == (20, _core.RequestEnd.LENGTH, "")
@@ -469,7 +454,7 @@ def test_an_executors_failure_ends_whoever_asked(opened: Opened, call: int) -> N
     engine = opened()
     free = {"free": drawn(1, None)}
     alone = run(engine, free)
-    add_native(engine, "a", Executor(fails_in=call), [Matcher(99)])
+    add_native(engine, "a", OpenExecutor(fails_in=call), [Listener()])
     engine.add_request("free", f"free. {PROMPT}", free["free"])
     updates = []
     native_outputs = []
@@ -486,7 +471,9 @@ def test_matchers_for_another_number_of_samples(opened: Opened) -> None:
     engine = opened()
     spec = _core.RowSpec()
     with pytest.raises(InvalidArgumentError, match="not for n = 2"):
-        engine._native.add_request("a", spec, n=2, grammar=_core.Grammar(Executor(), [Matcher(1)]))
+        engine._native.add_request(
+            "a", spec, n=2, grammar=_core.Grammar(OpenExecutor(), [Listener()])
+        )
 
 
 def test_an_engine_that_nobody_closes_ends_with_requests_in_it(device: str) -> None:
