@@ -7,6 +7,7 @@
 #include "core/dtype.h"
 #include "core/error.h"
 #include "sampling/penalties.h"
+#include "sampling/processors.h"
 
 namespace mrv1 {
 namespace {
@@ -56,6 +57,24 @@ void check_row_lists(const RowSpec& spec, int32_t vocab_size, int32_t max_logpro
   check(spec.num_logprobs >= -1 && spec.num_logprobs <= max_logprobs, kWhere, "num_logprobs ",
         spec.num_logprobs, " is outside [-1, ", max_logprobs,
         "], the most that the runner was made for (max_logprobs)");
+}
+
+SamplingRow plain_sampling_row(const RowSpec& spec, int32_t vocab_size,
+                               int32_t num_speculative_tokens) {
+  SamplingRow sampling;
+  sampling.temperature = spec.temperature;
+  sampling.top_p = spec.top_p;
+  sampling.min_p = spec.min_p;
+  sampling.top_k = TopK::effective(spec.top_k, vocab_size);
+  sampling.seed = spec.seed;
+  sampling.presence_penalty = spec.presence_penalty;
+  sampling.frequency_penalty = spec.frequency_penalty;
+  sampling.repetition_penalty = spec.repetition_penalty;
+  sampling.num_logprobs = spec.num_logprobs;
+  sampling.num_speculative_tokens = num_speculative_tokens;
+  const auto forced = static_cast<int32_t>(spec.forced_token_ids.size());
+  sampling.forced_end = forced > 0 ? spec.prompt_len + forced : 0;
+  return sampling;
 }
 
 WordList RowLists::add(const std::vector<int32_t>& items) {
