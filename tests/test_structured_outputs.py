@@ -6,6 +6,7 @@ On a GPU results are compared in batch-invariant mode, where a row does not depe
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import re
@@ -21,7 +22,7 @@ import pytest
 import mrv1
 from mrv1 import _core
 from mrv1.engine import Engine
-from mrv1.errors import InvalidArgumentError, RequestError
+from mrv1.errors import ClosedError, InvalidArgumentError, RequestError
 from mrv1.runner import ModelRunner
 from mrv1.sampling_params import SamplingParams
 from mrv1.structured_outputs import EXTRA, GrammarCompiler
@@ -355,25 +356,29 @@ def test_ids_past_the_tokenizers_are_never_allowed() -> None:
     assert bits[5] == 1
 
 
-def test_a_form_is_compiled_once(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_of_a_form_do_not_use_up_one_anothers_states(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llguidance
+
+    few = functools.partial(llguidance.LLParserLimits, max_lexer_states=3000)
+    monkeypatch.setattr(llguidance, "LLParserLimits", few)
     engine = opened()
     compiler = GrammarCompiler(engine.tokenizer, engine.model.config.vocab_size, [0])
-    compiled = []
-    original = GrammarCompiler._compiled
-    monkeypatch.setattr(
-        GrammarCompiler,
-        "_compiled",
-        lambda self, *args: compiled.append(args) or original(self, *args),
-    )
-    first = compiler.matchers(form(regex="ab+"), 2)
-    second = compiler.matchers(form(regex="ab+"), 1)
-    assert len(compiled) == 1
-    assert len({id(matcher) for matcher in first + second}) == 3
-    for index in range(100):
-        compiler.matchers(form(regex=f"a{{{index + 1}}}"))
-    assert len(compiler._kept) <= 64
-    compiler.matchers(form(regex="ab+"))
-    assert len(compiled) == 102
+    letters = [engine.tokenizer.encode(letter)[0] for letter in "ab"]
+
+    def outcome(matcher: llguidance.LLMatcher, seed: int) -> str:
+        for choice in np.random.default_rng(seed).integers(0, 2, 400).tolist():
+            matcher.compute_bitmask()
+            if not matcher.consume_token(letters[choice]):
+                return matcher.get_error()
+        return ""
+
+    # The states that an automaton of this expression may have are more than can be counted.
+    states = form(regex="[ab]*a[ab]{30}c")
+    assert [outcome(compiler.matchers(states)[0], seed) for seed in range(6)] == [""] * 6
+    together = [outcome(matcher, seed) for seed, matcher in enumerate(compiler.matchers(states, 6))]
+    assert "too many states" in together[-1]
 
 
 # --- failures -------------------------------------------------------------------------------------
@@ -488,6 +493,31 @@ def test_an_engine_that_nobody_closes_ends_with_requests_in_it(device: str) -> N
         gc.collect()
         del native
         gc.collect()
+
+
+def test_an_engine_that_its_own_thread_closes(opened: Opened) -> None:
+    """As a finalizer of another object may do while masks are made."""
+    engine = opened(background=True)
+    runner = engine.model.runner
+
+    class Closer(Listener):
+        def is_error(self) -> bool:
+            if len(self.heard) == 3:
+                engine._native.close()
+            return False
+
+    def is_closed() -> bool:
+        try:
+            engine._native.stats()
+        except ClosedError:
+            return runner.free_rows == 8
+        return False
+
+    add_native(engine, "a", OpenExecutor(), [Closer()])
+    deadline = time.monotonic() + 20
+    while not is_closed():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_outputs_come_while_another_thread_holds_the_gil(opened: Opened) -> None:
