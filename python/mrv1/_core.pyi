@@ -1246,6 +1246,45 @@ class AttentionProbe:
 
     def close(self) -> None: ...
 
+class SampleProbe:
+    """
+    Sampling by itself: the sampler of a step over random logits, normal with a standard
+    deviation of 3.
+
+    Args:
+        device: Where it runs.
+        batch: Rows.
+        vocab_size: Logits of a row.
+        spec: Tokens and sampling parameters of every row; the row's number is added to the
+            seed.
+        copies: Of the logits, all different; a run goes through them, one call each.
+
+    Raises:
+        InvalidArgumentError: what cannot be.
+        OutOfMemoryError: less memory is free.
+    """
+
+    def __init__(self, device: Device, batch: int, vocab_size: int, spec: RowSpec, copies: int = 1) -> None: ...
+
+    def time_runs(self, repeats: int = 1) -> list[float]:
+        """
+        Seconds of a call, of each of `repeats` runs over all copies, after one that warms up;
+        on a GPU by its own clock, each run launched as one graph.
+        """
+
+    def time_reads(self, repeats: int = 1) -> list[float]:
+        """The same for a plain read of a copy's logits; on a GPU only."""
+
+    def tokens(self) -> NDArray[numpy.int32]:
+        """Of the last call, int32 [batch], a copy."""
+
+    def logits_address(self, copy: int) -> int:
+        """
+        Address on the device of a copy's float32 [batch, vocab_size] logits, valid until close().
+        """
+
+    def close(self) -> None: ...
+
 class CacheWriteProbe:
     """
     Rows of keys and values and a paged cache to write them to: measures what that takes.
