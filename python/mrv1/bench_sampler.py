@@ -54,6 +54,11 @@ def _spread(count: int, vocab: int) -> list[int]:
     return [i * vocab // count for i in range(count)]
 
 
+def num_copies(batch: int, vocab: int, working_set: int) -> int:
+    """Matrices of logits that hold so many bytes, at most 256."""
+    return max(1, min(_MAX_COPIES, -(-working_set // (4 * batch * vocab))))
+
+
 def measure_sampler(
     device: _core.Device,
     case: str,
@@ -76,7 +81,7 @@ def measure_sampler(
         bandwidth: Of the same run.
     """
     read_bytes = 4 * batch * vocab
-    copies = max(1, min(_MAX_COPIES, -(-working_set // read_bytes)))
+    copies = num_copies(batch, vocab, working_set)
     probe = _core.SampleProbe(device, batch, vocab, case_spec(case, vocab), copies)
     try:
         seconds = statistics.median(probe.time_runs(repeats))
