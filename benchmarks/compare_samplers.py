@@ -36,7 +36,17 @@ WARM_S = 0.1
 
 def build(flashinfer: Path, library: Path) -> None:
     """Compiles flashinfer_sampler.cc for Hopper."""
-    command = ["nvcc", "-x", "cu", "-O3", "-std=c++20", "-shared", "-Xcompiler", "-fPIC", "-use_fast_math"]
+    command = [
+        "nvcc",
+        "-x",
+        "cu",
+        "-O3",
+        "-std=c++20",
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+        "-use_fast_math",
+    ]
     command += ["--expt-relaxed-constexpr", "-gencode", "arch=compute_90a,code=sm_90a"]
     for include in ("cccl/libcudacxx/include", "cccl/cub", "cccl/thrust", "include"):
         command += ["-I", str(flashinfer / include)]
