@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import math
 import re
 import sys
 import time
@@ -188,6 +189,22 @@ def test_text_ends_with_an_end_of_sequence_token(opened: Opened) -> None:
     assert re.fullmatch("ab*c", text)
     assert reason == "stop"
     assert tokens[-1] in engine.model.config.eos_token_ids
+
+
+def test_log_probabilities_are_those_under_the_mask(opened: Opened) -> None:
+    engine = opened()
+    engine.add_request("a", PROMPT, drawn(1, form(regex="[x-z]"), logprobs=20))
+    places = []
+    while engine.has_unfinished():
+        for update in engine.step():
+            places += update.logprobs or []
+    assert len(places) == 2
+    first = {token: each.logprob for token, each in places[0].items()}
+    likely = {token for token, logprob in first.items() if logprob > -math.inf}
+    assert likely == {engine.tokenizer.encode(letter)[0] for letter in "xyz"}
+    assert sum(math.exp(first[token]) for token in likely) == pytest.approx(1, abs=1e-6)
+    # Nothing but the end may come.
+    assert list(places[1].values())[0].logprob == 0.0
 
 
 def test_other_rows_draw_what_they_draw_without(opened: Opened) -> None:
