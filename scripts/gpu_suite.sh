@@ -49,7 +49,7 @@ import pathlib
 import sys
 
 import mrv1
-from mrv1 import LLM, SamplingParams
+from mrv1 import LLM, SamplingParams, StructuredOutputsParams
 
 count = int(sys.argv[1])
 params = [
@@ -58,6 +58,9 @@ params = [
     SamplingParams(temperature=0.8, top_k=5, max_tokens=count, seed=2, min_tokens=1),
     SamplingParams(temperature=1.2, top_p=0.9, min_p=0.02, top_k=50, max_tokens=count, seed=3),
 ]
+# Steps with such a row are cut before the draw.
+words = StructuredOutputsParams(regex="[a-z ]{9,}")
+bound = [SamplingParams(seed=4, max_tokens=count, structured_outputs=words), params[0]]
 demo = pathlib.Path(mrv1.__file__).parent / "demo"
 for dtype, mode, cache in (
     ("float32", "eager", "auto"), ("bfloat16", "eager", "auto"), ("bfloat16", "full", "auto"),
@@ -67,8 +70,9 @@ for dtype, mode, cache in (
     with LLM(demo, device="cuda", dtype=dtype, kv_cache_dtype=cache, graph_mode=mode,
              capture_sizes=[4], piecewise_sizes=[], max_num_batched_tokens=8, max_num_seqs=4,
              progress=False, num_kv_blocks=64) as llm:
-        for result in llm.generate(["Once upon a time"] * 4, params):
-            print(dtype, mode, cache, result.finish_reason, result.token_ids)
+        for together in (params, bound):
+            for result in llm.generate(["Once upon a time"] * len(together), together):
+                print(dtype, mode, cache, result.finish_reason, result.token_ids)
 PYTHON
 }
 

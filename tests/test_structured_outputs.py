@@ -204,7 +204,7 @@ def test_log_probabilities_are_those_under_the_mask(opened: Opened) -> None:
     assert likely == {engine.tokenizer.encode(letter)[0] for letter in "xyz"}
     assert sum(math.exp(first[token]) for token in likely) == pytest.approx(1, abs=1e-6)
     # Nothing but the end may come.
-    assert list(places[1].values())[0].logprob == 0.0
+    assert next(iter(places[1].values())).logprob == 0.0
 
 
 def test_other_rows_draw_what_they_draw_without(opened: Opened) -> None:
