@@ -37,6 +37,18 @@ RunnerConfig tight_config() {
   return config;
 }
 
+// Masks that allow every token, so that requests with a grammar draw what they draw without.
+class OpenSource final : public MaskSource {
+ public:
+  void fill(std::span<MaskRequest> requests, uint32_t* masks, int32_t num_rows,
+            int32_t words) override {
+    for (const MaskRequest& request : requests) {
+      REQUIRE(request.row < num_rows);
+      std::fill_n(masks + int64_t{request.row} * words, words, ~uint32_t{0});
+    }
+  }
+};
+
 NamedRequest numbered(int32_t number) {
   NamedRequest request;
   request.id = std::to_string(number);
@@ -47,6 +59,10 @@ NamedRequest numbered(int32_t number) {
   row.temperature = 0.8f;
   row.seed = 11;
   row.max_tokens = kOutputs;
+  if (number % 2 == 1) {
+    row.grammar = true;
+    request.spec.grammar = std::make_shared<Grammar>();
+  }
   return request;
 }
 
@@ -95,7 +111,8 @@ void finish(EngineThread& engine, bool background, Lives& lives) {
 const Lives& unhurt() {
   static const Lives lives = [] {
     Lives made;
-    EngineThread engine(small_runner(tight_config()), {true, /*background=*/false});
+    EngineThread engine(small_runner(tight_config()), {true, /*background=*/false},
+                        std::make_shared<OpenSource>());
     for (int32_t i = 0; i < kRequests; ++i) engine.add_request(numbered(i));
     finish(engine, false, made);
     return made;
@@ -203,7 +220,8 @@ TEST_CASE("an engine without memory ends its requests and every wait") {
         CAPTURE(background);
         CAPTURE(failures);
         CAPTURE(skip);
-        EngineThread engine(small_runner(tight_config()), {true, background});
+        EngineThread engine(small_runner(tight_config()), {true, background},
+                            std::make_shared<OpenSource>());
         Lives lives;
         char own_name[16];
         pthread_getname_np(pthread_self(), own_name, sizeof(own_name));
@@ -245,7 +263,7 @@ TEST_CASE("an engine without memory ends its requests and every wait") {
 }
 
 TEST_CASE("stop finds an engine without memory") {
-  EngineThread engine(small_runner(tight_config()), {});
+  EngineThread engine(small_runner(tight_config()), {}, std::make_shared<OpenSource>());
   Lives lives;
   FailingAllocations failing("mrv1-engine", 3, int64_t{1} << 40);
   failing.arm();
@@ -263,7 +281,8 @@ TEST_CASE("a lost device ends every request, and what comes after") {
       CAPTURE(background);
       CAPTURE(waits);
       const auto device = std::make_shared<LosableDevice>(waits);
-      EngineThread engine(small_runner(tight_config(), {0}, device), {true, background});
+      EngineThread engine(small_runner(tight_config(), {0}, device), {true, background},
+                          std::make_shared<OpenSource>());
       Lives lives;
       for (int32_t i = 0; i < kRequests; ++i) engine.add_request(numbered(i));
       finish(engine, background, lives);
