@@ -6,6 +6,7 @@ On a GPU results are compared in batch-invariant mode, where a row does not depe
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import json
@@ -562,6 +563,36 @@ def runner(device: str) -> Iterator[ModelRunner]:
     runner = open_runner(device, batch_invariant=True)
     yield runner
     runner.close()
+
+
+def test_a_runner_draws_what_an_engine_draws(opened: Opened, device: str) -> None:
+    from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+    params = drawn(3, REGEX)
+    tokens, text, _, _ = run(opened(), {"a": params})["a"]
+    runner = open_runner(device, DEMO, batch_invariant=True)
+    config = runner.model.config
+    tokenizer = Tokenizer.from_dir(DEMO)
+    compiler = GrammarCompiler(tokenizer, config.vocab_size, config.eos_token_ids)
+    (matcher,) = compiler.matchers(REGEX)
+    prompt = tokenizer.encode(f"a. {PROMPT}")
+    free = dataclasses.replace(params, structured_outputs=None)
+    row = runner.add_row(prompt, free, block_ids=range(1, 40), grammar=True)
+    masks = allocate_token_bitmask(1, config.vocab_size)
+    count, got = len(prompt), []
+    while True:
+        step = runner.execute([(row, count)])
+        fill_next_token_bitmask(matcher, masks)
+        step.set_masks(masks)
+        (output,) = step.result()
+        got += output.token_ids
+        if output.finish_reason is not None:
+            break
+        matcher.consume_tokens(list(output.token_ids))
+        count = 1
+    runner.close()
+    assert got == tokens
+    assert tokenizer.decode(got) == text
 
 
 def test_a_cut_step_waits_for_masks(runner: ModelRunner) -> None:
