@@ -209,26 +209,23 @@ def at_place(params: RowParams, place: int) -> RowParams:
     )
 
 
-def kept_set(logits: Floats, params: RowParams) -> tuple[npt.NDArray[np.int64], list[int]]:
-    """The ids that may be drawn, ascending, and their integer weights."""
-    q = [int(w) for w in weights(logits, params.temperature)]
-    order = np.lexsort((np.arange(logits.size), -logits.astype(np.float64))).tolist()
+def kept_set(
+    logits: Floats, params: RowParams
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    """The ids that may be drawn, ascending, and their weights. Sums are at most 2**63."""
+    q = weights(logits, params.temperature)
+    order = np.lexsort((np.arange(logits.size), -logits.astype(np.float64)))
     limit = max(1, _ceil_scaled(float(np.float32(params.min_p)), WEIGHT_BITS))
-    kept = [i for i in order if q[i] >= limit]
+    kept = order[q[order] >= np.uint64(limit)]
     if params.top_k > 0:
         kept = kept[: params.top_k]
     if np.float32(params.top_p) < 1:
         scaled = int(float(np.float32(params.top_p)) * 2.0**63)
-        total = sum(q[i] for i in kept)
-        target = max(1, -(-scaled * total // 2**63))
-        running = 0
-        for length, token in enumerate(kept, start=1):
-            running += q[token]
-            if running >= target:
-                kept = kept[:length]
-                break
-    ids = np.sort(np.array(kept, dtype=np.int64))
-    return ids, [q[i] for i in ids]
+        running = np.cumsum(q[kept])
+        target = max(1, -(-scaled * int(running[-1]) // 2**63))
+        kept = kept[: 1 + int(np.searchsorted(running, np.uint64(target)))]
+    ids = np.sort(kept)
+    return ids, q[ids]
 
 
 def sample_row(logits: Floats, params: RowParams) -> int:
@@ -296,9 +293,11 @@ def draw(logits: Floats, params: RowParams, seeds: Sequence[int]) -> list[int]:
     if not narrows(logits, params):
         return draw_by_tiles(logits, params.temperature, words)
     ids, q = kept_set(logits, params)
-    ends = list(itertools.accumulate(q))
-    # bisect_right: the first whose running sum exceeds the target.
-    return [int(ids[bisect.bisect_right(ends, word * ends[-1] >> 64)]) for word in words]
+    ends = np.cumsum(q)
+    targets = np.array([word * int(ends[-1]) >> 64 for word in words], np.uint64)
+    # The first whose running sum exceeds the target.
+    tokens: list[int] = ids[np.searchsorted(ends, targets, side="right")].tolist()
+    return tokens
 
 
 def tile_masses(logits: Floats, temperature: float) -> list[int]:
@@ -307,7 +306,7 @@ def tile_masses(logits: Floats, temperature: float) -> list[int]:
     maxima = np.array([np.max(logits[start : start + TILE]) for start in starts], np.float32)
     shares = weights(maxima, temperature)
     return [
-        sum(weights(logits[start : start + TILE], temperature).tolist()) * int(share) >> WEIGHT_BITS
+        int(weights(logits[start : start + TILE], temperature).sum()) * int(share) >> WEIGHT_BITS
         for start, share in zip(starts, shares, strict=True)
     ]
 

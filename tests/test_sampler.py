@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import numpy.typing as npt
@@ -98,6 +99,52 @@ def test_draws_cover_the_filtered_set(device: str, kind: str, limits: dict[str, 
     rows = [dataclasses.replace(params, seed=seed) for seed in range(4000)]
     tokens = run_rows(device, np.tile(logits, (len(rows), 1)), rows)
     assert sorted(set(tokens)) == ids.tolist()
+
+
+@functools.cache
+def words_by_seed() -> npt.NDArray[np.uint64]:
+    """The random words of position 1 for seeds from 0 on."""
+    return np.array([_core.random_word(seed, 1) for seed in range(2**16)], np.uint64)
+
+
+def seeds_that_draw(ids: npt.NDArray[np.int64], q: npt.NDArray[np.uint64], token: int) -> list[int]:
+    """A few seeds that draw the token from a set of ids with these weights."""
+    ends = np.cumsum(q)
+    place = int(np.searchsorted(ids, token))
+    # Words below w draw what lies below w * total / 2^64, so the bounds are known to 2^-50.
+    bounds = [float(ends[place] - q[place]), float(ends[place])]
+    low, high = (bound / float(ends[-1]) for bound in bounds)
+    words = words_by_seed() / 2.0**64
+    return np.flatnonzero((words > low) & (words < high))[:4].tolist()
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=150)
+def test_kept_sets_are_exact(device: str, data: st.DataObject) -> None:
+    """By seeds that draw the last token of a set, and such as would draw the first one after it."""
+    vocab = data.draw(st.sampled_from((2, 40, 257, 999, 4097)))
+    kind = data.draw(st.sampled_from(["normal", "peaked", "ties", "equal", "holes"]))
+    logits = make_logits(kind, vocab, data.draw(st.integers(0, 2**32)))
+    params = dataclasses.replace(
+        data.draw(row_params(vocab)),
+        temperature=data.draw(st.sampled_from([2.0, 5.0, 30.0])),
+        total_len=1,
+        min_total_len=0,
+    )
+    ids, q = reference.kept_set(logits, params)
+    order = np.lexsort((np.arange(vocab), -logits.astype(np.float64)))
+    seeds = seeds_that_draw(ids, q, int(order[len(ids) - 1]))
+    event(f"last token drawn: {len(seeds) > 0}")
+    all_weights = reference.weights(logits, params.temperature)
+    if len(ids) < vocab and all_weights[order[len(ids)]] > 0:
+        more = np.sort(order[: len(ids) + 1])
+        wrong = seeds_that_draw(more, all_weights[more], int(order[len(ids)]))
+        event(f"next token would be drawn: {len(wrong) > 0}")
+        seeds += wrong
+    rows = [dataclasses.replace(params, seed=seed) for seed in seeds]
+    if rows:
+        tokens = run_rows(device, np.tile(logits, (len(rows), 1)), rows)
+        assert tokens == reference.sample_seeds(logits, params, seeds)
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
