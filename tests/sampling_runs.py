@@ -113,6 +113,23 @@ def run_places(
     )
 
 
+def draw_places(
+    device: str, logits: Floats, params: RowParams, seeds: Sequence[int]
+) -> list[list[int]]:
+    """The tokens that each seed draws at the places of one row, a logits row each."""
+    count = len(logits)
+    rows = [dataclasses.replace(params, seed=seed) for seed in seeds]
+    tokens, _ = run_batch(
+        device,
+        np.tile(logits, (len(rows), 1)),
+        rows,
+        logits_batch=np.repeat(range(len(rows)), count).tolist(),
+        batch_row=range(len(rows)),
+        logits_place=list(range(count)) * len(rows),
+    )
+    return [tokens[i : i + count] for i in range(0, len(tokens), count)]
+
+
 def check_draws(device: str, logits: Floats, params: RowParams, draws: int) -> None:
     """Many seeds over one row: a set that differs by one token moves some of the draws."""
     seeds = [(params.seed + i * 0x9E3779B97F4A7C15) % 2**64 for i in range(draws)]
@@ -185,6 +202,15 @@ def make_logits(kind: str, vocab: int, seed: int) -> Floats:
 KINDS = ("normal", "peaked", "ties", "equal", "holes", "one", "bits", "infinite", "steep")
 
 
+def raise_history(logits: Floats, params: RowParams) -> Floats:
+    """The logits with those of the history and its drafts among the largest, so that they count."""
+    raised = logits.copy()
+    best = np.max(logits, where=logits < INF, initial=-1e30)
+    for i, token in enumerate({*params.tokens, *params.drafts}):
+        raised[token] = best + np.float32(0.75 * i)
+    return raised
+
+
 @st.composite
 def row_params(draw: st.DrawFn, vocab: int) -> RowParams:
     """Parameters that need no history."""
@@ -219,21 +245,27 @@ def edited_params(draw: st.DrawFn, vocab: int, max_drafts: int = 0) -> RowParams
     words = st.lists(pool, min_size=1, max_size=3).map(tuple)
     biases = st.floats(-100, 100, width=32)
     total_len = len(prompt) + len(outputs)
-    sometimes = draw(st.lists(st.booleans(), min_size=6, max_size=6))
-    penalty = st.floats(-2.0, 2.0, width=32)
+    often = draw(st.lists(st.booleans(), min_size=5, max_size=5))
+    seldom = draw(st.lists(st.integers(0, 3), min_size=2, max_size=2))
+    penalty = st.one_of(st.sampled_from([-2.0, 0.5, 2.0]), st.floats(-2.0, 2.0, width=32))
+    params = draw(row_params(vocab))
+    if draw(st.integers(0, 3)) > 0:
+        # Filters leave few tokens: without them every edit moves some of the draws.
+        off = RowParams(seed=params.seed, stop_ids=params.stop_ids)
+        params = dataclasses.replace(off, temperature=draw(st.sampled_from([0.0, 1.0, 5.0, 20.0])))
     return dataclasses.replace(
-        draw(row_params(vocab)),
+        params,
         tokens=(*prompt, *outputs),
         prompt_len=len(prompt),
         drafts=tuple(drafts),
         total_len=total_len,
         min_total_len=draw(st.sampled_from([0, total_len, total_len + 1, 2**20])),
-        presence_penalty=draw(penalty) if sometimes[0] else 0.0,
-        frequency_penalty=draw(penalty) if sometimes[1] else 0.0,
-        repetition_penalty=draw(st.floats(0.125, 8.0, width=32)) if sometimes[2] else 1.0,
-        bias=tuple(draw(st.dictionaries(pool, biases, max_size=3)).items()),
-        allowed=tuple(sorted(draw(few_ids(vocab)))) if sometimes[3] else (),
-        grammar=draw(few_ids(vocab)) if sometimes[4] else None,
+        presence_penalty=draw(penalty) if often[0] else 0.0,
+        frequency_penalty=draw(penalty) if often[1] else 0.0,
+        repetition_penalty=draw(st.floats(0.125, 8.0, width=32)) if often[2] else 1.0,
+        bias=tuple(draw(st.dictionaries(pool, biases, max_size=3)).items()) if often[3] else (),
+        allowed=tuple(sorted(draw(few_ids(vocab)))) if seldom[0] == 3 else (),
+        grammar=draw(few_ids(vocab)) if seldom[1] == 3 else None,
         bad_words=tuple(draw(st.lists(words, max_size=3))),
-        num_logprobs=draw(st.integers(0, 5)) if sometimes[5] else -1,
+        num_logprobs=draw(st.integers(0, 5)) if often[4] else -1,
     )

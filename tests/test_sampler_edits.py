@@ -18,11 +18,12 @@ from sampling_runs import (
     KINDS,
     NAN,
     check_draws,
+    draw_places,
     edited_params,
     few_ids,
     make_logits,
+    raise_history,
     run_batch,
-    run_places,
     run_rows,
     spread_rows,
 )
@@ -36,8 +37,11 @@ def test_all_edits_together_equal_the_reference(device: str, data: st.DataObject
     vocab = data.draw(st.sampled_from(VOCABS))
     kind = data.draw(st.sampled_from(KINDS))
     event(kind)
+    params = data.draw(edited_params(vocab))
     logits = make_logits(kind, vocab, data.draw(st.integers(0, 2**32)))
-    check_draws(device, logits, data.draw(edited_params(vocab)), draws=16)
+    if data.draw(st.booleans()):
+        logits = raise_history(logits, params)
+    check_draws(device, logits, params, draws=16)
 
 
 @given(data=st.data())
@@ -50,9 +54,14 @@ def test_edits_with_drafts_equal_the_reference(device: str, data: st.DataObject)
         [make_logits(data.draw(st.sampled_from(KINDS)), vocab, i) for i in range(count)]
     )
     params = data.draw(edited_params(vocab, max_drafts=count - 1))
-    places = [reference.at_place(params, place) for place in range(count)]
-    expected = [reference.sample_row(row, place) for row, place in zip(logits, places, strict=True)]
-    assert run_places(device, logits, params)[0] == expected
+    logits[::2] = [raise_history(row, params) for row in logits[::2]]
+    seeds = range(16)
+    expected = [
+        reference.sample_seeds(row, reference.at_place(params, place), seeds)
+        for place, row in enumerate(logits)
+    ]
+    tokens = draw_places(device, logits, params, seeds)
+    assert tokens == [list(row) for row in zip(*expected, strict=True)]
 
 
 @given(data=st.data())
