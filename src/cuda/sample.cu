@@ -31,11 +31,13 @@ using cuda::kWarpSize;
 using cuda::RowEditor;
 using cuda::RowLogits;
 using cuda::RowPlan;
-using cuda::ScanSums;
+using cuda::ScanTargets;
 using cuda::Scratch;
 
 constexpr std::string_view kOp = "sample";
 constexpr int64_t kFinishBlocks = 528;
+// Tiles that a block reads before it edits and reads them again.
+constexpr int32_t kRawRun = 2 * kScanWarps;
 
 __device__ const uint32_t* allowed_mask(const Row& row, const SamplingRow& sampling) {
   return AllowedTokens::applies(row, sampling) ? AllowedTokens::mask(sampling) : nullptr;
@@ -50,6 +52,25 @@ __device__ bool has_raw_tiles(const Row& row, const SamplingRow& sampling) {
 // their sum saves work.
 __device__ bool is_weighed(const Row& row, const SamplingRow& sampling) {
   return Temperature::applies(row, sampling) && !TopK::applies(row, sampling);
+}
+
+// What drawing needs to know of a row after its edits, and its logprobs if that is the row as the
+// model made it.
+__device__ ScanTargets draw_targets(const Scratch& scratch, int64_t logits_row, const Row& row,
+                                    const SamplingRow& sampling) {
+  ScanTargets targets{scratch.bests + scratch.at(logits_row)};
+  targets.with_ids = !Temperature::applies(row, sampling);
+  if (is_weighed(row, sampling)) {
+    targets.first = {scratch.sums + scratch.at(logits_row), Temperature::scale(sampling)};
+  }
+  const bool has_logprobs = RawLogprobs::applies(row, sampling) && !has_raw_tiles(row, sampling);
+  if (TopK::applies(row, sampling) || (has_logprobs && sampling.num_logprobs > 0)) {
+    targets.pieces = scratch.pieces + scratch.piece_at(logits_row);
+  }
+  if (has_logprobs) {
+    targets.second = cuda::raw_targets(scratch, logits_row, sampling.num_logprobs).second;
+  }
+  return targets;
 }
 
 // Grid (splits of split_tiles, logits rows), a warp per tile. Also sets `sampled` to "no token",
@@ -79,16 +100,6 @@ __global__ void __launch_bounds__(kScanThreads, 8)
   if (tile < end_tile) held.load(logits, tile, vocab);
   const SamplingRow& sampling = state.sampling[index];
   const Row row = row_at_place(state.rows[index], place);
-  Best* bests = scratch.bests + scratch.at(logits_row);
-  Best* raw_bests = scratch.raw_bests + scratch.at(logits_row);
-  ScanSums sums;
-  if (is_weighed(row, sampling)) {
-    sums = {scratch.sums + scratch.at(logits_row), Temperature::scale(sampling)};
-  }
-  ScanSums raw_sums;
-  if (RawLogprobs::applies(row, sampling)) {
-    raw_sums = {scratch.raw_sums + scratch.at(logits_row), Temperature::scale(1.0f)};
-  }
   if (TopP::applies(row, sampling)) {
     auto* classes = reinterpret_cast<ulonglong2*>(scratch.class_sums + logits_row * cuda::kClasses);
     for (int32_t i = blockIdx.x * kScanThreads + threadIdx.x; i < cuda::kClasses / 2;
@@ -96,25 +107,37 @@ __global__ void __launch_bounds__(kScanThreads, 8)
       classes[i] = make_ulonglong2(0, 0);
     }
   }
-  // At most twice: as the model made the row, and as it was edited.
   const bool has_edits = RowEditor<kScanThreads>::applies(row, sampling);
   const bool has_raw = has_raw_tiles(row, sampling);
+  const ScanTargets raw_targets = cuda::raw_targets(scratch, logits_row, sampling.num_logprobs);
+  const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling);
+  // A row that is read as the model made it and as it was edited is read in runs short enough to be
+  // in a cache the second time.
+  bool is_held = true;
+  const int32_t run = has_raw ? kRawRun : split_tiles;
 #pragma unroll 1
-  for (int pass = has_raw ? 0 : 1; pass < 2; ++pass) {
-    const bool is_raw = pass == 0;
-    if (!is_raw && has_edits) {
-      const int32_t end_id = min(end_tile * cuda::kTile, vocab);
-      __syncthreads();  // the row has been read
-      RowEditor<kScanThreads> editor(state, row, sampling, index, place, logits,
-                                     first_tile * cuda::kTile, end_id);
-      editor.apply_bias();
-      editor.mask_stop_ids();
-      editor.apply_penalties_and_bad_words();
+  for (int32_t first = first_tile; first < end_tile; first += run) {
+    const int32_t end = min(first + run, end_tile);
+    const int32_t tile = first + threadIdx.x / kWarpSize;
+#pragma unroll 1
+    for (int pass = has_raw ? 0 : 1; pass < 2; ++pass) {
+      const bool is_raw = pass == 0;
+      if (!is_raw && has_edits) {
+        __syncthreads();  // the run has been read
+        RowEditor<kScanThreads> editor(state, row, sampling, index, place, logits,
+                                       first * cuda::kTile, min(end * cuda::kTile, vocab));
+        editor.apply_bias();
+        editor.mask_stop_ids();
+        editor.apply_penalties_and_bad_words();
+        is_held = false;
+      }
+      if (!is_held && tile < end) held.load(logits, tile, vocab);
+      is_held = false;
+      ScanTargets chosen = targets;
+      if (is_raw) chosen = raw_targets;
+      scan_tiles(held, logits, vocab, tile, end, kScanWarps, sampling.grammar_mask,
+                 is_raw ? nullptr : allowed_mask(row, sampling), chosen);
     }
-    if (!is_raw && (has_edits || has_raw) && tile < end_tile) held.load(logits, tile, vocab);
-    scan_tiles(held, logits, vocab, tile, end_tile, kScanWarps, sampling.grammar_mask,
-               is_raw ? nullptr : allowed_mask(row, sampling), is_raw ? raw_bests : bests,
-               is_raw ? ScanSums{} : sums, is_raw == has_raw ? raw_sums : ScanSums{});
   }
 }
 
@@ -156,18 +179,15 @@ __device__ bool survives(const RowLogits& row, const SamplingRow& sampling) {
 }
 
 // The scan once more, by one block over the whole row. Returns the row's best.
-__device__ Best rescan(const RowLogits& row, Best* bests, unsigned long long* sums, int32_t tiles,
-                       const Row& state, const SamplingRow& sampling) {
-  ScanSums target;
-  if (is_weighed(state, sampling)) target = {sums, Temperature::scale(sampling)};
+__device__ Best rescan(const RowLogits& row, int32_t tiles, const ScanTargets& targets) {
   const int32_t tile = threadIdx.x / kWarpSize;
   cuda::Tile<false> held;
   if (tile < tiles) held.load(row.logits, tile, row.vocab);
-  scan_tiles(held, row.logits, row.vocab, tile, tiles, kDrawWarps, row.mask, row.second_mask, bests,
-             target, ScanSums{});
+  scan_tiles(held, row.logits, row.vocab, tile, tiles, kDrawWarps, row.mask, row.second_mask,
+             targets);
   __syncthreads();
   Best best = kNoBest;
-  for (int32_t i = threadIdx.x; i < tiles; i += kDrawThreads) best = max(best, bests[i]);
+  for (int32_t i = threadIdx.x; i < tiles; i += kDrawThreads) best = max(best, targets.bests[i]);
   return cuda::block_max<kDrawThreads>(best);
 }
 
@@ -179,6 +199,7 @@ struct DrawRow {
   Best best;  // neither kNoBest nor kNanBest
   const Best* bests;
   const unsigned long long* sums;
+  const uint32_t* pieces;
   unsigned long long* weighed;
   unsigned long long* class_sums;
   int32_t tiles;
@@ -256,8 +277,8 @@ __device__ int32_t draw(DrawMemory* memory, const DrawRow& at) {
   }
   if (TopK::applies(row, sampling)) {
     cuda::Candidates candidates(&memory->candidates, at.logits, at.bests, at.tiles);
-    const bool bounded = sampling.top_k <= at.tiles || at.logits.vocab <= cuda::kMaxCandidates;
-    if (bounded && candidates.gather_best(sampling.top_k, cuda::kLeastBest)) {
+    if (sampling.top_k <= cuda::kMaxCandidates &&
+        candidates.gather_best(sampling.top_k, cuda::kLeastOrdered, at.pieces)) {
       const uint64_t sum = candidates.weigh(sampling.top_k, rule);
       return candidates.draw(TopP::applies(row, sampling) ? TopP::target(sampling, sum) : sum,
                              word);
@@ -283,8 +304,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   const auto split = static_cast<int32_t>(blockIdx.x);
   const int32_t tiles = scratch.tiles;
   RowPlan& plan = scratch.plans[logits_row];
-  Best* bests = scratch.bests + scratch.at(logits_row);
-  unsigned long long* sums = scratch.sums + scratch.at(logits_row);
+  const Best* bests = scratch.bests + scratch.at(logits_row);
   const int32_t index = plan.row;
   if (index < 0) return;
   Best best = kNoBest;
@@ -298,6 +318,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   float* const own = params.logits + logits_row * params.vocab_size;
   const RowLogits logits{own, vocab, sampling.grammar_mask, allowed_mask(row, sampling)};
   RowEditor<kDrawThreads> editor(state, row, sampling, index, plan.place, own, 0, vocab);
+  const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling);
   auto num_splits = static_cast<int32_t>(gridDim.x);
   bool masks_stop_ids = MinTokens::applies(row, sampling);
   if (best == kNoBest && masks_stop_ids && editor.can_restore()) {
@@ -310,12 +331,12 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
       num_splits = 1;
       split_tiles = tiles;
       editor.apply_penalties_and_bad_words();
-      best = rescan(logits, bests, sums, tiles, row, sampling);
+      best = rescan(logits, tiles, targets);
     }
   }
   int32_t token = kErrorToken;
   if (best != kNoBest && best != kNanBest) {
-    token = draw(&memory, {logits, row, sampling, best, bests, sums,
+    token = draw(&memory, {logits, row, sampling, best, bests, targets.first.sums, targets.pieces,
                            scratch.weighed + scratch.at(logits_row),
                            scratch.class_sums + logits_row * cuda::kClasses, tiles, split,
                            num_splits, split_tiles, &plan.finished});
@@ -334,10 +355,10 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
     if (threadIdx.x == 0) *record = cuda::no_logprobs(token);
   } else {
     if (editor.can_restore()) editor.restore(masks_stop_ids);
-    const bool is_apart = has_raw_tiles(row, sampling);
-    write_logprobs(&memory.logprobs, {own, vocab, sampling.grammar_mask},
-                   is_apart ? scratch.raw_bests + scratch.at(logits_row) : bests,
-                   scratch.raw_sums + scratch.at(logits_row), tiles, token,
+    const ScanTargets found = has_raw_tiles(row, sampling)
+                                  ? cuda::raw_targets(scratch, logits_row, sampling.num_logprobs)
+                                  : targets;
+    write_logprobs(&memory.logprobs, {own, vocab, sampling.grammar_mask}, found, tiles, token,
                    RawLogprobs::count(sampling, vocab), record);
   }
   __threadfence_system();  // the record may lie in the host's memory
@@ -364,7 +385,7 @@ void sample_cuda(const SampleParams& params, const StepContext& ctx) {
   const int32_t scan_tiles =
       cuda::tiles_of_split(scratch.tiles, rows, cuda::kScanBlocks, kScanWarps);
   const int32_t finish_tiles =
-      cuda::tiles_of_split(scratch.tiles, rows, kFinishBlocks, kDrawWarps / cuda::kTilePieces);
+      cuda::tiles_of_split(scratch.tiles, rows, kFinishBlocks, kDrawWarps / cuda::kTileStretches);
   const bool vector = params.vocab_size % 4 == 0 &&
                       reinterpret_cast<uintptr_t>(params.logits) % sizeof(float4) == 0;
   cuda::launch(kOp, ctx, vector ? scan_kernel<true> : scan_kernel<false>,

@@ -19,9 +19,9 @@ constexpr int kDrawWarps = kDrawThreads / kWarpSize;
 constexpr int32_t kMaxCandidates = 1024;  // that are sorted in shared memory
 // Classes are 1 / 22 of a power of two wide, from exponent -1 down to -47.
 constexpr float kClassesPerUnit = 22.0f;
-// Tiles are weighed in pieces of a warp each.
-constexpr int32_t kPiece = 256;
-constexpr int32_t kTilePieces = kTile / kPiece;
+// Tiles are weighed in stretches of a warp each.
+constexpr int32_t kStretch = 256;
+constexpr int32_t kTileStretches = kTile / kStretch;
 constexpr int32_t kRadixBits = 8;
 constexpr int32_t kRadix = 1 << kRadixBits;
 
@@ -250,7 +250,7 @@ struct ClassSums {
   uint64_t lump;
 };
 
-// Weighs the tokens at or above `edge` of tiles from `first` to `end`, in pieces of a warp each,
+// Weighs the tokens at or above `edge` of tiles from `first` to `end`, in stretches of a warp each,
 // into sums[0, end - first) in shared memory, and by class. Ends with a barrier.
 __device__ inline void weigh_tiles(const RowLogits& row, const WeightRule& rule, const Best* bests,
                                    Best edge, int32_t first, int32_t end, unsigned long long* sums,
@@ -260,17 +260,19 @@ __device__ inline void weigh_tiles(const RowLogits& row, const WeightRule& rule,
   __syncthreads();
   const int32_t lane = threadIdx.x % kWarpSize;
   uint64_t lumped = 0;
-  for (int32_t piece = threadIdx.x / kWarpSize; piece < count * kTilePieces; piece += kDrawWarps) {
-    const int32_t tile = piece / kTilePieces;
+  for (int32_t stretch = threadIdx.x / kWarpSize; stretch < count * kTileStretches;
+       stretch += kDrawWarps) {
+    const int32_t tile = stretch / kTileStretches;
     const Best best = bests[first + tile];
-    // No token of a tile weighs more than its best.
-    if (best < edge || best == kNoBest || token_weight(best_logit(best), rule) == 0) continue;
-    const int32_t first_id = first * kTile + piece * kPiece;
-    float values[kPiece / kWarpSize];
+    // No token of a tile weighs more than its best, which may be without its id.
+    if (best >> 32 < edge >> 32 || best == kNoBest) continue;
+    if (token_weight(best_logit(best), rule) == 0) continue;
+    const int32_t first_id = first * kTile + stretch * kStretch;
+    float values[kStretch / kWarpSize];
     row.load(first_id, values);
     uint64_t sum = 0;
 #pragma unroll
-    for (int i = 0; i < kPiece / kWarpSize; ++i) {
+    for (int i = 0; i < kStretch / kWarpSize; ++i) {
       const bool kept = make_best(values[i], first_id + i * kWarpSize + lane) >= edge;
       const float exponent = exponent_of(values[i], rule);
       const uint64_t weight = kept ? live_weight(exponent, rule) : 0;
@@ -368,17 +370,30 @@ __device__ inline int32_t draw_whole_row(const RowLogits& row, const WeightRule&
   return draw_in_tile(row, of_tile, kNoBest, place.index, share_of(place.index), place.rest);
 }
 
+// Most pieces whose best are compared with each other.
+constexpr int32_t kMaxPieces = 2 * kMaxCandidates;
+
 // A row's best tokens, where they are few enough to be sorted. Every method is called by the whole
 // block with the same arguments and returns the same in every thread.
 class Candidates {
  public:
   struct Memory {
-    Best found[kMaxCandidates];
-    Best sorted[kMaxCandidates];
-    unsigned long long weights[kMaxCandidates];
+    union {
+      Best found[kMaxCandidates];
+      uint32_t keys[kMaxPieces];
+    };
+    union {
+      Best sorted[kMaxCandidates];
+      int32_t pieces[kMaxPieces];
+    };
+    union {
+      unsigned long long weights[kMaxCandidates];
+      int32_t looked_at[kMaxPieces];
+    };
     int32_t count;
     int32_t chosen;
-    Best floor;
+    uint32_t nth;
+    Best edge;
   };
   static_assert(kMaxCandidates == 2 * kDrawThreads, "a thread has two in order");
 
@@ -388,24 +403,63 @@ class Candidates {
   __device__ int32_t count() const { return count_; }
   __device__ Best sorted(int32_t i) const { return memory_->sorted[i]; }
 
-  // Takes at least the n best tokens, or all of them, of those whose code is `least` or more. n is
-  // at most the number of tiles, so that the n-th best of the tiles' best is a bound. False if they
-  // are too many.
-  __device__ bool gather_best(int32_t n, Best least) {
-    static_assert(kMaxTiles <= kMaxCandidates);
-    if (threadIdx.x == 0) memory_->floor = least;
-    for (int32_t i = threadIdx.x; i < tiles_; i += kDrawThreads) memory_->found[i] = bests_[i];
+  // Takes at least the n best tokens, or all of them, of those with an ordered key of `least` or
+  // more. The n-th best of the tiles' best is a bound, and the n-th best of the pieces' best, whose
+  // keys `pieces` has, a closer one. False if they are too many.
+  __device__ bool gather_best(int32_t n, uint32_t least, const uint32_t* pieces) {
+    if (n < tiles_) {
+      for (int32_t i = threadIdx.x; i < tiles_; i += kDrawThreads) {
+        memory_->keys[i] = static_cast<uint32_t>(bests_[i] >> 32);
+      }
+      least = max(least, nth_key(n, tiles_));
+    }
+    if (threadIdx.x == 0) memory_->count = 0;
     __syncthreads();
-    for (int32_t tile = threadIdx.x; tile < tiles_; tile += kDrawThreads) {
-      const Best own = memory_->found[tile];
-      int32_t rank = 0;
-      for (int32_t i = 0; i < tiles_; ++i) rank += memory_->found[i] > own;
-      if (rank == n - 1 && own > least) memory_->floor = own;
+    const int32_t num_pieces = (row_.vocab + kPiece - 1) / kPiece;
+    for (int32_t piece = threadIdx.x; piece < num_pieces; piece += kDrawThreads) {
+      const uint32_t key = pieces[piece];
+      if (key < least) continue;
+      const int32_t at = atomicAdd(&memory_->count, 1);
+      if (at >= kMaxPieces) continue;
+      memory_->keys[at] = key;
+      memory_->pieces[at] = piece;
     }
     __syncthreads();
-    const Best floor = memory_->floor;
-    return gather([=](Best best) { return best >= floor || floor < kLeastBest; },
-                  [=](float, Best code) { return code >= floor; });
+    const int32_t num_reaching = memory_->count;
+    if (num_reaching > kMaxPieces) return false;
+    if (n < num_reaching) least = max(least, nth_key(n, num_reaching));
+    __syncthreads();
+    if (threadIdx.x == 0) memory_->count = 0;
+    __syncthreads();
+    for (int32_t i = threadIdx.x; i < num_reaching; i += kDrawThreads) {
+      if (memory_->keys[i] < least) continue;
+      memory_->looked_at[atomicAdd(&memory_->count, 1)] = memory_->pieces[i];
+    }
+    __syncthreads();
+    const int32_t num_looked_at = memory_->count;
+    __syncthreads();
+    if (threadIdx.x == 0) memory_->count = 0;
+    __syncthreads();
+    // A warp has several pieces on their way at a time.
+    constexpr int kAtOnce = 4;
+    constexpr int kOwn = kPiece / kWarpSize;
+    for (int32_t first = threadIdx.x / kWarpSize; first < num_looked_at;
+         first += kAtOnce * kDrawWarps) {
+      float values[kAtOnce][kOwn];
+      int32_t first_id[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int32_t at = first + k * kDrawWarps;
+        first_id[k] = at < num_looked_at ? memory_->looked_at[at] * kPiece : row_.vocab;
+        row_.load(first_id[k], values[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        collect(first_id[k], values[k],
+                [=](float, Best code) { return static_cast<uint32_t>(code >> 32) >= least; });
+      }
+    }
+    return sort();
   }
 
   // Takes the tokens of one class. False if they are too many.
@@ -443,10 +497,10 @@ class Candidates {
     const int32_t first = 2 * threadIdx.x;
     const uint64_t middle = before_ + own_[0];
     if (before_ < target && target <= middle + own_[1]) {
-      memory_->floor = memory_->sorted[first + (target <= middle ? 0 : 1)];
+      memory_->edge = memory_->sorted[first + (target <= middle ? 0 : 1)];
     }
     __syncthreads();
-    return memory_->floor;
+    return memory_->edge;
   }
 
   // Keeps the shortest prefix that weighs `target` and draws from it.
@@ -473,25 +527,51 @@ class Candidates {
   }
 
  private:
+  // The n-th largest of memory_->keys, which the threads have written. Ends with a barrier.
+  __device__ uint32_t nth_key(int32_t n, int32_t count) {
+    __syncthreads();
+    for (int32_t i = threadIdx.x; i < count; i += kDrawThreads) {
+      const uint32_t own = memory_->keys[i];
+      int32_t before = 0;
+      for (int32_t j = 0; j < count; ++j) {
+        const uint32_t key = memory_->keys[j];
+        before += key > own || (key == own && j < i) ? 1 : 0;
+      }
+      if (before == n - 1) memory_->nth = own;
+    }
+    __syncthreads();
+    return memory_->nth;
+  }
+
   // Collects and sorts the tokens that `takes` likes, in tiles that `looks` likes the best of.
   template <typename Looks, typename Takes>
   __device__ bool gather(const Looks& looks, const Takes& takes) {
     if (threadIdx.x == 0) memory_->count = 0;
     __syncthreads();
-    const int lane = threadIdx.x % kWarpSize;
     for (int32_t tile = threadIdx.x / kWarpSize; tile < tiles_; tile += kDrawWarps) {
       if (!looks(bests_[tile])) continue;
       float values[kLaneLogits];
       row_.load(tile * kTile, values);
-#pragma unroll
-      for (int32_t i = 0; i < kLaneLogits; ++i) {
-        const int32_t id = tile * kTile + i * kWarpSize + lane;
-        const Best code = make_best(values[i], id);
-        if (id >= row_.vocab || !takes(values[i], code)) continue;
-        const int32_t at = atomicAdd(&memory_->count, 1);
-        if (at < kMaxCandidates) memory_->found[at] = code;
-      }
+      collect(tile * kTile, values, takes);
     }
+    return sort();
+  }
+
+  // What a warp has loaded from first_id on.
+  template <int kCount, typename Takes>
+  __device__ void collect(int32_t first_id, const float (&values)[kCount], const Takes& takes) {
+#pragma unroll
+    for (int32_t i = 0; i < kCount; ++i) {
+      const int32_t id = first_id + i * kWarpSize + static_cast<int32_t>(threadIdx.x) % kWarpSize;
+      const Best code = make_best(values[i], id);
+      if (id >= row_.vocab || !takes(values[i], code)) continue;
+      const int32_t at = atomicAdd(&memory_->count, 1);
+      if (at < kMaxCandidates) memory_->found[at] = code;
+    }
+  }
+
+  // Sorts what was collected. False if that is too much.
+  __device__ bool sort() {
     __syncthreads();
     count_ = memory_->count;
     if (count_ > kMaxCandidates) return false;

@@ -25,12 +25,13 @@ __device__ inline LogprobRecord no_logprobs(int32_t token) {
   return LogprobRecord{0.0f, 0, -1, token};
 }
 
-// Writes the record of `token`, with `num_top` candidates, at most the vocabulary. The row holds no
-// NaN and something above -inf. Whole block.
+// Writes the record of `token` from what a scan for raw_targets() found, with `num_top` candidates,
+// at most the vocabulary. The row holds no NaN and something above -inf. Whole block.
 __device__ inline void write_logprobs(LogprobMemory* memory, const RowLogits& row,
-                                      const Best* bests, const unsigned long long* sums,
-                                      int32_t tiles, int32_t token, int32_t num_top,
-                                      LogprobRecord* record) {
+                                      const ScanTargets& found, int32_t tiles, int32_t token,
+                                      int32_t num_top, LogprobRecord* record) {
+  const Best* bests = found.bests;
+  const unsigned long long* sums = found.second.sums;
   const int32_t lane = threadIdx.x % kWarpSize;
   Best best = kNoBest;
   for (int32_t i = threadIdx.x; i < tiles; i += kDrawThreads) best = max(best, bests[i]);
@@ -68,8 +69,7 @@ __device__ inline void write_logprobs(LogprobMemory* memory, const RowLogits& ro
     return TopLogprob{id, token_logprob(value, max_logit, log_total)};
   };
   Candidates candidates(&memory->candidates, row, bests, tiles);
-  const bool bounded = num_top <= tiles || row.vocab <= kMaxCandidates;
-  bool sorted = bounded && candidates.gather_best(num_top, kNoBest);
+  bool sorted = num_top <= kMaxCandidates && candidates.gather_best(num_top, 0, found.pieces);
   if (!sorted) {
     __syncthreads();  // the memory gets another use
     EdgeFinder finder(row, &memory->histogram, &memory->chosen);

@@ -33,16 +33,20 @@ struct Scratch {
   Best* raw_bests;                 // [tiles] of the logits before edits, for logprobs
   unsigned long long* raw_sums;    // [tiles] at temperature 1
   unsigned long long* weighed;     // [tiles] relative to the row's best, by the second kernel
+  uint32_t* pieces;                // [tiles, kTilePieces] ordered keys of the best, for top_k
+  uint32_t* raw_pieces;            // the same before edits, for logprobs
   int32_t tiles;
 
   __device__ int64_t at(int64_t row) const { return row * tiles; }
+  __device__ int64_t piece_at(int64_t row) const { return row * tiles * kTilePieces; }
 };
 
 // Classes of logits by the exponent of their weight, from the largest logit down.
 constexpr int32_t kClasses = 1024;
 
 inline int64_t scratch_bytes(int64_t vocab_size, int64_t rows) {
-  const int64_t words = int64_t{5} * num_tiles(vocab_size) + kClasses;
+  constexpr int64_t kPieceWords = 2 * kTilePieces * sizeof(uint32_t) / sizeof(uint64_t);
+  const int64_t words = (5 + kPieceWords) * num_tiles(vocab_size) + kClasses;
   return rows * (static_cast<int64_t>(sizeof(RowPlan)) + words * int64_t{sizeof(uint64_t)});
 }
 
@@ -56,6 +60,8 @@ inline Scratch carve_scratch(void* workspace, int64_t vocab_size, int64_t rows) 
   scratch.raw_bests = scratch.sums + rows * scratch.tiles;
   scratch.raw_sums = scratch.raw_bests + rows * scratch.tiles;
   scratch.weighed = scratch.raw_sums + rows * scratch.tiles;
+  scratch.pieces = reinterpret_cast<uint32_t*>(scratch.weighed + rows * scratch.tiles);
+  scratch.raw_pieces = scratch.pieces + rows * scratch.tiles * kTilePieces;
   return scratch;
 }
 
@@ -68,37 +74,58 @@ inline int32_t tiles_of_split(int32_t tiles, int32_t rows, int64_t blocks, int32
   return static_cast<int32_t>((tiles + splits - 1) / splits);
 }
 
-// One scan's sums: where they go, and the scale of their weights.
-struct ScanSums {
-  unsigned long long* sums = nullptr;  // [tiles]; null: none
-  float scale = 0.0f;
+// What a scan of a row is to find, and where it goes.
+struct ScanTargets {
+  // Sums of weights, at two temperatures.
+  struct Sums {
+    unsigned long long* sums = nullptr;  // [tiles]; null: none
+    float scale = 0.0f;
+  };
+
+  Best* bests;                 // [tiles]
+  uint32_t* pieces = nullptr;  // [tiles, kTilePieces]; null: none
+  bool with_ids = false;       // in bests
+  Sums first, second;
 };
 
-// Reads the tiles tile, tile + stride, ... before `end` of a row, a warp each, of which `held` has
-// been loaded with the first. A NaN that a mask hides is found all the same.
+// What logprobs need to know of a row, with `count` candidates, as the model made it.
+__device__ inline ScanTargets raw_targets(const Scratch& scratch, int64_t row, int32_t count) {
+  ScanTargets targets{scratch.raw_bests + scratch.at(row)};
+  if (count > 0) targets.pieces = scratch.raw_pieces + scratch.piece_at(row);
+  targets.second = {scratch.raw_sums + scratch.at(row), Temperature::scale(1.0f)};
+  return targets;
+}
+
+// Scans the tiles tile, tile + stride, ... before `end` of a row, a warp each. `held` has been
+// loaded with the first. A NaN that a mask hides is found all the same.
 template <bool kVector>
 __device__ __forceinline__ void scan_tiles(Tile<kVector>& held, const float* logits, int32_t vocab,
                                            int32_t tile, int32_t end, int32_t stride,
                                            const uint32_t* mask, const uint32_t* second_mask,
-                                           Best* bests, const ScanSums& first_sums,
-                                           const ScanSums& second_sums) {
+                                           const ScanTargets& targets) {
   const bool is_first_lane = threadIdx.x % kWarpSize == 0;
   while (tile < end) {
-    bool has_nan = false;
+    float largest = held.lane_max();
     if (mask != nullptr || second_mask != nullptr) {
-      has_nan = held.has_nan();
+      const bool has_nan = largest != largest;
       held.mask(mask_word(mask, second_mask, tile, vocab));
+      if (!has_nan) largest = held.lane_max();
     }
-    const Best best = has_nan ? kNanBest : held.best(tile);
-    if (is_first_lane) bests[tile] = best;
-    // A loop, so that the long code of the weights is there once.
+    Best best = held.best(largest);
+    if (best != kNanBest) {
+      if (targets.pieces != nullptr) held.store_pieces(targets.pieces + tile * kTilePieces);
+      if (targets.with_ids && best != kNoBest) best = held.with_id(best, tile);
+      // A loop, so that the long code of the weights is there once.
 #pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
-      const ScanSums target = i == 0 ? first_sums : second_sums;
-      if (target.sums == nullptr || best == kNanBest) continue;
-      const uint64_t sum = held.weight(best, target.scale);
-      if (is_first_lane) target.sums[tile] = sum;
+      for (int i = 0; i < 2; ++i) {
+        unsigned long long* sums = i == 0 ? targets.first.sums : targets.second.sums;
+        if (sums == nullptr) continue;
+        const float scale = i == 0 ? targets.first.scale : targets.second.scale;
+        const uint64_t sum = held.weight(best, scale);
+        if (is_first_lane) sums[tile] = sum;
+      }
     }
+    if (is_first_lane) targets.bests[tile] = best;
     tile += stride;
     if (tile < end) held.load(logits, tile, vocab);
   }

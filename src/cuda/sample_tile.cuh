@@ -17,15 +17,20 @@ constexpr int32_t kMaxTiles = static_cast<int32_t>(kMaxSampledVocab / kTile);
 // A lane holds quads of logits: neighbours if rows are aligned for vectors, else a warp apart.
 constexpr int kTileQuads = kTile / kWarpSize / 4;
 constexpr int kLaneLogits = 4 * kTileQuads;
+// The logits that the lanes have of one quad: so many neighbours.
+constexpr int32_t kPiece = 4 * kWarpSize;
+constexpr int32_t kTilePieces = kTile / kPiece;
 
 // The best logit of a tile or row as one number: its key above, the complement of its id below, so
-// that the largest number is the largest logit with the lowest id.
+// that the largest number is the largest logit with the lowest id. Where no id was asked for, the
+// complement is 0, below that of any id.
 using Best = unsigned long long;
 constexpr Best kNoBest = 0;          // nothing above -inf
 constexpr Best kNanBest = ~Best{0};  // a NaN anywhere
 constexpr uint32_t kMinusInfOrdered = static_cast<uint32_t>(kMinusInfKey) ^ 0x80000000u;
-// Below the code of any logit above -inf.
-constexpr Best kLeastBest = (Best{kMinusInfOrdered} + 1) << 32;
+// The least key of logits above -inf, and what is below the code of any of them.
+constexpr uint32_t kLeastOrdered = kMinusInfOrdered + 1;
+constexpr Best kLeastBest = Best{kLeastOrdered} << 32;
 
 // Keys as unsigned numbers in the same order.
 __device__ __forceinline__ uint32_t ordered_key(float logit) {
@@ -89,22 +94,15 @@ struct Tile {
   }
 
   __device__ __forceinline__ void load(const float* row, int32_t tile, int32_t vocab) {
+    const float* own = row + tile * kTile + local_id(0, 0);
+    const int32_t left = vocab - tile * kTile;
+    if (left >= kTile) {
+      load_quads(own, kTile);
+      return;
+    }
 #pragma unroll
     for (float& logit : logits) logit = -INFINITY;
-#pragma unroll
-    for (int quad = 0; quad < kTileQuads; ++quad) {
-      float* own = logits + 4 * quad;
-      if constexpr (kVector) {
-        const int32_t id = tile * kTile + local_id(quad, 0);
-        if (id < vocab) load_early(row + id, own[0], own[1], own[2], own[3]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int32_t id = tile * kTile + local_id(quad, i);
-          if (id < vocab) load_early(row + id, own[i]);
-        }
-      }
-    }
+    load_quads(own, left);
   }
 
   // Makes -inf of what the mask, of which a lane has the word that it is the number of, leaves out.
@@ -125,6 +123,25 @@ struct Tile {
     }
   }
 
+  // `own` is the lane's first logit; `left` ids of the tile are in the row.
+  __device__ __forceinline__ void load_quads(const float* own, int32_t left) {
+#pragma unroll
+    for (int quad = 0; quad < kTileQuads; ++quad) {
+      float* to = logits + 4 * quad;
+      const float* from = own + quad * kPiece;
+      if constexpr (kVector) {
+        if (left == kTile || local_id(quad, 0) < left) {
+          load_early(from, to[0], to[1], to[2], to[3]);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (left == kTile || local_id(quad, i) < left) load_early(from + i * kWarpSize, to[i]);
+        }
+      }
+    }
+  }
+
   // The quad of a number that is the same in all lanes.
   __device__ __forceinline__ void select(int32_t quad, float (&chosen)[4]) const {
     static_assert(kTileQuads == 8);
@@ -141,39 +158,56 @@ struct Tile {
     }
   }
 
-  // True in all lanes if there is a NaN.
-  __device__ __forceinline__ bool has_nan() const {
-    float largest = logits[0];
-#pragma unroll
-    for (int i = 1; i < kLaneLogits; ++i) largest = max_or_nan(largest, logits[i]);
-    return __any_sync(kFullWarp, largest != largest) != 0;
+  __device__ __forceinline__ float quad_max(int quad) const {
+    const float* own = logits + 4 * quad;
+    return max_or_nan(max_or_nan(own[0], own[1]), max_or_nan(own[2], own[3]));
   }
 
-  __device__ __forceinline__ Best best(int32_t tile) const {
-    float largest = -INFINITY;
-    int32_t quad = 0;
+  // The lane's largest logit, or NaN if there is one in any lane.
+  __device__ __forceinline__ float lane_max() const {
+    float largest = quad_max(0);
 #pragma unroll
-    for (int k = 0; k < kTileQuads; ++k) {
-      const float* own = logits + 4 * k;
-      const float of_quad = max_or_nan(max_or_nan(own[0], own[1]), max_or_nan(own[2], own[3]));
-      if (of_quad > largest) quad = k;
-      largest = max_or_nan(largest, of_quad);
+    for (int quad = 1; quad < kTileQuads; ++quad) largest = max_or_nan(largest, quad_max(quad));
+    return __any_sync(kFullWarp, largest != largest) ? NAN : largest;
+  }
+
+  // The best of the tile, given lane_max(), without its id.
+  __device__ __forceinline__ static Best best(float largest) {
+    if (largest != largest) return kNanBest;
+    const uint32_t top = __reduce_max_sync(kFullWarp, ordered_key(largest));
+    return top == kMinusInfOrdered ? kNoBest : Best{top} << 32;
+  }
+
+  // Adds the id to a best that is neither kNoBest nor kNanBest.
+  __device__ __forceinline__ Best with_id(Best best, int32_t tile) const {
+    const float value = best_logit(best);
+    int32_t quad = kTileQuads;
+#pragma unroll
+    for (int k = kTileQuads - 1; k >= 0; --k) {
+      if (quad_max(k) == value) quad = k;
     }
-    if (__any_sync(kFullWarp, largest != largest)) return kNanBest;
-    const uint32_t key = ordered_key(largest);
-    const uint32_t top = __reduce_max_sync(kFullWarp, key);
-    if (top == kMinusInfOrdered) return kNoBest;
-    quad = __reduce_min_sync(kFullWarp, key == top ? quad : kTileQuads);
+    quad = __reduce_min_sync(kFullWarp, quad);
     float chosen[4];
     select(quad, chosen);
-    const float value = ordered_logit(top);
     int32_t at = kTile;
 #pragma unroll
     for (int i = 3; i >= 0; --i) {
       if (chosen[i] == value) at = local_id(0, i);
     }
     at = __reduce_min_sync(kFullWarp, at);
-    return Best{top} << 32 | static_cast<uint32_t>(~(tile * kTile + quad * 4 * kWarpSize + at));
+    return best | static_cast<uint32_t>(~(tile * kTile + quad * kPiece + at));
+  }
+
+  // Stores the ordered key of the best of each piece; there is no NaN.
+  __device__ __forceinline__ void store_pieces(uint32_t* pieces) const {
+    const int32_t lane = threadIdx.x % kWarpSize;
+    uint32_t own = 0;
+#pragma unroll
+    for (int quad = 0; quad < kTileQuads; ++quad) {
+      const uint32_t key = __reduce_max_sync(kFullWarp, ordered_key(quad_max(quad)));
+      if (lane == quad) own = key;
+    }
+    if (lane < kTilePieces) pieces[lane] = own;
   }
 
   // Sum of the weights relative to the tile's best. A float is cut to a multiple of 2^-43 exactly

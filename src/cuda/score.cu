@@ -33,8 +33,7 @@ __global__ void __launch_bounds__(kScanThreads)
   cuda::Tile<kVector> held;
   if (tile < end_tile) held.load(logits, tile, vocab);
   scan_tiles(held, logits, vocab, tile, end_tile, kScanWarps, nullptr, nullptr,
-             scratch.raw_bests + scratch.at(row),
-             {scratch.raw_sums + scratch.at(row), Temperature::scale(1.0f)}, {});
+             cuda::raw_targets(scratch, row, params.num_logprobs));
 }
 
 // A block a row.
@@ -46,18 +45,19 @@ __global__ void __launch_bounds__(kDrawThreads) score_kernel(ScoreParams params,
   const int32_t target = params.targets[row];
   if (target < 0) return;
   const auto vocab = static_cast<int32_t>(params.vocab_size);
-  const Best* bests = scratch.raw_bests + scratch.at(row);
+  const cuda::ScanTargets found = cuda::raw_targets(scratch, row, params.num_logprobs);
   Best best = cuda::kNoBest;
-  for (int32_t i = threadIdx.x; i < scratch.tiles; i += kDrawThreads) best = max(best, bests[i]);
+  for (int32_t i = threadIdx.x; i < scratch.tiles; i += kDrawThreads) {
+    best = max(best, found.bests[i]);
+  }
   best = cuda::block_max<kDrawThreads>(best);
   LogprobRecord* record = logprob_record(params.records, params.max_logprobs, row);
   if (best == cuda::kNoBest || best == cuda::kNanBest) {
     if (threadIdx.x == 0) *record = cuda::no_logprobs(target);
     return;
   }
-  write_logprobs(&memory, {params.logits + row * params.vocab_size, vocab}, bests,
-                 scratch.raw_sums + scratch.at(row), scratch.tiles, target,
-                 min(params.num_logprobs, vocab), record);
+  write_logprobs(&memory, {params.logits + row * params.vocab_size, vocab}, found, scratch.tiles,
+                 target, min(params.num_logprobs, vocab), record);
 }
 
 }  // namespace
