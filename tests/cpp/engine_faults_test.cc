@@ -34,6 +34,7 @@ RunnerConfig tight_config() {
   config.num_blocks = 24;
   config.max_model_len = 64;
   config.num_speculative_tokens = 2;
+  config.max_logprobs = 2;
   return config;
 }
 
@@ -59,6 +60,8 @@ NamedRequest numbered(int32_t number) {
   row.temperature = 0.8f;
   row.seed = 11;
   row.max_tokens = kOutputs;
+  row.num_logprobs = number % 3 - 1;
+  if (number % 2 == 0) row.num_prompt_logprobs = number / 2;
   if (number % 2 == 1) {
     row.grammar = true;
     request.spec.grammar = std::make_shared<Grammar>();
@@ -70,6 +73,7 @@ struct Life {
   std::vector<int32_t> tokens;
   RequestEnd end = RequestEnd::kNone;
   std::string error;
+  std::vector<TokenLogprob> logprobs, prompt_logprobs;
 };
 using Lives = std::map<std::pair<std::string, int32_t>, Life>;
 
@@ -80,6 +84,11 @@ void take(const std::vector<RequestOutput>& outputs, Lives& lives) {
     life.tokens.insert(life.tokens.end(), output.token_ids.begin(), output.token_ids.end());
     life.end = output.end;
     life.error = output.error;
+    life.logprobs.insert(life.logprobs.end(), output.logprobs.begin(), output.logprobs.end());
+    if (output.prompt_logprobs.num_logprobs >= 0) {
+      CHECK(life.prompt_logprobs.empty());
+      life.prompt_logprobs = output.prompt_logprobs.tokens;
+    }
   }
 }
 
@@ -91,7 +100,7 @@ void add(EngineThread& engine, int32_t number, Lives& lives) {
   } catch (const Error& error) {
     CHECK(error.kind() == ErrorKind::kOutOfMemory);
     for (int32_t i = 0; i < request.samples; ++i) {
-      lives[{request.id, i}] = {{}, RequestEnd::kError, error.what()};
+      lives[{request.id, i}] = {{}, RequestEnd::kError, error.what(), {}, {}};
     }
   }
 }
@@ -125,9 +134,15 @@ int check_ends(const Lives& lives, const char* why) {
   REQUIRE(lives.size() == unhurt().size());
   int errors = 0;
   for (const auto& [name, life] : lives) {
-    const std::vector<int32_t>& whole = unhurt().at(name).tokens;
+    const Life& expected = unhurt().at(name);
+    const std::vector<int32_t>& whole = expected.tokens;
     REQUIRE(life.tokens.size() <= whole.size());
     CHECK(std::equal(life.tokens.begin(), life.tokens.end(), whole.begin()));
+    REQUIRE(life.logprobs.size() <= expected.logprobs.size());
+    CHECK(std::equal(life.logprobs.begin(), life.logprobs.end(), expected.logprobs.begin()));
+    CHECK(life.prompt_logprobs.size() ==
+          (life.tokens.empty() ? 0 : expected.prompt_logprobs.size()));
+    if (!life.tokens.empty()) CHECK(life.prompt_logprobs == expected.prompt_logprobs);
     if (life.end == RequestEnd::kError) {
       ++errors;
       CHECK(life.error.find(why) != std::string::npos);
