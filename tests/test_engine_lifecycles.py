@@ -3,8 +3,8 @@
 
 Hypothesis adds requests that share prefixes, wants several samples of some, aborts, and steps,
 over engines with few blocks, rows and tokens a step, with drafts and without, with grammars (that
-allow everything) and without, with caches in float32 and in FP8; layers see all positions, or some
-a window. Requests have penalties, biases, bad words, allowed tokens, stop tokens and sequences, and
+allow everything) and without, with caches in float32 and in FP8, with graphs, in pieces and without;
+layers see all positions, or some a window. Requests have penalties, biases, bad words, allowed tokens, stop tokens and sequences, and
 want logprobs of outputs and prompts. Every token, end and logprob must be that of the request
 alone, without drafts, bit for bit. After each rule lists, rows and references to blocks are
 checked, at the end that all are back. On a GPU rows are batch invariant, as they are on the CPU.
@@ -281,6 +281,7 @@ class EngineLives(RuleBasedStateMachine):
         drafts=st.sampled_from((0, 4, 1, 0, 3, 7)),
         lookup=st.sampled_from(((1, 3), (1, 1), (2, 4))),
         kv_cache_dtype=st.sampled_from(("auto", "fp8_e4m3", "auto", "fp8_e5m2")),
+        graph_mode=st.sampled_from(("full", "eager", "piecewise")),
     )
     def open(
         self,
@@ -295,6 +296,7 @@ class EngineLives(RuleBasedStateMachine):
         drafts: int,
         lookup: tuple[int, int],
         kv_cache_dtype: str,
+        graph_mode: str,
     ) -> None:
         self.windows = [WINDOW, 0] if windowed else [0]
         self.drafts = drafts
@@ -324,6 +326,7 @@ class EngineLives(RuleBasedStateMachine):
             pad_tokens=budget if padded else 0,
             speculative_config=speculative_config if drafts else None,
             kv_cache_dtype=kv_cache_dtype,
+            graph_mode=graph_mode,
         )
         assert sorted(self.runner.kv_windows) == sorted(self.windows)
         options = _core.EngineOptions(enable_prefix_caching=caching, background=self.background)
@@ -505,14 +508,20 @@ class EngineLives(RuleBasedStateMachine):
         assert cached <= max(others, default=0)
 
     def check_drafts(self, life: Life, output: _core.RequestOutput) -> None:
-        """A step gives one token and what it accepts, of no more drafts than were asked for."""
+        """A step gives one token and what it accepts, of no more drafts than were asked for.
+
+        What it accepts is all where a draft stops the row.
+        """
         wish, most = life.wish, self.drafts
         most = most if wish.drafts is None else min(most, wish.drafts)
         most = 0 if wish.bound else most
         drafted = output.num_draft_tokens - life.drafted
         accepted = output.num_accepted_tokens - life.accepted
         assert 0 <= accepted <= drafted <= most
-        assert len(output.token_ids) == 1 + accepted or (not output.token_ids and not drafted)
+        count = len(output.token_ids)
+        on_draft = output.end == _core.RequestEnd.STOP and count == accepted > 0
+        assert count == 1 + accepted or on_draft or (not count and not drafted)
+        self.counters["stop on a draft"] += on_draft
         self.counters["end among drafts"] += output.end in ENDS.values() and accepted > 0
         life.drafted, life.accepted = output.num_draft_tokens, output.num_accepted_tokens
 
@@ -640,6 +649,9 @@ class EngineLives(RuleBasedStateMachine):
                 ("abort in flight", "dropped_results"),
             ):
                 self.count(name, stats[stat])
+            modes = self.runner.stats()
+            for mode in ("eager", "piecewise", "full"):
+                self.counters[f"{mode} steps"] += modes[f"steps_{mode}"]
             self.counters["accepted draft"] += stats["accepted_tokens"]
             self.counters["rejected draft"] += stats["draft_tokens"] - stats["accepted_tokens"]
             self.counters["windowed steps"] += stats["steps"] * (len(self.windows) > 1)
@@ -679,7 +691,7 @@ def test_lives_over_the_native_engine(
     assert counters["steps"] >= steps, counters
     if background:
         return
-    for name in (*RARE, "accepted draft", "rejected draft"):
+    for name in (*RARE, "accepted draft", "rejected draft", "piecewise steps", "full steps"):
         assert counters[name] >= LEAST, (name, counters)
     for name in RARE:
         assert counters[name + DRAFTING] >= LEAST // 4, (name, counters)
