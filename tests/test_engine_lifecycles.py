@@ -3,11 +3,12 @@
 
 Hypothesis adds requests that share prefixes, wants several samples of some, aborts, and steps,
 over engines with few blocks, rows and tokens a step, with drafts and without, with grammars (that
-allow everything) and without, with caches in float32 and in FP8, with graphs, in pieces and without;
-layers see all positions, or some a window. Requests have penalties, biases, bad words, allowed tokens, stop tokens and sequences, and
-want logprobs of outputs and prompts. Every token, end and logprob must be that of the request
-alone, without drafts, bit for bit. After each rule lists, rows and references to blocks are
-checked, at the end that all are back. On a GPU rows are batch invariant, as they are on the CPU.
+allow everything) and without, with caches in float32 and in FP8, with graphs, in pieces and
+without; layers see all positions, or some a window. Requests have penalties, biases, bad words,
+allowed tokens, stop tokens and sequences, and want logprobs of outputs and prompts. Every token,
+end and logprob must be that of the request alone, without drafts, bit for bit. After each rule
+lists, rows and references to blocks are checked, at the end that all are back. On a GPU rows are
+batch invariant, as they are on the CPU.
 
 MRV1_TEST_STEPS sets how many engine steps are taken at least. MRV1_TEST_SEED draws other lives than
 those of every run, and MRV1_TEST_COUNTS names a directory for what was counted, as JSON;

@@ -610,10 +610,10 @@ void Engine::check_invariants() const {
         kWhere, "slot ", each.slot, " has computed more than was launched");
     const auto scored = static_cast<size_t>(its.row.num_scored);
     const auto group = static_cast<size_t>(1 + its.prompt_logprobs.num_logprobs);
-    check_internal(
-        its.row.num_prompt_logprobs < 0 || its.prompt_logprobs.tokens.size() == scored * group,
-        kWhere, "slot ", each.slot, " has other logprobs than those of ", scored,
-        " tokens of its prompt");
+    check_internal(each.state == RequestState::kNone || its.row.num_prompt_logprobs < 0 ||
+                       its.prompt_logprobs.tokens.size() == scored * group,
+                   kWhere, "slot ", each.slot, " has other logprobs than those of ", scored,
+                   " tokens of its prompt");
     check_internal(runs == (each.handle.row >= 0), kWhere, "slot ", each.slot,
                    " has a row but does not run, or runs without one");
     check_internal(runs || each.num_tail == 0, kWhere, "slot ", each.slot,
