@@ -77,10 +77,12 @@ SamplingRow plain_sampling_row(const RowSpec& spec, int32_t vocab_size,
   return sampling;
 }
 
-WordList RowLists::add(const std::vector<int32_t>& items) {
-  const WordList list{static_cast<int32_t>(words.size()), static_cast<int32_t>(items.size())};
-  words.insert(words.end(), items.begin(), items.end());
-  return list;
+WordList RowLists::add_distinct(const std::vector<int32_t>& ids) {
+  const auto offset = static_cast<int32_t>(words.size());
+  words.insert(words.end(), ids.begin(), ids.end());
+  std::sort(words.begin() + offset, words.end());
+  words.erase(std::unique(words.begin() + offset, words.end()), words.end());
+  return {offset, static_cast<int32_t>(words.size()) - offset};
 }
 
 WordList RowLists::add_sequences(const std::vector<std::vector<int32_t>>& sequences) {
@@ -95,7 +97,7 @@ WordList RowLists::add_sequences(const std::vector<std::vector<int32_t>>& sequen
 void RowLists::build(const RowSpec& spec, int32_t vocab_size, int32_t max_total_len,
                      SamplingRow& sampling) {
   words.clear();
-  sampling.stop_ids = add(spec.stop_ids);
+  sampling.stop_ids = add_distinct(spec.stop_ids);
   sampling.stop_sequences = add_sequences(spec.stop_sequences);
   sampling.bad_words = add_sequences(spec.bad_words);
   sampling.bias = {static_cast<int32_t>(words.size()),
