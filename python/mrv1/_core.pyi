@@ -1,5 +1,6 @@
 """Native core of mrv1: programs, state, the step and the engine."""
 
+import collections
 from collections.abc import Callable, Sequence
 import enum
 from typing import Annotated, overload
@@ -1137,6 +1138,11 @@ class Engine:
         """
         Launches a step, takes in the one before it, and returns what is new. Only without
         `background`.
+        """
+
+    def step_into(self, sink: collections.deque) -> None:
+        """
+        The same into a deque: an interrupt that comes during the step finds what is new there.
         """
 
     def wait_outputs(self, timeout_s: float) -> list[RequestOutput]:
