@@ -223,7 +223,7 @@ def test_steps_into_a_queue_leave_what_is_there(opened: Opened) -> None:
         engine.step_into(outputs)
     lives: Lives = {}
     take(lives, list(outputs))
-    assert len(outputs) == 20
+    assert len(outputs) == 14
     assert lives["one", 0].tokens == alone(opened, prompt, seeded(20, 14))
 
 

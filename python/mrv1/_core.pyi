@@ -1140,7 +1140,7 @@ class Engine:
         `background`.
         """
 
-    def step_into(self, sink: collections.deque) -> None:
+    def step_into(self, sink: collections.deque[RequestOutput]) -> None:
         """
         The same into a deque: an interrupt that comes during the step finds what is new there.
         """
