@@ -185,7 +185,8 @@ void bind_engine(nb::module_& m) {
             }
             sink.attr("extend")(nb::cast(std::move(outputs)));
           },
-          nb::arg("sink"), nb::sig("def step_into(self, sink: collections.deque[RequestOutput]) -> None"),
+          nb::arg("sink"),
+          nb::sig("def step_into(self, sink: collections.deque[RequestOutput]) -> None"),
           "The same into a deque: an interrupt that comes during the step finds what is new there.")
       .def(
           "wait_outputs",
