@@ -2,11 +2,12 @@
 //
 // Two kernels over the logits. The first edits the few logits that a row's lists name, and then
 // reads the row once: it finds the best logit of every tile of 1,024, lowest id first, and the sum
-// of the tile's weights relative to it. The second combines them, which is all that a row without
-// filters needs but for one tile, that of its token. For rows with min_p or top_p its blocks weigh
-// the row's tiles once more, relative to the row's best, and the last one of them to finish draws
-// (sample_draw.cuh). Logprobs speak of the logits before edits: the second kernel undoes those when
-// the token is drawn.
+// of the tile's weights relative to it. The last of a row's blocks to finish combines them, which
+// is all that a row without filters needs but for one tile, that of its token. So such rows are
+// drawn while others are still read. The second kernel draws for the rest (sample_draw.cuh). For
+// those with min_p or top_p and no top_k its blocks weigh the row's tiles once more, relative to
+// the row's best, and the last one of them draws. Logprobs speak of the logits before edits: those
+// are undone when the token is drawn.
 #include "sample.h"
 
 #include <cmath>
@@ -35,7 +36,7 @@ using cuda::ScanTargets;
 using cuda::Scratch;
 
 constexpr std::string_view kOp = "sample";
-constexpr int64_t kFinishBlocks = 528;
+constexpr int32_t kFinishBlocks = 264;
 // Tiles that a block reads before it edits and reads them again.
 constexpr int32_t kRawRun = 2 * kScanWarps;
 
@@ -73,8 +74,47 @@ __device__ ScanTargets draw_targets(const Scratch& scratch, int64_t logits_row, 
   return targets;
 }
 
+// True in all threads of the block that is the last of `count` to come here; it sees what the
+// others wrote before. Leaves the counter at zero, as it was before the first.
+__device__ bool is_last_block(int32_t* counter, int32_t count) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(counter, 1) == count - 1;
+    if (last) *counter = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// Whether the scan draws the row's token itself: the rows without filters or logprobs.
+__device__ bool is_drawn_by_scan(const Row& row, const SamplingRow& sampling) {
+  return !RawLogprobs::applies(row, sampling) &&
+         (!Temperature::applies(row, sampling) || draws_whole_row(row, sampling));
+}
+
+// The token of such a row, or kNoToken if it has none: then the second kernel sees why. By the last
+// block of the row.
+__device__ int32_t draw_scanned(const RowLogits& logits, const Row& row,
+                                const SamplingRow& sampling, const ScanTargets& targets,
+                                int32_t tiles) {
+  Best best = kNoBest;
+  for (int32_t i = threadIdx.x; i < tiles; i += kScanThreads) {
+    best = max(best, __ldcg(targets.bests + i));
+  }
+  best = cuda::block_max<kScanThreads>(best);
+  if (best == kNoBest || best == kNanBest) return kNoToken;
+  if (!Temperature::applies(row, sampling)) return cuda::best_id(best);
+  const uint64_t word = random_word(sampling.seed, static_cast<uint32_t>(row.total_len));
+  const WeightRule rule{cuda::best_logit(best), targets.first.scale, 1};
+  return cuda::draw_whole_row<kScanThreads>(logits, rule, targets.bests, targets.first.sums, tiles,
+                                            word);
+}
+
 // Grid (splits of split_tiles, logits rows), a warp per tile. Also sets `sampled` to "no token",
-// and what the second kernel adds to to zero. Nothing is read of padding.
+// and what the second kernel adds to to zero.
 template <bool kVector>
 __global__ void __launch_bounds__(kScanThreads, 8)
     scan_kernel(SampleParams params, RowState state, InferParams infer, Scratch scratch,
@@ -82,24 +122,33 @@ __global__ void __launch_bounds__(kScanThreads, 8)
   cuda::launch_next();
   cuda::wait_for_previous();
   const int64_t logits_row = blockIdx.y;
-  const int32_t batch = infer.logits_batch[logits_row];
-  const int32_t index = batch < 0 ? -1 : infer.row[batch];
-  const int32_t place = infer.logits_place[logits_row];
   const auto vocab = static_cast<int32_t>(params.vocab_size);
   float* logits = params.logits + logits_row * params.vocab_size;
   const int32_t first_tile = blockIdx.x * split_tiles;
   const int32_t end_tile = min(first_tile + split_tiles, scratch.tiles);
-  const int32_t tile = first_tile + threadIdx.x / kWarpSize;
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    scratch.plans[logits_row] = RowPlan{place, index, 0, 0};
-    infer.sampled[logits_row] = kNoToken;
-  }
-  if (index < 0) return;
-
+  // On its way before it is known whether the row is one.
   cuda::Tile<kVector> held;
-  if (tile < end_tile) held.load(logits, tile, vocab);
+  {
+    const int32_t tile = first_tile + threadIdx.x / kWarpSize;
+    if (tile < end_tile) held.load(logits, tile, vocab);
+  }
+  const int32_t batch = infer.logits_batch[logits_row];
+  const int32_t index = batch < 0 ? -1 : infer.row[batch];
+  const int32_t place = infer.logits_place[logits_row];
+  if (index < 0) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      scratch.plans[logits_row].row = -1;
+      infer.sampled[logits_row] = kNoToken;
+    }
+    return;
+  }
   const SamplingRow& sampling = state.sampling[index];
   const Row row = row_at_place(state.rows[index], place);
+  const bool is_drawn_here = is_drawn_by_scan(row, sampling);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    scratch.plans[logits_row] = RowPlan{is_drawn_here ? -1 : index, place};
+    infer.sampled[logits_row] = kNoToken;
+  }
   if (TopP::applies(row, sampling)) {
     auto* classes = reinterpret_cast<ulonglong2*>(scratch.class_sums + logits_row * cuda::kClasses);
     for (int32_t i = blockIdx.x * kScanThreads + threadIdx.x; i < cuda::kClasses / 2;
@@ -126,6 +175,7 @@ __global__ void __launch_bounds__(kScanThreads, 8)
         __syncthreads();  // the run has been read
         RowEditor<kScanThreads> editor(state, row, sampling, index, place, logits,
                                        first * cuda::kTile, min(end * cuda::kTile, vocab));
+        if (editor.can_restore()) editor.save();
         editor.apply_bias();
         editor.mask_stop_ids();
         editor.apply_penalties_and_bad_words();
@@ -139,20 +189,17 @@ __global__ void __launch_bounds__(kScanThreads, 8)
                  is_raw ? nullptr : allowed_mask(row, sampling), chosen);
     }
   }
-}
-
-// True in all threads of the block that is the last of `count` to come here; it sees what the
-// others wrote before.
-__device__ bool is_last_block(uint32_t* counter, uint32_t count) {
-  __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(counter, 1u) == count - 1;
-    __threadfence();
+  if (!is_drawn_here) return;
+  if (!is_last_block(infer.blocks_done + logits_row, static_cast<int32_t>(gridDim.x))) return;
+  const int32_t token =
+      draw_scanned({logits, vocab, sampling.grammar_mask, allowed_mask(row, sampling)}, row,
+                   sampling, targets, scratch.tiles);
+  if (threadIdx.x != 0) return;
+  if (token == kNoToken) {
+    scratch.plans[logits_row].row = index;
+  } else {
+    infer.sampled[logits_row] = forced_token(state, index, sampling, row.total_len, token);
   }
-  __syncthreads();
-  return last;
 }
 
 union DrawMemory {
@@ -179,7 +226,8 @@ __device__ bool survives(const RowLogits& row, const SamplingRow& sampling) {
 }
 
 // The scan once more, by one block over the whole row. Returns the row's best.
-__device__ Best rescan(const RowLogits& row, int32_t tiles, const ScanTargets& targets) {
+__device__ __noinline__ Best rescan(const RowLogits& row, int32_t tiles,
+                                    const ScanTargets& targets) {
   const int32_t tile = threadIdx.x / kWarpSize;
   cuda::Tile<false> held;
   if (tile < tiles) held.load(row.logits, tile, row.vocab);
@@ -204,7 +252,7 @@ struct DrawRow {
   unsigned long long* class_sums;
   int32_t tiles;
   int32_t split, num_splits, split_tiles;
-  uint32_t* finished;  // splits
+  int32_t* blocks_done;
 };
 
 constexpr int32_t kAnotherBlock = -3;  // not a token: another block of the row draws it
@@ -231,8 +279,8 @@ __device__ uint64_t weight_outside(const DrawRow& at, const WeightRule& rule) {
 
 // Of rows that are shared: the weight of all tokens decides. kNoToken if the tokens to sort are too
 // many.
-__device__ int32_t draw_weighed(DrawMemory* memory, const DrawRow& at, const WeightRule& rule,
-                                uint64_t word) {
+__device__ __noinline__ int32_t draw_weighed(DrawMemory* memory, const DrawRow& at,
+                                             const WeightRule& rule, uint64_t word) {
   const bool has_top_p = TopP::applies(at.row, at.sampling);
   const int32_t first = at.split * at.split_tiles;
   const int32_t end = min(first + at.split_tiles, at.tiles);
@@ -249,7 +297,7 @@ __device__ int32_t draw_weighed(DrawMemory* memory, const DrawRow& at, const Wei
   for (int32_t i = threadIdx.x; has_top_p && i < cuda::kClasses; i += kDrawThreads) {
     if (classes.sums[i] != 0) atomicAdd(&at.class_sums[i], classes.sums[i]);
   }
-  if (!is_last_block(at.finished, at.num_splits)) return kAnotherBlock;
+  if (!is_last_block(at.blocks_done, at.num_splits)) return kAnotherBlock;
   if (!has_top_p) {
     const auto sum_of = [&](int32_t tile) -> uint64_t { return __ldcg(at.weighed + tile); };
     return draw_token(at.logits, rule, kNoBest, at.tiles, sum_of, word);
@@ -265,6 +313,15 @@ __device__ int32_t draw_weighed(DrawMemory* memory, const DrawRow& at, const Wei
   return draw_token(at.logits, rule, edge, at.tiles, sum_of, word);
 }
 
+// Of rows whose tokens to sort are too many.
+__device__ __noinline__ int32_t draw_slowly(DrawMemory* memory, const DrawRow& at,
+                                            const WeightRule& rule, uint64_t word) {
+  __syncthreads();  // the memory gets another use
+  cuda::RowSampler sampler(at.logits, rule, &memory->slow.histogram, &memory->slow.chosen);
+  Processors::run<ProcessorStage::kSet>(at.row, at.sampling, sampler);
+  return sampler.draw(word);
+}
+
 // The row's token, or kAnotherBlock. Whole block.
 __device__ int32_t draw(DrawMemory* memory, const DrawRow& at) {
   const Row& row = at.row;
@@ -273,7 +330,7 @@ __device__ int32_t draw(DrawMemory* memory, const DrawRow& at) {
   const uint64_t word = random_word(sampling.seed, static_cast<uint32_t>(row.total_len));
   const WeightRule rule = cuda::weight_rule(row, sampling, cuda::best_logit(at.best));
   if (draws_whole_row(row, sampling)) {
-    return draw_whole_row(at.logits, rule, at.bests, at.sums, at.tiles, word);
+    return cuda::draw_whole_row<kDrawThreads>(at.logits, rule, at.bests, at.sums, at.tiles, word);
   }
   if (TopK::applies(row, sampling)) {
     cuda::Candidates candidates(&memory->candidates, at.logits, at.bests, at.tiles);
@@ -287,10 +344,7 @@ __device__ int32_t draw(DrawMemory* memory, const DrawRow& at) {
     const int32_t token = draw_weighed(memory, at, rule, word);
     if (token != kNoToken) return token;
   }
-  __syncthreads();  // the memory gets another use
-  cuda::RowSampler sampler(at.logits, rule, &memory->slow.histogram, &memory->slow.chosen);
-  Processors::run<ProcessorStage::kSet>(row, sampling, sampler);
-  return sampler.draw(word);
+  return draw_slowly(memory, at, rule, word);
 }
 
 // Grid (splits, logits rows); split 0 does what is one block's work.
@@ -303,7 +357,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   const int64_t logits_row = blockIdx.y;
   const auto split = static_cast<int32_t>(blockIdx.x);
   const int32_t tiles = scratch.tiles;
-  RowPlan& plan = scratch.plans[logits_row];
+  const RowPlan plan = scratch.plans[logits_row];
   const Best* bests = scratch.bests + scratch.at(logits_row);
   const int32_t index = plan.row;
   if (index < 0) return;
@@ -320,14 +374,12 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   RowEditor<kDrawThreads> editor(state, row, sampling, index, plan.place, own, 0, vocab);
   const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling);
   auto num_splits = static_cast<int32_t>(gridDim.x);
-  bool masks_stop_ids = MinTokens::applies(row, sampling);
-  if (best == kNoBest && masks_stop_ids && editor.can_restore()) {
+  if (best == kNoBest && MinTokens::applies(row, sampling) && editor.can_restore()) {
     if (split != 0) return;
-    editor.restore(masks_stop_ids);
+    editor.restore();
     editor.apply_bias();
     if (!survives(logits, sampling)) {
       // The mask would leave nothing, so the row goes without; the block is alone with it.
-      masks_stop_ids = false;
       num_splits = 1;
       split_tiles = tiles;
       editor.apply_penalties_and_bad_words();
@@ -339,7 +391,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
     token = draw(&memory, {logits, row, sampling, best, bests, targets.first.sums, targets.pieces,
                            scratch.weighed + scratch.at(logits_row),
                            scratch.class_sums + logits_row * cuda::kClasses, tiles, split,
-                           num_splits, split_tiles, &plan.finished});
+                           num_splits, split_tiles, infer.blocks_done + logits_row});
   } else if (split != 0) {
     return;
   }
@@ -354,7 +406,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   if (token < 0) {
     if (threadIdx.x == 0) *record = cuda::no_logprobs(token);
   } else {
-    if (editor.can_restore()) editor.restore(masks_stop_ids);
+    if (editor.can_restore()) editor.restore();
     const ScanTargets found = has_raw_tiles(row, sampling)
                                   ? cuda::raw_targets(scratch, logits_row, sampling.num_logprobs)
                                   : targets;
@@ -384,8 +436,9 @@ void sample_cuda(const SampleParams& params, const StepContext& ctx) {
   };
   const int32_t scan_tiles =
       cuda::tiles_of_split(scratch.tiles, rows, cuda::kScanBlocks, kScanWarps);
-  const int32_t finish_tiles =
-      cuda::tiles_of_split(scratch.tiles, rows, kFinishBlocks, kDrawWarps / cuda::kTileStretches);
+  // Only rows that are shared have work for more than one block.
+  const int32_t most = std::clamp(kFinishBlocks / rows, 1, scratch.tiles);
+  const int32_t finish_tiles = (scratch.tiles + most - 1) / most;
   const bool vector = params.vocab_size % 4 == 0 &&
                       reinterpret_cast<uintptr_t>(params.logits) % sizeof(float4) == 0;
   cuda::launch(kOp, ctx, vector ? scan_kernel<true> : scan_kernel<false>,

@@ -32,8 +32,12 @@ struct RowLogits {
   const uint32_t* mask = nullptr;
   const uint32_t* second_mask = nullptr;
 
+  __device__ __forceinline__ bool allows(int32_t id) const {
+    return is_allowed(mask, id) && is_allowed(second_mask, id);
+  }
+
   __device__ __forceinline__ float at(int32_t id) const {
-    return is_allowed(mask, id) && is_allowed(second_mask, id) ? logits[id] : -INFINITY;
+    return allows(id) ? logits[id] : -INFINITY;
   }
 
   // The logits first + lane, first + lane + 32, ... of a warp, all asked for before any is used;
@@ -50,9 +54,7 @@ struct RowLogits {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int32_t id = own + i * kWarpSize;
-      if (id < vocab && !(is_allowed(mask, id) && is_allowed(second_mask, id))) {
-        values[i] = -INFINITY;
-      }
+      if (id < vocab && !allows(id)) values[i] = -INFINITY;
     }
   }
 };
@@ -89,6 +91,7 @@ class EdgeFinder {
         kMeasure == Measure::kCount ? histogram_->count : histogram_->weight;
     uint32_t prefix = 0;
     int32_t digit = 0;
+#pragma unroll 1
     for (int32_t shift = 32 - kRadixBits; shift >= 0; shift -= kRadixBits) {
       build_histogram(prefix, shift, weight_of);
       for (digit = kRadix - 1; amount[digit] < limit; --digit) {
@@ -302,21 +305,27 @@ struct ListPlace {
   uint64_t rest;
 };
 
-// Finds multiply_high(word, sum of amounts) among amount(0 ... count - 1), count <= 2 *
-// kDrawThreads. Whole block.
-template <typename Amount>
+// Finds multiply_high(word, sum of amounts) among amount(0 ... count - 1), count <= kMaxTiles. By a
+// whole block of kThreads.
+template <int kThreads, typename Amount>
 __device__ ListPlace find_place(int32_t count, const Amount& amount, uint64_t word) {
   __shared__ ListPlace found;
-  static_assert(kMaxTiles <= 2 * kDrawThreads && kTile == 2 * kDrawThreads, "a thread has two");
-  const int32_t own = 2 * static_cast<int32_t>(threadIdx.x);
-  const uint64_t first = own < count ? amount(own) : 0;
-  const uint64_t second = own + 1 < count ? amount(own + 1) : 0;
+  constexpr int kOwn = kMaxTiles / kThreads;
+  const int32_t first = kOwn * static_cast<int32_t>(threadIdx.x);
+  uint64_t amounts[kOwn];
+  uint64_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    amounts[i] = first + i < count ? amount(first + i) : 0;
+    sum += amounts[i];
+  }
   uint64_t total;
-  const uint64_t before = block_exclusive_scan<kDrawThreads>(first + second, &total);
-  const uint64_t middle = before + first;
+  uint64_t before = block_exclusive_scan<kThreads>(sum, &total);
   const uint64_t target = multiply_high(word, total);
-  if (before <= target && target < middle + second) {
-    found = target < middle ? ListPlace{own, target - before} : ListPlace{own + 1, target - middle};
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    if (before <= target && target < before + amounts[i]) found = {first + i, target - before};
+    before += amounts[i];
   }
   __syncthreads();
   const ListPlace result = found;
@@ -325,22 +334,38 @@ __device__ ListPlace find_place(int32_t count, const Amount& amount, uint64_t wo
 }
 
 // The first id of a tile at whose end the running sum of weights relative to `rule.reference`,
-// scaled by `share`, exceeds `rest`; tokens below `edge` weigh nothing. Whole block.
-__device__ inline int32_t draw_in_tile(const RowLogits& row, const WeightRule& rule, Best edge,
-                                       int32_t tile, uint64_t share, uint64_t rest) {
+// scaled by `share`, exceeds `rest`; tokens below `edge` weigh nothing. By a whole block.
+template <int kThreads>
+__device__ int32_t draw_in_tile(const RowLogits& row, const WeightRule& rule, Best edge,
+                                int32_t tile, uint64_t share, uint64_t rest) {
   __shared__ int32_t chosen;
-  const int32_t id = tile * kTile + 2 * static_cast<int32_t>(threadIdx.x);
-  uint64_t weights[2];
+  constexpr int kOwn = kTile / kThreads;
+  const int32_t first = tile * kTile + kOwn * static_cast<int32_t>(threadIdx.x);
+  uint64_t weights[kOwn];
+  float logits[kOwn];
+  // Other blocks of this kernel may have edited them.
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float logit = id + i < row.vocab ? row.at(id + i) : -INFINITY;
-    weights[i] = make_best(logit, id + i) >= edge ? token_weight(logit, rule) : 0;
+  for (int i = 0; i < kOwn; ++i) {
+    logits[i] = first + i < row.vocab ? __ldcg(row.logits + first + i) : -INFINITY;
+  }
+  uint64_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int32_t id = first + i;
+    const float logit = id < row.vocab && row.allows(id) ? logits[i] : -INFINITY;
+    weights[i] = make_best(logit, id) >= edge ? token_weight(logit, rule) : 0;
+    sum += weights[i];
   }
   uint64_t total;
-  const uint64_t start = block_exclusive_scan<kDrawThreads>(weights[0] + weights[1], &total);
-  const uint64_t middle = start + weights[0];
-  const auto exceeds = [=](uint64_t running) { return scale_weight(running, share) > rest; };
-  if (!exceeds(start) && exceeds(middle + weights[1])) chosen = exceeds(middle) ? id : id + 1;
+  uint64_t running = block_exclusive_scan<kThreads>(sum, &total);
+  bool exceeds = scale_weight(running, share) > rest;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    running += weights[i];
+    const bool exceeded = exceeds;
+    exceeds = scale_weight(running, share) > rest;
+    if (exceeds && !exceeded) chosen = first + i;
+  }
   __syncthreads();
   const int32_t result = chosen;
   __syncthreads();  // it may be written again
@@ -352,22 +377,25 @@ __device__ inline int32_t draw_in_tile(const RowLogits& row, const WeightRule& r
 template <typename TileSum>
 __device__ int32_t draw_token(const RowLogits& row, const WeightRule& rule, Best edge,
                               int32_t tiles, const TileSum& tile_sum, uint64_t word) {
-  const ListPlace place = find_place(tiles, tile_sum, word);
-  return draw_in_tile(row, rule, edge, place.index, kMaxWeight, place.rest);
+  const ListPlace place = find_place<kDrawThreads>(tiles, tile_sum, word);
+  return draw_in_tile<kDrawThreads>(row, rule, edge, place.index, kMaxWeight, place.rest);
 }
 
-// The draw from the whole row, by tiles whose sums are relative to their own best. Whole block.
-__device__ inline int32_t draw_whole_row(const RowLogits& row, const WeightRule& rule,
-                                         const Best* bests, const unsigned long long* sums,
-                                         int32_t tiles, uint64_t word) {
-  const auto share_of = [&](int32_t tile) -> uint64_t {
-    return bests[tile] == kNoBest ? 0 : token_weight(best_logit(bests[tile]), rule);
+// The draw from the whole row, by tiles whose sums are relative to their own best. By a whole block
+// of kThreads, also of the kernel that has found them.
+template <int kThreads>
+__device__ int32_t draw_whole_row(const RowLogits& row, const WeightRule& rule, const Best* bests,
+                                  const unsigned long long* sums, int32_t tiles, uint64_t word) {
+  const auto mass = [&](int32_t tile) -> uint64_t {
+    const Best best = __ldcg(bests + tile);
+    const uint64_t sum = __ldcg(sums + tile);
+    return best == kNoBest ? 0 : scale_weight(sum, token_weight(best_logit(best), rule));
   };
-  const auto mass = [&](int32_t tile) { return scale_weight(sums[tile], share_of(tile)); };
-  const ListPlace place = find_place(tiles, mass, word);
+  const ListPlace place = find_place<kThreads>(tiles, mass, word);
   WeightRule of_tile = rule;
-  of_tile.reference = best_logit(bests[place.index]);
-  return draw_in_tile(row, of_tile, kNoBest, place.index, share_of(place.index), place.rest);
+  of_tile.reference = best_logit(__ldcg(bests + place.index));
+  return draw_in_tile<kThreads>(row, of_tile, kNoBest, place.index,
+                                token_weight(of_tile.reference, rule), place.rest);
 }
 
 // Most pieces whose best are compared with each other.
@@ -416,13 +444,23 @@ class Candidates {
     if (threadIdx.x == 0) memory_->count = 0;
     __syncthreads();
     const int32_t num_pieces = (row_.vocab + kPiece - 1) / kPiece;
-    for (int32_t piece = threadIdx.x; piece < num_pieces; piece += kDrawThreads) {
-      const uint32_t key = pieces[piece];
-      if (key < least) continue;
-      const int32_t at = atomicAdd(&memory_->count, 1);
-      if (at >= kMaxPieces) continue;
-      memory_->keys[at] = key;
-      memory_->pieces[at] = piece;
+    constexpr int kPiecesAtOnce = 4;
+    for (int32_t first = threadIdx.x; first < num_pieces; first += kPiecesAtOnce * kDrawThreads) {
+      uint32_t keys[kPiecesAtOnce];
+#pragma unroll
+      for (int k = 0; k < kPiecesAtOnce; ++k) {
+        const int32_t piece = first + k * kDrawThreads;
+        keys[k] = piece < num_pieces ? pieces[piece] : 0;
+      }
+#pragma unroll
+      for (int k = 0; k < kPiecesAtOnce; ++k) {
+        const int32_t piece = first + k * kDrawThreads;
+        if (piece >= num_pieces || keys[k] < least) continue;
+        const int32_t at = atomicAdd(&memory_->count, 1);
+        if (at >= kMaxPieces) continue;
+        memory_->keys[at] = keys[k];
+        memory_->pieces[at] = piece;
+      }
     }
     __syncthreads();
     const int32_t num_reaching = memory_->count;
@@ -456,7 +494,7 @@ class Candidates {
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
         collect(first_id[k], values[k],
-                [=](float, Best code) { return static_cast<uint32_t>(code >> 32) >= least; });
+                [=](float logit, int32_t) { return ordered_key(logit) >= least; });
       }
     }
     return sort();
@@ -468,15 +506,15 @@ class Candidates {
         [&](Best best) {
           return best != kNoBest && class_of(exponent_of(best_logit(best), rule)) <= cls;
         },
-        [&](float logit, Best code) {
-          return code >= kLeastBest && class_of(exponent_of(logit, rule)) == cls;
+        [&](float logit, int32_t) {
+          return ordered_key(logit) >= kLeastOrdered && class_of(exponent_of(logit, rule)) == cls;
         });
   }
 
   // Takes the tokens up to an edge. False if they are too many.
   __device__ bool gather_prefix(const SetEdge& edge) {
     return gather([](Best) { return true; },
-                  [=](float logit, Best code) { return is_kept(logit, best_id(code), edge); });
+                  [=](float logit, int32_t id) { return is_kept(logit, id, edge); });
   }
 
   // Weighs the first `limit` candidates; returns their sum.
@@ -514,31 +552,56 @@ class Candidates {
     const int32_t kept = __syncthreads_count(own_[0] != 0) + __syncthreads_count(own_[1] != 0);
     const uint64_t total = block_sum<kDrawThreads>(own_[0] + own_[1]);
     const uint64_t drawn = multiply_high(word, total);
-    for (int32_t i = threadIdx.x; i < kept; i += kDrawThreads) {
-      const int32_t id = best_id(memory_->sorted[i]);
-      uint64_t start = 0;
-      for (int32_t j = 0; j < kept; ++j) {
-        start += best_id(memory_->sorted[j]) < id ? memory_->weights[j] : 0;
-      }
-      if (start <= drawn && drawn < start + memory_->weights[i]) memory_->chosen = id;
-    }
+    const Best* sorted = memory_->sorted;
+    const unsigned long long* weights = memory_->weights;
+    // Complements of ids fall as ids rise.
+    for_each_sum<unsigned long long>(
+        kept,
+        [=](int32_t i, int32_t j) {
+          return static_cast<uint32_t>(sorted[j]) > static_cast<uint32_t>(sorted[i]) ? weights[j]
+                                                                                     : 0ull;
+        },
+        [&](int32_t i, uint64_t start) {
+          if (start <= drawn && drawn < start + weights[i]) memory_->chosen = best_id(sorted[i]);
+        });
     __syncthreads();
     return memory_->chosen;
   }
 
  private:
+  // Calls visit(i, sum over j < count of amount(i, j)) for each i < count, in one thread.
+  // Neighbours share the work of an i.
+  template <typename Sum, typename Amount, typename Visit>
+  __device__ void for_each_sum(int32_t count, const Amount& amount, const Visit& visit) {
+    constexpr int32_t kShare = 8;
+    const int32_t part = static_cast<int32_t>(threadIdx.x) % kShare;
+    for (int32_t first = 0; first < count; first += kDrawThreads / kShare) {
+      const int32_t i = first + static_cast<int32_t>(threadIdx.x) / kShare;
+      Sum sum = 0;
+      if (i < count) {
+#pragma unroll 4
+        for (int32_t j = part; j < count; j += kShare) sum += amount(i, j);
+      }
+#pragma unroll
+      for (int offset = kShare / 2; offset > 0; offset /= 2) {
+        sum += __shfl_xor_sync(kFullWarp, sum, offset);
+      }
+      if (i < count && part == 0) visit(i, sum);
+    }
+  }
+
   // The n-th largest of memory_->keys, which the threads have written. Ends with a barrier.
   __device__ uint32_t nth_key(int32_t n, int32_t count) {
     __syncthreads();
-    for (int32_t i = threadIdx.x; i < count; i += kDrawThreads) {
-      const uint32_t own = memory_->keys[i];
-      int32_t before = 0;
-      for (int32_t j = 0; j < count; ++j) {
-        const uint32_t key = memory_->keys[j];
-        before += key > own || (key == own && j < i) ? 1 : 0;
-      }
-      if (before == n - 1) memory_->nth = own;
-    }
+    const uint32_t* keys = memory_->keys;
+    for_each_sum<int32_t>(
+        count,
+        [=](int32_t i, int32_t j) {
+          return keys[j] > keys[i] || (keys[j] == keys[i] && j < i) ? 1 : 0;
+        },
+        [&](int32_t i, int32_t before) {
+          if (before == n - 1) memory_->nth = keys[i];
+        });
     __syncthreads();
     return memory_->nth;
   }
@@ -557,16 +620,30 @@ class Candidates {
     return sort();
   }
 
-  // What a warp has loaded from first_id on.
+  // What a warp has loaded from first_id on. A lane takes places for four at a time.
   template <int kCount, typename Takes>
   __device__ void collect(int32_t first_id, const float (&values)[kCount], const Takes& takes) {
+    static_assert(kCount % 4 == 0);
+    const int32_t own_id = first_id + static_cast<int32_t>(threadIdx.x) % kWarpSize;
 #pragma unroll
-    for (int32_t i = 0; i < kCount; ++i) {
-      const int32_t id = first_id + i * kWarpSize + static_cast<int32_t>(threadIdx.x) % kWarpSize;
-      const Best code = make_best(values[i], id);
-      if (id >= row_.vocab || !takes(values[i], code)) continue;
-      const int32_t at = atomicAdd(&memory_->count, 1);
-      if (at < kMaxCandidates) memory_->found[at] = code;
+    for (int first = 0; first < kCount; first += 4) {
+      bool taken[4];
+      int32_t count = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int32_t id = own_id + (first + i) * kWarpSize;
+        taken[i] = id < row_.vocab && takes(values[first + i], id);
+        count += taken[i] ? 1 : 0;
+      }
+      if (count == 0) continue;
+      int32_t at = atomicAdd(&memory_->count, count);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (!taken[i]) continue;
+        const int32_t id = own_id + (first + i) * kWarpSize;
+        if (at < kMaxCandidates) memory_->found[at] = make_best(values[first + i], id);
+        ++at;
+      }
     }
   }
 
@@ -575,12 +652,10 @@ class Candidates {
     __syncthreads();
     count_ = memory_->count;
     if (count_ > kMaxCandidates) return false;
-    for (int32_t i = threadIdx.x; i < count_; i += kDrawThreads) {
-      const Best own = memory_->found[i];
-      int32_t rank = 0;
-      for (int32_t j = 0; j < count_; ++j) rank += memory_->found[j] > own;
-      memory_->sorted[rank] = own;
-    }
+    const Best* found = memory_->found;
+    for_each_sum<int32_t>(
+        count_, [=](int32_t i, int32_t j) { return found[j] > found[i] ? 1 : 0; },
+        [&](int32_t i, int32_t rank) { memory_->sorted[rank] = found[i]; });
     __syncthreads();
     return true;
   }

@@ -2,8 +2,8 @@
 //
 // The processors that change single logits, by a block, in place: bias, min_tokens, penalties, bad
 // words. Each changes few logits of a row, so what a row pays is its lists, not its vocabulary. A
-// row that reports logprobs, or may have to take min_tokens back, keeps what was there before
-// (SamplingRow::saved), and gets it back in the reverse order.
+// row that reports logprobs, or may have to take min_tokens back, saves what was there before any
+// of them (SamplingRow::saved), and gets it back in any order.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +43,18 @@ class RowEditor {
 
   __device__ bool can_restore() const { return saved_ != nullptr; }
 
+  // Before the first edit.
+  __device__ void save() {
+    each([&](int32_t slot, int32_t id, const auto&) { saved_[slot] = logits_[id]; });
+    __syncthreads();
+  }
+
+  // After the last one. What was saved at the scan's length is put back, whichever edits were made.
+  __device__ void restore() {
+    each([&](int32_t slot, int32_t id, const auto&) { logits_[id] = saved_[slot]; });
+    __syncthreads();
+  }
+
   // The stages, in their order.
   __device__ void apply_bias() {
     if (LogitBias::applies(row_, sampling_)) each_bias(change());
@@ -55,40 +67,10 @@ class RowEditor {
   }
 
   __device__ void apply_penalties_and_bad_words() {
-    if (Penalties::applies(row_, sampling_)) {
-      each_penalty(change());
-      __syncthreads();
-    }
-    if (BadWords::applies(row_, sampling_)) {
-      // Several words may ban one id: all see what was there before any of them.
-      if (saved_ != nullptr) {
-        each_bad_word([&](int32_t slot, int32_t id, const auto&) { saved_[slot] = logits_[id]; });
-        __syncthreads();
-      }
-      each_bad_word(
-          [&](int32_t, int32_t id, const auto& edit) { logits_[id] = edit(logits_[id]); });
-    }
+    if (Penalties::applies(row_, sampling_)) each_penalty(change());
     __syncthreads();
-  }
-
-  // Takes the stages back, mask_stop_ids() among them if it was called. Needs can_restore().
-  __device__ void restore(bool masks_stop_ids) {
-    const auto put_back = [&](int32_t slot, int32_t id, const auto&) {
-      logits_[id] = saved_[slot];
-    };
-    if (BadWords::applies(row_, sampling_)) {
-      each_bad_word(put_back);
-      __syncthreads();
-    }
-    if (Penalties::applies(row_, sampling_)) {
-      each_penalty(put_back);
-      __syncthreads();
-    }
-    if (masks_stop_ids && MinTokens::applies(row_, sampling_)) {
-      each_stop_id(put_back);
-      __syncthreads();
-    }
-    if (LogitBias::applies(row_, sampling_)) each_bias(put_back);
+    // Several words may ban one id, and make the same of it.
+    if (BadWords::applies(row_, sampling_)) each_bad_word(change());
     __syncthreads();
   }
 
@@ -102,11 +84,15 @@ class RowEditor {
   }
 
   __device__ auto change() {
-    return [this](int32_t slot, int32_t id, const auto& edit) {
-      const float old = logits_[id];
-      if (saved_ != nullptr) saved_[slot] = old;
-      logits_[id] = edit(old);
-    };
+    return [this](int32_t, int32_t id, const auto& edit) { logits_[id] = edit(logits_[id]); };
+  }
+
+  template <typename Visit>
+  __device__ void each(const Visit& visit) {
+    if (BadWords::applies(row_, sampling_)) each_bad_word(visit);
+    if (LogitBias::applies(row_, sampling_)) each_bias(visit);
+    if (MinTokens::applies(row_, sampling_)) each_stop_id(visit);
+    if (Penalties::applies(row_, sampling_)) each_penalty(visit);
   }
 
   __device__ bool in_range(int32_t id) const { return id >= first_ && id < end_; }
@@ -166,13 +152,14 @@ class RowEditor {
     }
   }
 
-  // Every thread walks the list, as only its end tells where a word begins.
+  // Only its end tells where a word begins, so that the list has to be walked: by one warp.
   template <typename Visit>
   __device__ void each_bad_word(const Visit& visit) {
+    if (threadIdx.x / kWarpSize != kThreads / kWarpSize - 1) return;
     const int32_t* word = sampling_.words + sampling_.bad_words.offset;
     for (int32_t i = 0; i < sampling_.bad_words.count; ++i) {
       const int32_t length = *word++;
-      if (i % kThreads == static_cast<int32_t>(threadIdx.x)) {
+      if (i % kWarpSize == static_cast<int32_t>(threadIdx.x) % kWarpSize) {
         const int32_t id = word[length - 1];
         if (in_range(id) && bans_last_token(word, length, history_, row_)) {
           visit(bad_word_slots() + i, id, banned_logit);

@@ -13,15 +13,13 @@ namespace mrv1::cuda {
 
 constexpr int kScanThreads = 128;
 constexpr int kScanWarps = kScanThreads / kWarpSize;
-// Blocks that fill the largest GPUs in one go; more rows than this take a block each.
-constexpr int64_t kScanBlocks = 2112;
+// Blocks that are on the largest GPUs at a time; more rows than this take a block each.
+constexpr int64_t kScanBlocks = 1056;
 
 // What the scan leaves about a logits row besides its tiles.
 struct RowPlan {
-  int32_t place;      // by how many tokens the row is longer here
-  int32_t row;        // -1 for padding and masked rows
-  uint32_t finished;  // blocks of the second kernel that have weighed their tiles
-  int32_t reserved;
+  int32_t row;    // for the second kernel to draw; -1: none, or the scan has drawn
+  int32_t place;  // by how many tokens the row is longer here
 };
 
 // The workspace, by logits row.
@@ -53,8 +51,8 @@ inline int64_t scratch_bytes(int64_t vocab_size, int64_t rows) {
 inline Scratch carve_scratch(void* workspace, int64_t vocab_size, int64_t rows) {
   Scratch scratch;
   scratch.tiles = num_tiles(vocab_size);
-  scratch.plans = static_cast<RowPlan*>(workspace);
-  scratch.class_sums = reinterpret_cast<unsigned long long*>(scratch.plans + rows);
+  // Vectors are read of the classes, so they come first.
+  scratch.class_sums = static_cast<unsigned long long*>(workspace);
   scratch.bests = scratch.class_sums + rows * kClasses;
   scratch.sums = scratch.bests + rows * scratch.tiles;
   scratch.raw_bests = scratch.sums + rows * scratch.tiles;
@@ -62,6 +60,9 @@ inline Scratch carve_scratch(void* workspace, int64_t vocab_size, int64_t rows) 
   scratch.weighed = scratch.raw_sums + rows * scratch.tiles;
   scratch.pieces = reinterpret_cast<uint32_t*>(scratch.weighed + rows * scratch.tiles);
   scratch.raw_pieces = scratch.pieces + rows * scratch.tiles * kTilePieces;
+  static_assert(alignof(RowPlan) <= kTilePieces * sizeof(uint32_t));
+  scratch.plans =
+      reinterpret_cast<RowPlan*>(scratch.raw_pieces + rows * scratch.tiles * kTilePieces);
   return scratch;
 }
 

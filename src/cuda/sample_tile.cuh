@@ -28,9 +28,8 @@ using Best = unsigned long long;
 constexpr Best kNoBest = 0;          // nothing above -inf
 constexpr Best kNanBest = ~Best{0};  // a NaN anywhere
 constexpr uint32_t kMinusInfOrdered = static_cast<uint32_t>(kMinusInfKey) ^ 0x80000000u;
-// The least key of logits above -inf, and what is below the code of any of them.
+// The least key of logits above -inf.
 constexpr uint32_t kLeastOrdered = kMinusInfOrdered + 1;
-constexpr Best kLeastBest = Best{kLeastOrdered} << 32;
 
 // Keys as unsigned numbers in the same order.
 __device__ __forceinline__ uint32_t ordered_key(float logit) {
