@@ -17,6 +17,7 @@
 #   linear-0.6b linear-8b              the matrix products of a layer
 #   attention-8b                       batch x context, and uneven lengths, by two backends
 #   profile-0.6b-1 profile-8b-1 profile-8b-64 profile-8b-256    where the rest of a step goes
+#   sampler                            the draw of a token for each row
 #   kv-write                           writes to a paged KV cache
 #   kv-attention kv-attention-uneven   decode attention by itself, over caches of all formats
 #   load-0.6b load-8b                  a model directory from the disk, twice
@@ -30,7 +31,7 @@ shift 2
 parts=("$@")
 ((${#parts[@]})) || parts=(decode-0.6b decode-8b prefill-0.6b prefill-8b mix-0.6b mix-8b
   linear-0.6b linear-8b attention-8b profile-0.6b-1 profile-8b-1 profile-8b-64 profile-8b-256
-  kv-write kv-attention kv-attention-uneven load-0.6b load-8b)
+  kv-write kv-attention kv-attention-uneven sampler load-0.6b load-8b)
 commit=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
 
 scratch=$(mktemp -d)
@@ -118,6 +119,7 @@ run_part() {
       bench "${part}" decode_attention --batch 256 --context 766 --lengths one-long,even
       ;;
     kv-write) bench "${part}" kv_write --kv-heads 1,2,4,8,32,128 --launches overlapped,plain ;;
+    sampler) bench "${part}" sampler ;;
     load-*) load "${part}" "${shape}" ;;
     *)
       echo "no part '${part}'" >&2

@@ -36,20 +36,24 @@ sanitizer() {
 }
 
 # Whole steps with every kind of sampling, eager and as graphs, so that each kernel runs under the
-# tool; and the op tests, with their odd shapes, except under racecheck, which is too slow for them.
+# tool; the sampler over odd vocabularies, less of it under racecheck; and the op tests, with their odd
+# shapes, except under racecheck, which is too slow for them.
 sanitized() {
   if [[ $1 != racecheck ]]; then
     MRV1_TEST_EXAMPLES=6 sanitizer "$1" python3 -m pytest -q -p no:cacheprovider --device cuda \
       tests/test_ops_parity.py tests/test_kv_attention.py || return 1
   fi
-  local tokens=6
-  [[ $1 == racecheck ]] && tokens=2
+  local tokens=6 examples=6
+  [[ $1 == racecheck ]] && tokens=2 examples=2
+  MRV1_TEST_EXAMPLES=${examples} sanitizer "$1" python3 -m pytest -q -p no:cacheprovider \
+    --device cuda -k "equal_the_reference or small_row or left_of or any_pieces" \
+    tests/test_sampler.py tests/test_sampler_edits.py tests/test_sampler_logprobs.py || return 1
   sanitizer "$1" python3 - "${tokens}" <<'PYTHON'
 import pathlib
 import sys
 
 import mrv1
-from mrv1 import LLM, SamplingParams
+from mrv1 import LLM, SamplingParams, StructuredOutputsParams
 
 count = int(sys.argv[1])
 params = [
@@ -58,6 +62,20 @@ params = [
     SamplingParams(temperature=0.8, top_k=5, max_tokens=count, seed=2, min_tokens=1),
     SamplingParams(temperature=1.2, top_p=0.9, min_p=0.02, top_k=50, max_tokens=count, seed=3),
 ]
+# Every edit of logits, and logprobs before them.
+edited = [
+    SamplingParams(temperature=0.0, max_tokens=count, presence_penalty=0.5, frequency_penalty=0.2,
+                   repetition_penalty=1.2, logprobs=5, prompt_logprobs=2),
+    SamplingParams(temperature=0.8, max_tokens=count, seed=5, logit_bias={7: 2.0, 11: -3.0},
+                   bad_words=["the", "a time"], logprobs=0),
+    SamplingParams(temperature=0.8, top_k=5, max_tokens=count, seed=6, min_tokens=2,
+                   stop_token_ids=[5, 6], allowed_token_ids=list(range(64)), logprobs=20),
+    SamplingParams(temperature=1.2, top_p=0.9, max_tokens=count, seed=7, frequency_penalty=0.3,
+                   bad_words=["Once"], logit_bias={3: 1.0}, stop_sequences=[[1, 2]]),
+]
+# Steps with such a row are cut before the draw.
+words = StructuredOutputsParams(regex="[a-z ]{9,}")
+bound = [SamplingParams(seed=4, max_tokens=count, structured_outputs=words), params[0]]
 demo = pathlib.Path(mrv1.__file__).parent / "demo"
 for dtype, mode, cache in (
     ("float32", "eager", "auto"), ("bfloat16", "eager", "auto"), ("bfloat16", "full", "auto"),
@@ -67,8 +85,9 @@ for dtype, mode, cache in (
     with LLM(demo, device="cuda", dtype=dtype, kv_cache_dtype=cache, graph_mode=mode,
              capture_sizes=[4], piecewise_sizes=[], max_num_batched_tokens=8, max_num_seqs=4,
              progress=False, num_kv_blocks=64) as llm:
-        for result in llm.generate(["Once upon a time"] * 4, params):
-            print(dtype, mode, cache, result.finish_reason, result.token_ids)
+        for together in (params, edited, bound):
+            for result in llm.generate(["Once upon a time"] * len(together), together):
+                print(dtype, mode, cache, result.finish_reason, result.token_ids)
 PYTHON
 }
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -95,13 +96,16 @@ def run_to_end(
     blocks: Sequence[int] | None = None,
     chunk: int = 10**9,
     prompt_len: int | None = None,
+    bad_words: Sequence[Sequence[int]] = (),
 ) -> list[RowOutput]:
     """Runs one request alone, a step at a time, and frees its row; outputs of drawn tokens."""
     limit = num_blocks(runner.model.max_model_len, runner.model.block_size)
     pool = BlockPool(runner)
     each = min(limit, pool.total // pool.num_groups)
     taken = pool.take_groups(each) if blocks is None else list(blocks)[:limit]
-    row = runner.add_row(token_ids, params, block_ids=taken, prompt_len=prompt_len)
+    row = runner.add_row(
+        token_ids, params, block_ids=taken, prompt_len=prompt_len, bad_words_token_ids=bad_words
+    )
     outputs: list[RowOutput] = []
     left = len(token_ids)
     while not outputs or outputs[-1].finish_reason is None:
@@ -126,31 +130,91 @@ class SlowReference:
 
     def __init__(self, device: str, model: Path = LLAMA, **options: Any) -> None:
         self._runner = open_runner(device, model, **{"max_num_seqs": 1, **options})
-        self._known: dict[tuple[tuple[int, ...], SamplingParams], tuple[list[int], str]] = {}
+        self._known: dict[Any, list[RowOutput]] = {}
+
+    def outputs(
+        self, prompt: Sequence[int], params: SamplingParams, bad_words: Sequence[Sequence[int]] = ()
+    ) -> list[RowOutput]:
+        """What its steps say, those of the last of the prompt first."""
+        assert params.temperature == 0 or params.seed is not None
+        key = (tuple(prompt), params, tuple(map(tuple, bad_words)))
+        if key not in self._known:
+            self._known[key] = run_to_end(self._runner, prompt, params, bad_words=bad_words)
+        return self._known[key]
 
     def __call__(self, prompt: Sequence[int], params: SamplingParams) -> tuple[list[int], str]:
         """Token ids and finish reason. `params` need a seed, or temperature 0."""
-        assert params.temperature == 0 or params.seed is not None
-        key = (tuple(prompt), params)
-        if key not in self._known:
-            outputs = run_to_end(self._runner, prompt, params)
-            reason = outputs[-1].finish_reason
-            assert reason is not None
-            self._known[key] = (tokens_of(outputs), reason)
-        return self._known[key]
+        outputs = self.outputs(prompt, params)
+        reason = outputs[-1].finish_reason
+        assert reason is not None
+        return tokens_of(outputs), reason
 
     def close(self) -> None:
         self._runner.close()
 
 
+class Listener:
+    """A matcher of `_core.Grammar` that allows every token and notes those that it is told.
+
+    Args:
+        lifetime: Tokens after which it fails.
+    """
+
+    def __init__(self, lifetime: int = 10**9) -> None:
+        self.lifetime = lifetime
+        self.heard: list[int] = []
+
+    def is_stopped(self) -> bool:
+        return self.is_error()
+
+    def is_error(self) -> bool:
+        return len(self.heard) >= self.lifetime
+
+    def get_error(self) -> str:
+        return "worn out"
+
+
+class OpenExecutor:
+    """An executor for such matchers.
+
+    Args:
+        fails_in: The call for masks, counted from 1, that fails; 0 is none.
+    """
+
+    def __init__(self, fails_in: int = 0) -> None:
+        self.fails_in = fails_in
+        self.calls: list[list[int]] = []  # rows of each call for masks
+
+    def consume_token_par(self, pairs: list[tuple[Listener, int]]) -> list[bool]:
+        for matcher, token in pairs:
+            matcher.heard.append(token)
+        return [True] * len(pairs)
+
+    def unsafe_compute_mask_ptr(
+        self, pairs: list[tuple[Listener, int]], address: int, size: int, rows: int
+    ) -> None:
+        self.calls.append([row for _, row in pairs])
+        if len(self.calls) == self.fails_in:
+            raise RuntimeError("out of order")
+        for _, row in pairs:
+            assert 0 <= row < rows
+            ctypes.memset(address + row * size, 0xFF, size)
+
+
 def cut(tokens: Sequence[int], params: SamplingParams) -> tuple[tuple[int, ...], str]:
-    """Where a path that nothing has stopped ends by stop_token_ids and max_tokens."""
-    for index, token in enumerate(tokens):
-        if token in params.stop_token_ids:
-            return tuple(tokens[: index + 1]), "stop"
-        if index + 1 == params.max_tokens:
-            break
+    """Where a path that nothing has stopped ends by stop tokens, stop sequences and max_tokens."""
+    for end in range(1, len(tokens[: params.max_tokens]) + 1):
+        if tokens[end - 1] in params.stop_token_ids or ending_sequence(tokens[:end], params) >= 0:
+            return tuple(tokens[:end]), "stop"
     return tuple(tokens[: params.max_tokens]), "length"
+
+
+def ending_sequence(tokens: Sequence[int], params: SamplingParams) -> int:
+    """Index of the stop sequence that outputs end with, the first one if several do; else -1."""
+    for index, sequence in enumerate(params.stop_sequences):
+        if tuple(tokens[-len(sequence) :]) == sequence:
+            return index
+    return -1
 
 
 def copy_model(

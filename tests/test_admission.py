@@ -23,7 +23,7 @@ def tokenizer() -> Tokenizer:
 
 
 def test_there_is_no_limit_by_itself(tokenizer: Tokenizer) -> None:
-    check_bad_words(SamplingParams(), [(1,) * 5000] * 5000)
+    check_bad_words(SamplingParams(), [(1,) * 5000] * 5000, 99)
     check_stops(
         SamplingParams(stop=["x" * 3000] * 300, stop_sequences=[[1] * 3000] * 300), tokenizer
     )
@@ -32,23 +32,23 @@ def test_there_is_no_limit_by_itself(tokenizer: Tokenizer) -> None:
 def test_limits_of_bad_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MRV1_MAX_BAD_WORDS_NUM", "3")
     monkeypatch.setenv("MRV1_BAD_WORDS_MAX_LEN", "3")
-    check_bad_words(SamplingParams(), SEQUENCES, "r7")
+    check_bad_words(SamplingParams(), SEQUENCES, 99, "r7")
     monkeypatch.setenv("MRV1_MAX_BAD_WORDS_NUM", "2")
     with pytest.raises(RequestError) as caught:
-        check_bad_words(SamplingParams(), SEQUENCES, "r7")
+        check_bad_words(SamplingParams(), SEQUENCES, 99, "r7")
     assert str(caught.value) == (
         "request 'r7': bad_words: has 3 entries: must be at most 2, by MRV1_MAX_BAD_WORDS_NUM"
     )
     monkeypatch.delenv("MRV1_MAX_BAD_WORDS_NUM")
     monkeypatch.setenv("MRV1_BAD_WORDS_MAX_LEN", "2")
     with pytest.raises(RequestError) as caught:
-        check_bad_words(SamplingParams(), SEQUENCES, "r7")
+        check_bad_words(SamplingParams(), SEQUENCES, 99, "r7")
     assert str(caught.value) == (
         "request 'r7': bad_words: has 3 tokens: must be at most 2, by MRV1_BAD_WORDS_MAX_LEN"
     )
     monkeypatch.setenv("MRV1_BAD_WORDS_MAX_LEN", "two")
     with pytest.raises(InvalidArgumentError, match="MRV1_BAD_WORDS_MAX_LEN"):
-        check_bad_words(SamplingParams(), SEQUENCES)
+        check_bad_words(SamplingParams(), SEQUENCES, 99)
 
 
 def test_limits_of_stops(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,12 +79,15 @@ def test_limits_of_stops(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
     check_stops(SamplingParams(stop="\ud800"), tokenizer)
 
 
-def test_allowed_tokens_that_are_all_bad_words() -> None:
-    params = SamplingParams(allowed_token_ids=[7, 8])
-    check_bad_words(params, [(7,), (1, 8)])
+@pytest.mark.parametrize(("allowed", "vocab"), [([7, 8], 99), (None, 2)])
+def test_bad_words_that_leave_nothing(allowed: list[int] | None, vocab: int) -> None:
+    params = SamplingParams(allowed_token_ids=allowed)
+    first, second = allowed or range(2)
+    check_bad_words(params, [(first,), (first, second)], vocab)
+    check_bad_words(params, [], vocab)
     with pytest.raises(RequestError) as caught:
-        check_bad_words(params, [(7,), (8,)], "r7")
+        check_bad_words(params, [(first,), (second,)], vocab, "r7")
     assert str(caught.value) == (
-        "request 'r7': allowed_token_ids = [7, 8]: bad_words forbid each of them: must be tokens "
-        "of which one may be drawn"
+        "request 'r7': bad_words: forbid each token that is allowed: must be texts that leave a "
+        "token to draw"
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -10,14 +11,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mrv1 import _core, bench, bench_cli, bench_kv, bench_op, cli, shapes
+from mrv1 import _core, bench, bench_cli, bench_kv, bench_op, bench_sampler, cli, shapes, tuning
 from mrv1.bench_decode import DecodeRun, decode_options, idle_share, measure_decode
 from mrv1.bench_mix import MixRequest, measure_mix, mix_options, mix_requests
 from mrv1.bench_peers import add_peers, read_peers
@@ -72,9 +73,7 @@ def check_record(record: dict[str, Any]) -> None:
         assert value is not None or key in nullable, key
         assert value is None or isinstance(value, str | int | float), f"{key} is not flat"
     assert record["step_ms"] > 0
-    figures = ("decode", "prefill", "mix", "op", "profile", "kv_write", "decode_attention")
-    figures += ("all_reduce",)
-    assert record["figure"] in figures
+    assert record["figure"] in get_args(bench.Figure)
     if record.get("x_floor") is not None and record["floor_ms"] > 1e-3:  # not lost in rounding
         ratio = record["step_ms"] / record["floor_ms"]
         assert record["x_floor"] == pytest.approx(ratio, rel=1e-2, abs=1e-3)
@@ -543,10 +542,75 @@ def test_decode_attention(device: str, tmp_path: Path, capsys: pytest.CaptureFix
         assert cli.main(["bench", "decode_attention", "--device", device, *wrong]) != 0
 
 
+def test_sampler(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["bench", "sampler", "--device", device, "--json", str(path), "--read-mb", "4"]
+    arguments += ["--batch", "1,3", "--vocab", "1000,4097", "--steps", "2"]
+    assert cli.main(arguments) == 0
+    records = json.loads(path.read_text())
+    assert len(records) == 2 * 2 * len(bench_sampler.CASES)
+    for record in records:
+        check_record(record)
+        assert record["shape"] == f"vocabulary {record['vocab']}"
+        assert record["us"] == pytest.approx(1e3 * record["step_ms"], rel=1e-2)
+        floor = 4 * record["batch"] * record["vocab"] / record["read_gb_s"] / 1e6
+        assert record["floor_ms"] == pytest.approx(floor, rel=0.02, abs=1e-6)
+        assert record["floor_us"] > 0
+    check_table(capsys.readouterr().out, records)
+    assert [record["case"] for record in records[:4]] == list(bench_sampler.CASES)
+    for wrong in (["--shape", "demo"], ["--context", "5"], ["--dtype", "bfloat16"]):
+        assert cli.main(["bench", "sampler", "--device", device, *wrong]) != 0
+
+
+@pytest.mark.parametrize("case", bench_sampler.CASES)
+def test_the_sampler_that_is_timed_draws(device: str, case: str) -> None:
+    """Rows draw tokens of their own, the same ones each time, and such as the case allows."""
+    spec = bench_sampler.case_spec(case, 4099)
+    with_device = tuning.make_device(device)
+    probe = _core.SampleProbe(with_device, 64, 4099, spec, copies=2)
+    try:
+        probe.time_runs(1)
+        tokens = probe.tokens().tolist()
+        again = _core.SampleProbe(with_device, 64, 4099, spec, copies=2)
+        again.time_runs(1)
+        assert again.tokens().tolist() == tokens
+        again.close()
+    finally:
+        probe.close()
+        with_device.close()
+    assert all(0 <= token < 4099 for token in tokens) and len(set(tokens)) > 32
+    if case == "all":
+        assert set(tokens) <= set(spec.allowed_token_ids) - set(spec.stop_ids)
+        assert not {word[0] for word in spec.bad_words if len(word) == 1} & set(tokens)
+
+
+def test_the_sampler_s_probe_names_what_is_wrong() -> None:
+    with contextlib.closing(tuning.make_device("cpu")) as device:
+        spec = bench_sampler.case_spec("greedy", 100)
+        for batch, vocab, copies, match in (
+            (0, 100, 1, "batch is 0 and copies 1"),
+            (1, 100, 0, "copies 0; both must be positive"),
+            (1, 0, 1, "vocab_size is 0"),
+            (1, 50, 1, "outside"),
+        ):
+            with pytest.raises(InvalidArgumentError, match=match):
+                _core.SampleProbe(device, batch, vocab, spec, copies)
+        spec.prompt_len = 0
+        with pytest.raises(InvalidArgumentError, match="prompt_len is 0"):
+            _core.SampleProbe(device, 1, 100, spec)
+        probe = _core.SampleProbe(device, 1, 100, bench_sampler.case_spec("greedy", 100))
+        with contextlib.closing(probe):
+            assert probe.logits_address(0) != 0
+            with pytest.raises(InvalidArgumentError, match="copy 1 is outside"):
+                probe.logits_address(1)
+            with pytest.raises(InvalidArgumentError, match="on a GPU only"):
+                probe.time_reads()
+
+
 def test_names_of_the_command_are_the_figure_s() -> None:
     assert tuple(bench_kv.FORMATS) == bench_cli.CACHES
     assert bench_kv.LAYOUTS == bench_cli.LAYOUTS and bench_kv.WRITES == bench_cli.WRITES
-    assert bench_kv.LAUNCHES == bench_cli.LAUNCHES
+    assert bench_kv.LAUNCHES == bench_cli.LAUNCHES and bench_sampler.CASES == bench_cli.CASES
 
 
 @pytest.mark.parametrize("count", [3 * MIB // 8 + 5, 9 * MIB // 8 + 2049])

@@ -85,11 +85,13 @@ def test_options_that_edit_logits_reach_the_sampler(model: str) -> None:
         allowed_token_ids=range(30, 200),
         bad_words=["th", "e"],
         stop_token_ids=[39],
+        stop_sequences=[[38, 37], [300]],
     )
     (text,) = expected(model, ["hello"], params)
     options = "--temperature 0 --max-tokens 24 --presence-penalty 0.5 --frequency-penalty -0.25"
     options += " --repetition-penalty 1.3 --logit-bias 40:2.5 --logit-bias 41:-3 --bad-words th"
-    options += " --bad-words e --stop-token-ids 39 --allowed-token-ids "
+    options += " --bad-words e --stop-token-ids 39 --stop-sequences 38,37 --stop-sequences 300"
+    options += " --allowed-token-ids "
     options += ",".join(map(str, range(30, 200)))
     given = run("generate", "--model", model, *options.split(), "hello")
     assert given.stdout == text + "\n"
@@ -132,17 +134,20 @@ def test_options_of_token_ids_are_checked(option: str, value: str) -> None:
 
 def test_log_probabilities_are_printed(model: str) -> None:
     with LLM(model, device="cpu") as llm:
-        params = SamplingParams(temperature=0.0, max_tokens=3, logprobs=2)
+        params = SamplingParams(temperature=0.0, max_tokens=3, logprobs=2, prompt_logprobs=1)
         (result,) = llm.generate(["hello"], params)
-    options = "--temperature 0 --max-tokens 3 --logprobs 2 --device cpu"
+    options = "--temperature 0 --max-tokens 3 --logprobs 2 --prompt-logprobs 1 --device cpu"
     lines = run("generate", "--model", model, *options.split(), "hello").stderr.splitlines()
-    assert result.logprobs is not None
-    printed = [line for line in lines if line.startswith("prompt 1: ")]
-    assert len(printed) == 3
-    for line, place in zip(printed, result.logprobs, strict=True):
-        told = [f"{p.decoded_token!r} {p.logprob:.4f} (rank {p.rank})" for p in place.values()]
-        assert line == "prompt 1: " + "; ".join(told)
-        assert len(told) == 2 and told[0].endswith("(rank 1)")
+    assert result.logprobs is not None and result.prompt_logprobs is not None
+    expected_lines = [
+        f"{name} 1: "
+        + "; ".join(f"{p.decoded_token!r} {p.logprob:.4f} (rank {p.rank})" for p in place.values())
+        for name, places in (("prompt", result.prompt_logprobs), ("output", result.logprobs))
+        for place in places
+        if place is not None
+    ]
+    assert len(expected_lines) == len(result.prompt_token_ids) - 1 + 3
+    assert [line for line in lines if "(rank" in line] == expected_lines
 
 
 def test_the_cache_dtype_reaches_the_model(model: str) -> None:

@@ -6,6 +6,7 @@ On a GPU results are compared in batch-invariant mode, where a row does not depe
 
 from __future__ import annotations
 
+import collections
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -211,6 +212,19 @@ def test_one_sample_is_aborted_and_the_others_go_on(opened: Opened) -> None:
     assert lives["many", 0].tokens == alone(opened, prompt, seeded(20, 14))
     assert lives["many", 1].end == _core.RequestEnd.ABORT
     assert lives["many", 2].end == _core.RequestEnd.NONE
+
+
+def test_steps_into_a_queue_leave_what_is_there(opened: Opened) -> None:
+    _, engine = opened()
+    prompt = make_prompt(20, 3)
+    add(engine, "one", prompt, seeded(20, 14))
+    outputs: collections.deque[_core.RequestOutput] = collections.deque()
+    while engine.has_unfinished():
+        engine.step_into(outputs)
+    lives: Lives = {}
+    take(lives, list(outputs))
+    assert len(outputs) == 14
+    assert lives["one", 0].tokens == alone(opened, prompt, seeded(20, 14))
 
 
 def test_requests_that_are_refused_leave_nothing(opened: Opened) -> None:

@@ -2,10 +2,13 @@
 """Random lives of requests over the native engine, against one request at a time.
 
 Hypothesis adds requests that share prefixes, wants several samples of some, aborts, and steps,
-over engines with few blocks, rows and tokens a step, with drafts and without, with caches in
-float32 and in FP8; layers see all positions, or some a window. Every token and end must be that of
-the request alone, without drafts. After each rule lists, rows and references to blocks are checked,
-at the end that all are back. On a GPU rows are batch invariant, as they are on the CPU.
+over engines with few blocks, rows and tokens a step, with drafts and without, with grammars (that
+allow everything) and without, with caches in float32 and in FP8, with graphs, in pieces and
+without; layers see all positions, or some a window. Requests have penalties, biases, bad words,
+allowed tokens, stop tokens and sequences, and want logprobs of outputs and prompts. Every token,
+end and logprob must be that of the request alone, without drafts, bit for bit. After each rule
+lists, rows and references to blocks are checked, at the end that all are back. On a GPU rows are
+batch invariant, as they are on the CPU.
 
 MRV1_TEST_STEPS sets how many engine steps are taken at least. MRV1_TEST_SEED draws other lives than
 those of every run, and MRV1_TEST_COUNTS names a directory for what was counted, as JSON;
@@ -37,27 +40,36 @@ from hypothesis.stateful import (
 from mrv1 import _core
 from mrv1.builder import Builder
 from mrv1.errors import RequestError
-from mrv1.runner import ModelRunner, make_row_spec
+from mrv1.logprobs import Logprob, token_logprobs
+from mrv1.runner import ModelRunner, RowOutput, make_row_spec
 from mrv1.sampling_params import SamplingParams
 from serving_tools import (
     LLAMA,
+    VOCAB,
+    Listener,
+    OpenExecutor,
     SlowReference,
     Tensors,
     copy_model,
     cut,
+    ending_sequence,
     greedy,
     make_prompt,
     need_ranks,
     num_blocks,
     open_runner,
     seeded,
+    tokens_of,
 )
 
 STEPS = int(os.environ.get("MRV1_TEST_STEPS", "20000"))
 SEED = os.environ.get("MRV1_TEST_SEED")
 COUNTS = os.environ.get("MRV1_TEST_COUNTS")
 LEAST = 200  # of each rare event
-RARE = ("preemption", "prefix hit", "chunk edge", "stop in flight", "abort in flight")
+RARE = (
+    "preemption", "prefix hit", "chunk edge", "stop in flight", "abort in flight", "bound",
+    "stop sequence", "edited", "logprobs", "scored prompt",
+)  # fmt: skip
 DRAFTING = ", drafting"  # ends the names of what engines with drafts count besides
 FP8 = ", FP8 cache"  # and of those with FP8 caches
 STEPS_AN_EXAMPLE = 50  # fewer than there are on average
@@ -77,7 +89,45 @@ PROMPTS = tuple(
     + [make_prompt(length, 60 + length) for length in (5, 19)]
 )
 LONGEST = max(len(prompt) for prompt in PROMPTS) + MAX_TOKENS - 1  # tokens with a slot
-PATHS = (greedy(MAX_TOKENS), seeded(3, MAX_TOKENS, temperature=1.5), seeded(40, MAX_TOKENS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """How tokens are drawn."""
+
+    params: SamplingParams
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+def circle_words(every: int) -> tuple[tuple[int, ...], ...]:
+    """Words that cut circles of `repeat_often` short: two tokens of some, one of another."""
+    pairs = tuple((first + 1, first + 2) for first in range(0, VOCAB, 4 * every))
+    return (*pairs, *((first,) for first in range(7, VOCAB, 4 * every)))
+
+
+PATHS = (
+    Draws(greedy(MAX_TOKENS)),
+    Draws(seeded(3, MAX_TOKENS, temperature=1.5)),
+    Draws(seeded(40, MAX_TOKENS)),
+)
+EDITED = (
+    Draws(
+        greedy(
+            MAX_TOKENS, repetition_penalty=1.2, frequency_penalty=0.02, presence_penalty=-0.01,
+            logit_bias={9: 0.02, 200: -100.0},
+        )
+    ),
+    Draws(
+        seeded(
+            12, MAX_TOKENS, temperature=1.2, top_k=40, min_p=0.01, frequency_penalty=1.5,
+            allowed_token_ids=range(5, VOCAB, 1 + VOCAB // 200),
+        ),
+        circle_words(3),
+    ),
+    Draws(greedy(MAX_TOKENS), circle_words(1)),
+)  # fmt: skip
+ALL_PATHS = PATHS + EDITED
+TOP = 2  # candidates beside each token in the reference
 
 ENDS = {"stop": _core.RequestEnd.STOP, "length": _core.RequestEnd.LENGTH}
 
@@ -149,16 +199,20 @@ class Wish:
     """A request that may be made. Its samples end at the earliest of what is given."""
 
     prompt: int  # which of PROMPTS
-    path: int  # which of PATHS
+    path: int  # which of ALL_PATHS
     max_tokens: int
     stop_at: int | None  # the token here is a stop id, for all samples that of the first one's path
-    min_tokens: int  # only with stop_at
+    sequence: tuple[int, int] | None  # so many tokens that end here are a stop sequence, as well
+    min_tokens: int  # only with stop_at or sequence
     quit_at: int | None  # the consumer ends it after so many tokens, as a stop string does
     n: int
     priority: int
     salt: int
     skip_cache: bool
+    bound: bool  # has matchers, which must hear its tokens
     drafts: int | None  # as num_speculative_tokens, at most the engine's; None is all of them
+    logprobs: int | None
+    prompt_logprobs: int | None
 
 
 def sometimes(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -168,16 +222,20 @@ def sometimes(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 wishes = st.builds(
     Wish,
     prompt=st.integers(0, len(PROMPTS) - 1),
-    path=st.integers(0, len(PATHS) - 1),
+    path=st.integers(0, len(ALL_PATHS) - 1),
     max_tokens=st.sampled_from((MAX_TOKENS, 1, 2, 6, 15, MAX_TOKENS)),
     stop_at=st.one_of(st.none(), st.integers(0, MAX_TOKENS - 2)),
-    min_tokens=st.sampled_from((0, 0, 0, 5)),
+    sequence=sometimes(st.tuples(st.integers(1, 5), st.integers(0, MAX_TOKENS - 2))),
+    min_tokens=st.sampled_from((0, 0, 0, 5, 11)),
     quit_at=sometimes(st.integers(1, MAX_TOKENS)),
     n=st.sampled_from((1, 1, 1, 2, MAX_SAMPLES)),
     priority=st.sampled_from((0, 0, 0, -1, 1)),
     salt=st.sampled_from((0, 0, 0, 0, 0, 1)),
     skip_cache=st.sampled_from((False, False, False, False, True)),
+    bound=st.sampled_from((False, False, False, False, True)),
     drafts=st.sampled_from((None, None, None, 0, 1, 3)),
+    logprobs=st.sampled_from((None, None, None, 0, TOP)),
+    prompt_logprobs=st.sampled_from((None, None, None, None, None, 0, TOP)),
 )
 
 
@@ -188,11 +246,14 @@ class Life:
     wish: Wish
     tokens: tuple[int, ...]
     reason: str
+    stop_sequence: int
+    logprobs: list[dict[int, Logprob]]
     got: list[int] = dataclasses.field(default_factory=list)
     cached: int | None = None
     drafted: int = 0
     accepted: int = 0
     aborted: bool = False
+    matcher: Listener | None = None
 
 
 class EngineLives(RuleBasedStateMachine):
@@ -212,6 +273,8 @@ class EngineLives(RuleBasedStateMachine):
         self.lives: dict[tuple[str, int], Life] = {}
         self.known: list[tuple[int, str, list[int]]] = []  # salt, name, tokens that may be cached
         self.added = 0
+        self.heard_prompts: set[str] = set()  # names whose prompts' logprobs have come
+        self.half_heard: set[str] = set()  # names of which outputs were dropped
         self.runner: ModelRunner | None = None
 
     @initialize(
@@ -226,6 +289,7 @@ class EngineLives(RuleBasedStateMachine):
         drafts=st.sampled_from((0, 4, 1, 0, 3, 7)),
         lookup=st.sampled_from(((1, 3), (1, 1), (2, 4))),
         kv_cache_dtype=st.sampled_from(("auto", "fp8_e4m3", "auto", "fp8_e5m2")),
+        graph_mode=st.sampled_from(("full", "eager", "piecewise")),
     )
     def open(
         self,
@@ -240,6 +304,7 @@ class EngineLives(RuleBasedStateMachine):
         drafts: int,
         lookup: tuple[int, int],
         kv_cache_dtype: str,
+        graph_mode: str,
     ) -> None:
         self.windows = [WINDOW, 0] if windowed else [0]
         self.drafts = drafts
@@ -270,6 +335,7 @@ class EngineLives(RuleBasedStateMachine):
             tensor_parallel_size=self.ranks,
             speculative_config=speculative_config if drafts else None,
             kv_cache_dtype=kv_cache_dtype,
+            graph_mode=graph_mode,
         )
         assert sorted(self.runner.kv_windows) == sorted(self.windows)
         options = _core.EngineOptions(enable_prefix_caching=caching, background=self.background)
@@ -286,31 +352,55 @@ class EngineLives(RuleBasedStateMachine):
 
     def asked(self, wish: Wish) -> SamplingParams:
         """The parameters of the request, whose first sample has its seed."""
-        drafts = None if wish.drafts is None else min(wish.drafts, self.drafts)
-        return dataclasses.replace(self.params(wish, 0), num_speculative_tokens=drafts)
+        return dataclasses.replace(
+            self.params(wish, 0),
+            num_speculative_tokens=None if wish.drafts is None else min(wish.drafts, self.drafts),
+            logprobs=wish.logprobs,
+            prompt_logprobs=wish.prompt_logprobs,
+        )
 
     def params(self, wish: Wish, index: int) -> SamplingParams:
         """Those of a sample by itself, without drafts."""
-        path = PATHS[wish.path]
+        path = ALL_PATHS[wish.path].params
         fields: dict[str, Any] = {"max_tokens": wish.max_tokens}
-        if wish.stop_at is not None:
-            first = self.reference(PROMPTS[wish.prompt], path)[0]
-            fields |= {
-                "stop_token_ids": [first[wish.stop_at]],
-                "min_tokens": min(wish.min_tokens, wish.max_tokens),
-            }
+        if wish.stop_at is not None or wish.sequence is not None:
+            fields["min_tokens"] = min(wish.min_tokens, wish.max_tokens)
+            first = tokens_of(self.outputs(wish, dataclasses.replace(path, logprobs=TOP)))
+            if wish.stop_at is not None:
+                fields["stop_token_ids"] = [first[wish.stop_at]]
+            if wish.sequence is not None:
+                length, last = wish.sequence
+                sequence = first[max(0, last + 1 - length) : last + 1]
+                # Another one begins like it, and goes on otherwise.
+                fields["stop_sequences"] = [[*sequence, VOCAB - 1 - sequence[-1]], sequence]
         if path.seed is not None:
             fields["seed"] = path.seed + index
         return dataclasses.replace(path, **fields)
 
+    def outputs(self, wish: Wish, params: SamplingParams) -> list[RowOutput]:
+        """The request alone."""
+        return self.reference.outputs(PROMPTS[wish.prompt], params, ALL_PATHS[wish.path].bad_words)
+
     def life(self, wish: Wish, index: int) -> Life:
-        prompt, params = PROMPTS[wish.prompt], self.params(wish, index)
+        params = dataclasses.replace(self.params(wish, index), logprobs=TOP)
         if params.min_tokens:
-            # Stop ids are masked at first, so the path is another one.
-            tokens, reason = self.reference(prompt, params)
-            return Life(wish, tuple(tokens), reason)
-        path = dataclasses.replace(params, max_tokens=MAX_TOKENS, stop_token_ids=[])
-        return Life(wish, *cut(self.reference(prompt, path)[0], params))
+            # Stop ids are masked at first, so the path is another one, and sequences do not count.
+            outputs = self.outputs(wish, params)
+            tokens, reason = tuple(tokens_of(outputs)), outputs[-1].finish_reason
+            assert reason is not None
+            stop_sequence = outputs[-1].stop_sequence
+            stop = -1 if stop_sequence is None else stop_sequence
+        else:
+            path = dataclasses.replace(
+                params, max_tokens=MAX_TOKENS, stop_token_ids=[], stop_sequences=[], min_tokens=0
+            )
+            outputs = self.outputs(wish, path)
+            tokens, reason = cut(tokens_of(outputs), params)
+            stop = -1
+            if reason == "stop" and tokens[-1] not in params.stop_token_ids:
+                stop = ending_sequence(tokens, params)
+        logprobs = [place for output in outputs for place in output.logprobs or ()]
+        return Life(wish, tokens, reason, stop, logprobs[: len(tokens)])
 
     def fits(self, wish: Wish) -> bool:
         """Whether a request could ever run."""
@@ -334,15 +424,22 @@ class EngineLives(RuleBasedStateMachine):
 
     def add(self, name: str, wish: Wish) -> None:
         prompt = PROMPTS[wish.prompt]
+        matchers = [Listener() for _ in range(wish.n)] if wish.bound else []
 
         def add_request() -> None:
             self.engine.add_request(
                 name,
-                make_row_spec(prompt, self.asked(wish), eos_token_ids=()),
+                make_row_spec(
+                    prompt,
+                    self.asked(wish),
+                    eos_token_ids=(),
+                    bad_words=ALL_PATHS[wish.path].bad_words,
+                ),
                 priority=wish.priority,
                 n=wish.n,
                 cache_salt=wish.salt,
                 skip_prefix_cache=wish.skip_cache,
+                grammar=_core.Grammar(OpenExecutor(), matchers) if matchers else None,
             )
 
         if not self.fits(wish):
@@ -356,6 +453,7 @@ class EngineLives(RuleBasedStateMachine):
         else:
             for index in range(wish.n):
                 life = self.life(wish, index)
+                life.matcher = matchers[index] if matchers else None
                 self.lives[name, index] = life
                 if not wish.skip_cache and self.caching:
                     self.known.append((wish.salt, name, [*prompt, *life.tokens]))
@@ -381,6 +479,8 @@ class EngineLives(RuleBasedStateMachine):
             # What ends while it waits to be computed again keeps the count of its first admission.
             assert output.num_cached_tokens == life.cached
             self.check_drafts(life, output)
+            self.check_logprobs(life, output)
+            self.check_prompt_logprobs(life, output)
             life.got += output.token_ids
             assert tuple(life.got) == life.tokens[: len(life.got)], key
             if output.end != _core.RequestEnd.NONE:
@@ -408,6 +508,7 @@ class EngineLives(RuleBasedStateMachine):
 
         assert cached % self.block_size == 0
         assert not (life.wish.skip_cache and cached)
+        assert not (life.wish.prompt_logprobs is not None and cached)
         others = [
             common(tokens)
             for salt, owner, tokens in self.known
@@ -416,15 +517,59 @@ class EngineLives(RuleBasedStateMachine):
         assert cached <= max(others, default=0)
 
     def check_drafts(self, life: Life, output: _core.RequestOutput) -> None:
-        """A step gives one token and what it accepts, of no more drafts than were asked for."""
+        """A step gives one token and what it accepts, of no more drafts than were asked for.
+
+        What it accepts is all where a draft stops the row.
+        """
         wish, most = life.wish, self.drafts
         most = most if wish.drafts is None else min(most, wish.drafts)
+        most = 0 if wish.bound else most
         drafted = output.num_draft_tokens - life.drafted
         accepted = output.num_accepted_tokens - life.accepted
         assert 0 <= accepted <= drafted <= most
-        assert len(output.token_ids) == 1 + accepted or (not output.token_ids and not drafted)
+        count = len(output.token_ids)
+        on_draft = output.end == _core.RequestEnd.STOP and count == accepted > 0
+        assert count == 1 + accepted or on_draft or (not count and not drafted)
+        self.counters["stop on a draft"] += on_draft
         self.counters["end among drafts"] += output.end in ENDS.values() and accepted > 0
         life.drafted, life.accepted = output.num_draft_tokens, output.num_accepted_tokens
+
+    def check_logprobs(self, life: Life, output: _core.RequestOutput) -> None:
+        asked, count = life.wish.logprobs, len(output.token_ids)
+        if asked is None or not count:
+            assert output.logprobs is None
+            return
+        assert output.logprobs is not None
+        first = len(life.got)
+        places = life.logprobs[first : first + count]
+        if asked == 0:
+            places = [
+                {token: place[token]}
+                for token, place in zip(life.tokens[first:], places, strict=False)
+            ]
+        assert token_logprobs(count, *output.logprobs, None) == places
+        self.count("logprobs", count)
+
+    def check_prompt_logprobs(self, life: Life, output: _core.RequestOutput) -> None:
+        """Those of a request come once, with the first token of one of its samples."""
+        asked, found = life.wish.prompt_logprobs, output.prompt_logprobs
+        if found is None:
+            if asked is not None and output.token_ids and output.id not in self.half_heard:
+                assert output.id in self.heard_prompts
+            return
+        assert asked is not None and output.token_ids and not life.got
+        assert output.id not in self.heard_prompts
+        self.heard_prompts.add(output.id)
+        prompt = PROMPTS[life.wish.prompt]
+        assert [len(values) for values in found] == [len(prompt) - 1] * 3
+        expected = self.reference.outputs(prompt, greedy(1, prompt_logprobs=asked))
+        if len(prompt) > 1:
+            wanted = expected[0].prompt_logprobs
+            assert wanted is not None
+            np.testing.assert_array_equal(found[0], wanted.token_ids)
+            np.testing.assert_array_equal(found[1], wanted.logprobs)
+            np.testing.assert_array_equal(found[2], wanted.ranks)
+        self.count("scored prompt")
 
     def check_end(self, key: tuple[str, int], life: Life, output: _core.RequestOutput) -> None:
         del self.lives[key]
@@ -441,8 +586,15 @@ class EngineLives(RuleBasedStateMachine):
         # With a thread the end may be on its way when the abort comes.
         assert not life.aborted or self.background
         assert output.end == ENDS[life.reason], key
+        assert output.stop_sequence == life.stop_sequence, key
         assert tuple(life.got) == life.tokens, key
+        if life.matcher is not None:
+            # All but the token that ended it, each once.
+            assert life.matcher.heard == life.got[:-1]
+            self.count("bound")
         self.counters[life.reason] += 1
+        self.count("stop sequence", life.stop_sequence >= 0)
+        self.count("edited", life.wish.path >= len(PATHS))
 
     @rule(
         which=st.integers(0, MOST_LIVES - 1),
@@ -461,6 +613,7 @@ class EngineLives(RuleBasedStateMachine):
                 self.lives[key].aborted = True
             else:
                 del self.lives[key]
+                self.half_heard.add(name)
 
     def finish(self) -> None:
         turns = 0
@@ -505,6 +658,9 @@ class EngineLives(RuleBasedStateMachine):
                 ("abort in flight", "dropped_results"),
             ):
                 self.count(name, stats[stat])
+            modes = self.runner.stats()
+            for mode in ("eager", "piecewise", "full"):
+                self.counters[f"{mode} steps"] += modes[f"steps_{mode}"]
             self.counters["accepted draft"] += stats["accepted_tokens"]
             self.counters["rejected draft"] += stats["draft_tokens"] - stats["accepted_tokens"]
             self.counters["windowed steps"] += stats["steps"] * (len(self.windows) > 1)
@@ -544,7 +700,7 @@ def test_lives_over_the_native_engine(
     assert counters["steps"] >= steps, counters
     if background:
         return
-    for name in (*RARE, "accepted draft", "rejected draft"):
+    for name in (*RARE, "accepted draft", "rejected draft", "piecewise steps", "full steps"):
         assert counters[name] >= LEAST, (name, counters)
     for name in RARE:
         assert counters[name + DRAFTING] >= LEAST // 4, (name, counters)

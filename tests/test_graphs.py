@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -254,22 +255,44 @@ def test_bad_options_are_refused(device: str, options: dict[str, Any], match: st
 
 
 def test_params_of_every_kind_mix_in_a_graph(device: str) -> None:
-    """Greedy, seeded, filtered and min_tokens rows in one captured step equal eager ones."""
+    """Rows with any parameters in one captured step equal eager ones: tokens, ends and logprobs."""
     chosen = [
         greedy(20),
-        seeded(1, 20),
+        seeded(1, 20, logprobs=20),
         seeded(2, 20, top_k=3, min_p=0.01),
         SamplingParams(temperature=1.1, seed=4, max_tokens=20, min_tokens=5),
+        greedy(20, repetition_penalty=1.5, frequency_penalty=0.3, presence_penalty=0.2, logprobs=0),
+        seeded(5, 20, logit_bias={7: 3.0, 9: -100.0}, allowed_token_ids=range(3, 200), logprobs=2),
+        seeded(6, 20, top_p=0.7, frequency_penalty=-0.5, min_tokens=3, stop_token_ids=[50]),
     ]
-    results = []
-    for mode in ("eager", "full"):
-        runner = open_runner(device, graph_mode=mode, capture_sizes=[4])
+    prompt = make_prompt(9, 5)
+    words = [[7], [8, 9]]
+    runs = []
+    for mode in MODES:
+        runner = open_runner(
+            device,
+            graph_mode=mode,
+            max_num_seqs=8,
+            capture_sizes=[8],
+            piecewise_sizes=[8, 72],
+            batch_invariant=True,
+        )
+        first = tokens_of(run_to_end(runner, prompt, greedy(20)))
+        ended = greedy(20, stop_sequences=[first[4:9], [*first[:3], 5]], logprobs=1)
         pool = BlockPool(runner)
         rows = [
-            runner.add_row(make_prompt(9, 5), params, block_ids=pool.take(8)) for params in chosen
+            runner.add_row(prompt, params, block_ids=pool.take(8), bad_words_token_ids=words)
+            for params in chosen
         ]
+        rows.append(runner.add_row(prompt, ended, block_ids=pool.take(8)))
+        before = runner.stats()[f"steps_{mode}"]
         steps = [runner.execute([(row, 9) for row in rows]).result()]
         steps += [runner.execute([(row, 1) for row in rows]).result() for _ in range(15)]
-        results.append([[output.token_id for output in step] for step in steps])
+        assert runner.stats()[f"steps_{mode}"] >= before + 15
+        runs.append([[dataclasses.replace(output, generation=0) for output in s] for s in steps])
+        last = [step[-1] for step in steps]
+        assert [output.token_id for output in last[:9]] == first[:9]
+        assert (last[8].finish_reason, last[8].stop_sequence) == ("stop", 0)
+        assert all(output.masked for output in last[9:])
         runner.close()
-    assert results[0] == results[1]
+    assert runs[1] == runs[0] and runs[2] == runs[0]

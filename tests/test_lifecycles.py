@@ -28,24 +28,37 @@ from hypothesis.stateful import (
 
 from mrv1.engine import Engine
 from mrv1.errors import RequestError
+from mrv1.logprobs import Logprob
 from mrv1.runner import PendingStep
 from mrv1.sampling_params import SamplingParams
 from mrv1.tokenizer import Tokenizer
 from serving_tools import (
     LLAMA,
+    VOCAB,
     BlockPool,
     SlowReference,
     cut,
+    ending_sequence,
     greedy,
     make_prompt,
     num_blocks,
     open_runner,
     seeded,
+    tokens_of,
 )
 
 PROMPT_LENGTHS = (1, 3, 4, 5, 8, 13, 22)
 MAX_TOKENS = 14
 BLOCK = 4
+
+# Of logits; the penalties follow what a row has drawn, also before it was preempted.
+EDITS: dict[str, Any] = {
+    "repetition_penalty": 1.3,
+    "frequency_penalty": 0.4,
+    "presence_penalty": -0.1,
+    "logit_bias": {11: 0.3, 12: -100},
+    "allowed_token_ids": range(2, VOCAB, 2),
+}
 
 counters: Counter[str] = Counter()
 
@@ -59,6 +72,7 @@ class Wish:
     tokens: tuple[int, ...]
     reason: str
     text: str | None = None  # with a stop string: what is in front of it
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
 
 
 @pytest.fixture(scope="module", params=["auto", "fp8_e4m3"])
@@ -73,32 +87,43 @@ def cache_options(kv_cache_dtype: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def wishes(device: str, kv_cache_dtype: str) -> Iterator[list[Wish]]:
-    """The menu: greedy and seeded, ended by length, stop tokens, stop strings."""
+    """The menu: greedy, seeded and edited; ended by length, stop tokens, sequences and strings."""
     reference = SlowReference(device, **cache_options(kv_cache_dtype))
     tokenizer = Tokenizer.from_dir(LLAMA)
     menu: list[Wish] = []
     for length in PROMPT_LENGTHS:
         prompt = make_prompt(length, 500 + length)
-        for path in (greedy(MAX_TOKENS), seeded(length, MAX_TOKENS, temperature=1.5)):
-            tokens = reference(prompt, path)[0]
+        for path in (
+            greedy(MAX_TOKENS),
+            seeded(length, MAX_TOKENS, temperature=1.5, logprobs=1),
+            greedy(MAX_TOKENS, logprobs=2, **EDITS),
+            seeded(length, MAX_TOKENS, top_k=9, **EDITS),
+        ):
+            outputs = reference.outputs(prompt, path)
+            tokens = tokens_of(outputs)
+            places = tuple(place for output in outputs for place in output.logprobs or ())
 
             def wish(**fields: Any) -> SamplingParams:
-                chosen = {
-                    name: getattr(path, name)  # noqa: B023 - called at once
-                    for name in ("temperature", "top_p", "seed", "ignore_eos", "max_tokens")
-                }
-                return SamplingParams(**{**chosen, **fields})
+                return dataclasses.replace(path, **fields)  # noqa: B023 - called at once
+
+            def add(params: SamplingParams) -> None:
+                ended, reason = cut(tokens, params)  # noqa: B023
+                known = places[: len(ended)] or None  # noqa: B023
+                menu.append(Wish(tuple(prompt), params, ended, reason, logprobs=known))  # noqa: B023
 
             for most in (1, 2, 9, MAX_TOKENS):
-                params = wish(max_tokens=most)
-                menu.append(Wish(tuple(prompt), params, *cut(tokens, params)))
+                add(wish(max_tokens=most))
             for stop_at in (0, 3, 8):
-                params = wish(stop_token_ids=[tokens[stop_at]])
-                menu.append(Wish(tuple(prompt), params, *cut(tokens, params)))
+                add(wish(stop_token_ids=[tokens[stop_at]]))
+            for first, last in ((0, 0), (1, 3), (5, 9)):
+                sequence = tokens[first : last + 1]
+                add(wish(stop_sequences=[[*sequence, 0], sequence]))
             # Stop tokens are masked below min_tokens, so the path is another one.
             params = wish(stop_token_ids=sorted(set(tokens[:4])), min_tokens=6)
             stopped, reason = reference(prompt, params)
-            menu.append(Wish(tuple(prompt), params, tuple(stopped), reason))
+            outputs = reference.outputs(prompt, params)
+            known = tuple(place for output in outputs for place in output.logprobs or ()) or None
+            menu.append(Wish(tuple(prompt), params, tuple(stopped), reason, logprobs=known))
             text = tokenizer.decode(tokens)
             stop = text[len(text) // 2 : len(text) // 2 + 2]
             params = wish(stop=stop)
@@ -285,11 +310,17 @@ class RunnerMachine(RuleBasedStateMachine):
                     assert output.finish_reason is None
                     continue
                 assert output.token_id == job.wish.tokens[len(job.got)]
+                known = job.wish.logprobs
+                assert output.logprobs == (None if known is None else [known[len(job.got)]])
                 job.got.append(output.token_id)
                 ended = len(job.got) == len(job.wish.tokens)
                 assert output.finish_reason == (job.wish.reason if ended else None)
                 if ended:
                     counters[job.wish.reason] += 1
+                    sequence = ending_sequence(job.got, job.wish.params)
+                    by_token = job.got[-1] in job.wish.params.stop_token_ids
+                    assert output.stop_sequence == (None if sequence < 0 or by_token else sequence)
+                    counters["stop sequence"] += output.stop_sequence is not None
                     later = self.flights[self.flights.index(flight) + 1 :]
                     ahead = any(job is member for f in later for member, _, _ in f.batch)
                     counters["stop in flight"] += ahead and job.wish.reason == "stop"
@@ -391,6 +422,7 @@ def test_lives_over_the_runner(device: str, wishes: list[Wish], kv_cache_dtype: 
         ("abort in flight", 20),
         ("stop", 20),
         ("length", 20),
+        ("stop sequence", 8),
         ("stop in flight", 4),
         ("output of a gone row", 40),
         ("never asked", 2),

@@ -12,6 +12,8 @@ import pytest
 
 from device_arrays import Storage, contiguous, stored
 from mrv1 import _core, ops
+from reference_sampler import RowParams
+from sampling_runs import run_rows
 
 Array = np.ndarray
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -279,12 +281,17 @@ def test_sample(native_device: _core.Device) -> None:
         "seed": rng.integers(0, 2**64, rows, np.uint64),
     }
     position = rng.integers(0, 5000, rows).astype(np.int32)
-    order = np.arange(rows, dtype=np.int32)
-    expected = _core.sample(
-        native_device, logits, logits_batch=order, logits_place=np.zeros(rows, np.int32),
-        batch_row=order, total_len=position, min_total_len=np.zeros(rows, np.int32),
-        stop_ids=[[] for _ in range(rows)], **parameters,
-    )  # fmt: skip
+    expected = run_rows(
+        native_device.kind,
+        logits,
+        [
+            RowParams(
+                total_len=int(position[row]),
+                **{name: values[row].item() for name, values in parameters.items()},
+            )
+            for row in range(rows)
+        ],
+    )
     stream = None if native_device.kind == "cpu" else native_device
 
     def draw(**given: Any) -> Array:
@@ -302,7 +309,7 @@ def test_sample(native_device: _core.Device) -> None:
         name: stored(values.view(np.int64) if name == "seed" else values, native_device)
         for name, values in parameters.items()
     }
-    assert draw(**put, position=stored(position, native_device)).tolist() == expected.tolist()
+    assert draw(**put, position=stored(position, native_device)).tolist() == expected
     # Numbers are the same for all rows.
     for row in range(rows):
         given = {name: values[row].item() for name, values in parameters.items()}

@@ -15,10 +15,15 @@ import numpy as np
 import pytest
 
 from golden_data import GOLDEN_NAMES, load_golden
-from mrv1.errors import InvalidArgumentError
-from mrv1.runner import ModelRunner, PromptLogprobs, RowHandle, RowOutput
+from mrv1 import _core
+from mrv1.errors import InvalidArgumentError, RequestError
+from mrv1.llm import LLM
+from mrv1.output_pump import RequestUpdate
+from mrv1.runner import ModelRunner, PromptLogprobs, RowHandle, RowOutput, make_row_spec
 from mrv1.sampling_params import SamplingParams
 from serving_tools import (
+    LLAMA,
+    MODELS,
     VOCAB,
     BlockPool,
     Tensors,
@@ -383,3 +388,291 @@ def test_a_step_has_room_for_so_many_records(wide: ModelRunner) -> None:
     np.testing.assert_array_equal(np.sort(ids[:, 1:], axis=1), np.tile(np.arange(WIDE), (249, 1)))
     assert (np.diff(logprobs[:, 1:], axis=1) <= 0).all()
     np.testing.assert_allclose(np.exp(logprobs[:, 1:].astype(np.float64)).sum(axis=1), 1, 1e-5)
+
+
+# --- lives ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Life:
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    end: _core.RequestEnd = _core.RequestEnd.NONE
+    error: str = ""
+    cached: int = 0
+    scores: tuple[Array, Array, Array] | None = None
+    deliveries: int = 0
+
+
+class Serving:
+    """A native engine over a runner; `step` keeps what it says of each (id, sample)."""
+
+    def __init__(self, runner: ModelRunner, caching: bool = True) -> None:
+        self.runner = runner
+        options = _core.EngineOptions(enable_prefix_caching=caching, background=False)
+        self.native = _core.Engine(runner.model.runner, options)
+        self.lives: dict[tuple[str, int], Life] = {}
+
+    def add(self, name: str, prompt: list[int], params: SamplingParams, **fields: Any) -> None:
+        vocab_size = self.runner.model.config.vocab_size
+        row = make_row_spec(prompt, params, vocab_size=vocab_size, eos_token_ids=())
+        self.native.add_request(name, row, **fields)
+
+    def step(self) -> None:
+        for output in self.native.step():
+            life = self.lives.setdefault((output.id, output.index), Life())
+            assert life.end == _core.RequestEnd.NONE
+            if output.prompt_logprobs is not None:
+                assert output.token_ids and not life.tokens
+                life.scores = output.prompt_logprobs
+                life.deliveries += 1
+            life.tokens += output.token_ids
+            life.end, life.error, life.cached = output.end, output.error, output.num_cached_tokens
+        self.native.check_invariants()
+
+    def drain(self) -> dict[tuple[str, int], Life]:
+        while self.native.has_unfinished():
+            self.step()
+        self.native.check_idle()
+        return self.lives
+
+    def close(self) -> None:
+        self.native.close()
+        self.runner.close()
+
+
+@pytest.fixture
+def serve(device: str) -> Iterator[Callable[..., Serving]]:
+    made: list[Serving] = []
+
+    def start(model: Path = LLAMA, caching: bool = True, **options: Any) -> Serving:
+        defaults: dict[str, Any] = {"batch_invariant": True, "max_logprobs": -1}
+        made.append(Serving(open_runner(device, model, **{**defaults, **options}), caching))
+        return made[-1]
+
+    yield start
+    for serving in made:
+        serving.close()
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "drafts": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
+    "FP8 cache": {"kv_cache_dtype": "fp8_e4m3"},
+    "windows": {"model": MODELS / "gemma3", "num_kv_blocks": 600},
+    "soft cap": {"model": MODELS / "gemma2", "num_kv_blocks": 600},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engine_gives_what_a_row_alone_does(serve: Callable[..., Serving], kind: str) -> None:
+    """Chunks of all sizes, beside requests that are not scored and whose tokens stay the same."""
+    serving = serve(max_num_batched_tokens=11, **KINDS[kind])
+    vocab = serving.runner.model.config.vocab_size
+    prompts = [make_prompt(length, length, vocab) for length in (1, 2, 30, 47)]
+    plain = [make_prompt(length, 7 * length, vocab) for length in (6, 25)]
+    single = serve(max_num_seqs=1, **{**KINDS[kind], "speculative_config": None}).runner
+    alone = [tokens_of(run_to_end(single, prompt, greedy(9))) for prompt in plain]
+    for index, prompt in enumerate(plain):
+        serving.add(f"plain {index}", prompt, greedy(9))
+    for index, prompt in enumerate(prompts):
+        serving.add(f"scored {index}", prompt, scoring(index, 5))
+    lives = serving.drain()
+    for index, tokens in enumerate(alone):
+        life = lives[f"plain {index}", 0]
+        assert life.scores is None and life.tokens == tokens
+    for index, prompt in enumerate(prompts):
+        life = lives[f"scored {index}", 0]
+        assert life.scores is not None and life.deliveries == 1 and len(life.tokens) == 5
+        assert life.scores[0].shape == (len(prompt) - 1, 1 + index)
+        if len(prompt) > 1:
+            assert_equal(life.scores, score(single, prompt, scoring(index)))
+
+
+def test_a_prefix_hit_is_skipped(serve: Callable[..., Serving], runner: ModelRunner) -> None:
+    """But what a scored request leaves in the cache serves others."""
+    serving = serve()
+    prompt, other = make_prompt(33, 3), make_prompt(29, 4)
+    serving.add("first", prompt, greedy(3))
+    serving.drain()
+    serving.add("scored", prompt, scoring(2, 3))
+    serving.add("new", other, scoring(2, 3))
+    lives = serving.drain()
+    serving.add("again", other, greedy(3))
+    serving.drain()
+    assert lives["scored", 0].cached == lives["new", 0].cached == 0
+    assert lives["again", 0].cached == 28
+    for name, scored in (("scored", prompt), ("new", other)):
+        scores = lives[name, 0].scores
+        assert scores is not None
+        assert_equal(scores, score(runner, scored, scoring(2)))
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_preempted_prompts_miss_nothing(
+    serve: Callable[..., Serving], runner: ModelRunner, caching: bool
+) -> None:
+    """Urgent requests come while prompts are scored in chunks, and when they have been."""
+    serving = serve(caching=caching, num_kv_blocks=18, max_num_batched_tokens=8)
+    prompts = {f"scored {index}": make_prompt(40 + index, 50 + index) for index in range(3)}
+    for name, prompt in prompts.items():
+        serving.add(name, prompt, scoring(2, 12), priority=1)
+    hit_before = serving.native.stats()["prefix_hit_tokens"]
+    for count in range(90):
+        if count % 9 == 3:
+            serving.add(f"urgent {count}", make_prompt(30, 70 + count), greedy(2))
+        serving.step()
+    lives = serving.drain()
+    stats = serving.native.stats()
+    assert stats["preemptions"] >= 3
+    # A resumed prompt takes what it was scored from already out of the cache.
+    assert (stats["prefix_hit_tokens"] > hit_before) == caching
+    for name, prompt in prompts.items():
+        life = lives[name, 0]
+        assert life.deliveries == 1 and life.scores is not None
+        assert_equal(life.scores, score(runner, prompt, scoring(2)))
+        assert life.tokens == tokens_of(run_to_end(runner, prompt, greedy(12)))
+
+
+def test_samples_share_the_logprobs_of_their_prompt(
+    serve: Callable[..., Serving], runner: ModelRunner
+) -> None:
+    serving = serve(max_num_batched_tokens=16)
+    prompt = make_prompt(40, 8)
+    serving.add("three", prompt, scoring(2, 4), n=3)
+    lives = serving.drain()
+    scores = [lives["three", index].scores for index in range(3)]
+    assert scores[0] is not None and scores[1:] == [None, None]
+    assert_equal(scores[0], score(runner, prompt, scoring(2)))
+
+
+def test_another_sample_goes_on_with_the_prompt(
+    serve: Callable[..., Serving], runner: ModelRunner
+) -> None:
+    """The first sample is aborted when half of the prompt has been scored."""
+    serving = serve(max_num_batched_tokens=8)
+    prompt = make_prompt(40, 8)
+    serving.add("two", prompt, scoring(2, 4), n=2)
+    for _ in range(4):
+        serving.step()
+    assert serving.native.abort("two", index=0)
+    lives = serving.drain()
+    assert lives["two", 0].end == _core.RequestEnd.ABORT and lives["two", 0].scores is None
+    scores = lives["two", 1].scores
+    assert scores is not None
+    assert_equal(scores, score(runner, prompt, scoring(2)))
+
+
+@pytest.mark.parametrize("steps", range(1, 6))
+@pytest.mark.parametrize("report", [False, True])
+def test_aborted_prompts_leave_nothing(
+    serve: Callable[..., Serving], runner: ModelRunner, steps: int, report: bool
+) -> None:
+    serving = serve(max_num_batched_tokens=16)
+    other = make_prompt(21, 4)
+    serving.add("aborted", make_prompt(50, 3), scoring(2))
+    serving.add("other", other, scoring(1))
+    for _ in range(steps):
+        serving.step()
+    serving.native.abort("aborted", report=report)
+    serving.add("next", other, scoring(1))  # the row is another's, with steps of it in flight
+    lives = serving.drain()
+    for name in ("other", "next"):
+        scores = lives[name, 0].scores
+        assert scores is not None
+        assert_equal(scores, score(runner, other, scoring(1)))
+
+
+def test_nan_ends_its_request_alone(serve: Callable[..., Serving], tmp_path: Path) -> None:
+    serving = serve(copy_model(tmp_path / "model", change=not_a_number(7)))
+    good, bad = ([token for token in make_prompt(30, seed) if token != 7] for seed in (40, 41))
+    bad[20] = 7
+    serving.add("bad", bad, scoring(1))
+    serving.add("good", good, scoring(1))
+    lives = serving.drain()
+    assert lives["bad", 0].end == _core.RequestEnd.ERROR
+    assert "token 21 of the prompt has no logprob" in lives["bad", 0].error
+    assert lives["good", 0].end == _core.RequestEnd.LENGTH
+    assert lives["good", 0].scores is not None
+
+
+def test_a_failed_step_ends_its_requests_alone(serve: Callable[..., Serving]) -> None:
+    serving = serve(max_num_batched_tokens=16)
+    serving.add("failed", make_prompt(40, 3), scoring(1))
+    serving.step()
+    serving.runner.model.runner.fail_next_step("as a test wants")
+    serving.step()
+    lives = serving.drain()
+    assert lives["failed", 0].end == _core.RequestEnd.ERROR
+    serving.add("next", make_prompt(40, 3), scoring(1))
+    assert serving.drain()["next", 0].scores is not None
+
+
+def test_an_engine_gives_steps_no_more_than_they_hold(wide: ModelRunner) -> None:
+    """209 records of the whole vocabulary fit: the rest of the prompt comes in another step."""
+    serving = Serving(wide)
+    prompt, other = make_prompt(250, 2), make_prompt(100, 3)
+    serving.add("all", prompt, scoring(-1, 2))
+    serving.add("few", other, scoring(4, 2))
+    lives = serving.drain()
+    serving.native.close()
+    scores, few = lives["all", 0].scores, lives["few", 0].scores
+    assert scores is not None and few is not None
+    assert_equal([values[:, :6] for values in scores], score(wide, prompt, scoring(5)))
+    assert_equal(few, score(wide, other, scoring(4)))
+
+
+# --- in Python ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llm(device: str) -> Iterator[LLM]:
+    opened = LLM(LLAMA, device=device, dtype="float32", num_threads=1, max_num_seqs=4)
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_results_have_a_mapping_for_each_token(llm: LLM, runner: ModelRunner, n: int) -> None:
+    prompt = make_prompt(20, 5)
+    (result,) = llm.generate([prompt], scoring(3, n=n))
+    ids, logprobs, ranks = score(runner, prompt, scoring(3))
+    assert result.prompt_logprobs is not None
+    assert len(result.prompt_logprobs) == len(prompt) and result.prompt_logprobs[0] is None
+    for place, token in enumerate(prompt[1:]):
+        found = result.prompt_logprobs[place + 1]
+        assert found is not None
+        assert next(iter(found)) == token
+        assert list(found) == list(dict.fromkeys(ids[place].tolist()))
+        assert found[token].decoded_token == llm.tokenizer.decode_token(token)
+        assert found[token].logprob == pytest.approx(float(logprobs[place, 0]), abs=1e-3)
+        for candidate, rank in zip(ids[place, 1:].tolist(), ranks[place, 1:].tolist(), strict=True):
+            assert found[candidate].rank == rank
+    assert len(result.outputs) == n
+
+
+def test_results_without_them_have_none(llm: LLM) -> None:
+    prompts = [make_prompt(9, 1), [5], make_prompt(12, 2)]
+    params = [greedy(3), scoring(2), scoring(0, detokenize=False)]
+    plain, one, bare = llm.generate(prompts, params)
+    assert plain.prompt_logprobs is None
+    assert one.prompt_logprobs == [None]
+    assert bare.prompt_logprobs is not None
+    for token, found in zip(prompts[2][1:], bare.prompt_logprobs[1:], strict=True):
+        assert found is not None
+        assert list(found) == [token] and found[token].decoded_token is None
+
+
+def test_the_first_update_with_a_token_has_them(llm: LLM) -> None:
+    updates: list[RequestUpdate] = []
+    llm.engine.add_request("scored", make_prompt(20, 5), scoring(1), callback=updates.append)
+    while llm.engine.has_unfinished():
+        llm.engine.step()
+    with_tokens = [update for update in updates if update.token_ids]
+    assert [update.prompt_logprobs is not None for update in with_tokens] == [True] + [False] * 3
+
+
+def test_more_than_the_engine_allows_is_refused(llm: LLM) -> None:
+    for count, text in ((21, "at most the engine's max_logprobs = 20"), (-1, "-1 means 328")):
+        with pytest.raises(RequestError, match=text) as caught:
+            llm.generate([[5, 6]], scoring(count))
+        assert caught.value.field == "prompt_logprobs"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,119 +17,20 @@ from mrv1 import _core
 from mrv1.config import MAX_VOCAB_SIZE
 from mrv1.errors import InvalidArgumentError
 from reference_sampler import ERROR_TOKEN, NO_TOKEN, RowParams
-
-Floats = npt.NDArray[np.float32]
-VOCABS = (1, 2, 3, 255, 256, 257, 999, 4097, 32_000)
-INF = float("inf")
-NAN = float("nan")
-
-
-@functools.cache
-def open_device(kind: str) -> _core.Device:
-    return _core.Device(kind, num_threads=2)
-
-
-def run_batch(
-    device: str,
-    logits: Floats,
-    params: Sequence[RowParams],
-    *,
-    logits_batch: Sequence[int],
-    batch_row: Sequence[int],
-    logits_place: Sequence[int] | None = None,
-) -> list[int]:
-    """Samples a batch; `params` is the row table. One token a logits row."""
-
-    def column(name: str, dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
-        return np.array([getattr(p, name) for p in params], dtype)
-
-    sampled = _core.sample(
-        open_device(device),
-        np.ascontiguousarray(logits, np.float32),
-        logits_batch=np.array(logits_batch, np.int32),
-        logits_place=np.array(logits_place or [0] * len(logits_batch), np.int32),
-        batch_row=np.array(batch_row, np.int32),
-        temperature=column("temperature", np.float32),
-        top_k=column("top_k", np.int32),
-        top_p=column("top_p", np.float32),
-        min_p=column("min_p", np.float32),
-        seed=column("seed", np.uint64),
-        total_len=column("total_len", np.int32),
-        min_total_len=column("min_total_len", np.int32),
-        stop_ids=[list(p.stop_ids) for p in params],
-    )
-    return [int(token) for token in sampled]
-
-
-def run_rows(device: str, logits: Floats, params: Sequence[RowParams]) -> list[int]:
-    """Samples with logits row = batch position = row."""
-    order = range(len(params))
-    return run_batch(device, logits, params, logits_batch=order, batch_row=order)
-
-
-def make_logits(kind: str, vocab: int, seed: int) -> Floats:
-    random = np.random.default_rng(seed)
-    if kind == "normal":
-        logits = random.normal(0, 3, vocab)
-    elif kind == "peaked":
-        logits = random.normal(0, 2, vocab)
-        logits[random.integers(0, vocab, 5)] += 12
-    elif kind == "ties":
-        logits = random.integers(-3, 4, vocab).astype(np.float64)
-    elif kind == "equal":
-        logits = np.full(vocab, random.choice([0.0, -0.0, 7.25, -1e30]))
-        logits[random.random(vocab) < 0.3] *= -1 if logits[0] == 0 else 1
-    elif kind == "holes":
-        logits = random.normal(0, 3, vocab)
-        logits[random.random(vocab) < 0.7] = -INF
-        logits[random.integers(vocab)] = 0
-    elif kind == "one":
-        logits = np.full(vocab, -INF)
-        logits[random.integers(vocab)] = random.normal()
-    elif kind == "bits":
-        bits = random.integers(0, 2**32, vocab, dtype=np.uint32).view(np.float32)
-        return np.where(np.isnan(bits), np.float32(0), bits)
-    elif kind == "infinite":
-        logits = random.normal(0, 3, vocab)
-        logits[random.random(vocab) < 0.2] = INF
-    else:
-        # Weights on both sides of the smallest that is not 0.
-        logits = random.uniform(-34, 0, vocab)
-        logits[0] = 0
-    return logits.astype(np.float32)
-
-
-KINDS = ("normal", "peaked", "ties", "equal", "holes", "one", "bits", "infinite", "steep")
-
-
-@st.composite
-def row_params(draw: st.DrawFn, vocab: int) -> RowParams:
-    near_vocab = st.integers(max(1, vocab - 1), vocab + 1)
-    unit = st.floats(0.0, 1.0, width=32, exclude_min=True)
-    return RowParams(
-        temperature=draw(st.sampled_from([0.0, 0.6, 1.0, 1.0, 2.5, 1e-3, 1e-40, 50.0])),
-        top_k=draw(st.one_of(st.just(0), st.integers(1, 40), near_vocab, st.just(2**31 - 1))),
-        top_p=draw(st.one_of(st.just(1.0), unit, st.floats(0.5, 1.0, width=32))),
-        min_p=draw(st.one_of(st.just(0.0), st.just(1.0), unit, st.just(2.0**-10))),
-        seed=draw(st.integers(0, 2**64 - 1)),
-        total_len=draw(st.integers(1, 2**20)),
-        min_total_len=draw(st.sampled_from([0, 2**21])),
-        stop_ids=tuple(draw(st.lists(st.integers(0, vocab - 1), max_size=5))),
-    )
-
-
-def check_draws(device: str, logits: Floats, params: RowParams, draws: int) -> None:
-    """Many seeds over one row: a set that differs by one token moves some of the draws."""
-    seeds = [(params.seed + i * 0x9E3779B97F4A7C15) % 2**64 for i in range(draws)]
-    rows = [dataclasses.replace(params, seed=seed) for seed in seeds]
-    tokens = run_rows(device, np.tile(logits, (draws, 1)), rows)
-
-    masked = reference.mask_stop_tokens(logits, params)
-    if params.temperature == 0 or not np.any(masked > -INF):
-        expected = [reference.sample_row(logits, params)] * draws
-    else:
-        expected = reference.draw(masked, params, seeds)
-    assert tokens == expected
+from sampling_runs import (
+    INF,
+    KINDS,
+    NAN,
+    VOCABS,
+    Floats,
+    check_draws,
+    make_logits,
+    row_params,
+    run_batch,
+    run_places,
+    run_rows,
+    spread_rows,
+)
 
 
 @given(data=st.data())
@@ -199,6 +99,52 @@ def test_draws_cover_the_filtered_set(device: str, kind: str, limits: dict[str, 
     rows = [dataclasses.replace(params, seed=seed) for seed in range(4000)]
     tokens = run_rows(device, np.tile(logits, (len(rows), 1)), rows)
     assert sorted(set(tokens)) == ids.tolist()
+
+
+@functools.cache
+def words_by_seed() -> npt.NDArray[np.uint64]:
+    """The random words of position 1 for seeds from 0 on."""
+    return np.array([_core.random_word(seed, 1) for seed in range(2**16)], np.uint64)
+
+
+def seeds_that_draw(ids: npt.NDArray[np.int64], q: npt.NDArray[np.uint64], token: int) -> list[int]:
+    """A few seeds that draw the token from a set of ids with these weights."""
+    ends = np.cumsum(q)
+    place = int(np.searchsorted(ids, token))
+    # Words below w draw what lies below w * total / 2^64, so the bounds are known to 2^-50.
+    bounds = [float(ends[place] - q[place]), float(ends[place])]
+    low, high = (bound / float(ends[-1]) for bound in bounds)
+    words = words_by_seed() / 2.0**64
+    return np.flatnonzero((words > low) & (words < high))[:4].tolist()
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=150)
+def test_kept_sets_are_exact(device: str, data: st.DataObject) -> None:
+    """By seeds that draw the last token of a set, and such as would draw the first one after it."""
+    vocab = data.draw(st.sampled_from((2, 40, 257, 999, 4097)))
+    kind = data.draw(st.sampled_from(["normal", "peaked", "ties", "equal", "holes"]))
+    logits = make_logits(kind, vocab, data.draw(st.integers(0, 2**32)))
+    params = dataclasses.replace(
+        data.draw(row_params(vocab)),
+        temperature=data.draw(st.sampled_from([2.0, 5.0, 30.0])),
+        total_len=1,
+        min_total_len=0,
+    )
+    ids, q = reference.kept_set(logits, params)
+    order = np.lexsort((np.arange(vocab), -logits.astype(np.float64)))
+    seeds = seeds_that_draw(ids, q, int(order[len(ids) - 1]))
+    event(f"last token drawn: {len(seeds) > 0}")
+    all_weights = reference.weights(logits, params.temperature)
+    if len(ids) < vocab and all_weights[order[len(ids)]] > 0:
+        more = np.sort(order[: len(ids) + 1])
+        wrong = seeds_that_draw(more, all_weights[more], int(order[len(ids)]))
+        event(f"next token would be drawn: {len(wrong) > 0}")
+        seeds += wrong
+    rows = [dataclasses.replace(params, seed=seed) for seed in seeds]
+    if rows:
+        tokens = run_rows(device, np.tile(logits, (len(rows), 1)), rows)
+        assert tokens == reference.sample_seeds(logits, params, seeds)
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
@@ -280,7 +226,7 @@ def test_ties_at_the_edge_go_to_lower_ids(device: str) -> None:
 
 def test_stop_tokens_wait_for_the_least_length(device: str) -> None:
     logits = np.tile(np.array([0, 9, 1, 8, -INF], np.float32), (4, 1))
-    stops = (1, 3, 3, 99, -7)  # ids outside the vocabulary are left alone
+    stops = (1, 3)
     params = [
         RowParams(total_len=5, min_total_len=6, stop_ids=stops),
         RowParams(total_len=6, min_total_len=6, stop_ids=stops),
@@ -298,37 +244,18 @@ def test_place_padding_and_batch_do_not_matter(device: str, data: st.DataObject)
     count = data.draw(st.integers(1, 6))
     logits = np.stack([make_logits(KINDS[i], vocab, i) for i in range(count)])
     params = [data.draw(row_params(vocab)) for _ in range(count)]
-    alone = [run_rows(device, logits[i : i + 1], [params[i]])[0] for i in range(count)]
-
-    # Spread the rows over a larger table, batch and logits matrix, in different orders.
-    table_size, batch_size, num_logits = (count + data.draw(st.integers(0, 5)) for _ in range(3))
-    rows = data.draw(st.permutations(range(table_size)))[:count]
-    places = data.draw(st.permutations(range(batch_size)))[:count]
-    lines = data.draw(st.permutations(range(num_logits)))[:count]
-    table = [RowParams(temperature=1.0, seed=99)] * table_size
-    batch_row = [NO_TOKEN] * batch_size
-    logits_batch = [-1] * num_logits
-    matrix = np.full((num_logits, vocab), NAN, np.float32)
-    expected = [NO_TOKEN] * num_logits
-    masked = data.draw(st.integers(0, count - 1))  # keeps its logits row, but its row is -1
-    for i, (row, place, line) in enumerate(zip(rows, places, lines, strict=True)):
-        table[row] = params[i]
-        batch_row[place] = -1 if i == masked else row
-        logits_batch[line] = place
-        matrix[line] = logits[i]
-        expected[line] = NO_TOKEN if i == masked else alone[i]
-    tokens = run_batch(device, matrix, table, logits_batch=logits_batch, batch_row=batch_row)
+    tokens, expected = spread_rows(data, device, logits, params)
     assert tokens == expected
 
 
 def test_logits_rows_of_padding_get_no_token(device: str) -> None:
     logits = np.stack([make_logits("normal", 100, seed) for seed in range(3)])
     params = [RowParams(), RowParams()]
-    tokens = run_batch(device, logits, params, logits_batch=[-1, 1, 2], batch_row=[0, 1, -1])
+    tokens, _ = run_batch(device, logits, params, logits_batch=[-1, 1, 2], batch_row=[0, 1, -1])
     assert tokens == [NO_TOKEN, int(np.argmax(logits[1])), NO_TOKEN]
     empty = np.zeros((0, 100), np.float32)
-    assert run_batch(device, empty, params, logits_batch=[], batch_row=[1]) == []
-    assert run_batch(device, empty, params, logits_batch=[], batch_row=[]) == []
+    assert run_batch(device, empty, params, logits_batch=[], batch_row=[1]) == ([], [])
+    assert run_batch(device, empty, params, logits_batch=[], batch_row=[]) == ([], [])
 
 
 @given(data=st.data())
@@ -340,36 +267,121 @@ def test_a_place_is_drawn_as_by_a_row_that_is_longer(device: str, data: st.DataO
     logits = np.stack([make_logits(KINDS[i], vocab, i) for i in range(count)])
     params = data.draw(row_params(vocab))
     # The length below which stop ids are masked lies among the places.
-    params = dataclasses.replace(params, min_total_len=params.total_len + 2, stop_ids=(0, 1, 2))
+    params = dataclasses.replace(
+        params, min_total_len=params.total_len + 2, stop_ids=(0, 1, 2), drafts=(3,) * (count - 1)
+    )
     expected = [
         run_rows(
             device,
             logits[place : place + 1],
-            [dataclasses.replace(params, total_len=params.total_len + place)],
+            [reference.at_place(params, place)],
         )[0]
         for place in range(count)
     ]
-    places = list(range(count))
-    got = run_batch(
-        device, logits, [params], logits_batch=[0] * count, batch_row=[0], logits_place=places
-    )
+    got, _ = run_places(device, logits, params)
     assert got == expected
 
 
-def test_draws_follow_the_distribution(device: str) -> None:
+def chi_square(counts: npt.NDArray[np.int64], shares: npt.NDArray[np.float64]) -> float:
+    """The statistic of counts against the probabilities, shares of their sum, none of them 0."""
+    expected = counts.sum() * shares / shares.sum()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_p": 0.8}, {"top_k": 11}, {"min_p": 0.2}])
+def test_draws_follow_the_distribution(device: str, limits: dict[str, float]) -> None:
     """Chi-square over 20,000 draws of 20 tokens.
 
-    With 19 degrees of freedom the statistic exceeds 58 with probability 8e-6, the rate of false
-    alarms over the choice of seeds; the seeds here are fixed.
+    With at most 19 degrees of freedom the statistic exceeds 58 with a probability of at most 8e-6,
+    the rate of false alarms over the choice of seeds; the seeds here are fixed.
     """
     draws, vocab = 20_000, 20
-    logits = np.linspace(-1.5, 1.5, vocab).astype(np.float32)
-    rows = [RowParams(temperature=0.8, seed=i // 4, total_len=1 + i % 4) for i in range(draws)]
+    logits = np.random.default_rng(3).permutation(np.linspace(-1.5, 1.5, vocab)).astype(np.float32)
+    params = RowParams(temperature=0.8, **limits)  # type: ignore[arg-type]
+    rows = [dataclasses.replace(params, seed=i // 4, total_len=1 + i % 4) for i in range(draws)]
     tokens = run_rows(device, np.tile(logits, (draws, 1)), rows)
     exact = np.exp(logits.astype(np.float64) / 0.8)
-    expected = draws * exact / exact.sum()
+    kept = float64_set(logits, params)
     counts = np.bincount(tokens, minlength=vocab)
-    assert float(((counts - expected) ** 2 / expected).sum()) < 58.0
+    assert counts[~kept].sum() == 0
+    assert chi_square(counts[kept], exact[kept]) < 58.0
+
+
+def test_draws_from_tiles_follow_the_distribution(device: str) -> None:
+    """Chi-square over 8,000 draws of 5,000 tokens in 5 tiles, by 20 ranges of ids.
+
+    The tiles differ in their largest logit and one has next to no mass. False alarms as above.
+    """
+    draws, vocab = 8_000, 5_000
+    logits = np.random.default_rng(8).normal(0, 1, vocab).astype(np.float32)
+    logits[:1024] -= 2
+    logits[1024:2048] += 1
+    logits[2048:3072] -= 30
+    rows = [RowParams(temperature=0.9, seed=seed) for seed in range(draws)]
+    tokens = []
+    for first in range(0, draws, 500):
+        tokens += run_rows(device, np.tile(logits, (500, 1)), rows[first : first + 500])
+    weights = np.exp(logits.astype(np.float64) / 0.9)
+    ranges = np.arange(vocab) // 250
+    shares = np.bincount(ranges, weights)
+    counts = np.bincount(ranges[tokens], minlength=len(shares))
+    # The ranges without mass count as one with the next.
+    rare = shares < 1e-3 * shares.sum()
+    assert 2 <= rare.sum() <= 4
+    assert counts[rare].sum() <= 1
+    assert chi_square(counts[~rare], shares[~rare]) < 58.0
+
+
+def float64_set(logits: Floats, params: RowParams) -> npt.NDArray[np.bool_]:
+    """The kept set as probabilities in float64 have it: min_p, then top_k, then top_p."""
+    wide = logits.astype(np.float64)
+    weights = np.exp((wide - wide.max()) / float(np.float32(params.temperature)))
+    kept = weights >= float(np.float32(params.min_p))
+    order = np.lexsort((np.arange(logits.size), -wide))
+    order = order[kept[order]]
+    if params.top_k > 0:
+        order = order[: params.top_k]
+    if params.top_p < 1:
+        before = np.cumsum(weights[order]) - weights[order]
+        order = order[before < float(np.float32(params.top_p)) * weights[order].sum()]
+    result = np.zeros(logits.size, np.bool_)
+    result[order] = True
+    return result
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=100)
+def test_kept_sets_differ_from_float64_at_the_edge_only(data: st.DataObject) -> None:
+    """By tokens within 2^-20 of min_p's limit or top_p's sum, as shares of what they refer to.
+
+    The device's sets are the reference's. Tokens of less than 2^-42 of the largest's weight may
+    weigh nothing.
+    """
+    vocab = data.draw(st.sampled_from((1, 2, 999, 4097, 151_936)))
+    kind = data.draw(st.sampled_from(["normal", "peaked", "ties", "equal", "holes", "steep"]))
+    logits = make_logits(kind, vocab, data.draw(st.integers(0, 2**32)))
+    params = dataclasses.replace(
+        data.draw(row_params(vocab)), temperature=data.draw(st.floats(0.25, 4.0, width=32))
+    )
+    ids, _ = reference.kept_set(logits, params)
+    ours = np.zeros(vocab, np.bool_)
+    ours[ids] = True
+    wide = logits.astype(np.float64)
+    weights = np.exp((wide - wide.max()) / float(np.float32(params.temperature)))
+    differ = (ours != float64_set(logits, params)) & (weights >= 2.0**-42)
+    if not differ.any():
+        return
+    event("differs")
+    near_limit = np.abs(weights - float(np.float32(params.min_p))) <= 2.0**-20
+    order = np.lexsort((np.arange(vocab), -wide))
+    order = order[weights[order] >= float(np.float32(params.min_p)) * (1 - 2.0**-20)]
+    if params.top_k > 0:
+        order = order[: params.top_k]
+    total = weights[order].sum()
+    before = np.full(vocab, np.inf)
+    before[order] = (np.cumsum(weights[order]) - weights[order]) / total
+    near_sum = np.abs(before - float(np.float32(params.top_p))) <= 2.0**-20
+    assert np.all((near_limit | near_sum)[differ])
 
 
 def test_a_whole_vocabulary_of_a_real_model(device: str) -> None:

@@ -25,7 +25,7 @@ from mrv1.logprobs import Logprob
 from mrv1.runner import ModelRunner
 from mrv1.shapes import demo_model
 from mrv1.structured_outputs_params import StructuredOutputsParams
-from serving_tools import BlockPool, greedy, num_blocks, run_to_end, seeded
+from serving_tools import BlockPool, greedy, num_blocks, run_to_end, seeded, tokens_of
 
 PROMPT = "The engine runs the engine and the"
 PROMPTS = [PROMPT, "A block table", "Each request has one row; each request has one"]
@@ -40,6 +40,8 @@ Edit = Callable[[Floats, list[int], list[int]], Floats]
 
 def open_llm(device: str, **options: Any) -> LLM:
     sizes: dict[str, Any] = {"num_kv_blocks": 256, "max_num_seqs": 8, "num_threads": 1}
+    # So that on a GPU, too, equal requests of different batches have equal logits.
+    sizes["batch_invariant"] = True
     return LLM(demo_model(), device=device, dtype="float32", progress=False, **{**sizes, **options})
 
 
@@ -423,7 +425,7 @@ def test_prompt_logprobs_in_pieces_and_again(device: str, llm: LLM) -> None:
     """Chunks change nothing, nor does a prefix that is cached: what is asked for is computed."""
     prompt = [*llm.tokenizer.encode(PROMPT), *range(30, 90)]
     (expected,) = llm.generate([prompt], greedy(4, prompt_logprobs=2))
-    with open_llm(device, max_num_batched_tokens=16, batch_invariant=True) as small:
+    with open_llm(device, max_num_batched_tokens=16) as small:
         small.generate([prompt], greedy(4))
         for _ in range(2):
             (result,) = small.generate([prompt], greedy(4, prompt_logprobs=2))
@@ -623,7 +625,7 @@ def test_preemption_chunks_and_cached_prompts_change_nothing(device: str, llm: L
     ]
     expected = llm.generate(prompts, params)
     sizes = {"num_kv_blocks": 40, "block_size": 4, "max_num_batched_tokens": 16}
-    with open_llm(device, batch_invariant=True, **sizes) as small:
+    with open_llm(device, **sizes) as small:
         for _ in range(2):
             results = small.generate(prompts, params)
             if device == "cpu":
@@ -642,7 +644,14 @@ def test_rows_of_a_runner_take_them_too(device: str, llm: LLM) -> None:
     fields = {**EDITS["all"], "bad_words": words}
     (expected,) = llm.generate([prompt], seeded(3, NUM, **fields))
     with contextlib.closing(
-        ModelRunner(demo_model(), device=device, dtype="float32", progress=False, num_kv_blocks=64)
+        ModelRunner(
+            demo_model(),
+            device=device,
+            dtype="float32",
+            progress=False,
+            num_kv_blocks=64,
+            batch_invariant=True,
+        )
     ) as runner:
         with pytest.raises(InvalidArgumentError, match=r"params\.bad_words"):
             runner.add_row(prompt, seeded(3, NUM, **fields))
@@ -661,22 +670,22 @@ def test_rows_of_a_runner_take_them_too(device: str, llm: LLM) -> None:
         assert expected.logprobs is not None
         for output, place in zip(outputs, expected.logprobs, strict=True):
             assert output.logprobs is not None and output.stop_sequence is None
-            assert [(t, p.logprob, p.rank) for t, p in output.logprobs[0].items()] == [
-                (t, p.logprob, p.rank) for t, p in place.items()
-            ]
-            assert all(p.decoded_token is None for p in output.logprobs[0].values())
-        sequence = tuple(expected.token_ids[3:5])
-        stopped = run_to_end(runner, prompt, seeded(3, NUM, stop_sequences=[(1, 1), sequence]))
-        assert stopped[-1].finish_reason in ("stop", "length")
-        plain_ids = [output.token_id for output in stopped]
-        end = first_end([t for t in plain_ids if t is not None], sequence)
-        assert stopped[-1].stop_sequence == (None if end is None else 1)
+            (found,) = output.logprobs
+            assert list(found) == list(place)
+            for token, entry in found.items():
+                assert entry.logprob == pytest.approx(place[token].logprob, abs=SLACK[device])
+                assert (entry.rank, entry.decoded_token) == (place[token].rank, None)
+        whole = tokens_of(run_to_end(runner, prompt, greedy(NUM)))
+        sequence = tuple(whole[3:5])
+        stopped = run_to_end(runner, prompt, greedy(NUM, stop_sequences=[(1, 1), sequence]))
+        assert tokens_of(stopped) == whole[: first_end(whole, sequence)]
+        assert (stopped[-1].finish_reason, stopped[-1].stop_sequence) == ("stop", 1)
 
 
 def test_requests_that_nothing_can_be_drawn_for_are_refused(llm: LLM) -> None:
     token = llm.tokenizer.encode_bad_words(["e"])[0]
     assert len(token) == 1
-    with pytest.raises(RequestError, match="allowed_token_ids"):
+    with pytest.raises(RequestError, match="bad_words: forbid each token"):
         llm.generate(PROMPT, greedy(1, bad_words=["e"], allowed_token_ids=token))
 
 

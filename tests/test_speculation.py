@@ -17,7 +17,8 @@ from mrv1 import _core
 from mrv1.engine import Engine
 from mrv1.errors import InvalidArgumentError, RequestError
 from mrv1.llm import LLM
-from mrv1.runner import ModelRunner, RowHandle
+from mrv1.logprobs import Logprob
+from mrv1.runner import ModelRunner, RowHandle, RowOutput
 from mrv1.sampling_params import SamplingParams
 from mrv1.speculation import NgramConfig
 from serving_tools import (
@@ -166,12 +167,15 @@ class Job:
     prompt: list[int]
     params: SamplingParams
     forced: list[int] = dataclasses.field(default_factory=list)
+    bad_words: Sequence[Sequence[int]] = ()
     row: RowHandle | None = None
     blocks: list[int] = dataclasses.field(default_factory=list)
     computing: int = 0  # tokens of the prefill that are launched
     target: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
     reason: str | None = None
+    last: RowOutput | None = None  # what ended it
     drafts: int = 0
     accepted: int = 0
 
@@ -200,6 +204,7 @@ def run_jobs(
             block_ids=job.blocks,
             prompt_len=len(job.prompt),
             forced_token_ids=job.forced,
+            bad_words_token_ids=job.bad_words,
         )
         job.computing, job.target = 0, len(known)
 
@@ -212,9 +217,17 @@ def run_jobs(
     def take_in() -> None:
         step, items = pending.popleft()
         for output, (job, row) in zip(step.result(), items, strict=True):
-            if job.row is not row or job.reason is not None:
+            if job.row is not row:
+                continue
+            if job.reason is not None:
+                # It had stopped: nothing is drawn or drafted any more, and nothing reported.
+                assert output.masked and output.token_ids == () and output.logprobs is None
+                assert output.num_draft_tokens == 0 and output.stop_sequence is None
+                counters["masked"] += 1
                 continue
             job.tokens += output.token_ids
+            job.logprobs += output.logprobs or ()
+            job.last = output
             job.drafts += output.num_draft_tokens
             job.accepted += output.num_accepted_tokens
             job.reason = output.finish_reason
@@ -287,7 +300,10 @@ def requests() -> list[tuple[list[int], SamplingParams]]:
 def check_equal(plain: list[Job], drafted: list[Job]) -> None:
     for one, other in zip(plain, drafted, strict=True):
         assert other.tokens == one.tokens
+        assert other.logprobs == one.logprobs
         assert other.reason == one.reason
+        assert one.last is not None and other.last is not None
+        assert other.last.stop_sequence == one.last.stop_sequence
 
 
 def jobs_of(wanted: list[tuple[list[int], SamplingParams]]) -> list[Job]:
@@ -370,6 +386,85 @@ def test_stops_and_lengths_cut_accepted_runs(pair: tuple[ModelRunner, ModelRunne
     assert counters["stop"] >= 5 and counters["length"] >= 5, counters
 
 
+@pytest.fixture(scope="module")
+def forcing(device: str) -> Iterator[ModelRunner]:
+    opened = open_runner(
+        device, speculative_config=ngram(), force_tokens=True, max_model_len=256, num_kv_blocks=300
+    )
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("preempt_every", [0, 3])
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 30])
+def test_stop_sequences_end_accepted_runs(
+    forcing: ModelRunner, length: int, preempt_every: int
+) -> None:
+    """Within the tokens of a step, over several steps and over a preemption; four steps ahead."""
+    counters.clear()
+    prompt = make_prompt(23, 9)
+    tokens = prompt * 4
+    for end in range(length, len(tokens), 5):
+        sequence = tokens[end - length : end]
+        for least in (0, end - 2, end - 1):
+            params = greedy(
+                len(tokens), stop_sequences=[[*sequence, 0], sequence], min_tokens=max(0, least)
+            )
+            job = Job(prompt, params, forced=tokens)
+            run_jobs(forcing, [job], drafts=DRAFTS, ahead=4, preempt_every=preempt_every)
+            first = next(
+                count
+                for count in range(max(length, least + 1), len(tokens) + 1)
+                if tokens[count - length : count] == sequence
+            )
+            assert job.tokens == tokens[:first]
+            assert job.reason == "stop"
+            assert job.last is not None and job.last.stop_sequence == 1
+            counters["over drafts"] += job.last.num_accepted_tokens > 0
+            counters["over steps"] += len(job.last.token_ids) < length
+            counters["cut"] += 0 < job.last.num_accepted_tokens < job.last.num_draft_tokens
+    assert counters["over drafts"] >= 10 and counters["cut"] >= 5, counters
+    assert counters["over steps"] >= 5 or length == 1, counters
+    assert counters["masked"] >= 10 and (counters["preempted"] >= 20) == (preempt_every > 0)
+
+
+def edited_requests() -> list[Job]:
+    """Like `requests`, with all that edits logits, and logprobs."""
+    words = ([5, 6], [7], [3, 4, 5])
+    wanted = [
+        (repetitive(1, 21), greedy(OUTPUTS, repetition_penalty=1.02, logprobs=2)),
+        (
+            repetitive(2, 30),
+            seeded(
+                5, OUTPUTS, temperature=0.3, top_k=4, frequency_penalty=0.02, logprobs=0,
+                allowed_token_ids=range(0, VOCAB, 2),
+            ),
+        ),
+        (
+            make_prompt(17, 3),
+            greedy(OUTPUTS, presence_penalty=0.1, logit_bias={200: 0.2, 39: -0.1}, logprobs=1),
+        ),
+        (repetitive(4, 12), seeded(6, OUTPUTS, min_p=0.1, frequency_penalty=-0.05)),
+    ]  # fmt: skip
+    return [Job(list(prompt), params, bad_words=words) for prompt, params in wanted]
+
+
+@pytest.mark.parametrize("preempt_every", [0, 4])
+def test_edits_and_logprobs_are_those_without_speculation(
+    pair: tuple[ModelRunner, ModelRunner], preempt_every: int
+) -> None:
+    """A place behind drafts sees them as outputs: in penalties and in bad words."""
+    counters.clear()
+    plain, drafted = edited_requests(), edited_requests()
+    run_jobs(pair[0], plain, drafts=0, ahead=1)
+    run_jobs(pair[1], drafted, drafts=DRAFTS, chunk=9, preempt_every=preempt_every)
+    check_equal(plain, drafted)
+    assert len(drafted[0].logprobs) == OUTPUTS and not drafted[3].logprobs
+    assert sum(job.accepted for job in drafted) >= 8
+    assert sum(job.drafts - job.accepted for job in drafted) >= 20
+    assert (counters["preempted"] >= 3) == (preempt_every > 0)
+
+
 @pytest.mark.parametrize("mode", ["eager", "piecewise", "full"])
 def test_modes_give_the_same_tokens(device: str, mode: str, dtype: str) -> None:
     sizes: dict[str, Any] = {"capture_sizes": [1, 2, 4], "piecewise_sizes": [8, 16, 64]}
@@ -382,10 +477,13 @@ def test_modes_give_the_same_tokens(device: str, mode: str, dtype: str) -> None:
     plain = open_runner(device, **options)
     drafted = open_runner(device, graph_mode=mode, speculative_config=ngram(), **sizes, **options)
     try:
-        expected, got = jobs_of(strip(requests())), jobs_of(requests())
-        run_jobs(plain, expected, drafts=0)
-        run_jobs(drafted, got, drafts=DRAFTS, chunk=11)
-        check_equal(expected, got)
+        for expected, got in (
+            (jobs_of(strip(requests())), jobs_of(requests())),
+            (edited_requests(), edited_requests()),
+        ):
+            run_jobs(plain, expected, drafts=0)
+            run_jobs(drafted, got, drafts=DRAFTS, chunk=11)
+            check_equal(expected, got)
         stats = drafted.stats()
         assert stats[f"steps_{mode}"] >= 10
         if mode == "full":
@@ -608,7 +706,8 @@ def test_engine_forces_tokens(device: str) -> None:
         "speculative_config": ngram(),
     }
     prompts = [make_prompt(20, seed) for seed in range(4)]
-    with Engine(LLAMA, force_tokens=True, **options) as engine:
+    # In the background the first requests may have ended when the last ones come.
+    with Engine(LLAMA, force_tokens=True, background=False, **options) as engine:
         for index, prompt in enumerate(prompts):
             params = greedy(40, n=1 + index % 2)
             engine.add_request(str(index), prompt, params, forced_token_ids=prompt * 2)

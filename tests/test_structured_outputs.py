@@ -6,8 +6,11 @@ On a GPU results are compared in batch-invariant mode, where a row does not depe
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gc
 import json
+import math
 import re
 import sys
 import time
@@ -21,13 +24,23 @@ import pytest
 import mrv1
 from mrv1 import _core
 from mrv1.engine import Engine
-from mrv1.errors import InvalidArgumentError, RequestError
+from mrv1.errors import ClosedError, InvalidArgumentError, RequestError
 from mrv1.runner import ModelRunner
 from mrv1.sampling_params import SamplingParams
 from mrv1.structured_outputs import EXTRA, GrammarCompiler
 from mrv1.structured_outputs_params import StructuredOutputsParams
 from mrv1.tokenizer import Tokenizer
-from serving_tools import LLAMA, VOCAB, greedy, make_prompt, num_blocks, open_runner, seeded
+from serving_tools import (
+    LLAMA,
+    VOCAB,
+    Listener,
+    OpenExecutor,
+    greedy,
+    make_prompt,
+    num_blocks,
+    open_runner,
+    seeded,
+)
 
 DEMO = Path(mrv1.__file__).parent / "demo"
 PROMPT = "Once upon a time there was a little girl who liked to play with her dog."
@@ -177,6 +190,22 @@ def test_text_ends_with_an_end_of_sequence_token(opened: Opened) -> None:
     assert re.fullmatch("ab*c", text)
     assert reason == "stop"
     assert tokens[-1] in engine.model.config.eos_token_ids
+
+
+def test_log_probabilities_are_those_under_the_mask(opened: Opened) -> None:
+    engine = opened()
+    engine.add_request("a", PROMPT, drawn(1, form(regex="[x-z]"), logprobs=20))
+    places = []
+    while engine.has_unfinished():
+        for update in engine.step():
+            places += update.logprobs or []
+    assert len(places) == 2
+    first = {token: each.logprob for token, each in places[0].items()}
+    likely = {token for token, logprob in first.items() if logprob > -math.inf}
+    assert likely == {engine.tokenizer.encode(letter)[0] for letter in "xyz"}
+    assert sum(math.exp(first[token]) for token in likely) == pytest.approx(1, abs=1e-6)
+    # Nothing but the end may come.
+    assert next(iter(places[1].values())).logprob == 0.0
 
 
 def test_other_rows_draw_what_they_draw_without(opened: Opened) -> None:
@@ -340,28 +369,34 @@ def test_ids_past_the_tokenizers_are_never_allowed() -> None:
     bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
     assert bits[:VOCAB].sum() > VOCAB / 2
     assert bits[VOCAB:].sum() == 0
-    assert bits[2] == bits[5] == 1
+    # Ends of sequence, and no other special token.
+    assert bits[:3].tolist() == [0, 0, 1]
+    assert bits[5] == 1
 
 
-def test_a_form_is_compiled_once(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_of_a_form_do_not_use_up_one_anothers_states(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llguidance
+
+    few = functools.partial(llguidance.LLParserLimits, max_lexer_states=3000)
+    monkeypatch.setattr(llguidance, "LLParserLimits", few)
     engine = opened()
     compiler = GrammarCompiler(engine.tokenizer, engine.model.config.vocab_size, [0])
-    compiled = []
-    original = GrammarCompiler._compiled
-    monkeypatch.setattr(
-        GrammarCompiler,
-        "_compiled",
-        lambda self, *args: compiled.append(args) or original(self, *args),
-    )
-    first = compiler.matchers(form(regex="ab+"), 2)
-    second = compiler.matchers(form(regex="ab+"), 1)
-    assert len(compiled) == 1
-    assert len({id(matcher) for matcher in first + second}) == 3
-    for index in range(100):
-        compiler.matchers(form(regex=f"a{{{index + 1}}}"))
-    assert len(compiler._kept) <= 64
-    compiler.matchers(form(regex="ab+"))
-    assert len(compiled) == 102
+    letters = [engine.tokenizer.encode(letter)[0] for letter in "ab"]
+
+    def outcome(matcher: llguidance.LLMatcher, seed: int) -> str:
+        for choice in np.random.default_rng(seed).integers(0, 2, 400).tolist():
+            matcher.compute_bitmask()
+            if not matcher.consume_token(letters[choice]):
+                return matcher.get_error()
+        return ""
+
+    # The states that an automaton of this expression may have are more than can be counted.
+    states = form(regex="[ab]*a[ab]{30}c")
+    assert [outcome(compiler.matchers(states)[0], seed) for seed in range(6)] == [""] * 6
+    together = [outcome(matcher, seed) for seed, matcher in enumerate(compiler.matchers(states, 6))]
+    assert "too many states" in together[-1]
 
 
 # --- failures -------------------------------------------------------------------------------------
@@ -381,48 +416,7 @@ def test_a_matchers_failure_ends_its_request_alone(opened: Opened) -> None:
     assert outcomes == alone
 
 
-class Matcher:
-    """Allows everything, until it fails."""
-
-    def __init__(self, lifetime: int) -> None:
-        self.left = lifetime
-
-    def is_stopped(self) -> bool:
-        return self.left <= 0
-
-    def is_error(self) -> bool:
-        return self.left <= 0
-
-    def get_error(self) -> str:
-        return "worn out"
-
-
-class Executor:
-    """Sets every bit; it fails in call number `fails_in`."""
-
-    def __init__(self, fails_in: int = -1) -> None:
-        self.fails_in = fails_in
-        self.calls: list[list[int]] = []
-
-    def consume_token_par(self, pairs: list[tuple[Matcher, int]]) -> list[bool]:
-        for matcher, _ in pairs:
-            matcher.left -= 1
-        return [True] * len(pairs)
-
-    def unsafe_compute_mask_ptr(
-        self, pairs: list[tuple[Matcher, int]], address: int, size: int, rows: int
-    ) -> None:
-        import ctypes
-
-        self.calls.append([row for _, row in pairs])
-        if len(self.calls) == self.fails_in:
-            raise RuntimeError("out of order")
-        for _, row in pairs:
-            assert 0 <= row < rows
-            ctypes.memset(address + row * size, 0xFF, size)
-
-
-def add_native(engine: Engine, name: str, executor: Executor, matchers: list[Matcher]) -> None:
+def add_native(engine: Engine, name: str, executor: OpenExecutor, matchers: list[Listener]) -> None:
     """A request of the native engine with matchers of the test's own."""
     from mrv1.runner import make_row_spec
 
@@ -445,11 +439,25 @@ def drain_native(engine: Engine) -> dict[tuple[str, int], tuple[int, _core.Reque
     return ends
 
 
+def test_what_leaves_nothing_of_the_form_ends_the_request(opened: Opened) -> None:
+    engine = opened()
+    letters = [engine.tokenizer.encode(letter)[0] for letter in "xyz"]
+    none = drawn(1, form(choice=["no"]), allowed_token_ids=letters)
+    some = drawn(1, form(regex="[w-z]{5}"), allowed_token_ids=letters)
+    outcomes = run(engine, {"none": none, "some": some})
+    assert outcomes["none"] == ([], "", "error", "the logits hold no token to draw")
+    # What is forbidden is also what would end it.
+    tokens, text, reason, error = outcomes["some"]
+    assert re.fullmatch("[xyz]{5}", text)
+    assert (reason, error) == ("error", "the logits hold no token to draw")
+    assert len(tokens) == 5
+
+
 def test_one_call_a_step_for_all_rows(opened: Opened) -> None:
     engine = opened()
-    executor = Executor()
-    add_native(engine, "a", executor, [Matcher(99)])
-    add_native(engine, "b", executor, [Matcher(99)])
+    executor = OpenExecutor()
+    add_native(engine, "a", executor, [Listener()])
+    add_native(engine, "b", executor, [Listener()])
     ends = drain_native(engine)
     assert ends == {(name, 0): (20, _core.RequestEnd.LENGTH, "") for name in "ab"}
     assert len(executor.calls) == 20
@@ -458,7 +466,7 @@ def test_one_call_a_step_for_all_rows(opened: Opened) -> None:
 
 def test_samples_fail_one_by_one(opened: Opened) -> None:
     engine = opened()
-    add_native(engine, "a", Executor(), [Matcher(99), Matcher(5), Matcher(99)])
+    add_native(engine, "a", OpenExecutor(), [Listener(), Listener(5), Listener()])
     ends = drain_native(engine)
     assert ends["a", 1] == (5, _core.RequestEnd.ERROR, "structured_outputs: worn out")
     assert ends["a", 0] == ends["a", 2] == (20, _core.RequestEnd.LENGTH, "")
@@ -469,7 +477,7 @@ def test_an_executors_failure_ends_whoever_asked(opened: Opened, call: int) -> N
     engine = opened()
     free = {"free": drawn(1, None)}
     alone = run(engine, free)
-    add_native(engine, "a", Executor(fails_in=call), [Matcher(99)])
+    add_native(engine, "a", OpenExecutor(fails_in=call), [Listener()])
     engine.add_request("free", f"free. {PROMPT}", free["free"])
     updates = []
     native_outputs = []
@@ -486,7 +494,9 @@ def test_matchers_for_another_number_of_samples(opened: Opened) -> None:
     engine = opened()
     spec = _core.RowSpec()
     with pytest.raises(InvalidArgumentError, match="not for n = 2"):
-        engine._native.add_request("a", spec, n=2, grammar=_core.Grammar(Executor(), [Matcher(1)]))
+        engine._native.add_request(
+            "a", spec, n=2, grammar=_core.Grammar(OpenExecutor(), [Listener()])
+        )
 
 
 def test_an_engine_that_nobody_closes_ends_with_requests_in_it(device: str) -> None:
@@ -501,6 +511,31 @@ def test_an_engine_that_nobody_closes_ends_with_requests_in_it(device: str) -> N
         gc.collect()
         del native
         gc.collect()
+
+
+def test_an_engine_that_its_own_thread_closes(opened: Opened) -> None:
+    """As a finalizer of another object may do while masks are made."""
+    engine = opened(background=True)
+    runner = engine.model.runner
+
+    class Closer(Listener):
+        def is_error(self) -> bool:
+            if len(self.heard) == 3:
+                engine._native.close()
+            return False
+
+    def is_closed() -> bool:
+        try:
+            engine._native.stats()
+        except ClosedError:
+            return runner.free_rows == 8
+        return False
+
+    add_native(engine, "a", OpenExecutor(), [Closer()])
+    deadline = time.monotonic() + 20
+    while not is_closed():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_outputs_come_while_another_thread_holds_the_gil(opened: Opened) -> None:
@@ -528,6 +563,36 @@ def runner(device: str) -> Iterator[ModelRunner]:
     runner = open_runner(device, batch_invariant=True)
     yield runner
     runner.close()
+
+
+def test_a_runner_draws_what_an_engine_draws(opened: Opened, device: str) -> None:
+    from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+    params = drawn(3, REGEX)
+    tokens, text, _, _ = run(opened(), {"a": params})["a"]
+    runner = open_runner(device, DEMO, batch_invariant=True)
+    config = runner.model.config
+    tokenizer = Tokenizer.from_dir(DEMO)
+    compiler = GrammarCompiler(tokenizer, config.vocab_size, config.eos_token_ids)
+    (matcher,) = compiler.matchers(REGEX)
+    prompt = tokenizer.encode(f"a. {PROMPT}")
+    free = dataclasses.replace(params, structured_outputs=None)
+    row = runner.add_row(prompt, free, block_ids=range(1, 40), grammar=True)
+    masks = allocate_token_bitmask(1, config.vocab_size)
+    count, got = len(prompt), []
+    while True:
+        step = runner.execute([(row, count)])
+        fill_next_token_bitmask(matcher, masks)
+        step.set_masks(masks)
+        (output,) = step.result()
+        got += output.token_ids
+        if output.finish_reason is not None:
+            break
+        matcher.consume_tokens(list(output.token_ids))
+        count = 1
+    runner.close()
+    assert got == tokens
+    assert tokenizer.decode(got) == text
 
 
 def test_a_cut_step_waits_for_masks(runner: ModelRunner) -> None:

@@ -1,5 +1,6 @@
 """Native core of mrv1: programs, state, the step and the engine."""
 
+import collections
 from collections.abc import Callable, Sequence
 import enum
 from typing import Annotated, overload
@@ -351,25 +352,45 @@ NO_TOKEN: int = -1
 
 ERROR_TOKEN: int = -2
 
-def sample(device: Device, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], *, logits_batch: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], logits_place: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], batch_row: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], temperature: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], top_k: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], top_p: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], min_p: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], seed: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], total_len: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], min_total_len: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], stop_ids: Sequence[Sequence[int]]) -> NDArray[numpy.int32]:
+def sample(device: Device, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Sequence[RowSpec], *, logits_batch: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], logits_place: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], batch_row: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], total_len: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], seed: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], drafts: Sequence[Sequence[int]] = [], grammar_masks: Sequence[Annotated[NDArray[numpy.uint32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None] = [], counted_len: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None) -> tuple[NDArray[numpy.int32], list[object]]:
     """
     Runs the device's sampler once over a batch that is described by hand.
 
-    L logits rows, B batch positions, R rows of the row table.
+    L logits rows, B batch positions, R rows of the row table. All but parameters of sampling
+    and token_ids of a RowSpec is ignored.
 
     Args:
         device: where to run.
         logits: float32 [L, vocab]; left as it is.
+        rows: R specs. token_ids is the history, which rows with penalties or bad words need.
         logits_batch: int32 [L], batch position of a logits row, -1 for padding.
-        logits_place: int32 [L], tokens by which the row is longer than total_len.
+        logits_place: int32 [L], how many of its row's drafts come before the token.
         batch_row: int32 [B], row of a batch position, -1 for padding and masked rows.
-        temperature, top_p, min_p: float32 [R].
-        top_k, total_len, min_total_len: int32 [R].
-        seed: uint64 [R].
-        stop_ids: R lists of token ids.
+        total_len: int32 [R], tokens of the history.
+        seed: uint64 [R], in place of the specs'.
+        drafts: R lists of token ids, or none: no row has drafts.
+        grammar_masks: of each row None, or uint32 [ceil(vocab / 32)], a bit for each id; or
+            none: no row has a mask.
+        counted_len: int32 [R], so many tokens of a history are counted on their own, before
+            all of them are, as in an earlier step.
 
     Returns:
-        int32 [L]: token ids, NO_TOKEN or ERROR_TOKEN.
+        (int32 [L]: token ids, NO_TOKEN or ERROR_TOKEN; for each logits row None, or (token,
+        logprob, rank, count, top token ids, top logprobs)).
+    """
+
+def score(device: Device, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], targets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], num_logprobs: int) -> list[object]:
+    """
+    Logprobs of given tokens, by the device's kernel.
+
+    Args:
+        device: where to run.
+        logits: float32 [L, vocab].
+        targets: int32 [L], -1 for rows that are left out.
+        num_logprobs: candidates of each token.
+
+    Returns:
+        As the second of sample().
     """
 
 def fixed_point_weights(logits: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], temperature: float = 1.0) -> NDArray[numpy.uint64]:
@@ -1177,6 +1198,11 @@ class Engine:
         `background`.
         """
 
+    def step_into(self, sink: collections.deque[RequestOutput]) -> None:
+        """
+        The same into a deque: an interrupt that comes during the step finds what is new there.
+        """
+
     def wait_outputs(self, timeout_s: float) -> list[RequestOutput]:
         """
         Waits for outputs and returns them; empty if nothing is unfinished, after the timeout
@@ -1281,6 +1307,45 @@ class AttentionProbe:
 
     def output(self) -> NDArray[numpy.float32]:
         """Of the last call, float32 [requests * heads * head_dim], a copy."""
+
+    def close(self) -> None: ...
+
+class SampleProbe:
+    """
+    Sampling by itself: the sampler of a step over random logits, normal with a standard
+    deviation of 3.
+
+    Args:
+        device: Where it runs.
+        batch: Rows.
+        vocab_size: Logits of a row.
+        spec: Tokens and sampling parameters of every row; the row's number is added to the
+            seed.
+        copies: Of the logits, all different; a run goes through them, one call each.
+
+    Raises:
+        InvalidArgumentError: what cannot be.
+        OutOfMemoryError: less memory is free.
+    """
+
+    def __init__(self, device: Device, batch: int, vocab_size: int, spec: RowSpec, copies: int = 1) -> None: ...
+
+    def time_runs(self, repeats: int = 1) -> list[float]:
+        """
+        Seconds of a call, of each of `repeats` runs over all copies, after one that warms up;
+        on a GPU by its own clock, each run launched as one graph.
+        """
+
+    def time_reads(self, repeats: int = 1) -> list[float]:
+        """The same for a plain read of a copy's logits; on a GPU only."""
+
+    def tokens(self) -> NDArray[numpy.int32]:
+        """Of the last call, int32 [batch], a copy."""
+
+    def logits_address(self, copy: int) -> int:
+        """
+        Address on the device of a copy's float32 [batch, vocab_size] logits, valid until close().
+        """
 
     def close(self) -> None: ...
 

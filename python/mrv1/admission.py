@@ -22,18 +22,22 @@ _BAD_WORDS: Final = "bad_words"
 
 
 def check_bad_words(
-    params: SamplingParams, bad_words: Sequence[Sequence[int]], request_id: str | None = None
+    params: SamplingParams,
+    bad_words: Sequence[Sequence[int]],
+    vocab_size: int,
+    request_id: str | None = None,
 ) -> None:
     """Checks the token sequences of a request's bad words.
 
     Args:
         params: Of the request.
         bad_words: Sequences of token ids, none of them empty.
+        vocab_size: Number of the model's token ids.
         request_id: The request that the error names.
 
     Raises:
         RequestError: There are more or longer ones than MRV1_MAX_BAD_WORDS_NUM and
-            MRV1_BAD_WORDS_MAX_LEN allow, or they forbid each of allowed_token_ids.
+            MRV1_BAD_WORDS_MAX_LEN allow, or they forbid each token that is allowed.
     """
     _check_limits(
         request_id,
@@ -43,16 +47,15 @@ def check_bad_words(
         envs.MAX_BAD_WORDS_NUM,
         envs.BAD_WORDS_MAX_LEN,
     )
-    if params.allowed_token_ids is not None:
-        forbidden = {sequence[0] for sequence in bad_words if len(sequence) == 1}
-        if forbidden.issuperset(params.allowed_token_ids):
-            raise RequestError(
-                "bad_words forbid each of them",
-                request_id=request_id,
-                field="allowed_token_ids",
-                value=list(params.allowed_token_ids),
-                allowed="tokens of which one may be drawn",
-            )
+    forbidden = {sequence[0] for sequence in bad_words if len(sequence) == 1}
+    allowed = params.allowed_token_ids
+    if forbidden.issuperset(range(vocab_size) if allowed is None else allowed):
+        raise RequestError(
+            "forbid each token that is allowed",
+            request_id=request_id,
+            field=_BAD_WORDS,
+            allowed="texts that leave a token to draw",
+        )
 
 
 def check_stops(

@@ -24,7 +24,15 @@ from mrv1.env_report import commit, cpu_model, package_version
 from mrv1.errors import InvalidArgumentError
 
 Figure = Literal[
-    "decode", "prefill", "mix", "op", "profile", "kv_write", "decode_attention", "all_reduce"
+    "decode",
+    "prefill",
+    "mix",
+    "op",
+    "profile",
+    "kv_write",
+    "decode_attention",
+    "all_reduce",
+    "sampler",
 ]
 
 # Bytes that the plain read covers, unless less memory is free.
@@ -81,6 +89,10 @@ class Record(_RequiredKeys, total=False):
     launches: str
     separate_us: float
     flashinfer_us: float
+    torch_us: float
+    floor_us: float
+    case: str
+    vocab: int
     x_separate_bytes: float
     read_share: float | None
     gflops: float | None
@@ -537,7 +549,9 @@ _COLUMNS: Final[tuple[tuple[str, Callable[[Record], str]], ...]] = (
     ("message KB", lambda record: _kilobytes(record.get("message_bytes"))),
     ("us", lambda record: _number(record.get("us"), 2)),
     ("GB/s", lambda record: _number(record.get("gb_s"), 1)),
+    ("read us", lambda record: _number(record.get("floor_us"), 2)),
     ("FlashInfer us", lambda record: _number(record.get("flashinfer_us"), 2)),
+    ("torch us", lambda record: _number(record.get("torch_us"), 2)),
     ("apart us", lambda record: _number(record.get("separate_us"), 2)),
     ("read share", lambda record: _percent(record.get("read_share"))),
     ("read GB/s", lambda record: _number(record["read_gb_s"], 1)),
@@ -555,6 +569,7 @@ def format_table(records: Sequence[Record]) -> str:
         parts = (
             record["shape"],
             record.get("op"),
+            record.get("case"),
             record.get("lengths"),
             record.get("backend"),
             record.get("launches"),

@@ -65,6 +65,8 @@ WRITES = ("write", "rope_write")
 LAUNCHES = ("overlapped", "plain")
 # As bench_collectives has them.
 KERNELS = ("auto", "one_shot", "two_shot", "nccl")
+# As bench_sampler has them.
+CASES = ("greedy", "temperature", "top_k_top_p", "all")
 
 # Of the figures that run a whole model.
 _SHAPE_DEFAULTS: Mapping[str, object] = {"layers": None, "save": None}
@@ -132,9 +134,21 @@ _DEFAULTS: dict[Figure, dict[str, object]] = {
         "message_kb": [8, 64, 1024],
         "kernels": ["auto"],
     },
+    "sampler": {
+        "batch": [1, 8],
+        "steps": 9,
+        "read_mb": None,
+        "cases": list(CASES),
+        "vocab": [32000, 128256, 151936],
+    },
 }
 # Figures of kernels by themselves, which have no model.
-_WITHOUT_MODEL: tuple[Figure, ...] = ("kv_write", "decode_attention", "all_reduce")
+_WITHOUT_MODEL: tuple[Figure, ...] = (
+    "kv_write",
+    "decode_attention",
+    "all_reduce",
+    "sampler",
+)
 # What differs on a GPU.
 _GPU_DEFAULTS: dict[Figure, dict[str, object]] = {
     "decode": {"batch": list(_GPU_BATCHES), "steps": 128},
@@ -148,6 +162,7 @@ _GPU_DEFAULTS: dict[Figure, dict[str, object]] = {
         "message_kb": [8, 16, 64, 256, 1024, 16384, 65536],
         "kernels": list(KERNELS),
     },
+    "sampler": {"batch": [1, 32, 256], "steps": 20},
 }
 _OPTIONS = (
     "batch",
@@ -171,6 +186,8 @@ _OPTIONS = (
     "ranks",
     "message_kb",
     "kernels",
+    "cases",
+    "vocab",
 )
 # Bytes that a run of a single op reads at least: on a GPU several times what its caches hold.
 _GPU_WORKING_SET = 512 << 20
@@ -193,7 +210,7 @@ def add_bench(
         "lengths from first to last token; op: single ops of a decode step; profile: where the "
         "time of a decode step on a GPU goes; kv_write: writes to a paged KV cache; "
         "decode_attention: decode attention over one, by itself; all_reduce: sums over ranks, by "
-        "themselves",
+        "themselves; sampler: the draw of a token for each row, by itself",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", metavar="MODEL", help="a directory, or a name in the local cache")
@@ -202,9 +219,9 @@ def add_bench(
         "--batch",
         type=_positive_list,
         metavar="N[,N]",
-        help="decode, prefill, op, profile, decode_attention: requests (default: 1,8; profile: 1; "
-        f"on a GPU {','.join(map(str, _GPU_BATCHES))}; prefill: 256; profile: 64; "
-        "decode_attention: 64,256)",
+        help="decode, prefill, op, profile, decode_attention, sampler: requests (default: 1,8; "
+        f"profile: 1; on a GPU {','.join(map(str, _GPU_BATCHES))}; prefill: 256; profile: 64; "
+        "decode_attention: 64,256; sampler: 1,32,256)",
     )
     parser.add_argument(
         "--context",
@@ -218,8 +235,8 @@ def add_bench(
         type=_positive,
         metavar="N",
         help="decode, prefill, op, profile: steps that count (default: 32; decode on a GPU: 128; "
-        "prefill: 3; profile: 20); kv_write, decode_attention, all_reduce: runs (default: 9; "
-        "decode_attention on a GPU: 20)",
+        "prefill: 3; profile: 20); kv_write, decode_attention, all_reduce, sampler: runs "
+        "(default: 9; decode_attention, sampler on a GPU: 20)",
     )
     parser.add_argument(
         "--requests",
@@ -248,6 +265,18 @@ def add_bench(
     )
     _add_kv_options(parser)
     _add_rank_options(parser)
+    parser.add_argument(
+        "--cases",
+        type=_names(*CASES),
+        metavar="NAME[,NAME]",
+        help=f"sampler: which parameters the rows have (default: {','.join(CASES)})",
+    )
+    parser.add_argument(
+        "--vocab",
+        type=_positive_list,
+        metavar="N[,N]",
+        help="sampler: logits of a row (default: 32000,128256,151936)",
+    )
     parser.add_argument(
         "--layers",
         type=_positive,
@@ -365,6 +394,7 @@ def _run_bench(options: argparse.Namespace) -> int:
         "kv_write": _kv_write_records,
         "decode_attention": _decode_attention_records,
         "all_reduce": _all_reduce_records,
+        "sampler": _sampler_records,
     }[options.figure](options)
     if options.commit is not None:
         for record in records:
@@ -686,7 +716,7 @@ def _kv_write_records(options: argparse.Namespace) -> list[Record]:
             options.writes,
             options.launches,
             options.steps,
-            _kv_working_set(options),
+            _working_set(options),
             bandwidth,
         )
     return records
@@ -711,7 +741,7 @@ def _decode_attention_records(options: argparse.Namespace) -> list[Record]:
                     lengths,
                     options.steps,
                     # A run of more calls hides how long its graph takes to start.
-                    4 * _kv_working_set(options),
+                    4 * _working_set(options),
                     bandwidth,
                 )
                 if kind != "even":
@@ -747,7 +777,33 @@ def _all_reduce_records(options: argparse.Namespace) -> list[Record]:
             device.close()
 
 
-def _kv_working_set(options: argparse.Namespace) -> int:
+def _sampler_records(options: argparse.Namespace) -> list[Record]:
+    from mrv1 import bench, bench_sampler, tuning
+
+    if options.dtype not in ("auto", "float32"):
+        raise InvalidArgumentError(
+            field="--dtype", value=options.dtype, allowed="float32 for the figure sampler"
+        )
+    if options.kv_cache_dtype != "auto":
+        raise InvalidArgumentError(
+            field="--kv-cache-dtype",
+            value=options.kv_cache_dtype,
+            allowed="left out for the figure sampler, which has no cache",
+        )
+    device = tuning.make_device(options.device)
+    try:
+        bandwidth = bench.measure_bandwidth(device, _read_bytes(options))
+        return [
+            bench_sampler.measure_sampler(
+                device, case, batch, vocab, options.steps, _working_set(options), bandwidth
+            )
+            for vocab, batch, case in itertools.product(options.vocab, options.batch, options.cases)
+        ]
+    finally:
+        device.close()
+
+
+def _working_set(options: argparse.Namespace) -> int:
     return _GPU_WORKING_SET if options.device == "cuda" else _CPU_WORKING_SET
 
 

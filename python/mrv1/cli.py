@@ -118,6 +118,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="print the log probability of each token, and of the N most likely ones, to stderr",
     )
+    parser.add_argument(
+        "--prompt-logprobs", type=int, metavar="N", help="the same for the tokens of the prompts"
+    )
     _add_sampling_options(parser)
     _add_device_options(parser)
     parser.set_defaults(run=_run_generate)
@@ -172,6 +175,13 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop-token-ids", type=_token_ids, metavar="ID,...", help="tokens that end the text"
     )
+    parser.add_argument(
+        "--stop-sequences",
+        type=_token_ids,
+        action="append",
+        metavar="ID,...",
+        help="tokens that end the text when they come one after the other; repeatable",
+    )
 
 
 def _token_ids(text: str) -> list[int]:
@@ -189,7 +199,7 @@ def _run_generate(options: argparse.Namespace) -> int:
     prompts = [_read_stdin() if prompt == "-" else prompt for prompt in options.prompts]
     clean = _make_clean()
     with _open_llm(demo_model() if options.model is None else options.model, options) as llm:
-        params = _sampling_params(options, llm, options.logprobs)
+        params = _sampling_params(options, llm, options.logprobs, options.prompt_logprobs)
         results: dict[int, GenerationResult] = {}
         try:
             with contextlib.closing(_in_order(llm, prompts, params, results)) as texts:
@@ -247,7 +257,10 @@ def for_terminal(text: str) -> str:
 
 
 def _sampling_params(
-    options: argparse.Namespace, llm: LLM, logprobs: int | None = None
+    options: argparse.Namespace,
+    llm: LLM,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     from mrv1.sampling_params import SamplingParams
 
@@ -272,7 +285,9 @@ def _sampling_params(
         max_tokens=options.max_tokens,
         stop=options.stop,
         stop_token_ids=options.stop_token_ids,
+        stop_sequences=options.stop_sequences,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -321,14 +336,19 @@ def _in_order(
 
 
 def _print_logprobs(results: list[GenerationResult]) -> None:
-    """A line a token: its prompt, its log probability and rank, and the most likely ones."""
+    """A line a token of prompts and outputs: its log probability and the most likely tokens'."""
     for index, result in enumerate(results):
-        for token, place in zip(result.token_ids, result.logprobs or (), strict=False):
-            told = [
-                f"{found.decoded_token!r} {found.logprob:.4f} (rank {found.rank})"
-                for found in (place[token], *(place[other] for other in place if other != token))
-            ]
-            print(f"prompt {index + 1}: {'; '.join(told)}", file=sys.stderr)
+        for name, places in (
+            ("prompt", result.prompt_logprobs),
+            ("output", result.logprobs),
+        ):
+            for place in places or ():
+                told = [
+                    f"{found.decoded_token!r} {found.logprob:.4f} (rank {found.rank})"
+                    for found in (place or {}).values()
+                ]
+                if told:  # nothing is before the first token of a prompt
+                    print(f"{name} {index + 1}: {'; '.join(told)}", file=sys.stderr)
 
 
 def _print_statistics(results: list[GenerationResult]) -> None:

@@ -192,7 +192,7 @@ class Engine(Closing):
             raise RequestError(
                 request_id=request_id, field=error.field, value=error.value, allowed=error.allowed
             ) from None
-        check_bad_words(params, sequences, request_id)
+        check_bad_words(params, sequences, self.model.config.vocab_size, request_id)
         return sequences
 
     def check_prompt(self, request_id: str, prompt: str | Sequence[int]) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mrv1._version import __version__
 
-_PACKAGES = ("numpy", "tokenizers", "nanobind-backend", "tqdm")
+_PACKAGES = ("numpy", "tokenizers", "nanobind-backend", "tqdm", "llguidance")
 
 
 def package_version(name: str) -> str:

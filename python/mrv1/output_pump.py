@@ -267,11 +267,11 @@ class OutputPump:
         """Takes a step on this thread, and the news that it brings."""
         with self._step_lock:
             # What an interrupt left over goes first.
-            self._outputs.extend(self.native.step())
+            self.native.step_into(self._outputs)
             self._deliver()
             if not self._running:
                 # Nobody waits for anything any more: bring the last rows and blocks home.
-                self._outputs.extend(self.native.step())
+                self.native.step_into(self._outputs)
                 self._deliver()
             with self._lock:
                 return self._take()
@@ -483,7 +483,7 @@ class OutputPump:
             self._thread.join()
         elif self._running:
             with self._step_lock:
-                self._outputs.extend(self.native.step())
+                self.native.step_into(self._outputs)
                 self._deliver()
         with self._lock:
             _wake(self._waiting)

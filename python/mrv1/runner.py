@@ -415,7 +415,7 @@ class ModelRunner(Closing):
             [_index(f"bad_words_token_ids[{place}]", token) for token in sequence]
             for place, sequence in enumerate(bad_words_token_ids)
         ]
-        check_bad_words(params, bad_words)
+        check_bad_words(params, bad_words, self.model.config.vocab_size)
         check_stops(params, None)
         spec = make_row_spec(
             token_ids,
@@ -521,6 +521,10 @@ class ModelRunner(Closing):
 
         A decoding row with places for drafts needs blocks for as many tokens as its steps in flight
         may compute, up to its length; results that are read lower this bound.
+
+        Rows with prompt_logprobs score their prompts in the steps that compute them. A step has
+        room for the log probabilities of max_num_batched_tokens tokens with max_logprobs each, or
+        for 32 MiB of them, 8 bytes each.
 
         Raises:
             InvalidArgumentError: Something does not fit; nothing was launched.

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
 from mrv1 import _core
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 EXTRA: Final = "structured-outputs"
 
 _FIELD: Final = "structured_outputs"
-# Compiled forms that are kept: their requests need no time at admission.
-_MAX_KEPT: Final = 64
 _MAX_ERROR_CHARS: Final = 400
 # Between two tokens of JSON. Enough to indent by; a model that has lost its way ends all the same.
 _WHITESPACE: Final = r"[ \n\r\t]{1,40}"
@@ -35,7 +32,7 @@ _WHITESPACE: Final = r"[ \n\r\t]{1,40}"
 class GrammarCompiler:
     """Makes matchers of the forms that requests ask for. Any thread may call it.
 
-    What a request needs first (the library, tables of the tokenizer, a compiled form) is made then.
+    The library is loaded, and tables of the tokenizer are made, when the first form comes.
 
     Args:
         tokenizer: What the tokens stand for.
@@ -50,7 +47,6 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._tables: llguidance.LLTokenizer | None = None
         self._executor: llguidance.LLExecutor | None = None
-        self._kept: OrderedDict[StructuredOutputsParams, llguidance.LLMatcher] = OrderedDict()
 
     def compile(self, params: SamplingParams, request_id: str | None = None) -> _core.Grammar:
         """Returns what the engine needs for a request with structured_outputs.
@@ -82,6 +78,9 @@ class GrammarCompiler:
     ) -> list[llguidance.LLMatcher]:
         """Returns matchers at the beginning of a text, for as many texts.
 
+        They share the states of their lexer, whose number llguidance bounds; those of two calls
+        share nothing, so that no request can use up what another one needs.
+
         Args:
             form: What the text must look like.
             count: How many.
@@ -91,21 +90,6 @@ class GrammarCompiler:
             RequestError: The form is not valid or no text has it, llguidance is not installed or
                 cannot use the tokenizer, or the model has no end-of-sequence token.
         """
-        with self._lock:
-            matcher = self._kept.get(form)
-            if matcher is not None:
-                self._kept.move_to_end(form)
-        if matcher is None:
-            matcher = self._compiled(form, request_id)
-            with self._lock:
-                self._kept[form] = matcher
-                if len(self._kept) > _MAX_KEPT:
-                    self._kept.popitem(last=False)
-        return [matcher.deep_copy() for _ in range(count)]
-
-    def _compiled(
-        self, form: StructuredOutputsParams, request_id: str | None
-    ) -> llguidance.LLMatcher:
         library = self._library(request_id)
         tables = self._tokenizer_tables(library, request_id)
         error = None
@@ -123,7 +107,7 @@ class GrammarCompiler:
                 error = matcher.get_error()
                 if error.startswith("NoExtension"):
                     error = "there is no such text"
-        except ValueError as caught:
+        except (ValueError, RecursionError) as caught:
             error = str(caught)
         if error is not None:
             line = " ".join(error.replace("<non-verbose/>", "").split())
@@ -134,7 +118,7 @@ class GrammarCompiler:
                 value=getattr(form, form.kind),
                 allowed="a form that llguidance can compile",
             )
-        return matcher
+        return [matcher, *(matcher.deep_copy() for _ in range(count - 1))]
 
     def _library(self, request_id: str | None) -> ModuleType:
         try:

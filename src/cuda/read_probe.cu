@@ -2,6 +2,9 @@
 //
 // How long launches take by the GPU's clock, and how fast it reads: what benchmarks compare steps
 // with.
+#include <algorithm>
+
+#include "block.cuh"
 #include "check.h"
 #include "core/probes.h"
 
@@ -49,8 +52,9 @@ __global__ void __launch_bounds__(kThreads)
     sum += value.x + value.y;
   }
   if (count % 2 != 0 && blockIdx.x == 0 && threadIdx.x == 0) sum += words[count - 1];
-  for (int lane = 16; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lane);
-  if (threadIdx.x % 32 == 0) {
+  // One addition a block: those of all blocks meet in one word.
+  sum = whole_block_sum(sum);
+  if (threadIdx.x == 0) {
     atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(sum));
   }
 }
@@ -110,7 +114,9 @@ void fill_words(Device& device, uint64_t* words, int64_t count) {
 }
 
 void read_words(Device& device, const uint64_t* words, int64_t count, uint64_t* total) {
-  read_words_kernel<<<kBlocks, kThreads, 0, stream_of(device)>>>(words, count, total);
+  const int64_t tiles = count / (2 * int64_t{kThreads} * kLoadsInFlight) + 1;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, kBlocks));
+  read_words_kernel<<<blocks, kThreads, 0, stream_of(device)>>>(words, count, total);
   check_launch(kWhere);
 }
 

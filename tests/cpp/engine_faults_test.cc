@@ -34,8 +34,21 @@ RunnerConfig tight_config() {
   config.num_blocks = 24;
   config.max_model_len = 64;
   config.num_speculative_tokens = 2;
+  config.max_logprobs = 2;
   return config;
 }
+
+// Masks that allow every token, so that requests with a grammar draw what they draw without.
+class OpenSource final : public MaskSource {
+ public:
+  void fill(std::span<MaskRequest> requests, uint32_t* masks, int32_t num_rows,
+            int32_t words) override {
+    for (const MaskRequest& request : requests) {
+      REQUIRE(request.row < num_rows);
+      std::fill_n(masks + int64_t{request.row} * words, words, ~uint32_t{0});
+    }
+  }
+};
 
 NamedRequest numbered(int32_t number) {
   NamedRequest request;
@@ -47,6 +60,12 @@ NamedRequest numbered(int32_t number) {
   row.temperature = 0.8f;
   row.seed = 11;
   row.max_tokens = kOutputs;
+  row.num_logprobs = number % 3 - 1;
+  if (number % 2 == 0) row.num_prompt_logprobs = number / 2;
+  if (number % 2 == 1) {
+    row.grammar = true;
+    request.spec.grammar = std::make_shared<Grammar>();
+  }
   return request;
 }
 
@@ -54,6 +73,7 @@ struct Life {
   std::vector<int32_t> tokens;
   RequestEnd end = RequestEnd::kNone;
   std::string error;
+  std::vector<TokenLogprob> logprobs, prompt_logprobs;
 };
 using Lives = std::map<std::pair<std::string, int32_t>, Life>;
 
@@ -64,6 +84,11 @@ void take(const std::vector<RequestOutput>& outputs, Lives& lives) {
     life.tokens.insert(life.tokens.end(), output.token_ids.begin(), output.token_ids.end());
     life.end = output.end;
     life.error = output.error;
+    life.logprobs.insert(life.logprobs.end(), output.logprobs.begin(), output.logprobs.end());
+    if (output.prompt_logprobs.num_logprobs >= 0) {
+      CHECK(life.prompt_logprobs.empty());
+      life.prompt_logprobs = output.prompt_logprobs.tokens;
+    }
   }
 }
 
@@ -75,7 +100,7 @@ void add(EngineThread& engine, int32_t number, Lives& lives) {
   } catch (const Error& error) {
     CHECK(error.kind() == ErrorKind::kOutOfMemory);
     for (int32_t i = 0; i < request.samples; ++i) {
-      lives[{request.id, i}] = {{}, RequestEnd::kError, error.what()};
+      lives[{request.id, i}] = {{}, RequestEnd::kError, error.what(), {}, {}};
     }
   }
 }
@@ -95,7 +120,8 @@ void finish(EngineThread& engine, bool background, Lives& lives) {
 const Lives& unhurt() {
   static const Lives lives = [] {
     Lives made;
-    EngineThread engine(small_runner(tight_config()), {true, /*background=*/false});
+    EngineThread engine(small_runner(tight_config()), {true, /*background=*/false},
+                        std::make_shared<OpenSource>());
     for (int32_t i = 0; i < kRequests; ++i) engine.add_request(numbered(i));
     finish(engine, false, made);
     return made;
@@ -108,9 +134,15 @@ int check_ends(const Lives& lives, const char* why) {
   REQUIRE(lives.size() == unhurt().size());
   int errors = 0;
   for (const auto& [name, life] : lives) {
-    const std::vector<int32_t>& whole = unhurt().at(name).tokens;
+    const Life& expected = unhurt().at(name);
+    const std::vector<int32_t>& whole = expected.tokens;
     REQUIRE(life.tokens.size() <= whole.size());
     CHECK(std::equal(life.tokens.begin(), life.tokens.end(), whole.begin()));
+    REQUIRE(life.logprobs.size() <= expected.logprobs.size());
+    CHECK(std::equal(life.logprobs.begin(), life.logprobs.end(), expected.logprobs.begin()));
+    CHECK(life.prompt_logprobs.size() ==
+          (life.tokens.empty() ? 0 : expected.prompt_logprobs.size()));
+    if (!life.tokens.empty()) CHECK(life.prompt_logprobs == expected.prompt_logprobs);
     if (life.end == RequestEnd::kError) {
       ++errors;
       CHECK(life.error.find(why) != std::string::npos);
@@ -208,7 +240,8 @@ TEST_CASE("an engine without memory ends its requests and every wait") {
         CAPTURE(background);
         CAPTURE(failures);
         CAPTURE(skip);
-        EngineThread engine(small_runner(tight_config()), {true, background});
+        EngineThread engine(small_runner(tight_config()), {true, background},
+                            std::make_shared<OpenSource>());
         Lives lives;
         char own_name[16];
         pthread_getname_np(pthread_self(), own_name, sizeof(own_name));
@@ -250,7 +283,7 @@ TEST_CASE("an engine without memory ends its requests and every wait") {
 }
 
 TEST_CASE("stop finds an engine without memory") {
-  EngineThread engine(small_runner(tight_config()), {});
+  EngineThread engine(small_runner(tight_config()), {}, std::make_shared<OpenSource>());
   Lives lives;
   FailingAllocations failing("mrv1-engine", 3, int64_t{1} << 40);
   failing.arm();
@@ -268,7 +301,8 @@ TEST_CASE("a lost device ends every request, and what comes after") {
       CAPTURE(background);
       CAPTURE(waits);
       const auto device = std::make_shared<LosableDevice>(waits);
-      EngineThread engine(small_runner(tight_config(), {0}, device), {true, background});
+      EngineThread engine(small_runner(tight_config(), {0}, device), {true, background},
+                          std::make_shared<OpenSource>());
       Lives lives;
       for (int32_t i = 0; i < kRequests; ++i) engine.add_request(numbered(i));
       finish(engine, background, lives);

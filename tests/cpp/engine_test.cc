@@ -42,6 +42,7 @@ RunnerConfig tiny_config(int32_t num_blocks) {
   config.block_size = 4;
   config.num_blocks = num_blocks;
   config.max_model_len = 96;
+  config.max_logprobs = 3;
   return config;
 }
 
@@ -50,6 +51,7 @@ struct Life {
   RequestEnd end = RequestEnd::kNone;
   std::string error;
   int32_t num_cached_tokens = 0;
+  std::vector<TokenLogprob> prompt_logprobs;
 };
 
 // Steps an engine, checks it after each step, and keeps what came by slot.
@@ -83,6 +85,10 @@ class Harness {
       life.end = event.end;
       life.num_cached_tokens = event.num_cached_tokens;
       if (event.error >= 0) life.error = events.errors[event.error];
+      if (event.prompt_logprobs >= 0) {
+        CHECK(life.prompt_logprobs.empty());
+        life.prompt_logprobs = events.prompt_logprobs[event.prompt_logprobs].tokens;
+      }
       if (event.end != RequestEnd::kNone) ended.push_back(event.slot);
     }
   }
@@ -108,13 +114,17 @@ class Harness {
 };
 
 // Nothing is shared or preempted. One group holds all layers' blocks if no window drops any.
-std::vector<int32_t> alone(RequestSpec spec, uint64_t sample = 0,
-                           const std::vector<int32_t>& windows = {0}) {
+Life life_alone(RequestSpec spec, uint64_t sample, const std::vector<int32_t>& windows) {
   Harness harness(tiny_config(160), false, windows);
   spec.row.seed += sample;
   harness.add(std::move(spec), {0});
   harness.finish();
-  return harness.lives[0].tokens;
+  return harness.lives[0];
+}
+
+std::vector<int32_t> alone(RequestSpec spec, uint64_t sample = 0,
+                           const std::vector<int32_t>& windows = {0}) {
+  return life_alone(std::move(spec), sample, windows).tokens;
 }
 
 }  // namespace
@@ -454,8 +464,8 @@ TEST_CASE("a steady decode step allocates nothing") {
 }
 
 TEST_CASE("random lives under memory pressure") {
-  std::map<std::tuple<bool, int, int>, std::vector<int32_t>> known;
-  uint64_t preemptions = 0, hits = 0;
+  std::map<std::tuple<bool, int, int>, Life> known;
+  uint64_t preemptions = 0, hits = 0, scored = 0;
   for (uint32_t seed = 0; seed < 12; ++seed) {
     std::mt19937 random(seed);
     const bool windowed = seed % 3 == 0;
@@ -467,11 +477,15 @@ TEST_CASE("random lives under memory pressure") {
     struct Wish {
       int kind;
       uint64_t sample;
+      size_t num_samples;
       bool aborted;
     };
     std::map<int32_t, Wish> wishes;
     const auto spec_of = [](int kind) {
-      return request_of(prompt_of(1 + kind * 7, kind % 2), 3 + kind * 5, kind % 3 == 0 ? 0 : 0.8f);
+      RequestSpec spec =
+          request_of(prompt_of(1 + kind * 7, kind % 2), 3 + kind * 5, kind % 3 == 0 ? 0 : 0.8f);
+      if (kind % 4 == 1) spec.row.num_prompt_logprobs = kind % 3;
+      return spec;
     };
     const auto settle = [&](bool all) {
       std::erase_if(wishes, [&](const auto& entry) {
@@ -485,8 +499,13 @@ TEST_CASE("random lives under memory pressure") {
         CHECK(life.end == RequestEnd::kLength);
         auto [place, fresh] =
             known.try_emplace({windowed, wish.kind, static_cast<int>(wish.sample)});
-        if (fresh) place->second = alone(spec_of(wish.kind), wish.sample, windows);
-        CHECK(life.tokens == place->second);
+        if (fresh) place->second = life_alone(spec_of(wish.kind), wish.sample, windows);
+        CHECK(life.tokens == place->second.tokens);
+        // Of several samples, whichever computed the prompt has its logprobs.
+        if (!life.prompt_logprobs.empty() || wish.num_samples == 1) {
+          CHECK(life.prompt_logprobs == place->second.prompt_logprobs);
+          scored += !life.prompt_logprobs.empty();
+        }
         return true;
       });
     };
@@ -501,7 +520,8 @@ TEST_CASE("random lives under memory pressure") {
         if (!slots.empty()) {
           RequestSpec spec = spec_of(kind);
           spec.priority = static_cast<int32_t>(random() % 2);
-          for (size_t i = 0; i < slots.size(); ++i) wishes[slots[i]] = {kind, i, false};
+          for (size_t i = 0; i < slots.size(); ++i)
+            wishes[slots[i]] = {kind, i, slots.size(), false};
           harness.add(spec, slots);
         }
       }
@@ -522,6 +542,7 @@ TEST_CASE("random lives under memory pressure") {
   }
   CHECK(preemptions > 100);
   CHECK(hits > 1000);
+  CHECK(scored > 100);
 }
 
 }  // namespace mrv1

@@ -262,7 +262,8 @@ TEST_CASE("a sample without a mask ends with the source's error, and no other") 
   const auto source = std::make_shared<CountingSource>();
   EngineThread engine(small_runner(), kStepped, source);
   engine.add_request(bound("bad", 9, 30, 2, 7));
-  engine.add_request(bound("never", 5, 30, 1, 0));
+  // The others wait for its prompt, which the next of them computes then.
+  engine.add_request(bound("never", 5, 30, 3, 0));
   engine.add_request(bound("good", 9, 20));
   const Lives lives = drain(engine);
   const Life& bad = lives.at({"bad", 0});
@@ -271,6 +272,9 @@ TEST_CASE("a sample without a mask ends with the source's error, and no other") 
   CHECK(bad.error == "that is enough");
   CHECK(lives.at({"never", 0}).tokens.empty());
   CHECK(lives.at({"never", 0}).end == RequestEnd::kError);
+  for (const int32_t sample : {1, 2}) {
+    CHECK(lives.at({"never", sample}).tokens == Counting::outputs(30, sample));
+  }
   CHECK(lives.at({"bad", 1}).tokens == Counting::outputs(30, 1));
   CHECK(lives.at({"good", 0}).tokens == Counting::outputs(20, 0));
 }

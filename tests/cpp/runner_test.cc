@@ -13,7 +13,7 @@
 namespace mrv1 {
 namespace {
 
-int32_t add_request(ModelRunner& runner, int32_t row, float temperature) {
+RowSpec request_of(int32_t row, float temperature) {
   RowSpec spec;
   spec.token_ids = {1, 2, 3, 4, 5};
   spec.prompt_len = 5;
@@ -24,16 +24,32 @@ int32_t add_request(ModelRunner& runner, int32_t row, float temperature) {
   spec.max_tokens = 200;
   std::vector<int32_t>& blocks = spec.block_ids.emplace_back(16);
   std::iota(blocks.begin(), blocks.end(), 1 + row * 16);
-  return runner.add_row(spec).row;
+  return spec;
+}
+
+int32_t add_request(ModelRunner& runner, int32_t row, float temperature) {
+  return runner.add_row(request_of(row, temperature)).row;
 }
 
 }  // namespace
 
 TEST_CASE("a steady decode step allocates nothing, on the host or on the stream") {
-  const auto runner = small_runner();
+  RunnerConfig config = small_config();
+  config.max_logprobs = 3;
+  const auto runner = small_runner(config);
   std::vector<BatchItem> prefill, decode;
   for (int32_t row = 0; row < 4; ++row) {
-    const int32_t added = add_request(*runner, row, row % 2 == 0 ? 0.0f : 0.7f);
+    RowSpec spec = request_of(row, row % 2 == 0 ? 0.0f : 0.7f);
+    if (row >= 2) {
+      spec.num_logprobs = row;
+      spec.num_prompt_logprobs = row;
+      spec.repetition_penalty = 1.1f;
+      spec.frequency_penalty = 0.1f;
+      spec.logit_bias = {{4, 0.5f}};
+      spec.bad_words = {{6}, {7, 8}};
+      spec.stop_sequences = {{90, 91, 92, 93}};
+    }
+    const int32_t added = runner->add_row(spec).row;
     prefill.push_back({added, 5});
     decode.push_back({added, 1});
   }

@@ -224,9 +224,100 @@ TEST_CASE("vectorised loops give the bits of the portable ones") {
       REQUIRE(weights == expected);
       REQUIRE(classes == expected_classes);
       REQUIRE(loops.weight_sum(data, count, rule) == portable.weight_sum(data, count, rule));
+      const int32_t key = edge.key;
+      REQUIRE(loops.count_above(data, count, key) == portable.count_above(data, count, key));
+      std::vector<uint32_t> mask(kSampleBlock / 32);
+      for (uint32_t& word : mask) {
+        word = random() % 3 == 0 ? 0xffffffffu : static_cast<uint32_t>(random());
+      }
+      std::vector<float> masked = logits;
+      loops.mask(masked.data(), count, mask.data());
+      for (int64_t i = 0; i < count; ++i) {
+        const float expected = masked_logit(logits[i], static_cast<int32_t>(i), mask.data());
+        REQUIRE(float_to_bits(masked[i]) == float_to_bits(expected));
+      }
       REQUIRE(loops.kept_sum(data, count, 1000, rule, edge) ==
               portable.kept_sum(data, count, 1000, rule, edge));
     }
+  }
+}
+
+TEST_CASE("masks and bans leave a NaN") {
+  const uint32_t mask[] = {0x80000001u, 0x2u};
+  CHECK(has_bit(mask, 0));
+  CHECK(!has_bit(mask, 1));
+  CHECK(has_bit(mask, 31));
+  CHECK(!has_bit(mask, 32));
+  CHECK(has_bit(mask, 33));
+  CHECK(masked_logit(2.0f, 31, mask) == 2.0f);
+  CHECK(masked_logit(2.0f, 32, mask) == -kInf);
+  CHECK(masked_logit(kInf, 32, mask) == -kInf);
+  CHECK(std::isnan(masked_logit(NAN, 32, mask)));
+  CHECK(std::isnan(banned_logit(-NAN)));
+}
+
+TEST_CASE("penalties apply in order, to outputs or to all uses") {
+  SamplingRow sampling = {};
+  sampling.repetition_penalty = 2.0f;
+  sampling.frequency_penalty = 0.25f;
+  sampling.presence_penalty = 0.5f;
+  CHECK(penalised_logit(4.0f, PenaltyEntry::kInPrompt, sampling) == 2.0f);
+  CHECK(penalised_logit(4.0f, PenaltyEntry::kInPrompt | 3, sampling) == 0.75f);
+  CHECK(penalised_logit(4.0f, 1, sampling) == 1.25f);
+  CHECK(penalised_logit(-4.0f, 1, sampling) == -8.75f);
+  CHECK(penalised_logit(-kInf, 7, sampling) == -kInf);
+  CHECK(penalised_logit(kInf, 7, sampling) == kInf);
+  CHECK(std::isnan(penalised_logit(NAN, 7, sampling)));
+  CHECK(draft_uses(std::vector<int32_t>{5, 6, 7, 6, 6}.data(), 2, 3, 6) == 2);
+}
+
+TEST_CASE("a bad word bans its last token after the others, among outputs") {
+  const int32_t history[] = {1, 2, 3, 4};
+  Row row = {};
+  row.prompt_len = 2;
+  row.total_len = 4;
+  const auto bans = [&](std::vector<int32_t> word) {
+    return bans_last_token(word.data(), static_cast<int32_t>(word.size()), history, row);
+  };
+  CHECK(bans({9}));
+  CHECK(bans({4, 9}));
+  CHECK(bans({3, 4, 9}));
+  CHECK(!bans({3, 9}));
+  CHECK(!bans({2, 3, 4, 9}));
+  CHECK(!bans({0, 1, 2, 3, 4, 9}));
+  row.total_len = row.prompt_len;
+  CHECK(bans({9}));
+  CHECK(!bans({2, 9}));
+}
+
+TEST_CASE("a penalty table finds every token, when it is full and where hashes meet") {
+  for (const int32_t capacity : {1, 2, 3, 100, 1000}) {
+    std::vector<int32_t> words(static_cast<size_t>(penalty_table_words(capacity)) + 4);
+    SamplingRow sampling = {};
+    sampling.words = words.data();
+    sampling.penalties = {4, capacity};
+    const PenaltyTable table = PenaltyTable::of(sampling);
+    table.header->index_mask = static_cast<int32_t>(penalty_index_words(capacity)) - 1;
+    CHECK(table.header->index_mask >= 2 * capacity - 1);
+    std::mt19937 random(6);
+    std::vector<int32_t> tokens;
+    while (static_cast<int32_t>(tokens.size()) < capacity) {
+      const int32_t token = static_cast<int32_t>(random() % 200000);
+      const int32_t place = table.find(token);
+      if (table.index[place] != 0) {
+        continue;
+      }
+      const auto number = static_cast<int32_t>(tokens.size());
+      table.entries[number] = {token, more_uses(0, number % 2 == 0)};
+      table.index[place] = number + 1;
+      tokens.push_back(token);
+    }
+    for (int32_t i = 0; i < capacity; ++i) {
+      CHECK(table.uses(tokens[i]) == (i % 2 == 0 ? PenaltyEntry::kInPrompt : 1u));
+    }
+    CHECK(table.uses(200001) == 0);
+    CHECK(more_uses(PenaltyEntry::kInPrompt | 4, false) == (PenaltyEntry::kInPrompt | 5));
+    CHECK(more_uses(PenaltyEntry::kInPrompt, true) == PenaltyEntry::kInPrompt);
   }
 }
 

@@ -39,7 +39,9 @@ inline Program small_model(const std::vector<int32_t>& windows, bool ranked = fa
     return program.add(sum, residual);
   };
   for (size_t layer = 0; layer < windows.size(); ++layer) {
-    const auto named = [&](const char* name) { return name + std::to_string(layer); };
+    const auto named = [&](const char* name) {
+      return std::string(name).append(std::to_string(layer));
+    };
     program.begin_layer(static_cast<int32_t>(layer));
     const int32_t normed = program.rms_norm(x, vector(program, named("norm1"), kHidden), 1e-6f);
     const int32_t qkv = program.linear(

@@ -13,6 +13,7 @@
 #include "core/probes.h"
 #include "program/attention_probe.h"
 #include "program/kv_store.h"
+#include "runner/sample_probe.h"
 
 namespace mrv1 {
 namespace {
@@ -156,6 +157,10 @@ struct AttentionProbeHandle : Handle<AttentionProbe> {
   using Handle::Handle;
 };
 
+struct SampleProbeHandle : Handle<SampleProbe> {
+  using Handle::Handle;
+};
+
 KvScaleKind scales_named(const std::string& name) {
   if (name == "none") return KvScaleKind::kNone;
   if (name == "tensor") return KvScaleKind::kTensor;
@@ -264,6 +269,58 @@ void bind_bench(nb::module_& m) {
           },
           "Of the last call, float32 [requests * heads * head_dim], a copy.")
       .def("close", &AttentionProbeHandle::close);
+  nb::class_<SampleProbeHandle>(
+      m, "SampleProbe",
+      "Sampling by itself: the sampler of a step over random logits, normal with a standard\n"
+      "deviation of 3.\n\n"
+      "Args:\n"
+      "    device: Where it runs.\n"
+      "    batch: Rows.\n"
+      "    vocab_size: Logits of a row.\n"
+      "    spec: Tokens and sampling parameters of every row; the row's number is added to the\n"
+      "        seed.\n"
+      "    copies: Of the logits, all different; a run goes through them, one call each.\n\n"
+      "Raises:\n"
+      "    InvalidArgumentError: what cannot be.\n"
+      "    OutOfMemoryError: less memory is free.")
+      .def(
+          "__init__",
+          [](SampleProbeHandle* self, const DeviceHandle& device, int32_t batch, int32_t vocab_size,
+             const RowSpec& spec, int32_t copies) {
+            new (self) SampleProbeHandle(
+                std::make_shared<SampleProbe>(
+                    device.share(), SampleProbe::Options{batch, vocab_size, spec, copies}),
+                "sample probe");
+          },
+          nb::arg("device"), nb::arg("batch"), nb::arg("vocab_size"), nb::arg("spec"),
+          nb::arg("copies") = 1, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "time_runs",
+          [](const SampleProbeHandle& self, int32_t repeats) { return self->time_runs(repeats); },
+          nb::arg("repeats") = 1, nb::call_guard<nb::gil_scoped_release>(),
+          "Seconds of a call, of each of `repeats` runs over all copies, after one that warms up;\n"
+          "on a GPU by its own clock, each run launched as one graph.")
+      .def(
+          "time_reads",
+          [](const SampleProbeHandle& self, int32_t repeats) { return self->time_reads(repeats); },
+          nb::arg("repeats") = 1, nb::call_guard<nb::gil_scoped_release>(),
+          "The same for a plain read of a copy's logits; on a GPU only.")
+      .def(
+          "tokens",
+          [](const SampleProbeHandle& self) {
+            const std::vector<int32_t> values = self->tokens();
+            return to_numpy(values, {values.size()});
+          },
+          "Of the last call, int32 [batch], a copy.")
+      .def(
+          "logits_address",
+          [](const SampleProbeHandle& self, int32_t copy) {
+            return reinterpret_cast<uintptr_t>(self->logits(copy));
+          },
+          nb::arg("copy"),
+          "Address on the device of a copy's float32 [batch, vocab_size] logits, valid until "
+          "close().")
+      .def("close", &SampleProbeHandle::close);
 }
 
 }  // namespace mrv1

@@ -176,6 +176,19 @@ void bind_engine(nb::module_& m) {
           "Launches a step, takes in the one before it, and returns what is new. Only without\n"
           "`background`.")
       .def(
+          "step_into",
+          [](const EngineHandle& self, nb::object sink) {
+            std::vector<RequestOutput> outputs;
+            {
+              nb::gil_scoped_release release;
+              outputs = self->step();
+            }
+            sink.attr("extend")(nb::cast(std::move(outputs)));
+          },
+          nb::arg("sink"),
+          nb::sig("def step_into(self, sink: collections.deque[RequestOutput]) -> None"),
+          "The same into a deque: an interrupt that comes during the step finds what is new there.")
+      .def(
           "wait_outputs",
           [](const EngineHandle& self, double timeout_s) { return self->wait_outputs(timeout_s); },
           nb::arg("timeout_s"), nb::call_guard<nb::gil_scoped_release>(),

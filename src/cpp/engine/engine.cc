@@ -294,6 +294,9 @@ void Engine::keep_filled_blocks(Request& running) {
 // Adds what a step has scored; true if the prompt is complete.
 bool Engine::keep_scores(Request& running, const PromptScores& scores) {
   RequestDetails& its = details(running);
+  check_internal(scores.num_tokens == 0 || scores.position == its.row.num_scored + 1, kWhere,
+                 "slot ", running.slot, " has scored its prompt from token ", scores.position,
+                 " on, not ", its.row.num_scored + 1);
   auto& all = its.prompt_logprobs.tokens;
   its.prompt_logprobs.num_logprobs = scores.num_logprobs;
   if (all.empty()) {
@@ -488,16 +491,16 @@ void Engine::take_in_entry(const Planned& planned, size_t index, EventBatch& out
     end(planned.slot, RequestEnd::kError, "the device lost the request's row", out);
     return;
   }
-  const RequestEnd reason = end_of(entry.finish_reason);
-  if (reason == RequestEnd::kError) {
-    end(planned.slot, reason, "the logits hold no token to draw", out);
-    return;
-  }
   if (scores != nullptr && scores->nan_position >= 0) {
     end(planned.slot, RequestEnd::kError,
         concat("token ", scores->nan_position,
                " of the prompt has no logprob: the logits hold a NaN, or nothing above -inf"),
         out);
+    return;
+  }
+  const RequestEnd reason = end_of(entry.finish_reason);
+  if (reason == RequestEnd::kError) {
+    end(planned.slot, reason, "the logits hold no token to draw", out);
     return;
   }
   // By what the step was counted with, the bounds were too high or too low.
@@ -606,6 +609,12 @@ void Engine::check_invariants() const {
     check_internal(
         each.num_computed <= std::max(each.num_launched, its.forked ? its.row.prompt_len : 0),
         kWhere, "slot ", each.slot, " has computed more than was launched");
+    const auto scored = static_cast<size_t>(its.row.num_scored);
+    const auto group = static_cast<size_t>(1 + its.prompt_logprobs.num_logprobs);
+    check_internal(each.state == RequestState::kNone || its.row.num_prompt_logprobs < 0 ||
+                       its.prompt_logprobs.tokens.size() == scored * group,
+                   kWhere, "slot ", each.slot, " has other logprobs than those of ", scored,
+                   " tokens of its prompt");
     check_internal(runs == (each.handle.row >= 0), kWhere, "slot ", each.slot,
                    " has a row but does not run, or runs without one");
     check_internal(runs || each.num_tail == 0, kWhere, "slot ", each.slot,

@@ -184,16 +184,19 @@ std::vector<RequestOutput> EngineThread::take_outputs() {
     output.num_cached_tokens = event.num_cached_tokens;
     output.num_draft_tokens = event.num_draft_tokens;
     output.num_accepted_tokens = event.num_accepted_tokens;
-    if (event.prompt_logprobs >= 0) {
-      output.prompt_logprobs = std::move(outputs_.prompt_logprobs[event.prompt_logprobs]);
-    }
   }
   if (out_of_memory_ && outputs_.events.empty()) {
     end_unfinished(outputs);
     return outputs;
   }
+  auto output = outputs.begin();
   for (const RequestEvent& event : outputs_.events) {
-    if (event.slot >= 0 && event.end != RequestEnd::kNone) hear_end(event.slot);
+    if (event.slot < 0) continue;
+    if (event.prompt_logprobs >= 0) {
+      output->prompt_logprobs = std::move(outputs_.prompt_logprobs[event.prompt_logprobs]);
+    }
+    ++output;
+    if (event.end != RequestEnd::kNone) hear_end(event.slot);
   }
   outputs_.clear();
   return outputs;

@@ -51,8 +51,7 @@ void Engine::ask_for_mask(const Planned& planned) {
   if (told_.size() == masked_.size()) told_.emplace_back();
   std::vector<int32_t>& tokens = told_[masked_.size()];
   const std::vector<int32_t>& known = its.row.token_ids;
-  // Outputs that came before this step's mask was asked for: more than none only after a
-  // preemption.
+  // Of what was known before, it lacks the token that was drawn last before a preemption.
   const auto first = static_cast<size_t>(its.row.prompt_len + its.num_told);
   tokens.clear();
   if (first < known.size()) tokens.assign(known.begin() + first, known.end());

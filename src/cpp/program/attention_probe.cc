@@ -2,23 +2,20 @@
 #include "program/attention_probe.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <numeric>
 #include <random>
 
 #include "core/error.h"
-#include "core/probes.h"
 #include "ops/fill_random.h"
 #include "ops/kernels.h"
+#include "program/probe_timing.h"
 
 namespace mrv1 {
 namespace {
 
 constexpr std::string_view kWhere = "attention_probe";
 constexpr uint64_t kSeed = 1;
-// A GPU that did nothing for a while comes back to its clocks in the course of milliseconds.
-constexpr double kWarmSeconds = 0.1;
 
 AttentionProbe::Options checked(const AttentionProbe::Options& options) {
   const HeadShape& shape = options.shape;
@@ -189,31 +186,9 @@ std::vector<double> AttentionProbe::time_runs(AttentionBackend backend, int32_t 
                               ctx_);
     }
   };
-  const bool on_cpu = device_->type() == DeviceType::kCpu;
-  std::unique_ptr<Graph> graph;
-  std::vector<double> seconds;
-  run_on_stream(*device_, [&] {
-    kernels.plan_attention(plan_, ctx_);
-    attend();
-    if (!on_cpu) graph = device_->capture(attend);
-  });
-  const auto run = [&] {
-    double spent = 0.0;
-    run_on_stream(*device_, [&] {
-      if (on_cpu) {
-        const auto start = std::chrono::steady_clock::now();
-        attend();
-        spent = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-      } else {
-        spent = cuda::time_launches(*device_, [&] { device_->launch(*graph); });
-      }
-    });
-    return spent;
-  };
-  for (double spent = 0.0; !on_cpu && spent < kWarmSeconds;) spent += run();
-  for (int32_t i = 0; i < repeats; ++i) {
-    seconds.push_back(run() / static_cast<double>(caches_.size()));
-  }
+  run_on_stream(*device_, [&] { kernels.plan_attention(plan_, ctx_); });
+  std::vector<double> seconds = time_probe(*device_, attend, repeats);
+  for (double& run : seconds) run /= static_cast<double>(caches_.size());
   return seconds;
 }
 

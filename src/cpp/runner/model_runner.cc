@@ -271,7 +271,7 @@ void ModelRunner::allocate_state() {
   infer.positions = state_array<int32_t>(tokens, "infer params");
   infer.slot_mapping = state_array<int32_t>(state.num_groups * tokens, "infer params");
   for (int32_t** array : {&infer.logits_indices, &infer.logits_batch, &infer.logits_place,
-                          &infer.logits_entry, &infer.sampled}) {
+                          &infer.logits_entry, &infer.sampled, &infer.blocks_done}) {
     *array = state_array<int32_t>(infer.max_logits, "infer params");
   }
   infer.row_lengths = nullptr;

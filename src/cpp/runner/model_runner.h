@@ -37,7 +37,7 @@ GroupOptions group_options(const Program& program, const RunnerConfig& config);
 struct MemoryPlan {
   int64_t weights = 0;
   int64_t activations = 0;  // arena, rope tables, workspace, what ranks send each other
-  int64_t state = 0;        // rows, history, block tables, infer_params, rings
+  int64_t state = 0;        // rows, history, block tables, infer_params, rings, scored prompts
   int64_t per_block = 0;    // one KV block, for the layers of a group, scales included
   int64_t total(int64_t num_blocks) const {
     return weights + activations + state + per_block * num_blocks;

@@ -7,6 +7,7 @@
 #include "core/dtype.h"
 #include "core/error.h"
 #include "sampling/penalties.h"
+#include "sampling/processors.h"
 
 namespace mrv1 {
 namespace {
@@ -58,10 +59,30 @@ void check_row_lists(const RowSpec& spec, int32_t vocab_size, int32_t max_logpro
         "], the most that the runner was made for (max_logprobs)");
 }
 
-WordList RowLists::add(const std::vector<int32_t>& items) {
-  const WordList list{static_cast<int32_t>(words.size()), static_cast<int32_t>(items.size())};
-  words.insert(words.end(), items.begin(), items.end());
-  return list;
+SamplingRow plain_sampling_row(const RowSpec& spec, int32_t vocab_size,
+                               int32_t num_speculative_tokens) {
+  SamplingRow sampling;
+  sampling.temperature = spec.temperature;
+  sampling.top_p = spec.top_p;
+  sampling.min_p = spec.min_p;
+  sampling.top_k = TopK::effective(spec.top_k, vocab_size);
+  sampling.seed = spec.seed;
+  sampling.presence_penalty = spec.presence_penalty;
+  sampling.frequency_penalty = spec.frequency_penalty;
+  sampling.repetition_penalty = spec.repetition_penalty;
+  sampling.num_logprobs = spec.num_logprobs;
+  sampling.num_speculative_tokens = num_speculative_tokens;
+  const auto forced = static_cast<int32_t>(spec.forced_token_ids.size());
+  sampling.forced_end = forced > 0 ? spec.prompt_len + forced : 0;
+  return sampling;
+}
+
+WordList RowLists::add_distinct(const std::vector<int32_t>& ids) {
+  const auto offset = static_cast<int32_t>(words.size());
+  words.insert(words.end(), ids.begin(), ids.end());
+  std::sort(words.begin() + offset, words.end());
+  words.erase(std::unique(words.begin() + offset, words.end()), words.end());
+  return {offset, static_cast<int32_t>(words.size()) - offset};
 }
 
 WordList RowLists::add_sequences(const std::vector<std::vector<int32_t>>& sequences) {
@@ -76,7 +97,7 @@ WordList RowLists::add_sequences(const std::vector<std::vector<int32_t>>& sequen
 void RowLists::build(const RowSpec& spec, int32_t vocab_size, int32_t max_total_len,
                      SamplingRow& sampling) {
   words.clear();
-  sampling.stop_ids = add(spec.stop_ids);
+  sampling.stop_ids = add_distinct(spec.stop_ids);
   sampling.stop_sequences = add_sequences(spec.stop_sequences);
   sampling.bad_words = add_sequences(spec.bad_words);
   sampling.bias = {static_cast<int32_t>(words.size()),

@@ -20,9 +20,13 @@ struct RowLists {
   void build(const RowSpec& spec, int32_t vocab_size, int32_t max_total_len, SamplingRow& sampling);
 
  private:
-  WordList add(const std::vector<int32_t>& items);
+  WordList add_distinct(const std::vector<int32_t>& ids);
   WordList add_sequences(const std::vector<std::vector<int32_t>>& sequences);
 };
+
+// The parameters of a spec without its lists.
+SamplingRow plain_sampling_row(const RowSpec& spec, int32_t vocab_size,
+                               int32_t num_speculative_tokens);
 
 // Throws kInvalidArgument naming what is wrong with the lists and penalties of a spec.
 void check_row_lists(const RowSpec& spec, int32_t vocab_size, int32_t max_logprobs);

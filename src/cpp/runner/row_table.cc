@@ -148,25 +148,12 @@ void RowTable::check_spec(const RowSpec& spec) {
   RowLists().build(spec, vocab, max_total_length(spec), sampling);  // throws if they are too long
 }
 
-// The parameters of a spec without its lists.
 SamplingRow RowTable::sampling_row(const RowSpec& spec) const {
-  SamplingRow sampling;
-  sampling.temperature = spec.temperature;
-  sampling.top_p = spec.top_p;
-  sampling.min_p = spec.min_p;
-  sampling.top_k = spec.top_k < vocab_size_ ? spec.top_k : 0;
-  sampling.seed = spec.seed;
-  sampling.presence_penalty = spec.presence_penalty;
-  sampling.frequency_penalty = spec.frequency_penalty;
-  sampling.repetition_penalty = spec.repetition_penalty;
-  sampling.num_logprobs = spec.num_logprobs;
-  sampling.num_speculative_tokens = spec.num_speculative_tokens < 0 ? config_.num_speculative_tokens
-                                                                    : spec.num_speculative_tokens;
+  int32_t num_drafts = spec.num_speculative_tokens < 0 ? config_.num_speculative_tokens
+                                                       : spec.num_speculative_tokens;
   // The place of a draft would need a mask of its own.
-  if (spec.grammar) sampling.num_speculative_tokens = 0;
-  const auto forced = static_cast<int32_t>(spec.forced_token_ids.size());
-  sampling.forced_end = forced > 0 ? spec.prompt_len + forced : 0;
-  return sampling;
+  if (spec.grammar) num_drafts = 0;
+  return plain_sampling_row(spec, vocab_size_, num_drafts);
 }
 
 RowHandle RowTable::add(const RowSpec& spec) {

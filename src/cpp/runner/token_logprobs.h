@@ -13,6 +13,8 @@ struct TokenLogprob {
   int32_t token = -1;
   float logprob = 0.0f;
   int32_t rank = 0;
+
+  bool operator==(const TokenLogprob&) const = default;
 };
 
 // Adds a record's group: its token, then its candidates, the most likely first. May sort the

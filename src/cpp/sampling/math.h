@@ -51,13 +51,12 @@ MRV1_HD float weight_exponent(float logit, float reference, float scale) {
   return fmaf(distance, scale, -1.0f);
 }
 
-// floor(2^43 * 2^(exponent + 1)), the power of two being a float with a relative error below 2^-23:
-// 2^43 exactly for an exponent of -1; 0 below -44 and for NaN. For exponents in [-inf, -1].
-// Never decreases when the exponent grows (checked over all floats), so that sets cut by weight are
-// cut by logit as well. 2^(n + f) = 2^n P(f), n = exponent + 1 rounded to an integer, |f| <= 1/2; P
-// is of degree 6 with P(0) = 1, fitted for the least relative error, 2^-28.9.
-MRV1_HD uint64_t fixed_point_exp2(float exponent) {
-  constexpr float kLowest = -48.0f;        // becomes 0
+// 2^(exponent + 1) as a float with a relative error below 2^-23, for exponents in [-inf, -1]: 1 for
+// an exponent of -1; about 2^-47 below -48 and for NaN. Never decreases when the exponent grows
+// (checked over all floats). 2^(n + f) = 2^n P(f), n = exponent + 1 rounded to an integer,
+// |f| <= 1/2; P is of degree 6 with P(0) = 1, fitted for the least relative error, 2^-28.9.
+MRV1_HD float exp2_float(float exponent) {
+  constexpr float kLowest = -48.0f;
   constexpr float kRounder = 12582913.0f;  // 1.5 * 2^23 + 1: adding it rounds to an integer, plus 1
   const float x = exponent > kLowest ? exponent : kLowest;
   const float rounded = x + kRounder;
@@ -69,7 +68,13 @@ MRV1_HD uint64_t fixed_point_exp2(float exponent) {
   power = fmaf(power, f, 0x1.62e43p-1f);
   power = fmaf(power, f, 1.0f);
   // The low bits of `rounded` are those of n, which is added to the exponent of the power.
-  const uint32_t bits = float_to_bits(power) + (float_to_bits(rounded) << 23);
+  return bits_to_float(float_to_bits(power) + (float_to_bits(rounded) << 23));
+}
+
+// floor(2^43 * exp2_float(exponent)): 2^43 for an exponent of -1; 0 below -44 and for NaN. Never
+// decreases when the exponent grows, so that sets cut by weight are cut by logit as well.
+MRV1_HD uint64_t fixed_point_exp2(float exponent) {
+  const uint32_t bits = float_to_bits(exp2_float(exponent));
   const uint64_t mantissa = (bits & 0x7fffffu) | 0x800000u;
   return (mantissa << (kWeightBits - 23)) >> (127u - (bits >> 23));  // by 0 to 48
 }

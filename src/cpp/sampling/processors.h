@@ -25,14 +25,12 @@
 //  Stage kRaw:
 //   grammar            ids without a bit in SamplingRow::grammar_mask become -inf.
 //   raw_logprobs       what LogprobRecord says of the token and of candidates is about the logits
-//   as
-//                      they are now: see sampling/logprobs.h. Nothing below changes it.
+//                      as they are now: see sampling/logprobs.h. Nothing below changes it.
 //
 //  Stage kLogits edits logits:
 //   logit_bias         logit + bias for the ids of SamplingRow::bias, one float addition.
 //   allowed_token_ids  ids without a bit in SamplingRow::allowed become -inf.
-//   min_tokens         while total_len < min_total_len every id in the row's stop list becomes
-//   -inf.
+//   min_tokens         while total_len < min_total_len the ids in the row's stop list become -inf.
 //                      If that would leave no logit above -inf, the row stays as it is: its stop
 //                      tokens are drawn but do not end it, as the stop rule also waits for the
 //                      length. Ids outside the vocabulary are left alone.
@@ -72,7 +70,7 @@
 //  first at which the running sum of masses exceeds the target, and r is the target less the masses
 //  before it. The token is the tile's first id at which scale_weight(running sum of q', W) > r.
 //
-//  Forced tokens (forced_token in state/output_ring.h) take the place of what was drawn.
+//  Forced tokens (forced_token in sampling/sample.h) take the place of what was drawn.
 namespace mrv1 {
 
 enum class ProcessorStage { kRaw, kLogits, kSet };

@@ -18,9 +18,11 @@ MRV1_HD int32_t forced_token(const RowState& state, int32_t row, const SamplingR
 // or all -inf) kErrorToken. Parameters come from the row's SamplingRow. The token of place j, for a
 // row with drafts, is drawn as the row would draw it once j tokens longer: at that position, with
 // the processors that then apply.
-// The draw depends on the row's logits, parameters, seed and the position of the new token only:
-// never on the batch, on padding or on the place in the batch. See sampling/processors.h for the
-// order of processors and the exact rules.
+// Rows with num_logprobs get a LogprobRecord of the token that they take, at the place's
+// output_logprobs() of the step's output slot; others write nothing there.
+// The draw depends on the row's logits, history, parameters, seed and the position of the new token
+// only: never on the batch, on padding or on the place in the batch. See sampling/processors.h for
+// the order of processors and the exact rules.
 struct SampleParams {
   float* logits;  // [logits rows, vocab] float32; may be overwritten
   int64_t vocab_size;
