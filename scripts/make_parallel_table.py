@@ -8,6 +8,7 @@ python scripts/make_parallel_table.py --check    # exits with 1 if the table is 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,18 +53,25 @@ FEATURES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("`keep_hidden_states=True`", {}, {"keep_hidden_states": True}),
     ("`max_logprobs=-1`", {}, {"max_logprobs": -1}),
     ("`stream=` of the caller", {}, {"stream": 1}),
+    ("`MRV1_TUNE=1`", {}, {"environment": {"MRV1_TUNE": "1"}}),
 )
 
 
 def answer(size: int, model: dict[str, Any], options: dict[str, Any]) -> str:
     """What the checks at the start say: "yes", or their sentence."""
     config = ModelConfig.from_values({**MODEL, **model})
+    environment = options.get("environment", {})
+    options = {name: value for name, value in options.items() if name != "environment"}
+    os.environ.update(environment)
     try:
         asked = dataclasses.replace(RunnerOptions(**options), tensor_parallel_size=size)
         parallel.check_options(asked)
         parallel.check_sizes(config, size, batch_invariant=bool(asked.batch_invariant))
     except InvalidArgumentError as refusal:
         return f"no: {str(refusal).removeprefix(f'tensor_parallel_size = {size}: ')}"
+    finally:
+        for name in environment:
+            del os.environ[name]
     return "yes"
 
 

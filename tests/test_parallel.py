@@ -18,7 +18,7 @@ import pytest
 from golden_data import GOLDEN_NAMES, load_golden, relative_error
 from mrv1 import LLM, cli, parallel
 from mrv1.config import ModelConfig
-from mrv1.errors import DeviceError, InvalidArgumentError, Mrv1Error
+from mrv1.errors import DeviceError, InvalidArgumentError, Mrv1Error, OutOfMemoryError
 from mrv1.loader import RunnerOptions, wire_ranks
 from mrv1.runner import ModelRunner
 from mrv1.structured_outputs_params import StructuredOutputsParams
@@ -287,6 +287,18 @@ def test_what_ranks_cannot_do_is_refused(
         ModelRunner(MODELS / model, device="cpu", num_kv_blocks=8, progress=False, **options)
     assert "tensor_parallel_size" in str(refusal.value)
     assert threading.active_count() == before
+
+
+def test_ranks_are_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MRV1_TUNE", "1")
+    with pytest.raises(InvalidArgumentError, match="MRV1_TUNE = True: .* must be False"):
+        ModelRunner(LLAMA, device="cpu", num_kv_blocks=8, progress=False, tensor_parallel_size=2)
+
+
+def test_memory_that_a_rank_lacks_names_the_rank(device: str) -> None:
+    need_ranks(device, 2)
+    with pytest.raises(OutOfMemoryError, match="rank 0: "):
+        open_runner(device, tensor_parallel_size=2, num_kv_blocks=2**28 - 1)
 
 
 def test_key_value_heads_must_go_into_ranks() -> None:

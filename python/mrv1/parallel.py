@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from mrv1 import envs
 from mrv1.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -100,21 +101,30 @@ class Refusal:
     """A choice that several ranks cannot have.
 
     Attributes:
-        field: Of `RunnerOptions`.
-        applies: Whether options make the choice.
-        reason: Why it is refused.
+        field: Of `RunnerOptions`, or a variable of the environment.
+        value: What is chosen.
+        allowed: What must be.
+        reason: Why.
     """
 
     field: str
-    applies: Callable[[RunnerOptions], bool]
+    value: Callable[[RunnerOptions], object]
+    allowed: object
     reason: str
 
 
 REFUSALS: Final = (
     Refusal(
         "stream",
-        lambda options: options.stream is not None,
+        lambda options: options.stream,
+        None,
         "each rank has a stream on its own device, so one of the caller's cannot serve them all",
+    ),
+    Refusal(
+        envs.TUNE.name,
+        lambda _: envs.TUNE.get(),
+        False,
+        "ranks would wait for each other's measurements, and write one table",
     ),
 )
 
@@ -133,10 +143,11 @@ def check_options(options: RunnerOptions) -> None:
     if size == 1:
         return
     for refusal in REFUSALS:
-        if refusal.applies(options):
+        value = refusal.value(options)
+        if value != refusal.allowed:
             raise InvalidArgumentError(
                 refusal.reason,
                 field=refusal.field,
-                value=getattr(options, refusal.field),
-                allowed="None with tensor_parallel_size > 1",
+                value=value,
+                allowed=f"{refusal.allowed} with tensor_parallel_size > 1",
             )

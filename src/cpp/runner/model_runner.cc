@@ -422,6 +422,7 @@ void ModelRunner::copy_blocks(std::span<const BlockCopy> copies) {
 // --- the step ----------------------------------------------------------------------------------
 
 uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
+  if (followers_ == nullptr) return execute(batch, {});
   return execute(batch, take_injected(batch));
 }
 
@@ -540,7 +541,7 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShap
   slot.scored.assign(scored.begin(), scored.end());
   {
     std::lock_guard lock(side_mutex_);
-    if (!entries.empty() && fails_alone_) {
+    if (!entries.empty() && (fails_alone_ || communicator_ == nullptr)) {
       slot.injected.swap(injected_failure_);
       slot.alone = std::exchange(fails_alone_, false);
     }

@@ -305,8 +305,12 @@ std::shared_ptr<ModelRunner> make_runner(const std::vector<std::shared_ptr<Devic
       make_group(devices, group_options(programs[0], configs[0]));
   std::vector<std::unique_ptr<ModelRunner>> runners;
   for (size_t rank = 0; rank < size; ++rank) {
-    runners.push_back(std::make_unique<ModelRunner>(devices[rank], std::move(programs[rank]),
-                                                    configs[rank], std::move(group[rank])));
+    try {
+      runners.push_back(std::make_unique<ModelRunner>(devices[rank], std::move(programs[rank]),
+                                                      configs[rank], std::move(group[rank])));
+    } catch (const Error& error) {
+      throw Error(error.kind(), concat("[", kWhere, "] rank ", rank, ": ", error.what()));
+    }
   }
   std::unique_ptr<ModelRunner> leader = std::move(runners[0]);
   runners.erase(runners.begin());
