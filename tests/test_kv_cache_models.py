@@ -244,5 +244,3 @@ def test_prompts_beside_rows_with_drafts(device: str, kv_cache_dtype: str, tmp_p
             found.append([runner.logits(item) for item in (1, 2)])
     for exact, other in zip(*found, strict=True):
         assert relative_error(other[None], exact[None]) < 0.03
-        if device == "cpu":
-            assert np.array_equal(exact, other)

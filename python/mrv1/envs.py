@@ -171,8 +171,8 @@ BATCH_INVARIANT: Final = EnvVar[bool](
     default=False,
     default_text="`0`",
     allowed=_BOOL_ALLOWED,
-    help="Whether a row's results on a GPU must be the same bit for bit whatever else is in the "
-    "batch; slower. On the CPU they always are.",
+    help="Whether a row's results must be the same bit for bit whatever else is in the batch, "
+    "which on the CPU they always are, and however many ranks compute the model; slower.",
     parse=_parse_bool,
 )
 SYNC: Final = EnvVar[bool](

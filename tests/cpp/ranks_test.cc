@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "allocations.h"
 #include "core/error.h"
 #include "dist/cpu_communicator.h"
 #include "engine/engine_thread.h"
@@ -275,6 +276,29 @@ TEST_CASE("a rank that hangs ends the engine, and nobody waits for it") {
       }
     }
   }
+}
+
+TEST_CASE("a steady step of several ranks allocates nothing") {
+  Group group(2);
+  ModelRunner& runner = *group.runner;
+  RowSpec spec = request("a").spec.row;
+  spec.max_tokens = 230;
+  for (int32_t block = 1; block <= 16; ++block) {
+    if (spec.block_ids.empty()) spec.block_ids.emplace_back();
+    spec.block_ids[0].push_back(block);
+  }
+  const RowHandle row = runner.add_row(spec);
+  const std::vector<BatchItem> batch{{row.row, 1}};
+  runner.result(runner.execute(std::vector<BatchItem>{{row.row, spec.prompt_len}}));
+  StepOutput output;
+  // Past the end of the ring of what followers are told, whose places keep their memory.
+  for (int i = 0; i < 150; ++i) runner.result(runner.execute(batch), output);
+  REQUIRE(runner.settles(Clock::now() + seconds(5)));
+  const int64_t before = count_allocations();
+  for (int i = 0; i < 40; ++i) runner.result(runner.execute(batch), output);
+  while (runner.rank_runner(1).stats().batches < runner.stats().batches) std::this_thread::yield();
+  CHECK(count_allocations() == before);
+  CHECK(output.error.empty());
 }
 
 TEST_CASE("ranks that do not fit each other are refused") {

@@ -116,17 +116,25 @@ struct Loaded {
   std::vector<char> memory;
 };
 
-// Tensors of odd sizes and offsets, in all the conversions there are.
+// Tensors of odd sizes and offsets, whole ones and columns of wider ones, in all the conversions
+// there are.
 std::vector<Loaded> tensors_of(const MappedFile& file) {
+  struct Shape {
+    int64_t count, cols, stride;
+  };
+  constexpr Shape kShapes[] = {{1, 0, 0},      {1000, 0, 0},        {30001, 0, 0},
+                               {2048, 0, 0},   {0, 0, 0},           {77777, 0, 0},
+                               {1110, 37, 91}, {30000, 5000, 7001}, {640, 64, 64}};
   std::vector<Loaded> all;
   size_t offset = 3;
-  for (int64_t count : {1, 1000, 30001, 2048, 0, 77777}) {
+  for (const auto& [count, cols, stride] : kShapes) {
     for (DType source : {DType::kF32, DType::kBF16, DType::kF16}) {
       for (DType stored : {DType::kF32, DType::kBF16}) {
-        Loaded loaded{{&file, offset, source, nullptr, stored, count}, {}};
+        Loaded loaded{{&file, offset, source, nullptr, stored, count, cols, stride}, {}};
         loaded.memory.assign(static_cast<size_t>(count) * dtype_size(stored), '\xcd');
         loaded.tensor.target = loaded.memory.data();
-        offset += static_cast<size_t>(count) * dtype_size(source);
+        const int64_t elements = cols == 0 ? count : count / cols * stride;
+        offset += static_cast<size_t>(elements) * dtype_size(source);
         all.push_back(std::move(loaded));
       }
     }
@@ -155,8 +163,13 @@ TEST_CASE("staged tensors arrive whole, converted, and are told of once") {
       for (const Loaded& loaded : all) {
         const StagedTensor& tensor = loaded.tensor;
         std::vector<char> source(static_cast<size_t>(tensor.count) * dtype_size(tensor.source));
-        if (!source.empty()) {
-          std::memcpy(source.data(), content.bytes().data() + tensor.offset, source.size());
+        const size_t size = dtype_size(tensor.source);
+        const auto cols = static_cast<size_t>(tensor.cols == 0 ? tensor.count : tensor.cols);
+        for (size_t row = 0; row * cols < static_cast<size_t>(tensor.count); ++row) {
+          std::memcpy(source.data() + row * cols * size,
+                      content.bytes().data() + tensor.offset +
+                          row * static_cast<size_t>(tensor.stride) * size,
+                      cols * size);
         }
         std::vector<char> wanted(loaded.memory.size());
         convert_elements(source.data(), tensor.source, wanted.data(), tensor.stored, tensor.count);
