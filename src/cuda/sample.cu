@@ -319,8 +319,11 @@ struct DrawRow {
 
 constexpr int32_t kAnotherBlock = -3;  // not a token: another block of the row draws it
 
+// Whether all blocks of a row in the second kernel weigh it. One block has those to itself that
+// min_tokens may leave nothing of, since it then scans them anew.
 __device__ bool is_shared(const Row& row, const SamplingRow& sampling) {
-  return is_weighed(row, sampling) && !draws_whole_row(row, sampling);
+  return is_weighed(row, sampling) && !draws_whole_row(row, sampling) &&
+         !MinTokens::applies(row, sampling);
 }
 
 // Weights up to the result cannot be in the set of top_p: all such tokens together weigh no more
@@ -339,8 +342,8 @@ __device__ uint64_t weight_outside(const DrawRow& at, const WeightRule& rule) {
                                static_cast<double>(at.logits.vocab));
 }
 
-// Of rows that are shared: the weight of all tokens decides. kNoToken if the tokens to sort are too
-// many.
+// Of rows with min_p or top_p and without top_k: the weight of all tokens decides. kNoToken if the
+// tokens to sort are too many.
 __device__ __noinline__ int32_t draw_weighed(DrawMemory* memory, const DrawRow& at,
                                              const WeightRule& rule, uint64_t word) {
   const bool has_top_p = TopP::applies(at.row, at.sampling);
@@ -427,7 +430,12 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   for (int32_t i = threadIdx.x; i < tiles; i += kDrawThreads) best = max(best, bests[i]);
   const SamplingRow& sampling = state.sampling[index];
   const Row row = row_at_place(state.rows[index], plan.place);
-  if (split != 0 && !is_shared(row, sampling)) return;
+  auto num_splits = static_cast<int32_t>(gridDim.x);
+  if (!is_shared(row, sampling)) {
+    if (split != 0) return;
+    num_splits = 1;
+    split_tiles = tiles;
+  }
   best = cuda::block_max<kDrawThreads>(best);
 
   const auto vocab = static_cast<int32_t>(params.vocab_size);
@@ -435,15 +443,11 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   const RowLogits logits{own, vocab, sampling.grammar_mask, allowed_mask(row, sampling)};
   RowEditor<kDrawThreads> editor(state, row, sampling, index, plan.place, own, 0, vocab);
   const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling);
-  auto num_splits = static_cast<int32_t>(gridDim.x);
   if (best == kNoBest && MinTokens::applies(row, sampling) && editor.can_restore()) {
-    if (split != 0) return;
     editor.restore();
     editor.apply_bias();
     if (!survives(logits, sampling)) {
-      // The mask would leave nothing, so the row goes without; the block is alone with it.
-      num_splits = 1;
-      split_tiles = tiles;
+      // The mask would leave nothing, so the row goes without.
       editor.apply_penalties_and_bad_words();
       best = rescan(logits, tiles, targets);
     }
