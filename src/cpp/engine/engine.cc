@@ -187,6 +187,7 @@ void Engine::remove(int32_t slot, bool spoilt) {
   ended.state = RequestState::kNone;
   --num_requests_;
   promote_held(ended);
+  its.prompt_logprobs = {};
 }
 
 void Engine::end_all(RequestEnd reason, std::string_view error, EventBatch& out) {
