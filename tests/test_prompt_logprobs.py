@@ -676,3 +676,13 @@ def test_more_than_the_engine_allows_is_refused(llm: LLM) -> None:
         with pytest.raises(RequestError, match=text) as caught:
             llm.generate([[5, 6]], scoring(count))
         assert caught.value.field == "prompt_logprobs"
+
+
+def test_a_prompt_without_tokens_to_score_runs_as_one_graph(device: str) -> None:
+    runner = open_runner(device, graph_mode="full", capture_sizes=[1], piecewise_sizes=[])
+    row = runner.add_row([5], scoring(), block_ids=[1, 2])
+    output = runner.execute([(row, 1)]).result()[0]
+    assert output.token_id is not None and output.prompt_logprobs is None
+    assert runner.stats()["steps_full"] == 1
+    assert runner._native.take_miss()[0] == ""
+    runner.close()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -213,6 +214,20 @@ def test_min_tokens_gives_way_where_masks_leave_stop_tokens_only(device: str) ->
         params, tokens=(0,) * 5, prompt_len=5, allowed=(0, 1), bad_words=((0,),)
     )
     assert run_rows(device, logits, [words]) == [ERROR_TOKEN]
+
+
+def test_min_tokens_with_a_vocabulary_of_stop_tokens(device: str) -> None:
+    """Each of many ids is looked up among many, which takes no time that a step would feel."""
+    vocab, last = 151_936, 151_000
+    logits = np.random.default_rng(7).normal(0.0, 2.0, (2, vocab)).astype(np.float32)
+    length = {"total_len": 5, "min_total_len": 6}
+    rows = [
+        RowParams(stop_ids=tuple(token for token in range(vocab) if token != last), **length),
+        RowParams(stop_ids=tuple(range(vocab)), **length),  # so that there is nothing to keep
+    ]
+    start = time.perf_counter()
+    assert run_rows(device, logits, rows) == [last, int(logits[1].argmax())]
+    assert time.perf_counter() - start < 5.0
 
 
 @pytest.mark.parametrize("bad", [NAN, -NAN])

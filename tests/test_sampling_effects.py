@@ -62,7 +62,12 @@ class RawLogits:
 
     def __init__(self, device: str) -> None:
         self._runner = ModelRunner(
-            demo_model(), device=device, dtype="float32", progress=False, num_kv_blocks=64
+            demo_model(),
+            device=device,
+            dtype="float32",
+            progress=False,
+            num_kv_blocks=64,
+            batch_invariant=True,  # as open_llm()'s
         )
         self.slack = SLACK[device]
 

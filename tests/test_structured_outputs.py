@@ -670,6 +670,19 @@ def test_a_cut_step_that_nobody_asks_for(runner: ModelRunner) -> None:
     assert output.token_ids == (9,) and output.num_computed == 6
 
 
+def test_rows_after_a_cut_step_that_nobody_asks_for(runner: ModelRunner) -> None:
+    """What an error leaves between `execute` and `set_masks` keeps no row from being given back."""
+    row = runner.add_row(make_prompt(5, 1), greedy(9), block_ids=range(1, 5), grammar=True)
+    runner.execute([(row, 5)])
+    gc.collect()
+    runner.free_row(row)
+    row = runner.add_row(make_prompt(5, 1), greedy(9), block_ids=range(1, 5), grammar=True)
+    runner.execute([(row, 5)])
+    gc.collect()
+    runner.append_blocks(row, [7])
+    assert len(runner.logits(0)) == VOCAB
+
+
 def test_a_cut_step_that_fails(runner: ModelRunner) -> None:
     row = runner.add_row(make_prompt(5, 1), greedy(9), block_ids=range(1, 5), grammar=True)
     runner._native.fail_next_step("no luck")

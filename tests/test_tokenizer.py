@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -517,6 +518,17 @@ def test_a_bad_word_without_tokens_is_refused() -> None:
         Tokenizer(silent).encode_bad_words([5])  # type: ignore[list-item]
     unknown = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     assert Tokenizer(unknown).encode_bad_words(["other"]) == [(1,)]
+
+
+def test_long_bad_words_take_no_longer_than_their_tokens() -> None:
+    tokenizer = cached("sentence_piece")
+    word = "ab c" * 20_000
+    start = time.perf_counter()
+    sequences = tokenizer.encode_bad_words([word])
+    # By the square of the tokens it would be a minute.
+    assert time.perf_counter() - start < 10.0
+    assert tuple(tokenizer.encode(word, False)) in sequences
+    assert min(len(sequence) for sequence in sequences) > 10_000
 
 
 @settings(max_examples=200, deadline=None)

@@ -39,6 +39,8 @@ def check_bad_words(
         RequestError: There are more or longer ones than MRV1_MAX_BAD_WORDS_NUM and
             MRV1_BAD_WORDS_MAX_LEN allow, or they forbid each token that is allowed.
     """
+    if not bad_words:
+        return
     _check_limits(
         request_id,
         _BAD_WORDS,

@@ -20,7 +20,8 @@ class Logprob:
     Attributes:
         logprob: Natural logarithm of the token's probability by the model: at temperature 1, before
             biases, penalties and all else but structured outputs.
-        rank: 1 + number of tokens that are more likely.
+        rank: 1 + number of tokens that are more likely. Ranks of the most likely ones count up,
+            equal ones by id.
         decoded_token: Text of the token alone; None for a request without detokenize.
     """
 

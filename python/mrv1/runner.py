@@ -336,6 +336,12 @@ class ModelRunner(Closing):
         self._native = self.model.runner
         self._unread: collections.deque[int] = collections.deque()
 
+    def _current(self) -> _core.ModelRunner:
+        """The native runner, without steps that nobody can ask for any more: one may be cut."""
+        while self._unread:
+            self._native.discard(self._unread.popleft())
+        return self._native
+
     @property
     def free_rows(self) -> int:
         """Rows that no request holds."""
@@ -430,7 +436,7 @@ class ModelRunner(Closing):
             num_scored=num_scored,
         )
         spec.grammar = grammar
-        return RowHandle(*self._native.add_row(spec))
+        return RowHandle(*self._current().add_row(spec))
 
     @property
     def kv_windows(self) -> list[int]:
@@ -449,7 +455,7 @@ class ModelRunner(Closing):
                 range or in the row already.
         """
         ids = [_index(f"block_ids[{place}]", block) for place, block in enumerate(block_ids)]
-        self._native.append_blocks(
+        self._current().append_blocks(
             _index("row", row), _index("group", group), ids, _generation(row)
         )
 
@@ -467,7 +473,7 @@ class ModelRunner(Closing):
         Raises:
             InvalidArgumentError: A token that is still to be computed may see one of them.
         """
-        self._native.drop_blocks(
+        self._current().drop_blocks(
             _index("row", row),
             _index("group", group),
             _index("first", first),
@@ -487,7 +493,7 @@ class ModelRunner(Closing):
         Raises:
             InvalidArgumentError: A block id is out of range, or a target is named elsewhere.
         """
-        self._native.copy_blocks(
+        self._current().copy_blocks(
             [
                 (
                     _index(f"copies[{place}] source", source),
@@ -503,7 +509,7 @@ class ModelRunner(Closing):
         Raises:
             InvalidArgumentError: The row is free, or not the handle's any more.
         """
-        self._native.free_row(_index("row", row), _generation(row))
+        self._current().free_row(_index("row", row), _generation(row))
 
     def last_step(self, row: int) -> int:
         """Newest step that was launched with the row; 0 for none. The row may be free by now."""
@@ -529,8 +535,6 @@ class ModelRunner(Closing):
         Raises:
             InvalidArgumentError: Something does not fit; nothing was launched.
         """
-        while self._unread:
-            self._native.discard(self._unread.popleft())
         items = []
         for place, item in enumerate(batch):
             try:
@@ -546,7 +550,7 @@ class ModelRunner(Closing):
                     _generation(row),
                 )
             )
-        step = self._native.execute(items)
+        step = self._current().execute(items)
         report_notices(self._native)
         return PendingStep(self._native, step, self._unread)
 
@@ -560,7 +564,7 @@ class ModelRunner(Closing):
         Raises:
             InvalidArgumentError: There is no such item, or no step yet.
         """
-        return self._native.logits(item)
+        return self._current().logits(item)
 
     def device_logits(self, item: int) -> _core.DeviceArray:
         """As `logits`, in memory of the device, for libraries that take DLPack; waits for the step.
@@ -570,7 +574,7 @@ class ModelRunner(Closing):
         Raises:
             InvalidArgumentError: There is no such item, or no step yet.
         """
-        return self._native.device_logits(item)
+        return self._current().device_logits(item)
 
     def hidden_states(self, item: int) -> np.ndarray:
         """What the output head reads, for each token of one item of the newest step's batch.
@@ -583,7 +587,7 @@ class ModelRunner(Closing):
             InvalidArgumentError: The runner was made without `keep_hidden_states=True`, which it
                 needs as the values take memory of their own; or there is no such item or step.
         """
-        states: np.ndarray = self._native.hidden_states(item)
+        states: np.ndarray = self._current().hidden_states(item)
         return states
 
     def device_hidden_states(self, item: int) -> _core.DeviceArray:
@@ -594,7 +598,7 @@ class ModelRunner(Closing):
         Raises:
             InvalidArgumentError: As of `hidden_states`.
         """
-        return self._native.device_hidden_states(item)
+        return self._current().device_hidden_states(item)
 
     def infer_params(self) -> dict[str, np.ndarray]:
         """The newest step's batch as the kernels saw it: int32 arrays by name; waits for it.
@@ -602,7 +606,7 @@ class ModelRunner(Closing):
         Names and layouts are those of src/cpp/state/infer_params.h and, with
         `infer_param_view=True`, of src/cpp/state/infer_param_view.h.
         """
-        arrays: dict[str, np.ndarray] = self._native.infer_params()
+        arrays: dict[str, np.ndarray] = self._current().infer_params()
         return arrays
 
     def row_state(self, row: int) -> _core.RowState:

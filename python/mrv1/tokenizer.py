@@ -19,7 +19,8 @@ from mrv1.sampling_params import MAX_INT32, SamplingParams
 from mrv1.tokenizer_config import TokenizerConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
+    from typing import Any
 
     import tokenizers
     from typing_extensions import Unpack
@@ -103,6 +104,22 @@ def _add_tokens(
     for text in sorted(named - set(present)):
         if text and backend.token_to_id(text) is not None:
             backend.add_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
+
+
+def _without_extensions(sequences: Collection[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Leaves out the sequences that end with another one; each is there once, and not empty."""
+    # From a sequence's last token to its first; the end of a whole one has None.
+    trie: dict[int | None, Any] = {}
+    extensions = set()
+    for sequence in sorted(sequences, key=len):
+        node = trie
+        for token in reversed(sequence):
+            node = node.setdefault(token, {})
+            if None in node:
+                extensions.add(sequence)
+                break
+        node[None] = None
+    return [sequence for sequence in sequences if sequence not in extensions]
 
 
 class Tokenizer:
@@ -236,11 +253,7 @@ class Tokenizer:
                     allowed="a text that the tokenizer has tokens for",
                 )
             found.update(dict.fromkeys(form for form in forms if form))
-        return [
-            form
-            for form in found
-            if not any(form[start:] in found for start in range(1, len(form)))
-        ]
+        return _without_extensions(found)
 
     def decode_token(self, token_id: int) -> str:
         """Returns the text of one token alone, special or not; "" for an id of no token.

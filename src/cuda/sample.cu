@@ -37,8 +37,9 @@ using cuda::Scratch;
 
 constexpr std::string_view kOp = "sample";
 constexpr int32_t kFinishBlocks = 264;
-// Tiles that a block reads before it edits and reads them again.
-constexpr int32_t kRawRun = 2 * kScanWarps;
+// Tiles that a block reads before it edits them, and reads them again if it has to.
+constexpr int32_t kTwiceRun = 2 * kScanWarps;
+constexpr int32_t kOnceRun = 10 * kScanWarps;
 
 __device__ const uint32_t* allowed_mask(const Row& row, const SamplingRow& sampling) {
   return AllowedTokens::applies(row, sampling) ? AllowedTokens::mask(sampling) : nullptr;
@@ -89,6 +90,83 @@ __device__ bool is_last_block(int32_t* counter, int32_t count) {
   return last;
 }
 
+// A block's tiles of a row.
+struct ScannedRow {
+  const RowState& state;
+  const Row& row;
+  const SamplingRow& sampling;
+  int32_t index, place;
+  float* logits;
+  int32_t vocab;
+  int32_t first_tile, end_tile;
+  bool has_edits;
+
+  __device__ RowEditor<kScanThreads> editor(int32_t first, int32_t end) const {
+    return {state,
+            row,
+            sampling,
+            index,
+            place,
+            logits,
+            first * cuda::kTile,
+            min(end * cuda::kTile, vocab)};
+  }
+};
+
+// What is rare is kept out of the way of what is not, whose registers it would take.
+__device__ __noinline__ void edit(const ScannedRow& at) {
+  RowEditor<kScanThreads> editor = at.editor(at.first_tile, at.end_tile);
+  if (editor.can_restore()) editor.save(nullptr);
+  editor.apply_all();
+}
+
+// Of a row whose logprobs speak of other logits than its draw: scans it before and after its edits.
+// Edited logits are few, so that one read is enough where the edited row is not weighed. Where it
+// is, runs are short enough to be in a cache the second time.
+template <bool kVector>
+__device__ __noinline__ void scan_raw_and_edited(const ScannedRow& at, const ScanTargets& raw,
+                                                 const ScanTargets& targets, uint32_t* edited) {
+  const uint32_t* mask = at.sampling.grammar_mask;
+  const uint32_t* allowed = allowed_mask(at.row, at.sampling);
+  const bool is_read_twice = targets.first.sums != nullptr;
+  const int32_t run = is_read_twice ? kTwiceRun : kOnceRun;
+  cuda::Tile<kVector> held;
+#pragma unroll 1
+  for (int32_t first = at.first_tile; first < at.end_tile; first += run) {
+    const int32_t end = min(first + run, at.end_tile);
+    const int32_t tile = first + threadIdx.x / kWarpSize;
+    RowEditor<kScanThreads> editor = at.editor(first, end);
+    if (is_read_twice) {
+#pragma unroll 1
+      for (int pass = 0; pass < 2; ++pass) {
+        if (tile < end) held.load(at.logits, tile, at.vocab);
+        ScanTargets found = targets;
+        if (pass == 0) found = raw;
+        scan_tiles(held, at.logits, at.vocab, tile, end, kScanWarps, mask,
+                   pass == 0 ? nullptr : allowed, found);
+        __syncthreads();  // the run has been read
+        if (pass == 0 && at.has_edits) {
+          editor.save(nullptr);
+          editor.apply_all();
+        }
+      }
+      continue;
+    }
+    for (int32_t i = threadIdx.x; i < (end - first) * kWarpSize; i += kScanThreads) edited[i] = 0;
+    __syncthreads();
+    if (at.has_edits) editor.save(edited);
+    if (tile < end) held.load(at.logits, tile, at.vocab);
+    scan_unedited(held, at.logits, at.vocab, tile, first, end, mask, allowed, edited, raw, targets);
+    __syncthreads();  // the run has been read
+    if (!at.has_edits) continue;
+    editor.apply_all();
+    editor.each_edited([&](int32_t id, float logit) {
+      if (!cuda::is_allowed(mask, id) || !cuda::is_allowed(allowed, id)) return;
+      add_edited(targets, id, logit);
+    });
+  }
+}
+
 // Whether the scan draws the row's token itself: the rows without filters or logprobs.
 __device__ bool is_drawn_by_scan(const Row& row, const SamplingRow& sampling) {
   return !RawLogprobs::applies(row, sampling) &&
@@ -97,9 +175,9 @@ __device__ bool is_drawn_by_scan(const Row& row, const SamplingRow& sampling) {
 
 // The token of such a row, or kNoToken if it has none: then the second kernel sees why. By the last
 // block of the row.
-__device__ int32_t draw_scanned(const RowLogits& logits, const Row& row,
-                                const SamplingRow& sampling, const ScanTargets& targets,
-                                int32_t tiles) {
+__device__ __noinline__ int32_t draw_scanned(const RowLogits& logits, const Row& row,
+                                             const SamplingRow& sampling,
+                                             const ScanTargets& targets, int32_t tiles) {
   Best best = kNoBest;
   for (int32_t i = threadIdx.x; i < tiles; i += kScanThreads) {
     best = max(best, __ldcg(targets.bests + i));
@@ -119,6 +197,7 @@ template <bool kVector>
 __global__ void __launch_bounds__(kScanThreads, 8)
     scan_kernel(SampleParams params, RowState state, InferParams infer, Scratch scratch,
                 int32_t split_tiles) {
+  __shared__ uint32_t edited[kOnceRun * kWarpSize];
   cuda::launch_next();
   cuda::wait_for_previous();
   const int64_t logits_row = blockIdx.y;
@@ -157,37 +236,20 @@ __global__ void __launch_bounds__(kScanThreads, 8)
     }
   }
   const bool has_edits = RowEditor<kScanThreads>::applies(row, sampling);
-  const bool has_raw = has_raw_tiles(row, sampling);
-  const ScanTargets raw_targets = cuda::raw_targets(scratch, logits_row, sampling.num_logprobs);
   const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling);
-  // A row that is read as the model made it and as it was edited is read in runs short enough to be
-  // in a cache the second time.
-  bool is_held = true;
-  const int32_t run = has_raw ? kRawRun : split_tiles;
-#pragma unroll 1
-  for (int32_t first = first_tile; first < end_tile; first += run) {
-    const int32_t end = min(first + run, end_tile);
-    const int32_t tile = first + threadIdx.x / kWarpSize;
-#pragma unroll 1
-    for (int pass = has_raw ? 0 : 1; pass < 2; ++pass) {
-      const bool is_raw = pass == 0;
-      if (!is_raw && has_edits) {
-        __syncthreads();  // the run has been read
-        RowEditor<kScanThreads> editor(state, row, sampling, index, place, logits,
-                                       first * cuda::kTile, min(end * cuda::kTile, vocab));
-        if (editor.can_restore()) editor.save();
-        editor.apply_bias();
-        editor.mask_stop_ids();
-        editor.apply_penalties_and_bad_words();
-        is_held = false;
-      }
-      if (!is_held && tile < end) held.load(logits, tile, vocab);
-      is_held = false;
-      ScanTargets chosen = targets;
-      if (is_raw) chosen = raw_targets;
-      scan_tiles(held, logits, vocab, tile, end, kScanWarps, sampling.grammar_mask,
-                 is_raw ? nullptr : allowed_mask(row, sampling), chosen);
+  const ScannedRow at{state,  row,   sampling,   index,    place,
+                      logits, vocab, first_tile, end_tile, has_edits};
+  if (has_raw_tiles(row, sampling)) {
+    scan_raw_and_edited<kVector>(at, cuda::raw_targets(scratch, logits_row, sampling.num_logprobs),
+                                 targets, edited);
+  } else {
+    const int32_t tile = first_tile + threadIdx.x / kWarpSize;
+    if (has_edits) {
+      edit(at);
+      if (tile < end_tile) held.load(logits, tile, vocab);
     }
+    scan_tiles(held, logits, vocab, tile, end_tile, kScanWarps, sampling.grammar_mask,
+               allowed_mask(row, sampling), targets);
   }
   if (!is_drawn_here) return;
   if (!is_last_block(infer.blocks_done + logits_row, static_cast<int32_t>(gridDim.x))) return;
@@ -257,8 +319,11 @@ struct DrawRow {
 
 constexpr int32_t kAnotherBlock = -3;  // not a token: another block of the row draws it
 
+// Whether all blocks of a row in the second kernel weigh it. One block has those to itself that
+// min_tokens may leave nothing of, since it then scans them anew.
 __device__ bool is_shared(const Row& row, const SamplingRow& sampling) {
-  return is_weighed(row, sampling) && !draws_whole_row(row, sampling);
+  return is_weighed(row, sampling) && !draws_whole_row(row, sampling) &&
+         !MinTokens::applies(row, sampling);
 }
 
 // Weights up to the result cannot be in the set of top_p: all such tokens together weigh no more
@@ -277,8 +342,8 @@ __device__ uint64_t weight_outside(const DrawRow& at, const WeightRule& rule) {
                                static_cast<double>(at.logits.vocab));
 }
 
-// Of rows that are shared: the weight of all tokens decides. kNoToken if the tokens to sort are too
-// many.
+// Of rows with min_p or top_p and without top_k: the weight of all tokens decides. kNoToken if the
+// tokens to sort are too many.
 __device__ __noinline__ int32_t draw_weighed(DrawMemory* memory, const DrawRow& at,
                                              const WeightRule& rule, uint64_t word) {
   const bool has_top_p = TopP::applies(at.row, at.sampling);
@@ -365,7 +430,12 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   for (int32_t i = threadIdx.x; i < tiles; i += kDrawThreads) best = max(best, bests[i]);
   const SamplingRow& sampling = state.sampling[index];
   const Row row = row_at_place(state.rows[index], plan.place);
-  if (split != 0 && !is_shared(row, sampling)) return;
+  auto num_splits = static_cast<int32_t>(gridDim.x);
+  if (!is_shared(row, sampling)) {
+    if (split != 0) return;
+    num_splits = 1;
+    split_tiles = tiles;
+  }
   best = cuda::block_max<kDrawThreads>(best);
 
   const auto vocab = static_cast<int32_t>(params.vocab_size);
@@ -373,15 +443,11 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   const RowLogits logits{own, vocab, sampling.grammar_mask, allowed_mask(row, sampling)};
   RowEditor<kDrawThreads> editor(state, row, sampling, index, plan.place, own, 0, vocab);
   const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling);
-  auto num_splits = static_cast<int32_t>(gridDim.x);
   if (best == kNoBest && MinTokens::applies(row, sampling) && editor.can_restore()) {
-    if (split != 0) return;
     editor.restore();
     editor.apply_bias();
     if (!survives(logits, sampling)) {
-      // The mask would leave nothing, so the row goes without; the block is alone with it.
-      num_splits = 1;
-      split_tiles = tiles;
+      // The mask would leave nothing, so the row goes without.
       editor.apply_penalties_and_bad_words();
       best = rescan(logits, tiles, targets);
     }

@@ -43,14 +43,26 @@ class RowEditor {
 
   __device__ bool can_restore() const { return saved_ != nullptr; }
 
-  // Before the first edit.
-  __device__ void save() {
-    each([&](int32_t slot, int32_t id, const auto&) { saved_[slot] = logits_[id]; });
+  // Before the first edit. `edited` is null, or gets a bit for every id that edits name, from the
+  // first of the range on; it is in shared memory and zero.
+  __device__ __noinline__ void save(uint32_t* edited) {
+    each([&](int32_t slot, int32_t id, const auto&) {
+      saved_[slot] = logits_[id];
+      const int32_t bit = id - first_;
+      if (edited != nullptr) atomicOr(&edited[bit / 32], 1u << (bit % 32));
+    });
+    __syncthreads();
+  }
+
+  // Calls visit(id, logit) for every id that edits name, once or more; logits as they are now.
+  template <typename Visit>
+  __device__ void each_edited(const Visit& visit) {
+    each([&](int32_t, int32_t id, const auto&) { visit(id, logits_[id]); });
     __syncthreads();
   }
 
   // After the last one. What was saved at the scan's length is put back, whichever edits were made.
-  __device__ void restore() {
+  __device__ __noinline__ void restore() {
     each([&](int32_t slot, int32_t id, const auto&) { logits_[id] = saved_[slot]; });
     __syncthreads();
   }
@@ -64,6 +76,12 @@ class RowEditor {
   __device__ void mask_stop_ids() {
     if (MinTokens::applies(row_, sampling_)) each_stop_id(change());
     __syncthreads();
+  }
+
+  __device__ __noinline__ void apply_all() {
+    apply_bias();
+    mask_stop_ids();
+    apply_penalties_and_bad_words();
   }
 
   __device__ void apply_penalties_and_bad_words() {
@@ -125,22 +143,10 @@ class RowEditor {
     const auto penalise = [&](int32_t slot, int32_t id, uint32_t uses) {
       visit(slot, id, [=, this](float logit) { return penalised_logit(logit, uses, sampling_); });
     };
-    // Several are asked for at a time: most lie outside of the range.
-    constexpr int kAtOnce = 4;
-    for (int32_t first = threadIdx.x; first < count; first += kAtOnce * kThreads) {
-      PenaltyEntry entries[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int32_t at = first + i * kThreads;
-        entries[i] = at < count ? table.entries[at] : PenaltyEntry{-1, 0};
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const auto [token, uses] = entries[i];
-        if (!in_range(token)) continue;
-        penalise(penalty_slots() + first + i * kThreads, token,
-                 uses + draft_uses(history_, total_len, place_, token));
-      }
+    for (int32_t at = threadIdx.x; at < count; at += kThreads) {
+      const auto [token, uses] = table.entries[at];
+      if (!in_range(token)) continue;
+      penalise(penalty_slots() + at, token, place_ == 0 ? uses : uses + uses_in_drafts(token));
     }
     static_assert(kMaxSpeculativeTokens <= kThreads);
     const auto i = static_cast<int32_t>(threadIdx.x);
@@ -148,8 +154,12 @@ class RowEditor {
     const int32_t token = history_[total_len + i];
     const bool is_first = draft_uses(history_, total_len, i, token) == 0;
     if (in_range(token) && is_first && table.uses(token) == 0) {
-      penalise(draft_slots() + i, token, draft_uses(history_, total_len, place_, token));
+      penalise(draft_slots() + i, token, uses_in_drafts(token));
     }
+  }
+
+  __device__ __noinline__ uint32_t uses_in_drafts(int32_t token) const {
+    return draft_uses(history_, row_.total_len - place_, place_, token);
   }
 
   // Only its end tells where a word begins, so that the list has to be walked: by one warp.

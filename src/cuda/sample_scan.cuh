@@ -132,4 +132,50 @@ __device__ __forceinline__ void scan_tiles(Tile<kVector>& held, const float* log
   }
 }
 
+// Scans a row before its edits, and in the same read what edits leave alone, which bits of `edited`
+// from tile `first` on tell: add_edited() adds the rest. Nothing is weighed but the row as it is.
+template <bool kVector>
+__device__ __forceinline__ void scan_unedited(Tile<kVector>& held, const float* logits,
+                                              int32_t vocab, int32_t tile, int32_t first,
+                                              int32_t end, const uint32_t* mask,
+                                              const uint32_t* second_mask, const uint32_t* edited,
+                                              const ScanTargets& raw, const ScanTargets& targets) {
+  const int32_t lane = threadIdx.x % kWarpSize;
+  while (tile < end) {
+    float largest = held.lane_max();
+    const uint32_t word = mask_word(mask, nullptr, tile, vocab);
+    if (mask != nullptr && largest == largest) {
+      held.mask(word);
+      largest = held.lane_max();
+    }
+    const Best raw_best = held.best(largest);
+    Best best = kNanBest;
+    if (raw_best != kNanBest) {
+      if (raw.pieces != nullptr) held.store_pieces(raw.pieces + tile * kTilePieces);
+      const uint64_t sum = held.weight(raw_best, raw.second.scale);
+      if (lane == 0) raw.second.sums[tile] = sum;
+      held.mask(mask_word(second_mask, nullptr, tile, vocab) &
+                ~edited[(tile - first) * kWarpSize + lane]);
+      best = held.best(held.lane_max());
+      if (targets.pieces != nullptr) held.store_pieces(targets.pieces + tile * kTilePieces);
+      if (targets.with_ids && best != kNoBest) best = held.with_id(best, tile);
+    }
+    if (lane == 0) {
+      raw.bests[tile] = raw_best;
+      targets.bests[tile] = best;
+    }
+    tile += kScanWarps;
+    if (tile < end) held.load(logits, tile, vocab);
+  }
+}
+
+// Adds an edited logit to what scan_unedited() has found, once or more often.
+__device__ __forceinline__ void add_edited(const ScanTargets& targets, int32_t id, float logit) {
+  if (!(logit > -INFINITY)) return;
+  const Best code = make_best(logit, id);
+  const auto key = static_cast<uint32_t>(code >> 32);
+  if (targets.pieces != nullptr) atomicMax(&targets.pieces[id / kPiece], key);
+  atomicMax(&targets.bests[id / kTile], targets.with_ids ? code : Best{key} << 32);
+}
+
 }  // namespace mrv1::cuda

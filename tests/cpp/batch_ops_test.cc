@@ -146,6 +146,7 @@ TEST_CASE("sampling_rows gives each row its parameters, and all rows the same nu
   std::fill_n(reinterpret_cast<char*>(sampling.data()), 3 * sizeof(SamplingRow), '\x55');
   SamplingRowsParams params{};
   params.num_rows = 3;
+  params.vocab_size = 8;
   params.rows = rows.data();
   params.sampling = sampling.data();
   params.index = index.data();
@@ -170,6 +171,9 @@ TEST_CASE("sampling_rows gives each row its parameters, and all rows the same nu
     CHECK(sampling[i].stop_ids.count == 0);
     CHECK(sampling[i].num_speculative_tokens == 0);
   }
+  params.vocab_size = 7;  // which top_k keeps whole
+  sampling_rows_cpu(params, step.ctx);
+  for (const SamplingRow& each : sampling) CHECK(each.top_k == 0);
 }
 
 TEST_CASE("ngram_propose fills a row of drafts up with no token") {

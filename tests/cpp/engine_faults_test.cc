@@ -172,7 +172,10 @@ class LosableDevice final : public Device {
   const Kernels& kernels() const override { return kernels_; }
   MemoryInfo memory() const override { return cpu_->memory(); }
   ThreadPool* pool() override { return cpu_->pool(); }
+  // From now on it has no memory left.
+  void fill() { is_full_ = true; }
   Buffer allocate(size_t bytes, std::string_view what) override {
+    if (is_full_) fail(ErrorKind::kOutOfMemory, "losable", "no memory for ", what);
     return cpu_->allocate(bytes, what);
   }
   Buffer allocate_mapped(size_t bytes, std::string_view what) override {
@@ -225,6 +228,7 @@ class LosableDevice final : public Device {
   static inline void (*real_apply_)(const StepContext&) = nullptr;
 
   const std::unique_ptr<Device> cpu_ = make_cpu_device(1);
+  bool is_full_ = false;
   int waits_left_;
   Kernels kernels_;
 };
@@ -320,6 +324,36 @@ TEST_CASE("a lost device ends every request, and what comes after") {
     }
   }
   CHECK(endings > 20);
+}
+
+TEST_CASE("a request whose lists find no memory ends alone") {
+  RunnerConfig config = tight_config();
+  config.sampling_words = 64;
+  const auto device = std::make_shared<LosableDevice>(-1);
+  EngineThread engine(small_runner(config, {0}, device), {true, /*background=*/false},
+                      std::make_shared<OpenSource>());
+  Lives lives;
+  engine.add_request(numbered(0));
+  while (lives.empty()) take(engine.step(), lives);
+  device->fill();
+  NamedRequest penalised = numbered(2);
+  penalised.spec.row.presence_penalty = 1.0f;
+  engine.add_request(penalised);
+  engine.add_request(numbered(4));
+  finish(engine, /*background=*/false, lives);
+  REQUIRE(lives.size() == 4);
+  for (const auto& [name, life] : lives) {
+    CAPTURE(name.first);
+    if (name.first == "2") {
+      CHECK(life.end == RequestEnd::kError);
+      CHECK(life.error.find("no memory for sampling lists") != std::string::npos);
+      CHECK(life.tokens.empty());
+    } else {
+      CHECK(life.end == RequestEnd::kLength);
+      CHECK(life.tokens == unhurt().at(name).tokens);
+    }
+  }
+  engine.check_idle();
 }
 
 }  // namespace mrv1

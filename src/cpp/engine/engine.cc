@@ -188,6 +188,7 @@ void Engine::remove(int32_t slot, bool spoilt) {
   ended.state = RequestState::kNone;
   --num_requests_;
   promote_held(ended);
+  its.prompt_logprobs = {};
 }
 
 void Engine::end_all(RequestEnd reason, std::string_view error, EventBatch& out) {
@@ -404,10 +405,15 @@ bool Engine::launch(EventBatch& out) {
   }
 }
 
-// Something went wrong around a launch: those that it was about end, or all if nobody was.
+// Something went wrong around a launch: the request that was worked on ends, such as one whose
+// lists find no memory; the others are planned again. Where it was none, the batch ends, or all if
+// there is no batch.
 void Engine::fail_touched(std::string_view error, EventBatch& out) {
+  if (has_request(touched_)) {
+    end(touched_, RequestEnd::kError, error, out);
+    return;
+  }
   const size_t before = out.events.size();
-  if (has_request(touched_)) end(touched_, RequestEnd::kError, error, out);
   for (const Planned& planned : planned_) {
     if (has_request(planned.slot)) end(planned.slot, RequestEnd::kError, error, out);
   }

@@ -45,7 +45,7 @@ int32_t vocab_size(const Program& program) {
 // Sizes of the int32 arrays of InferParams, in the order allocate_state() makes them.
 int64_t infer_ints(const RunnerConfig& config, int64_t groups) {
   const int64_t requests = config.max_num_seqs, tokens = config.max_num_batched_tokens;
-  int64_t ints = requests * 5 + 1 + tokens * (3 + groups) + int64_t{max_logits_rows(config)} * 5 +
+  int64_t ints = requests * 5 + 1 + tokens * (3 + groups) + int64_t{max_logits_rows(config)} * 6 +
                  sizeof(InferCounts) / 4;
   if (config.infer_param_view) {
     ints += 3 * requests + (8 + config.num_speculative_tokens) * requests + 3 * (requests + 1) +
@@ -467,9 +467,11 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch, const std::strin
   if (!batch.empty()) {
     const StepSizes exact{static_cast<int32_t>(batch.size()), static_cast<int32_t>(tokens),
                           samples};
+    const bool scores = std::any_of(scored_.begin(), scored_.end(),
+                                    [](const ScoredTokens& tokens) { return tokens.count > 0; });
     {
       std::lock_guard lock(side_mutex_);
-      shape = ladder_.choose(entries_, exact, !scored_.empty());
+      shape = ladder_.choose(entries_, exact, scores);
     }
     shape.prefill = prefill;
     shape.cut = !masked_items_.empty();

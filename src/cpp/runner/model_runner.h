@@ -131,8 +131,8 @@ class ModelRunner {
   Device& device() { return *device_; }
   const std::shared_ptr<Device>& shared_device() const { return device_; }
 
-  // Throws kInvalidArgument naming the field if add_row would refuse the spec, rows and stop ids in
-  // use aside. Any thread may call it for a spec without blocks.
+  // Throws kInvalidArgument naming the field if add_row would refuse the spec, even with a free row
+  // and memory. Any thread may call it for a spec without blocks.
   void check_spec(const RowSpec& spec) { rows_->check_spec(spec); }
   // Admits a request into a free row. Errors (kRequest, kInvalidArgument; kOutOfMemory if the lists
   // find no room on the device) leave everything as it was.

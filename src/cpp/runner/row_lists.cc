@@ -77,7 +77,7 @@ SamplingRow plain_sampling_row(const RowSpec& spec, int32_t vocab_size,
   return sampling;
 }
 
-WordList RowLists::add_distinct(const std::vector<int32_t>& ids) {
+WordList RowLists::add_ascending(const std::vector<int32_t>& ids) {
   const auto offset = static_cast<int32_t>(words.size());
   words.insert(words.end(), ids.begin(), ids.end());
   std::sort(words.begin() + offset, words.end());
@@ -97,7 +97,7 @@ WordList RowLists::add_sequences(const std::vector<std::vector<int32_t>>& sequen
 void RowLists::build(const RowSpec& spec, int32_t vocab_size, int32_t max_total_len,
                      SamplingRow& sampling) {
   words.clear();
-  sampling.stop_ids = add_distinct(spec.stop_ids);
+  sampling.stop_ids = add_ascending(spec.stop_ids);
   sampling.stop_sequences = add_sequences(spec.stop_sequences);
   sampling.bad_words = add_sequences(spec.bad_words);
   sampling.bias = {static_cast<int32_t>(words.size()),

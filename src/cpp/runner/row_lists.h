@@ -20,7 +20,7 @@ struct RowLists {
   void build(const RowSpec& spec, int32_t vocab_size, int32_t max_total_len, SamplingRow& sampling);
 
  private:
-  WordList add_distinct(const std::vector<int32_t>& ids);
+  WordList add_ascending(const std::vector<int32_t>& ids);
   WordList add_sequences(const std::vector<std::vector<int32_t>>& sequences);
 };
 

@@ -79,7 +79,7 @@ int32_t RowTable::max_total_length(const RowSpec& spec) const {
       std::min<int64_t>(int64_t{spec.prompt_len} + spec.max_tokens, config_.max_model_len));
 }
 
-void RowTable::check_spec(const RowSpec& spec) {
+void RowTable::check_fields(const RowSpec& spec) {
   const int32_t length = static_cast<int32_t>(spec.token_ids.size());
   const int32_t vocab = vocab_size_;
   const char* where = "add_row";
@@ -144,8 +144,12 @@ void RowTable::check_spec(const RowSpec& spec) {
     }
   }
   if (!all.empty()) check_blocks({}, all, where);
+}
+
+void RowTable::check_spec(const RowSpec& spec) {
+  check_fields(spec);
   SamplingRow sampling = sampling_row(spec);
-  RowLists().build(spec, vocab, max_total_length(spec), sampling);  // throws if they are too long
+  RowLists().build(spec, vocab_size_, max_total_length(spec), sampling);
 }
 
 SamplingRow RowTable::sampling_row(const RowSpec& spec) const {
@@ -157,7 +161,7 @@ SamplingRow RowTable::sampling_row(const RowSpec& spec) const {
 }
 
 RowHandle RowTable::add(const RowSpec& spec) {
-  check_spec(spec);
+  check_fields(spec);
   check(!free_rows_.empty(), "add_row", "all ", config_.max_num_seqs, " rows are in use");
 
   // What may find no memory comes before anything is taken.

@@ -116,6 +116,8 @@ class RowTable {
  private:
   [[noreturn]] void refuse_handle(RowHandle handle, const char* where) const;
   [[noreturn]] void refuse_tokens(const BatchItem& item, const HostRow& row) const;
+  // As check_spec(), but for lists that are too long, as RowLists::build() says.
+  void check_fields(const RowSpec& spec);
   int32_t max_total_length(const RowSpec& spec) const;
   void check_group(int32_t group, const char* where) const;
   // The ids are in range, and neither repeated nor among those that the groups hold.

@@ -334,15 +334,7 @@ MRV1_HD bool is_kept(float logit, int32_t id, SetEdge edge) {
 // tokens may be masked; a search from id 0 finds it within stop_count + 1 live ids.
 MRV1_HD bool survives_stop_mask(float logit, int32_t id, const int32_t* stop_ids,
                                 int32_t stop_count) {
-  if (logit_key(logit) <= kMinusInfKey) {
-    return false;
-  }
-  for (int32_t i = 0; i < stop_count; ++i) {
-    if (stop_ids[i] == id) {
-      return false;
-    }
-  }
-  return true;
+  return logit_key(logit) > kMinusInfKey && !holds_id(stop_ids, stop_count, id);
 }
 
 }  // namespace mrv1

@@ -129,8 +129,8 @@ MRV1_HD OutputEntry advance_row(const RowState& state, const BatchEntry& entry,
       tokens[out.num_tokens++] = token;
       out.num_accepted = static_cast<int16_t>(out.num_accepted + (accepted ? 1 : 0));
       if (row.total_len > row.min_total_len) {
-        for (int32_t i = 0; i < stop_ids.count; ++i) {
-          if (words[stop_ids.offset + i] == token) row.finish_reason = FinishReason::kStop;
+        if (holds_id(words + stop_ids.offset, stop_ids.count, token)) {
+          row.finish_reason = FinishReason::kStop;
         }
         if (row.finish_reason == FinishReason::kNone && sequences.count > 0) {
           out.stop_sequence = ending_sequence(words + sequences.offset, sequences.count, history,

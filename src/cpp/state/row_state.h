@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/portable.h"
+
 namespace mrv1 {
 
 // Where a row stands. A state bit that apply and advance set; never inferred from a length.
@@ -48,6 +50,23 @@ struct WordList {
   int32_t offset = 0, count = 0;
 };
 
+// Whether ascending ids hold one.
+MRV1_HD bool holds_id(const int32_t* ids, int32_t count, int32_t id) {
+  int32_t low = 0;
+  while (count > 0) {
+    const int32_t half = count / 2;
+    if (ids[low + half] < id) {
+      low += half + 1;
+      count -= half + 1;
+    } else if (ids[low + half] == id) {
+      return true;
+    } else {
+      count = half;
+    }
+  }
+  return false;
+}
+
 // Sampling parameters of a row: 128 bytes. Lists of any length lie in its words, which are device
 // memory of its own.
 struct SamplingRow {
@@ -65,7 +84,7 @@ struct SamplingRow {
   int32_t num_logprobs = -1;  // candidates reported beside each token; -1: not even the token's own
   int32_t num_speculative_tokens = 0;  // drafts that a step may propose, 0 for none
   int32_t forced_end = 0;   // tokens at positions below it are those of RowState::forced_tokens
-  WordList stop_ids;        // distinct: EOS ids (unless ignore_eos) and stop_token_ids
+  WordList stop_ids;        // ascending: EOS ids (unless ignore_eos) and stop_token_ids
   WordList stop_sequences;  // `count` sequences one after the other: length, then tokens
   WordList bad_words;       // of the same form
   WordList bias;            // `count` pairs of an id and the bits of a float; ids are distinct
