@@ -59,11 +59,11 @@ __device__ bool is_weighed(const Row& row, const SamplingRow& sampling) {
 // What drawing needs to know of a row after its edits, and its logprobs if that is the row as the
 // model made it.
 __device__ ScanTargets draw_targets(const Scratch& scratch, int64_t logits_row, const Row& row,
-                                    const SamplingRow& sampling) {
+                                    const SamplingRow& sampling, float scale) {
   ScanTargets targets{scratch.bests + scratch.at(logits_row)};
   targets.with_ids = !Temperature::applies(row, sampling);
   if (is_weighed(row, sampling)) {
-    targets.first = {scratch.sums + scratch.at(logits_row), Temperature::scale(sampling)};
+    targets.first = {scratch.sums + scratch.at(logits_row), scale};
   }
   const bool has_logprobs = RawLogprobs::applies(row, sampling) && !has_raw_tiles(row, sampling);
   if (TopK::applies(row, sampling) || (has_logprobs && sampling.num_logprobs > 0)) {
@@ -224,8 +224,9 @@ __global__ void __launch_bounds__(kScanThreads, 8)
   const SamplingRow& sampling = state.sampling[index];
   const Row row = row_at_place(state.rows[index], place);
   const bool is_drawn_here = is_drawn_by_scan(row, sampling);
+  const float scale = Temperature::applies(row, sampling) ? Temperature::scale(sampling) : 0.0f;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    scratch.plans[logits_row] = RowPlan{is_drawn_here ? -1 : index, place};
+    scratch.plans[logits_row] = RowPlan{is_drawn_here ? -1 : index, place, scale, 0};
     infer.sampled[logits_row] = kNoToken;
   }
   if (TopP::applies(row, sampling)) {
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(kScanThreads, 8)
     }
   }
   const bool has_edits = RowEditor<kScanThreads>::applies(row, sampling);
-  const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling);
+  const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling, scale);
   const ScannedRow at{state,  row,   sampling,   index,    place,
                       logits, vocab, first_tile, end_tile, has_edits};
   if (has_raw_tiles(row, sampling)) {
@@ -306,7 +307,8 @@ struct DrawRow {
   RowLogits logits;
   const Row& row;
   const SamplingRow& sampling;
-  Best best;  // neither kNoBest nor kNanBest
+  float scale;  // of its weights
+  Best best;    // neither kNoBest nor kNanBest
   const Best* bests;
   const unsigned long long* sums;
   const uint32_t* pieces;
@@ -393,7 +395,7 @@ __device__ int32_t draw(DrawMemory* memory, const DrawRow& at) {
   const SamplingRow& sampling = at.sampling;
   if (!Temperature::applies(row, sampling)) return cuda::best_id(at.best);
   const uint64_t word = random_word(sampling.seed, static_cast<uint32_t>(row.total_len));
-  const WeightRule rule = cuda::weight_rule(row, sampling, cuda::best_logit(at.best));
+  const WeightRule rule = cuda::weight_rule(row, sampling, cuda::best_logit(at.best), at.scale);
   if (draws_whole_row(row, sampling)) {
     return cuda::draw_whole_row<kDrawThreads>(at.logits, rule, at.bests, at.sums, at.tiles, word);
   }
@@ -442,7 +444,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   float* const own = params.logits + logits_row * params.vocab_size;
   const RowLogits logits{own, vocab, sampling.grammar_mask, allowed_mask(row, sampling)};
   RowEditor<kDrawThreads> editor(state, row, sampling, index, plan.place, own, 0, vocab);
-  const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling);
+  const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling, plan.scale);
   if (best == kNoBest && MinTokens::applies(row, sampling) && editor.can_restore()) {
     editor.restore();
     editor.apply_bias();
@@ -454,8 +456,8 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   }
   int32_t token = kErrorToken;
   if (best != kNoBest && best != kNanBest) {
-    token = draw(&memory, {logits, row, sampling, best, bests, targets.first.sums, targets.pieces,
-                           scratch.weighed + scratch.at(logits_row),
+    token = draw(&memory, {logits, row, sampling, plan.scale, best, bests, targets.first.sums,
+                           targets.pieces, scratch.weighed + scratch.at(logits_row),
                            scratch.class_sums + logits_row * cuda::kClasses, tiles, split,
                            num_splits, split_tiles, infer.blocks_done + logits_row});
   } else if (split != 0) {

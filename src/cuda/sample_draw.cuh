@@ -159,10 +159,11 @@ class EdgeFinder {
   SetEdge edge_;
 };
 
+// `scale` is Temperature::scale().
 __device__ inline WeightRule weight_rule(const Row& row, const SamplingRow& sampling,
-                                         float reference) {
+                                         float reference, float scale) {
   const uint64_t min_weight = MinP::applies(row, sampling) ? MinP::min_weight(sampling) : 1;
-  return WeightRule{reference, Temperature::scale(sampling), min_weight > 1 ? min_weight : 1};
+  return WeightRule{reference, scale, min_weight > 1 ? min_weight : 1};
 }
 
 // One row with filters on its way from logits to a token, processor by processor: the slow way.
@@ -435,6 +436,17 @@ class Candidates {
   // more. The n-th best of the tiles' best is a bound, and the n-th best of the pieces' best, whose
   // keys `pieces` has, a closer one. False if they are too many.
   __device__ bool gather_best(int32_t n, uint32_t least, const uint32_t* pieces) {
+    const int32_t num_pieces = (row_.vocab + kPiece - 1) / kPiece;
+    constexpr int kPiecesAtOnce = 4;
+    uint32_t keys[kPiecesAtOnce];
+    const auto load_keys = [&](int32_t first) {
+#pragma unroll
+      for (int k = 0; k < kPiecesAtOnce; ++k) {
+        const int32_t piece = first + k * kDrawThreads;
+        keys[k] = piece < num_pieces ? pieces[piece] : 0;
+      }
+    };
+    load_keys(threadIdx.x);  // on their way while the tiles are compared
     if (n < tiles_) {
       for (int32_t i = threadIdx.x; i < tiles_; i += kDrawThreads) {
         memory_->keys[i] = static_cast<uint32_t>(bests_[i] >> 32);
@@ -443,15 +455,8 @@ class Candidates {
     }
     if (threadIdx.x == 0) memory_->count = 0;
     __syncthreads();
-    const int32_t num_pieces = (row_.vocab + kPiece - 1) / kPiece;
-    constexpr int kPiecesAtOnce = 4;
     for (int32_t first = threadIdx.x; first < num_pieces; first += kPiecesAtOnce * kDrawThreads) {
-      uint32_t keys[kPiecesAtOnce];
-#pragma unroll
-      for (int k = 0; k < kPiecesAtOnce; ++k) {
-        const int32_t piece = first + k * kDrawThreads;
-        keys[k] = piece < num_pieces ? pieces[piece] : 0;
-      }
+      if (first >= kPiecesAtOnce * kDrawThreads) load_keys(first);
 #pragma unroll
       for (int k = 0; k < kPiecesAtOnce; ++k) {
         const int32_t piece = first + k * kDrawThreads;

@@ -20,6 +20,8 @@ constexpr int64_t kScanBlocks = 1056;
 struct RowPlan {
   int32_t row;    // for the second kernel to draw; -1: none, or the scan has drawn
   int32_t place;  // by how many tokens the row is longer here
+  float scale;    // Temperature::scale(), if that applies
+  int32_t reserved;
 };
 
 // The workspace, by logits row.
