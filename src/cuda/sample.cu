@@ -67,11 +67,11 @@ __device__ ScanTargets draw_targets(const Scratch& scratch, int64_t logits_row, 
     targets.first = {scratch.sums + scratch.at(logits_row), scale};
   }
   const bool has_logprobs = RawLogprobs::applies(row, sampling) && !has_raw_tiles(row, sampling);
-  if (TopK::applies(row, sampling) || (has_logprobs && sampling.num_logprobs > 0)) {
+  if (TopK::applies(row, sampling) || has_logprobs) {
     targets.pieces = scratch.pieces + scratch.piece_at(logits_row);
   }
   if (has_logprobs) {
-    targets.second = cuda::raw_targets(scratch, logits_row, sampling.num_logprobs).second;
+    targets.second = cuda::raw_targets(scratch, logits_row).second;
   }
   return targets;
 }
@@ -254,8 +254,7 @@ __global__ void __launch_bounds__(kScanThreads, 8)
   const ScannedRow at{state,  row,   sampling,   index,    place,
                       logits, vocab, first_tile, end_tile, has_edits};
   if (has_raw_tiles(row, sampling)) {
-    scan_raw_and_edited<kVector>(at, cuda::raw_targets(scratch, logits_row, sampling.num_logprobs),
-                                 targets, &memory);
+    scan_raw_and_edited<kVector>(at, cuda::raw_targets(scratch, logits_row), targets, &memory);
   } else {
     if (has_edits) {
       edit(at);
@@ -494,9 +493,8 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
     if (threadIdx.x == 0) *record = cuda::no_logprobs(token);
   } else {
     if (editor.can_restore()) editor.restore();
-    const ScanTargets found = has_raw_tiles(row, sampling)
-                                  ? cuda::raw_targets(scratch, logits_row, sampling.num_logprobs)
-                                  : targets;
+    const ScanTargets found =
+        has_raw_tiles(row, sampling) ? cuda::raw_targets(scratch, logits_row) : targets;
     write_logprobs(&memory.logprobs, {own, vocab, sampling.grammar_mask}, found, tiles, token,
                    RawLogprobs::count(sampling, vocab), record);
   }

@@ -479,7 +479,7 @@ class Candidates {
   // Takes at least the n best tokens, or all of them, of those with an ordered key of `least` or
   // more. The n-th best of the tiles' best is a bound, and the n-th best of the pieces' best, whose
   // keys `pieces` has, a closer one. False if they are too many.
-  __device__ bool gather_best(int32_t n, uint32_t least, const uint32_t* pieces) {
+  __device__ __noinline__ bool gather_best(int32_t n, uint32_t least, const uint32_t* pieces) {
     const int32_t num_pieces = (row_.vocab + kPiece - 1) / kPiece;
     constexpr int kPiecesAtOnce = 4;
     uint32_t keys[kPiecesAtOnce];
@@ -573,9 +573,9 @@ class Candidates {
     for (int i = 0; i < 2; ++i) {
       own_[i] = first + i < end ? token_weight(best_logit(memory_->sorted[first + i]), rule) : 0;
     }
-    uint64_t total;
-    before_ = block_exclusive_scan<kDrawThreads>(own_[0] + own_[1], &total);
-    return total;
+    const BlockSums sums = sum_in_block<kDrawThreads>(own_[0] + own_[1]);
+    before_ = sums.before;
+    return sums.total;
   }
 
   // The last token of the shortest prefix that weighs `target`, which is at least 1 and no more
@@ -599,7 +599,7 @@ class Candidates {
     memory_->weights[first + 1] = own_[1];
     // Weights fall along the order, so that those that are left stand at the front.
     const int32_t kept = __syncthreads_count(own_[0] != 0) + __syncthreads_count(own_[1] != 0);
-    const uint64_t total = block_sum<kDrawThreads>(own_[0] + own_[1]);
+    const uint64_t total = sum_in_block<kDrawThreads>(own_[0] + own_[1]).total;
     const uint64_t drawn = multiply_high(word, total);
     const Best* sorted = memory_->sorted;
     const unsigned long long* weights = memory_->weights;
@@ -640,7 +640,7 @@ class Candidates {
   }
 
   // The n-th largest of memory_->keys, which the threads have written. Ends with a barrier.
-  __device__ uint32_t nth_key(int32_t n, int32_t count) {
+  __device__ __noinline__ uint32_t nth_key(int32_t n, int32_t count) {
     __syncthreads();
     const uint32_t* keys = memory_->keys;
     for_each_sum<int32_t>(
@@ -697,7 +697,7 @@ class Candidates {
   }
 
   // Sorts what was collected. False if that is too much.
-  __device__ bool sort() {
+  __device__ __noinline__ bool sort() {
     __syncthreads();
     count_ = memory_->count;
     if (count_ > kMaxCandidates) return false;

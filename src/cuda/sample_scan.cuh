@@ -91,10 +91,10 @@ struct ScanTargets {
   Sums first, second;
 };
 
-// What logprobs need to know of a row, with `count` candidates, as the model made it.
-__device__ inline ScanTargets raw_targets(const Scratch& scratch, int64_t row, int32_t count) {
-  ScanTargets targets{scratch.raw_bests + scratch.at(row)};
-  if (count > 0) targets.pieces = scratch.raw_pieces + scratch.piece_at(row);
+// What logprobs need to know of a row, as the model made it.
+__device__ inline ScanTargets raw_targets(const Scratch& scratch, int64_t row) {
+  ScanTargets targets{scratch.raw_bests + scratch.at(row),
+                      scratch.raw_pieces + scratch.piece_at(row)};
   targets.second = {scratch.raw_sums + scratch.at(row), Temperature::scale(1.0f)};
   return targets;
 }

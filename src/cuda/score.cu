@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kScanThreads)
   float* buffer = buffers[threadIdx.x / kWarpSize];
   if (tile < end_tile) cuda::Tile<kVector>::request(buffer, logits, tile, vocab);
   cuda::scan_tiles<kVector>(buffer, logits, vocab, tile, end_tile, kScanWarps, nullptr, nullptr,
-                            cuda::raw_targets(scratch, row, params.num_logprobs));
+                            cuda::raw_targets(scratch, row));
 }
 
 // A block a row.
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kDrawThreads) score_kernel(ScoreParams params,
   const int32_t target = params.targets[row];
   if (target < 0) return;
   const auto vocab = static_cast<int32_t>(params.vocab_size);
-  const cuda::ScanTargets found = cuda::raw_targets(scratch, row, params.num_logprobs);
+  const cuda::ScanTargets found = cuda::raw_targets(scratch, row);
   Best best = cuda::kNoBest;
   for (int32_t i = threadIdx.x; i < scratch.tiles; i += kDrawThreads) {
     best = max(best, found.bests[i]);
