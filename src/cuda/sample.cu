@@ -292,14 +292,12 @@ union DrawMemory {
   } sums;
 };
 
-// Whether min_tokens leaves anything alive. Whole block.
-__device__ bool survives(const RowLogits& row, const SamplingRow& sampling) {
-  const int32_t* stop_ids = sampling.words + sampling.stop_ids.offset;
-  int survives = 0;
-  for (int32_t id = threadIdx.x; id < row.vocab; id += kDrawThreads) {
-    survives |= survives_stop_mask(row.at(id), id, stop_ids, sampling.stop_ids.count);
-  }
-  return __syncthreads_or(survives) != 0;
+// Whether a row has anything above -inf. Whole block.
+__device__ bool is_alive(const RowLogits& row) {
+  int alive = 0;
+  for (int32_t id = threadIdx.x; id < row.vocab; id += kDrawThreads)
+    alive |= row.at(id) > -INFINITY;
+  return __syncthreads_or(alive) != 0;
 }
 
 // The scan once more, by one block over the whole row. Returns the row's best.
@@ -466,8 +464,11 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   if (best == kNoBest && MinTokens::applies(row, sampling) && editor.can_restore()) {
     editor.restore();
     editor.apply_bias();
-    if (!survives(logits, sampling)) {
-      // The mask would leave nothing, so the row goes without.
+    editor.mask_stop_ids();
+    if (!is_alive(logits)) {
+      // The mask leaves nothing, so the row goes without.
+      editor.restore();
+      editor.apply_bias();
       editor.apply_penalties_and_bad_words();
       best = rescan(logits, tiles, targets, memory.rescan);
     }
