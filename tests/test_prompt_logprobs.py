@@ -540,6 +540,10 @@ def test_samples_share_the_logprobs_of_their_prompt(
     prompt = make_prompt(40, 8)
     serving.add("three", prompt, scoring(2, 4), n=3)
     lives = serving.drain()
+    tokens = tokens_of(run_to_end(runner, prompt, greedy(4)))
+    for index in range(3):
+        assert lives["three", index].end == _core.RequestEnd.LENGTH
+        assert lives["three", index].tokens == tokens
     scores = [lives["three", index].scores for index in range(3)]
     assert scores[0] is not None and scores[1:] == [None, None]
     assert_equal(scores[0], score(runner, prompt, scoring(2)))
@@ -647,7 +651,7 @@ def test_results_have_a_mapping_for_each_token(llm: LLM, runner: ModelRunner, n:
         assert found[token].logprob == pytest.approx(float(logprobs[place, 0]), abs=1e-3)
         for candidate, rank in zip(ids[place, 1:].tolist(), ranks[place, 1:].tolist(), strict=True):
             assert found[candidate].rank == rank
-    assert len(result.outputs) == n
+    assert [output.finish_reason for output in result.outputs] == ["length"] * n
 
 
 def test_results_without_them_have_none(llm: LLM) -> None:

@@ -37,6 +37,7 @@ using cuda::Scratch;
 
 constexpr std::string_view kOp = "sample";
 constexpr int32_t kFinishBlocks = 264;
+constexpr int kRescanWarps = 6;  // as many as have room for a tile each
 // Tiles that a block reads before it edits them, and reads them again if it has to.
 constexpr int32_t kTwiceRun = 2 * kScanWarps;
 constexpr int32_t kOnceRun = 10 * kScanWarps;
@@ -59,18 +60,18 @@ __device__ bool is_weighed(const Row& row, const SamplingRow& sampling) {
 // What drawing needs to know of a row after its edits, and its logprobs if that is the row as the
 // model made it.
 __device__ ScanTargets draw_targets(const Scratch& scratch, int64_t logits_row, const Row& row,
-                                    const SamplingRow& sampling) {
+                                    const SamplingRow& sampling, float scale) {
   ScanTargets targets{scratch.bests + scratch.at(logits_row)};
   targets.with_ids = !Temperature::applies(row, sampling);
   if (is_weighed(row, sampling)) {
-    targets.first = {scratch.sums + scratch.at(logits_row), Temperature::scale(sampling)};
+    targets.first = {scratch.sums + scratch.at(logits_row), scale};
   }
   const bool has_logprobs = RawLogprobs::applies(row, sampling) && !has_raw_tiles(row, sampling);
-  if (TopK::applies(row, sampling) || (has_logprobs && sampling.num_logprobs > 0)) {
+  if (TopK::applies(row, sampling) || has_logprobs) {
     targets.pieces = scratch.pieces + scratch.piece_at(logits_row);
   }
   if (has_logprobs) {
-    targets.second = cuda::raw_targets(scratch, logits_row, sampling.num_logprobs).second;
+    targets.second = cuda::raw_targets(scratch, logits_row).second;
   }
   return targets;
 }
@@ -89,6 +90,14 @@ __device__ bool is_last_block(int32_t* counter, int32_t count) {
   __syncthreads();
   return last;
 }
+
+struct ScanMemory {
+  union {
+    __align__(16) float buffers[kScanWarps][cuda::kTile];
+    cuda::WholeRowMemory draw;
+  };
+  uint32_t edited[kOnceRun * kWarpSize];  // a bit an id
+};
 
 // A block's tiles of a row.
 struct ScannedRow {
@@ -125,12 +134,14 @@ __device__ __noinline__ void edit(const ScannedRow& at) {
 // is, runs are short enough to be in a cache the second time.
 template <bool kVector>
 __device__ __noinline__ void scan_raw_and_edited(const ScannedRow& at, const ScanTargets& raw,
-                                                 const ScanTargets& targets, uint32_t* edited) {
+                                                 const ScanTargets& targets, ScanMemory* memory) {
   const uint32_t* mask = at.sampling.grammar_mask;
   const uint32_t* allowed = allowed_mask(at.row, at.sampling);
   const bool is_read_twice = targets.first.sums != nullptr;
   const int32_t run = is_read_twice ? kTwiceRun : kOnceRun;
-  cuda::Tile<kVector> held;
+  uint32_t* edited = memory->edited;
+  float* buffer = memory->buffers[threadIdx.x / kWarpSize];
+  cuda::await_copies();  // of the kernel's beginning
 #pragma unroll 1
   for (int32_t first = at.first_tile; first < at.end_tile; first += run) {
     const int32_t end = min(first + run, at.end_tile);
@@ -139,11 +150,11 @@ __device__ __noinline__ void scan_raw_and_edited(const ScannedRow& at, const Sca
     if (is_read_twice) {
 #pragma unroll 1
       for (int pass = 0; pass < 2; ++pass) {
-        if (tile < end) held.load(at.logits, tile, at.vocab);
+        if (tile < end) cuda::Tile<kVector>::request(buffer, at.logits, tile, at.vocab);
         ScanTargets found = targets;
         if (pass == 0) found = raw;
-        scan_tiles(held, at.logits, at.vocab, tile, end, kScanWarps, mask,
-                   pass == 0 ? nullptr : allowed, found);
+        cuda::scan_tiles<kVector>(buffer, at.logits, at.vocab, tile, end, kScanWarps, mask,
+                                  pass == 0 ? nullptr : allowed, found);
         __syncthreads();  // the run has been read
         if (pass == 0 && at.has_edits) {
           editor.save(nullptr);
@@ -155,8 +166,9 @@ __device__ __noinline__ void scan_raw_and_edited(const ScannedRow& at, const Sca
     for (int32_t i = threadIdx.x; i < (end - first) * kWarpSize; i += kScanThreads) edited[i] = 0;
     __syncthreads();
     if (at.has_edits) editor.save(edited);
-    if (tile < end) held.load(at.logits, tile, at.vocab);
-    scan_unedited(held, at.logits, at.vocab, tile, first, end, mask, allowed, edited, raw, targets);
+    if (tile < end) cuda::Tile<kVector>::request(buffer, at.logits, tile, at.vocab);
+    cuda::scan_unedited<kVector>(buffer, at.logits, at.vocab, tile, first, end, mask, allowed,
+                                 edited, raw, targets);
     __syncthreads();  // the run has been read
     if (!at.has_edits) continue;
     editor.apply_all();
@@ -175,20 +187,22 @@ __device__ bool is_drawn_by_scan(const Row& row, const SamplingRow& sampling) {
 
 // The token of such a row, or kNoToken if it has none: then the second kernel sees why. By the last
 // block of the row.
-__device__ __noinline__ int32_t draw_scanned(const RowLogits& logits, const Row& row,
-                                             const SamplingRow& sampling,
+__device__ __noinline__ int32_t draw_scanned(cuda::WholeRowMemory* memory, const RowLogits& logits,
+                                             const Row& row, const SamplingRow& sampling,
                                              const ScanTargets& targets, int32_t tiles) {
-  Best best = kNoBest;
-  for (int32_t i = threadIdx.x; i < tiles; i += kScanThreads) {
-    best = max(best, __ldcg(targets.bests + i));
+  if (!Temperature::applies(row, sampling)) {
+    Best best = kNoBest;
+    for (int32_t i = threadIdx.x; i < tiles; i += kScanThreads) {
+      best = max(best, __ldcg(targets.bests + i));
+    }
+    best = cuda::block_max<kScanThreads>(best);
+    return best == kNoBest || best == kNanBest ? kNoToken : cuda::best_id(best);
   }
-  best = cuda::block_max<kScanThreads>(best);
+  const Best best = cuda::load_tiles<kScanThreads>(memory, targets, tiles);
   if (best == kNoBest || best == kNanBest) return kNoToken;
-  if (!Temperature::applies(row, sampling)) return cuda::best_id(best);
   const uint64_t word = random_word(sampling.seed, static_cast<uint32_t>(row.total_len));
   const WeightRule rule{cuda::best_logit(best), targets.first.scale, 1};
-  return cuda::draw_whole_row<kScanThreads>(logits, rule, targets.bests, targets.first.sums, tiles,
-                                            word);
+  return cuda::draw_whole_row<kScanThreads>(memory, logits, rule, tiles, word);
 }
 
 // Grid (splits of split_tiles, logits rows), a warp per tile. Also sets `sampled` to "no token",
@@ -197,7 +211,7 @@ template <bool kVector>
 __global__ void __launch_bounds__(kScanThreads, 8)
     scan_kernel(SampleParams params, RowState state, InferParams infer, Scratch scratch,
                 int32_t split_tiles) {
-  __shared__ uint32_t edited[kOnceRun * kWarpSize];
+  __shared__ ScanMemory memory;
   cuda::launch_next();
   cuda::wait_for_previous();
   const int64_t logits_row = blockIdx.y;
@@ -205,16 +219,15 @@ __global__ void __launch_bounds__(kScanThreads, 8)
   float* logits = params.logits + logits_row * params.vocab_size;
   const int32_t first_tile = blockIdx.x * split_tiles;
   const int32_t end_tile = min(first_tile + split_tiles, scratch.tiles);
+  const int32_t tile = first_tile + threadIdx.x / kWarpSize;
+  float* buffer = memory.buffers[threadIdx.x / kWarpSize];
   // On its way before it is known whether the row is one.
-  cuda::Tile<kVector> held;
-  {
-    const int32_t tile = first_tile + threadIdx.x / kWarpSize;
-    if (tile < end_tile) held.load(logits, tile, vocab);
-  }
+  if (tile < end_tile) cuda::Tile<kVector>::request(buffer, logits, tile, vocab);
   const int32_t batch = infer.logits_batch[logits_row];
   const int32_t index = batch < 0 ? -1 : infer.row[batch];
   const int32_t place = infer.logits_place[logits_row];
   if (index < 0) {
+    cuda::await_copies();
     if (blockIdx.x == 0 && threadIdx.x == 0) {
       scratch.plans[logits_row].row = -1;
       infer.sampled[logits_row] = kNoToken;
@@ -224,11 +237,12 @@ __global__ void __launch_bounds__(kScanThreads, 8)
   const SamplingRow& sampling = state.sampling[index];
   const Row row = row_at_place(state.rows[index], place);
   const bool is_drawn_here = is_drawn_by_scan(row, sampling);
+  const float scale = Temperature::applies(row, sampling) ? Temperature::scale(sampling) : 0.0f;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    scratch.plans[logits_row] = RowPlan{is_drawn_here ? -1 : index, place};
+    scratch.plans[logits_row] = RowPlan{is_drawn_here ? -1 : index, place, scale, 0};
     infer.sampled[logits_row] = kNoToken;
   }
-  if (TopP::applies(row, sampling)) {
+  if (TopP::applies(row, sampling) && !TopK::applies(row, sampling)) {
     auto* classes = reinterpret_cast<ulonglong2*>(scratch.class_sums + logits_row * cuda::kClasses);
     for (int32_t i = blockIdx.x * kScanThreads + threadIdx.x; i < cuda::kClasses / 2;
          i += gridDim.x * kScanThreads) {
@@ -236,26 +250,25 @@ __global__ void __launch_bounds__(kScanThreads, 8)
     }
   }
   const bool has_edits = RowEditor<kScanThreads>::applies(row, sampling);
-  const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling);
+  const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling, scale);
   const ScannedRow at{state,  row,   sampling,   index,    place,
                       logits, vocab, first_tile, end_tile, has_edits};
   if (has_raw_tiles(row, sampling)) {
-    scan_raw_and_edited<kVector>(at, cuda::raw_targets(scratch, logits_row, sampling.num_logprobs),
-                                 targets, edited);
+    scan_raw_and_edited<kVector>(at, cuda::raw_targets(scratch, logits_row), targets, &memory);
   } else {
-    const int32_t tile = first_tile + threadIdx.x / kWarpSize;
     if (has_edits) {
       edit(at);
-      if (tile < end_tile) held.load(logits, tile, vocab);
+      cuda::await_copies();
+      if (tile < end_tile) cuda::Tile<kVector>::request(buffer, logits, tile, vocab);
     }
-    scan_tiles(held, logits, vocab, tile, end_tile, kScanWarps, sampling.grammar_mask,
-               allowed_mask(row, sampling), targets);
+    cuda::scan_tiles<kVector>(buffer, logits, vocab, tile, end_tile, kScanWarps,
+                              sampling.grammar_mask, allowed_mask(row, sampling), targets);
   }
   if (!is_drawn_here) return;
   if (!is_last_block(infer.blocks_done + logits_row, static_cast<int32_t>(gridDim.x))) return;
-  const int32_t token =
-      draw_scanned({logits, vocab, sampling.grammar_mask, allowed_mask(row, sampling)}, row,
-                   sampling, targets, scratch.tiles);
+  const int32_t token = draw_scanned(
+      &memory.draw, {logits, vocab, sampling.grammar_mask, allowed_mask(row, sampling)}, row,
+      sampling, targets, scratch.tiles);
   if (threadIdx.x != 0) return;
   if (token == kNoToken) {
     scratch.plans[logits_row].row = index;
@@ -271,30 +284,32 @@ union DrawMemory {
     int32_t chosen;
   } slow;
   cuda::Candidates::Memory candidates;
+  cuda::WholeRowMemory whole_row;
+  __align__(16) float rescan[kRescanWarps][cuda::kTile];
   struct {
     unsigned long long tiles[cuda::kMaxTiles];
     unsigned long long classes[cuda::kClasses];
   } sums;
 };
 
-// Whether min_tokens leaves anything alive. Whole block.
-__device__ bool survives(const RowLogits& row, const SamplingRow& sampling) {
-  const int32_t* stop_ids = sampling.words + sampling.stop_ids.offset;
-  int survives = 0;
-  for (int32_t id = threadIdx.x; id < row.vocab; id += kDrawThreads) {
-    survives |= survives_stop_mask(row.at(id), id, stop_ids, sampling.stop_ids.count);
-  }
-  return __syncthreads_or(survives) != 0;
+// Whether a row has anything above -inf. Whole block.
+__device__ bool is_alive(const RowLogits& row) {
+  int alive = 0;
+  for (int32_t id = threadIdx.x; id < row.vocab; id += kDrawThreads)
+    alive |= row.at(id) > -INFINITY;
+  return __syncthreads_or(alive) != 0;
 }
 
 // The scan once more, by one block over the whole row. Returns the row's best.
-__device__ __noinline__ Best rescan(const RowLogits& row, int32_t tiles,
-                                    const ScanTargets& targets) {
-  const int32_t tile = threadIdx.x / kWarpSize;
-  cuda::Tile<false> held;
-  if (tile < tiles) held.load(row.logits, tile, row.vocab);
-  scan_tiles(held, row.logits, row.vocab, tile, tiles, kDrawWarps, row.mask, row.second_mask,
-             targets);
+__device__ __noinline__ Best rescan(const RowLogits& row, int32_t tiles, const ScanTargets& targets,
+                                    float (*buffers)[cuda::kTile]) {
+  const int32_t warp = threadIdx.x / kWarpSize;
+  if (warp < kRescanWarps) {
+    float* buffer = buffers[warp];
+    if (warp < tiles) cuda::Tile<false>::request(buffer, row.logits, warp, row.vocab);
+    cuda::scan_tiles<false>(buffer, row.logits, row.vocab, warp, tiles, kRescanWarps, row.mask,
+                            row.second_mask, targets);
+  }
   __syncthreads();
   Best best = kNoBest;
   for (int32_t i = threadIdx.x; i < tiles; i += kDrawThreads) best = max(best, targets.bests[i]);
@@ -306,10 +321,10 @@ struct DrawRow {
   RowLogits logits;
   const Row& row;
   const SamplingRow& sampling;
-  Best best;  // neither kNoBest nor kNanBest
+  float scale;  // of its weights
+  Best best;    // neither kNoBest nor kNanBest
   const Best* bests;
-  const unsigned long long* sums;
-  const uint32_t* pieces;
+  const ScanTargets& targets;
   unsigned long long* weighed;
   unsigned long long* class_sums;
   int32_t tiles;
@@ -332,7 +347,8 @@ __device__ uint64_t weight_outside(const DrawRow& at, const WeightRule& rule) {
   uint64_t least_total = 0;
   for (int32_t i = threadIdx.x; i < at.tiles; i += kDrawThreads) {
     if (at.bests[i] == kNoBest) continue;
-    least_total += scale_weight(at.sums[i], token_weight(cuda::best_logit(at.bests[i]), rule));
+    least_total +=
+        scale_weight(at.targets.first.sums[i], token_weight(cuda::best_logit(at.bests[i]), rule));
   }
   least_total = cuda::block_sum<kDrawThreads>(least_total);
   // The rounding of all that is far less than this margin.
@@ -365,7 +381,7 @@ __device__ __noinline__ int32_t draw_weighed(DrawMemory* memory, const DrawRow& 
   if (!is_last_block(at.blocks_done, at.num_splits)) return kAnotherBlock;
   if (!has_top_p) {
     const auto sum_of = [&](int32_t tile) -> uint64_t { return __ldcg(at.weighed + tile); };
-    return draw_token(at.logits, rule, kNoBest, at.tiles, sum_of, word);
+    return draw_token(memory->whole_row.logits, at.logits, rule, kNoBest, at.tiles, sum_of, word);
   }
   const cuda::ClassEdge found = cuda::find_class(at.class_sums, at.sampling);
   cuda::Candidates candidates(&memory->candidates, at.logits, at.bests, at.tiles);
@@ -375,7 +391,8 @@ __device__ __noinline__ int32_t draw_weighed(DrawMemory* memory, const DrawRow& 
   __syncthreads();  // the memory gets another use
   weigh_tiles(at.logits, rule, at.bests, edge, 0, at.tiles, memory->sums.tiles, {nullptr, 0});
   const auto sum_of = [&](int32_t tile) -> uint64_t { return memory->sums.tiles[tile]; };
-  return draw_token(at.logits, rule, edge, at.tiles, sum_of, word);
+  auto* tile_logits = reinterpret_cast<float*>(memory->sums.classes);
+  return draw_token(tile_logits, at.logits, rule, edge, at.tiles, sum_of, word);
 }
 
 // Of rows whose tokens to sort are too many.
@@ -393,14 +410,15 @@ __device__ int32_t draw(DrawMemory* memory, const DrawRow& at) {
   const SamplingRow& sampling = at.sampling;
   if (!Temperature::applies(row, sampling)) return cuda::best_id(at.best);
   const uint64_t word = random_word(sampling.seed, static_cast<uint32_t>(row.total_len));
-  const WeightRule rule = cuda::weight_rule(row, sampling, cuda::best_logit(at.best));
+  const WeightRule rule = cuda::weight_rule(row, sampling, cuda::best_logit(at.best), at.scale);
   if (draws_whole_row(row, sampling)) {
-    return cuda::draw_whole_row<kDrawThreads>(at.logits, rule, at.bests, at.sums, at.tiles, word);
+    cuda::load_tiles<kDrawThreads>(&memory->whole_row, at.targets, at.tiles);
+    return cuda::draw_whole_row<kDrawThreads>(&memory->whole_row, at.logits, rule, at.tiles, word);
   }
   if (TopK::applies(row, sampling)) {
     cuda::Candidates candidates(&memory->candidates, at.logits, at.bests, at.tiles);
     if (sampling.top_k <= cuda::kMaxCandidates &&
-        candidates.gather_best(sampling.top_k, cuda::kLeastOrdered, at.pieces)) {
+        candidates.gather_best(sampling.top_k, cuda::kLeastOrdered, at.targets.pieces)) {
       const uint64_t sum = candidates.weigh(sampling.top_k, rule);
       return candidates.draw(TopP::applies(row, sampling) ? TopP::target(sampling, sum) : sum,
                              word);
@@ -442,19 +460,22 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   float* const own = params.logits + logits_row * params.vocab_size;
   const RowLogits logits{own, vocab, sampling.grammar_mask, allowed_mask(row, sampling)};
   RowEditor<kDrawThreads> editor(state, row, sampling, index, plan.place, own, 0, vocab);
-  const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling);
+  const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling, plan.scale);
   if (best == kNoBest && MinTokens::applies(row, sampling) && editor.can_restore()) {
     editor.restore();
     editor.apply_bias();
-    if (!survives(logits, sampling)) {
-      // The mask would leave nothing, so the row goes without.
+    editor.mask_stop_ids();
+    if (!is_alive(logits)) {
+      // The mask leaves nothing, so the row goes without.
+      editor.restore();
+      editor.apply_bias();
       editor.apply_penalties_and_bad_words();
-      best = rescan(logits, tiles, targets);
+      best = rescan(logits, tiles, targets, memory.rescan);
     }
   }
   int32_t token = kErrorToken;
   if (best != kNoBest && best != kNanBest) {
-    token = draw(&memory, {logits, row, sampling, best, bests, targets.first.sums, targets.pieces,
+    token = draw(&memory, {logits, row, sampling, plan.scale, best, bests, targets,
                            scratch.weighed + scratch.at(logits_row),
                            scratch.class_sums + logits_row * cuda::kClasses, tiles, split,
                            num_splits, split_tiles, infer.blocks_done + logits_row});
@@ -473,9 +494,8 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
     if (threadIdx.x == 0) *record = cuda::no_logprobs(token);
   } else {
     if (editor.can_restore()) editor.restore();
-    const ScanTargets found = has_raw_tiles(row, sampling)
-                                  ? cuda::raw_targets(scratch, logits_row, sampling.num_logprobs)
-                                  : targets;
+    const ScanTargets found =
+        has_raw_tiles(row, sampling) ? cuda::raw_targets(scratch, logits_row) : targets;
     write_logprobs(&memory.logprobs, {own, vocab, sampling.grammar_mask}, found, tiles, token,
                    RawLogprobs::count(sampling, vocab), record);
   }

@@ -159,10 +159,11 @@ class EdgeFinder {
   SetEdge edge_;
 };
 
+// `scale` is Temperature::scale().
 __device__ inline WeightRule weight_rule(const Row& row, const SamplingRow& sampling,
-                                         float reference) {
+                                         float reference, float scale) {
   const uint64_t min_weight = MinP::applies(row, sampling) ? MinP::min_weight(sampling) : 1;
-  return WeightRule{reference, Temperature::scale(sampling), min_weight > 1 ? min_weight : 1};
+  return WeightRule{reference, scale, min_weight > 1 ? min_weight : 1};
 }
 
 // One row with filters on its way from logits to a token, processor by processor: the slow way.
@@ -299,33 +300,46 @@ __device__ inline void weigh_tiles(const RowLogits& row, const WeightRule& rule,
   __syncthreads();
 }
 
+// The sum of values before a thread's in its block, and of all. One copy of the code serves all
+// that call it: what is executed once is as slow as its instructions come from memory.
+struct BlockSums {
+  uint64_t before, total;
+};
+template <int kThreads>
+__device__ __noinline__ BlockSums sum_in_block(uint64_t value) {
+  BlockSums sums;
+  sums.before = block_exclusive_scan<kThreads>(value, &sums.total);
+  return sums;
+}
+
 // A number's place in an ordered list of amounts: which one, and what is left of the number there.
 struct ListPlace {
   int32_t index;
   uint64_t rest;
 };
 
-// Finds multiply_high(word, sum of amounts) among amount(0 ... count - 1), count <= kMaxTiles. By a
-// whole block of kThreads.
+// Finds multiply_high(word, sum of amounts) among amount(0 ... count - 1), each thread looking at
+// neighbours. By a whole block of kThreads.
 template <int kThreads, typename Amount>
 __device__ ListPlace find_place(int32_t count, const Amount& amount, uint64_t word) {
   __shared__ ListPlace found;
-  constexpr int kOwn = kMaxTiles / kThreads;
-  const int32_t first = kOwn * static_cast<int32_t>(threadIdx.x);
-  uint64_t amounts[kOwn];
+  const int32_t own = (count + kThreads - 1) / kThreads;
+  const int32_t first = own * static_cast<int32_t>(threadIdx.x);
+  const int32_t end = min(first + own, count);
   uint64_t sum = 0;
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    amounts[i] = first + i < count ? amount(first + i) : 0;
-    sum += amounts[i];
-  }
-  uint64_t total;
-  uint64_t before = block_exclusive_scan<kThreads>(sum, &total);
-  const uint64_t target = multiply_high(word, total);
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    if (before <= target && target < before + amounts[i]) found = {first + i, target - before};
-    before += amounts[i];
+#pragma unroll 1
+  for (int32_t i = first; i < end; ++i) sum += amount(i);
+  const BlockSums sums = sum_in_block<kThreads>(sum);
+  uint64_t target = multiply_high(word, sums.total);
+  if (sums.before <= target && target < sums.before + sum) {
+    target -= sums.before;
+    int32_t i = first;
+#pragma unroll 1
+    for (uint64_t next = amount(i); target >= next; next = amount(i)) {
+      target -= next;
+      ++i;
+    }
+    found = {i, target};
   }
   __syncthreads();
   const ListPlace result = found;
@@ -333,38 +347,23 @@ __device__ ListPlace find_place(int32_t count, const Amount& amount, uint64_t wo
   return result;
 }
 
-// The first id of a tile at whose end the running sum of weights relative to `rule.reference`,
-// scaled by `share`, exceeds `rest`; tokens below `edge` weigh nothing. By a whole block.
-template <int kThreads>
-__device__ int32_t draw_in_tile(const RowLogits& row, const WeightRule& rule, Best edge,
-                                int32_t tile, uint64_t share, uint64_t rest) {
+// The first of a tile's tokens at which the running sum of weight(0 ... kTile - 1), scaled by
+// `share`, exceeds `rest`. By a whole block of kThreads.
+template <int kThreads, typename Weight>
+__device__ int32_t find_in_tile(const Weight& weight, uint64_t share, uint64_t rest) {
   __shared__ int32_t chosen;
   constexpr int kOwn = kTile / kThreads;
-  const int32_t first = tile * kTile + kOwn * static_cast<int32_t>(threadIdx.x);
-  uint64_t weights[kOwn];
-  float logits[kOwn];
-  // Other blocks of this kernel may have edited them.
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    logits[i] = first + i < row.vocab ? __ldcg(row.logits + first + i) : -INFINITY;
-  }
+  const int32_t first = kOwn * static_cast<int32_t>(threadIdx.x);
   uint64_t sum = 0;
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const int32_t id = first + i;
-    const float logit = id < row.vocab && row.allows(id) ? logits[i] : -INFINITY;
-    weights[i] = make_best(logit, id) >= edge ? token_weight(logit, rule) : 0;
-    sum += weights[i];
-  }
-  uint64_t total;
-  uint64_t running = block_exclusive_scan<kThreads>(sum, &total);
-  bool exceeds = scale_weight(running, share) > rest;
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    running += weights[i];
-    const bool exceeded = exceeds;
-    exceeds = scale_weight(running, share) > rest;
-    if (exceeds && !exceeded) chosen = first + i;
+#pragma unroll 1
+  for (int i = 0; i < kOwn; ++i) sum += weight(first + i);
+  uint64_t running = sum_in_block<kThreads>(sum).before;
+  const auto exceeds = [=](uint64_t part) { return scale_weight(part, share) > rest; };
+  if (!exceeds(running) && exceeds(running + sum)) {
+    int32_t i = first;
+#pragma unroll 1
+    for (running += weight(i); !exceeds(running); running += weight(i)) ++i;
+    chosen = i;
   }
   __syncthreads();
   const int32_t result = chosen;
@@ -372,30 +371,76 @@ __device__ int32_t draw_in_tile(const RowLogits& row, const WeightRule& rule, Be
   return result;
 }
 
-// The first id at which the running sum of the weights at or above `edge` exceeds the target; tile
-// i weighs tile_sum(i). Whole block.
-template <typename TileSum>
-__device__ int32_t draw_token(const RowLogits& row, const WeightRule& rule, Best edge,
-                              int32_t tiles, const TileSum& tile_sum, uint64_t word) {
-  const ListPlace place = find_place<kDrawThreads>(tiles, tile_sum, word);
-  return draw_in_tile<kDrawThreads>(row, rule, edge, place.index, kMaxWeight, place.rest);
+// A tile's logits into shared memory. Other blocks of this kernel may have edited them. By a whole
+// block of kThreads; ends with a barrier.
+template <int kThreads>
+__device__ void load_tile(float* to, const RowLogits& row, int32_t tile) {
+#pragma unroll
+  for (int i = 0; i < kTile / kThreads; ++i) {
+    const int32_t own = i * kThreads + static_cast<int32_t>(threadIdx.x);
+    const int32_t id = tile * kTile + own;
+    to[own] = id < row.vocab && row.allows(id) ? __ldcg(row.logits + id) : -INFINITY;
+  }
+  __syncthreads();
 }
 
-// The draw from the whole row, by tiles whose sums are relative to their own best. By a whole block
-// of kThreads, also of the kernel that has found them.
+// The first id at which the running sum of the weights at or above `edge` exceeds the target; tile
+// i weighs tile_sum(i). `logits`, for a tile, is in shared memory. By a block of kDrawThreads.
+template <typename TileSum>
+__device__ int32_t draw_token(float* logits, const RowLogits& row, const WeightRule& rule,
+                              Best edge, int32_t tiles, const TileSum& tile_sum, uint64_t word) {
+  const ListPlace place = find_place<kDrawThreads>(tiles, tile_sum, word);
+  load_tile<kDrawThreads>(logits, row, place.index);
+  const int32_t first = place.index * kTile;
+  const auto weight = [=](int32_t i) -> uint64_t {
+    return make_best(logits[i], first + i) >= edge ? token_weight(logits[i], rule) : 0;
+  };
+  return first + find_in_tile<kDrawThreads>(weight, kMaxWeight, place.rest);
+}
+
+// What a draw from the whole row needs in shared memory.
+struct WholeRowMemory {
+  union {
+    Best bests[kMaxTiles];
+    float logits[kTile];
+  };
+  unsigned long long sums[kMaxTiles];
+};
+
+// Gets what a scan has found about a row, maybe by other blocks of this kernel. Returns the row's
+// best. By a whole block of kThreads; ends with a barrier.
 template <int kThreads>
-__device__ int32_t draw_whole_row(const RowLogits& row, const WeightRule& rule, const Best* bests,
-                                  const unsigned long long* sums, int32_t tiles, uint64_t word) {
-  const auto mass = [&](int32_t tile) -> uint64_t {
-    const Best best = __ldcg(bests + tile);
-    const uint64_t sum = __ldcg(sums + tile);
-    return best == kNoBest ? 0 : scale_weight(sum, token_weight(best_logit(best), rule));
+__device__ Best load_tiles(WholeRowMemory* memory, const ScanTargets& found, int32_t tiles) {
+  Best best = kNoBest;
+#pragma unroll 2
+  for (int32_t i = threadIdx.x; i < tiles; i += kThreads) {
+    const Best own = __ldcg(found.bests + i);
+    memory->sums[i] = __ldcg(found.first.sums + i);
+    memory->bests[i] = own;
+    best = max(best, own);
+  }
+  return block_max<kThreads>(best);
+}
+
+// The draw from the whole row, by tiles whose sums are relative to their own best, which
+// load_tiles() has got. By a whole block of kThreads.
+template <int kThreads>
+__device__ int32_t draw_whole_row(WholeRowMemory* memory, const RowLogits& row,
+                                  const WeightRule& rule, int32_t tiles, uint64_t word) {
+  const auto mass = [=](int32_t tile) -> uint64_t {
+    const Best best = memory->bests[tile];
+    const uint64_t share = token_weight(best_logit(best), rule);
+    return best == kNoBest ? 0 : scale_weight(memory->sums[tile], share);
   };
   const ListPlace place = find_place<kThreads>(tiles, mass, word);
-  WeightRule of_tile = rule;
-  of_tile.reference = best_logit(__ldcg(bests + place.index));
-  return draw_in_tile<kThreads>(row, of_tile, kNoBest, place.index,
-                                token_weight(of_tile.reference, rule), place.rest);
+  const float reference = best_logit(memory->bests[place.index]);
+  __syncthreads();  // the memory gets another use
+  load_tile<kThreads>(memory->logits, row, place.index);
+  const WeightRule of_tile{reference, rule.scale, 1};
+  const float* logits = memory->logits;
+  const auto weight = [=](int32_t i) { return token_weight(logits[i], of_tile); };
+  return place.index * kTile +
+         find_in_tile<kThreads>(weight, token_weight(reference, rule), place.rest);
 }
 
 // Most pieces whose best are compared with each other.
@@ -434,7 +479,18 @@ class Candidates {
   // Takes at least the n best tokens, or all of them, of those with an ordered key of `least` or
   // more. The n-th best of the tiles' best is a bound, and the n-th best of the pieces' best, whose
   // keys `pieces` has, a closer one. False if they are too many.
-  __device__ bool gather_best(int32_t n, uint32_t least, const uint32_t* pieces) {
+  __device__ __noinline__ bool gather_best(int32_t n, uint32_t least, const uint32_t* pieces) {
+    const int32_t num_pieces = (row_.vocab + kPiece - 1) / kPiece;
+    constexpr int kPiecesAtOnce = 4;
+    uint32_t keys[kPiecesAtOnce];
+    const auto load_keys = [&](int32_t first) {
+#pragma unroll
+      for (int k = 0; k < kPiecesAtOnce; ++k) {
+        const int32_t piece = first + k * kDrawThreads;
+        keys[k] = piece < num_pieces ? pieces[piece] : 0;
+      }
+    };
+    load_keys(threadIdx.x);  // on their way while the tiles are compared
     if (n < tiles_) {
       for (int32_t i = threadIdx.x; i < tiles_; i += kDrawThreads) {
         memory_->keys[i] = static_cast<uint32_t>(bests_[i] >> 32);
@@ -443,15 +499,8 @@ class Candidates {
     }
     if (threadIdx.x == 0) memory_->count = 0;
     __syncthreads();
-    const int32_t num_pieces = (row_.vocab + kPiece - 1) / kPiece;
-    constexpr int kPiecesAtOnce = 4;
     for (int32_t first = threadIdx.x; first < num_pieces; first += kPiecesAtOnce * kDrawThreads) {
-      uint32_t keys[kPiecesAtOnce];
-#pragma unroll
-      for (int k = 0; k < kPiecesAtOnce; ++k) {
-        const int32_t piece = first + k * kDrawThreads;
-        keys[k] = piece < num_pieces ? pieces[piece] : 0;
-      }
+      if (first >= kPiecesAtOnce * kDrawThreads) load_keys(first);
 #pragma unroll
       for (int k = 0; k < kPiecesAtOnce; ++k) {
         const int32_t piece = first + k * kDrawThreads;
@@ -524,9 +573,9 @@ class Candidates {
     for (int i = 0; i < 2; ++i) {
       own_[i] = first + i < end ? token_weight(best_logit(memory_->sorted[first + i]), rule) : 0;
     }
-    uint64_t total;
-    before_ = block_exclusive_scan<kDrawThreads>(own_[0] + own_[1], &total);
-    return total;
+    const BlockSums sums = sum_in_block<kDrawThreads>(own_[0] + own_[1]);
+    before_ = sums.before;
+    return sums.total;
   }
 
   // The last token of the shortest prefix that weighs `target`, which is at least 1 and no more
@@ -550,7 +599,7 @@ class Candidates {
     memory_->weights[first + 1] = own_[1];
     // Weights fall along the order, so that those that are left stand at the front.
     const int32_t kept = __syncthreads_count(own_[0] != 0) + __syncthreads_count(own_[1] != 0);
-    const uint64_t total = block_sum<kDrawThreads>(own_[0] + own_[1]);
+    const uint64_t total = sum_in_block<kDrawThreads>(own_[0] + own_[1]).total;
     const uint64_t drawn = multiply_high(word, total);
     const Best* sorted = memory_->sorted;
     const unsigned long long* weights = memory_->weights;
@@ -591,7 +640,7 @@ class Candidates {
   }
 
   // The n-th largest of memory_->keys, which the threads have written. Ends with a barrier.
-  __device__ uint32_t nth_key(int32_t n, int32_t count) {
+  __device__ __noinline__ uint32_t nth_key(int32_t n, int32_t count) {
     __syncthreads();
     const uint32_t* keys = memory_->keys;
     for_each_sum<int32_t>(
@@ -648,7 +697,7 @@ class Candidates {
   }
 
   // Sorts what was collected. False if that is too much.
-  __device__ bool sort() {
+  __device__ __noinline__ bool sort() {
     __syncthreads();
     count_ = memory_->count;
     if (count_ > kMaxCandidates) return false;

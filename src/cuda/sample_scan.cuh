@@ -20,6 +20,8 @@ constexpr int64_t kScanBlocks = 1056;
 struct RowPlan {
   int32_t row;    // for the second kernel to draw; -1: none, or the scan has drawn
   int32_t place;  // by how many tokens the row is longer here
+  float scale;    // Temperature::scale(), if that applies
+  int32_t reserved;
 };
 
 // The workspace, by logits row.
@@ -89,24 +91,28 @@ struct ScanTargets {
   Sums first, second;
 };
 
-// What logprobs need to know of a row, with `count` candidates, as the model made it.
-__device__ inline ScanTargets raw_targets(const Scratch& scratch, int64_t row, int32_t count) {
-  ScanTargets targets{scratch.raw_bests + scratch.at(row)};
-  if (count > 0) targets.pieces = scratch.raw_pieces + scratch.piece_at(row);
+// What logprobs need to know of a row, as the model made it.
+__device__ inline ScanTargets raw_targets(const Scratch& scratch, int64_t row) {
+  ScanTargets targets{scratch.raw_bests + scratch.at(row),
+                      scratch.raw_pieces + scratch.piece_at(row)};
   targets.second = {scratch.raw_sums + scratch.at(row), Temperature::scale(1.0f)};
   return targets;
 }
 
-// Scans the tiles tile, tile + stride, ... before `end` of a row, a warp each. `held` has been
-// loaded with the first. A NaN that a mask hides is found all the same.
+// Scans the tiles tile, tile + stride, ... before `end` of a row, a warp each, the next one being
+// on its way while one is worked on. The first has been requested into `buffer`, the warp's own. A
+// NaN that a mask hides is found all the same.
 template <bool kVector>
-__device__ __forceinline__ void scan_tiles(Tile<kVector>& held, const float* logits, int32_t vocab,
+__device__ __forceinline__ void scan_tiles(float* buffer, const float* logits, int32_t vocab,
                                            int32_t tile, int32_t end, int32_t stride,
                                            const uint32_t* mask, const uint32_t* second_mask,
                                            const ScanTargets& targets) {
   const bool is_first_lane = threadIdx.x % kWarpSize == 0;
-  while (tile < end) {
-    float largest = held.lane_max();
+  Tile<kVector> held;
+  for (; tile < end; tile += stride) {
+    held.take(buffer, tile, vocab);
+    float largest = held.lane_max();  // needs all of the tile, so that the buffer is free
+    if (tile + stride < end) held.request(buffer, logits, tile + stride, vocab);
     if (mask != nullptr || second_mask != nullptr) {
       const bool has_nan = largest != largest;
       held.mask(mask_word(mask, second_mask, tile, vocab));
@@ -127,25 +133,25 @@ __device__ __forceinline__ void scan_tiles(Tile<kVector>& held, const float* log
       }
     }
     if (is_first_lane) targets.bests[tile] = best;
-    tile += stride;
-    if (tile < end) held.load(logits, tile, vocab);
   }
 }
 
 // Scans a row before its edits, and in the same read what edits leave alone, which bits of `edited`
 // from tile `first` on tell: add_edited() adds the rest. Nothing is weighed but the row as it is.
 template <bool kVector>
-__device__ __forceinline__ void scan_unedited(Tile<kVector>& held, const float* logits,
-                                              int32_t vocab, int32_t tile, int32_t first,
-                                              int32_t end, const uint32_t* mask,
-                                              const uint32_t* second_mask, const uint32_t* edited,
-                                              const ScanTargets& raw, const ScanTargets& targets) {
+__device__ __forceinline__ void scan_unedited(float* buffer, const float* logits, int32_t vocab,
+                                              int32_t tile, int32_t first, int32_t end,
+                                              const uint32_t* mask, const uint32_t* second_mask,
+                                              const uint32_t* edited, const ScanTargets& raw,
+                                              const ScanTargets& targets) {
   const int32_t lane = threadIdx.x % kWarpSize;
-  while (tile < end) {
-    float largest = held.lane_max();
-    const uint32_t word = mask_word(mask, nullptr, tile, vocab);
+  Tile<kVector> held;
+  for (; tile < end; tile += kScanWarps) {
+    held.take(buffer, tile, vocab);
+    float largest = held.lane_max();  // as above
+    if (tile + kScanWarps < end) held.request(buffer, logits, tile + kScanWarps, vocab);
     if (mask != nullptr && largest == largest) {
-      held.mask(word);
+      held.mask(mask_word(mask, nullptr, tile, vocab));
       largest = held.lane_max();
     }
     const Best raw_best = held.best(largest);
@@ -164,8 +170,6 @@ __device__ __forceinline__ void scan_unedited(Tile<kVector>& held, const float* 
       raw.bests[tile] = raw_best;
       targets.bests[tile] = best;
     }
-    tile += kScanWarps;
-    if (tile < end) held.load(logits, tile, vocab);
   }
 }
 

@@ -356,4 +356,30 @@ TEST_CASE("a request whose lists find no memory ends alone") {
   engine.check_idle();
 }
 
+TEST_CASE("rows give the memory of their lists back") {
+  RunnerConfig config = tight_config();
+  config.sampling_words = 1024;
+  const auto device = std::make_shared<LosableDevice>(-1);
+  const auto runner = small_runner(config, {0}, device);
+  device->fill();
+  RowSpec spec;
+  spec.token_ids = {1, 2, 3};
+  spec.prompt_len = 3;
+  spec.max_tokens = kOutputs;
+  spec.presence_penalty = 0.5f;
+  spec.stop_sequences = {{4, 5}};
+  for (int i = 0; i < 100; ++i) {
+    std::vector<RowHandle> rows;
+    for (int row = 0; row < 4; ++row) {
+      spec.bad_words.assign((i + row) % 5, {6, 7, 8});  // of other sizes each time
+      rows.push_back(runner->add_row(spec));
+    }
+    for (const int row : {2, 0, 3, 1}) runner->free_row(rows[row]);
+  }
+  spec.bad_words.assign(400, {6, 7, 8});
+  CHECK_THROWS_WITH_AS(runner->add_row(spec), doctest::Contains("no memory for sampling lists"),
+                       Error);
+  CHECK(runner->free_rows() == 4);
+}
+
 }  // namespace mrv1
