@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <limits>
+#include <tuple>
 
 #include "core/error.h"
 #include "ops/kernels.h"
@@ -37,8 +38,9 @@ PromptScorer::PromptScorer(const RunnerConfig& config, int32_t num_slots, Device
 }
 
 void PromptScorer::place(std::vector<ScoredTokens>& scored) const {
-  std::stable_sort(scored.begin(), scored.end(), [](const ScoredTokens& a, const ScoredTokens& b) {
-    return a.num_logprobs < b.num_logprobs;
+  // Not std::stable_sort, which allocates.
+  std::sort(scored.begin(), scored.end(), [](const ScoredTokens& a, const ScoredTokens& b) {
+    return std::tie(a.num_logprobs, a.entry) < std::tie(b.num_logprobs, b.entry);
   });
   int64_t end = 0;
   for (ScoredTokens& tokens : scored) {
