@@ -329,8 +329,7 @@ void ModelRunner::allocate_rings() {
   }
 }
 
-// --- rows and blocks
-// ------------------------------------------------------------------------------------
+// --- rows and blocks ---------------------------------------------------------------------------
 
 RowHandle ModelRunner::add_row(const RowSpec& spec) {
   check_no_cut("add_row");
