@@ -1,10 +1,9 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
-// A warp looks whether its logits row has anything to count, and the block then counts for those
-// that do. New tokens are entered a block's width at a time, in steps that depend on no order:
-// every token claims a place of the index, those that found an empty one get an entry, and then all
-// add their uses. A claim is the complement of the token, which is negative, as entries are not.
-#include "block.cuh"
+// A block for each logits row; those without penalties, and all but a row's first place, end at
+// once. New tokens are entered a block's width at a time, in steps that depend on no order: every
+// token claims a place of the index, those that found an empty one get an entry, and then all add
+// their uses. A claim is the complement of the token, which is negative, as entries are not.
 #include "launch.h"
 #include "sampling/processors.h"
 
@@ -12,8 +11,7 @@ namespace mrv1 {
 namespace {
 
 constexpr std::string_view kOp = "count_tokens";
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / cuda::kWarpSize;
+constexpr int kThreads = 512;
 
 // The token's place: one that it has, or else one that was empty or that another thread has claimed
 // for the same token. `is_new` if this thread has to make the entry.
@@ -27,23 +25,17 @@ __device__ int32_t claim_place(const PenaltyTable& table, int32_t token, bool& i
   }
 }
 
-// The table's row of a logits row whose new tokens are to be counted, -1 if there is none.
-__device__ int32_t row_to_count(const RowState& state, const InferParams& infer,
-                                int32_t logits_row) {
-  const int32_t batch = infer.logits_batch[logits_row];
+__global__ void __launch_bounds__(kThreads) count_tokens_kernel(RowState state, InferParams infer) {
+  __shared__ int32_t num_entries;
+  cuda::launch_next();
+  cuda::wait_for_previous();
+  const int32_t batch = infer.logits_batch[blockIdx.x];
   const int32_t index = batch < 0 ? -1 : infer.row[batch];
-  if (index < 0 || infer.logits_place[logits_row] != 0) return -1;
+  if (index < 0 || infer.logits_place[blockIdx.x] != 0) return;
   const Row& row = state.rows[index];
   const SamplingRow& sampling = state.sampling[index];
-  if (!Penalties::applies(row, sampling)) return -1;
-  return PenaltyTable::of(sampling).header->num_counted < row.total_len ? index : -1;
-}
-
-// By a whole block.
-__device__ void count_row(const RowState& state, int32_t index) {
-  __shared__ int32_t num_entries;
-  const Row& row = state.rows[index];
-  const PenaltyTable table = PenaltyTable::of(state.sampling[index]);
+  if (!Penalties::applies(row, sampling)) return;
+  const PenaltyTable table = PenaltyTable::of(sampling);
   const int32_t* history = state.tokens + int64_t{index} * state.max_model_len;
   const int32_t total_len = row.total_len;
   const int32_t num_counted = table.header->num_counted;
@@ -79,30 +71,12 @@ __device__ void count_row(const RowState& state, int32_t index) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    count_tokens_kernel(RowState state, InferParams infer, int32_t num_logits) {
-  __shared__ int32_t rows[kWarps];
-  cuda::launch_next();
-  cuda::wait_for_previous();
-  const int32_t warp = threadIdx.x / cuda::kWarpSize;
-  const int32_t logits_row = blockIdx.x * kWarps + warp;
-  if (threadIdx.x % cuda::kWarpSize == 0) {
-    rows[warp] = logits_row < num_logits ? row_to_count(state, infer, logits_row) : -1;
-  }
-  __syncthreads();
-  for (int i = 0; i < kWarps; ++i) {
-    if (rows[i] >= 0) count_row(state, rows[i]);
-    __syncthreads();
-  }
-}
-
 }  // namespace
 
 void count_tokens_cuda(const StepContext& ctx) {
-  const int32_t rows = ctx.sizes.num_logits;
-  if (rows == 0) return;
-  cuda::launch(kOp, ctx, count_tokens_kernel, (rows + kWarps - 1) / kWarps, kThreads, 0, ctx.rows,
-               ctx.infer, rows);
+  if (ctx.sizes.num_logits == 0) return;
+  cuda::launch(kOp, ctx, count_tokens_kernel, ctx.sizes.num_logits, kThreads, 0, ctx.rows,
+               ctx.infer);
 }
 
 }  // namespace mrv1

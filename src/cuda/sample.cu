@@ -2,12 +2,11 @@
 //
 // Two kernels over the logits. The first edits the few logits that a row's lists name, and then
 // reads the row once: it finds the best logit of every tile of 1,024, lowest id first, and the sum
-// of the tile's weights relative to it. The last of a row's blocks to finish combines them, which
-// is all that a row without filters needs but for one tile, that of its token. So such rows are
-// drawn while others are still read. The second kernel draws for the rest (sample_draw.cuh). For
-// those with min_p or top_p and no top_k its blocks weigh the row's tiles once more, relative to
-// the row's best, and the last one of them draws. Logprobs speak of the logits before edits: those
-// are undone when the token is drawn.
+// of the tile's weights relative to it. The second combines them, which is all that a row without
+// filters needs but for one tile, that of its token. For rows with min_p or top_p its blocks weigh
+// the row's tiles once more, relative to the row's best, and the last one of them to finish draws
+// (sample_draw.cuh). Logprobs speak of the logits before edits: the second kernel undoes those when
+// the token is drawn.
 #include "sample.h"
 
 #include <cmath>
@@ -36,11 +35,9 @@ using cuda::ScanTargets;
 using cuda::Scratch;
 
 constexpr std::string_view kOp = "sample";
-constexpr int32_t kFinishBlocks = 264;
-constexpr int kRescanWarps = 6;  // as many as have room for a tile each
-// Tiles that a block reads before it edits them, and reads them again if it has to.
-constexpr int32_t kTwiceRun = 2 * kScanWarps;
-constexpr int32_t kOnceRun = 10 * kScanWarps;
+constexpr int64_t kFinishBlocks = 528;
+// Tiles that a block reads before it edits and reads them again.
+constexpr int32_t kRawRun = 2 * kScanWarps;
 
 __device__ const uint32_t* allowed_mask(const Row& row, const SamplingRow& sampling) {
   return AllowedTokens::applies(row, sampling) ? AllowedTokens::mask(sampling) : nullptr;
@@ -60,189 +57,50 @@ __device__ bool is_weighed(const Row& row, const SamplingRow& sampling) {
 // What drawing needs to know of a row after its edits, and its logprobs if that is the row as the
 // model made it.
 __device__ ScanTargets draw_targets(const Scratch& scratch, int64_t logits_row, const Row& row,
-                                    const SamplingRow& sampling, float scale) {
+                                    const SamplingRow& sampling) {
   ScanTargets targets{scratch.bests + scratch.at(logits_row)};
   targets.with_ids = !Temperature::applies(row, sampling);
   if (is_weighed(row, sampling)) {
-    targets.first = {scratch.sums + scratch.at(logits_row), scale};
+    targets.first = {scratch.sums + scratch.at(logits_row), Temperature::scale(sampling)};
   }
   const bool has_logprobs = RawLogprobs::applies(row, sampling) && !has_raw_tiles(row, sampling);
-  if (TopK::applies(row, sampling) || has_logprobs) {
+  if (TopK::applies(row, sampling) || (has_logprobs && sampling.num_logprobs > 0)) {
     targets.pieces = scratch.pieces + scratch.piece_at(logits_row);
   }
   if (has_logprobs) {
-    targets.second = cuda::raw_targets(scratch, logits_row).second;
+    targets.second = cuda::raw_targets(scratch, logits_row, sampling.num_logprobs).second;
   }
   return targets;
 }
 
-// True in all threads of the block that is the last of `count` to come here; it sees what the
-// others wrote before. Leaves the counter at zero, as it was before the first.
-__device__ bool is_last_block(int32_t* counter, int32_t count) {
-  __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(counter, 1) == count - 1;
-    if (last) *counter = 0;
-    __threadfence();
-  }
-  __syncthreads();
-  return last;
-}
-
-struct ScanMemory {
-  union {
-    __align__(16) float buffers[kScanWarps][cuda::kTile];
-    cuda::WholeRowMemory draw;
-  };
-  uint32_t edited[kOnceRun * kWarpSize];  // a bit an id
-};
-
-// A block's tiles of a row.
-struct ScannedRow {
-  const RowState& state;
-  const Row& row;
-  const SamplingRow& sampling;
-  int32_t index, place;
-  float* logits;
-  int32_t vocab;
-  int32_t first_tile, end_tile;
-  bool has_edits;
-
-  __device__ RowEditor<kScanThreads> editor(int32_t first, int32_t end) const {
-    return {state,
-            row,
-            sampling,
-            index,
-            place,
-            logits,
-            first * cuda::kTile,
-            min(end * cuda::kTile, vocab)};
-  }
-};
-
-// What is rare is kept out of the way of what is not, whose registers it would take.
-__device__ __noinline__ void edit(const ScannedRow& at) {
-  RowEditor<kScanThreads> editor = at.editor(at.first_tile, at.end_tile);
-  if (editor.can_restore()) editor.save(nullptr);
-  editor.apply_all();
-}
-
-// Of a row whose logprobs speak of other logits than its draw: scans it before and after its edits.
-// Edited logits are few, so that one read is enough where the edited row is not weighed. Where it
-// is, runs are short enough to be in a cache the second time.
-template <bool kVector>
-__device__ __noinline__ void scan_raw_and_edited(const ScannedRow& at, const ScanTargets& raw,
-                                                 const ScanTargets& targets, ScanMemory* memory) {
-  const uint32_t* mask = at.sampling.grammar_mask;
-  const uint32_t* allowed = allowed_mask(at.row, at.sampling);
-  const bool is_read_twice = targets.first.sums != nullptr;
-  const int32_t run = is_read_twice ? kTwiceRun : kOnceRun;
-  uint32_t* edited = memory->edited;
-  float* buffer = memory->buffers[threadIdx.x / kWarpSize];
-  cuda::await_copies();  // of the kernel's beginning
-#pragma unroll 1
-  for (int32_t first = at.first_tile; first < at.end_tile; first += run) {
-    const int32_t end = min(first + run, at.end_tile);
-    const int32_t tile = first + threadIdx.x / kWarpSize;
-    RowEditor<kScanThreads> editor = at.editor(first, end);
-    if (is_read_twice) {
-#pragma unroll 1
-      for (int pass = 0; pass < 2; ++pass) {
-        if (tile < end) cuda::Tile<kVector>::request(buffer, at.logits, tile, at.vocab);
-        ScanTargets found = targets;
-        if (pass == 0) found = raw;
-        cuda::scan_tiles<kVector>(buffer, at.logits, at.vocab, tile, end, kScanWarps, mask,
-                                  pass == 0 ? nullptr : allowed, found);
-        __syncthreads();  // the run has been read
-        if (pass == 0 && at.has_edits) {
-          editor.save(nullptr);
-          editor.apply_all();
-        }
-      }
-      continue;
-    }
-    for (int32_t i = threadIdx.x; i < (end - first) * kWarpSize; i += kScanThreads) edited[i] = 0;
-    __syncthreads();
-    if (at.has_edits) editor.save(edited);
-    if (tile < end) cuda::Tile<kVector>::request(buffer, at.logits, tile, at.vocab);
-    cuda::scan_unedited<kVector>(buffer, at.logits, at.vocab, tile, first, end, mask, allowed,
-                                 edited, raw, targets);
-    __syncthreads();  // the run has been read
-    if (!at.has_edits) continue;
-    editor.apply_all();
-    editor.each_edited([&](int32_t id, float logit) {
-      if (!cuda::is_allowed(mask, id) || !cuda::is_allowed(allowed, id)) return;
-      add_edited(targets, id, logit);
-    });
-  }
-}
-
-// Whether the scan draws the row's token itself: the rows without filters or logprobs.
-__device__ bool is_drawn_by_scan(const Row& row, const SamplingRow& sampling) {
-  return !RawLogprobs::applies(row, sampling) &&
-         (!Temperature::applies(row, sampling) || draws_whole_row(row, sampling));
-}
-
-// The token of such a row, or kNoToken if it has none: then the second kernel sees why. By the last
-// block of the row.
-__device__ __noinline__ int32_t draw_scanned(cuda::WholeRowMemory* memory, const RowLogits& logits,
-                                             const Row& row, const SamplingRow& sampling,
-                                             const ScanTargets& targets, int32_t tiles) {
-  if (!Temperature::applies(row, sampling)) {
-    Best best = kNoBest;
-    for (int32_t i = threadIdx.x; i < tiles; i += kScanThreads) {
-      best = max(best, __ldcg(targets.bests + i));
-    }
-    best = cuda::block_max<kScanThreads>(best);
-    return best == kNoBest || best == kNanBest ? kNoToken : cuda::best_id(best);
-  }
-  const Best best = cuda::load_tiles<kScanThreads>(memory, targets, tiles);
-  if (best == kNoBest || best == kNanBest) return kNoToken;
-  const uint64_t word = random_word(sampling.seed, static_cast<uint32_t>(row.total_len));
-  const WeightRule rule{cuda::best_logit(best), targets.first.scale, 1};
-  return cuda::draw_whole_row<kScanThreads>(memory, logits, rule, tiles, word);
-}
-
 // Grid (splits of split_tiles, logits rows), a warp per tile. Also sets `sampled` to "no token",
-// and what the second kernel adds to to zero.
+// and what the second kernel adds to to zero. Nothing is read of padding.
 template <bool kVector>
 __global__ void __launch_bounds__(kScanThreads, 8)
     scan_kernel(SampleParams params, RowState state, InferParams infer, Scratch scratch,
                 int32_t split_tiles) {
-  __shared__ ScanMemory memory;
   cuda::launch_next();
   cuda::wait_for_previous();
   const int64_t logits_row = blockIdx.y;
+  const int32_t batch = infer.logits_batch[logits_row];
+  const int32_t index = batch < 0 ? -1 : infer.row[batch];
+  const int32_t place = infer.logits_place[logits_row];
   const auto vocab = static_cast<int32_t>(params.vocab_size);
   float* logits = params.logits + logits_row * params.vocab_size;
   const int32_t first_tile = blockIdx.x * split_tiles;
   const int32_t end_tile = min(first_tile + split_tiles, scratch.tiles);
   const int32_t tile = first_tile + threadIdx.x / kWarpSize;
-  float* buffer = memory.buffers[threadIdx.x / kWarpSize];
-  // On its way before it is known whether the row is one.
-  if (tile < end_tile) cuda::Tile<kVector>::request(buffer, logits, tile, vocab);
-  const int32_t batch = infer.logits_batch[logits_row];
-  const int32_t index = batch < 0 ? -1 : infer.row[batch];
-  const int32_t place = infer.logits_place[logits_row];
-  if (index < 0) {
-    cuda::await_copies();
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
-      scratch.plans[logits_row].row = -1;
-      infer.sampled[logits_row] = kNoToken;
-    }
-    return;
-  }
-  const SamplingRow& sampling = state.sampling[index];
-  const Row row = row_at_place(state.rows[index], place);
-  const bool is_drawn_here = is_drawn_by_scan(row, sampling);
-  const float scale = Temperature::applies(row, sampling) ? Temperature::scale(sampling) : 0.0f;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    scratch.plans[logits_row] = RowPlan{is_drawn_here ? -1 : index, place, scale, 0};
+    scratch.plans[logits_row] = RowPlan{place, index, 0, 0};
     infer.sampled[logits_row] = kNoToken;
   }
-  if (TopP::applies(row, sampling) && !TopK::applies(row, sampling)) {
+  if (index < 0) return;
+
+  cuda::Tile<kVector> held;
+  if (tile < end_tile) held.load(logits, tile, vocab);
+  const SamplingRow& sampling = state.sampling[index];
+  const Row row = row_at_place(state.rows[index], place);
+  if (TopP::applies(row, sampling)) {
     auto* classes = reinterpret_cast<ulonglong2*>(scratch.class_sums + logits_row * cuda::kClasses);
     for (int32_t i = blockIdx.x * kScanThreads + threadIdx.x; i < cuda::kClasses / 2;
          i += gridDim.x * kScanThreads) {
@@ -250,31 +108,51 @@ __global__ void __launch_bounds__(kScanThreads, 8)
     }
   }
   const bool has_edits = RowEditor<kScanThreads>::applies(row, sampling);
-  const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling, scale);
-  const ScannedRow at{state,  row,   sampling,   index,    place,
-                      logits, vocab, first_tile, end_tile, has_edits};
-  if (has_raw_tiles(row, sampling)) {
-    scan_raw_and_edited<kVector>(at, cuda::raw_targets(scratch, logits_row), targets, &memory);
-  } else {
-    if (has_edits) {
-      edit(at);
-      cuda::await_copies();
-      if (tile < end_tile) cuda::Tile<kVector>::request(buffer, logits, tile, vocab);
+  const bool has_raw = has_raw_tiles(row, sampling);
+  const ScanTargets raw_targets = cuda::raw_targets(scratch, logits_row, sampling.num_logprobs);
+  const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling);
+  // A row that is read as the model made it and as it was edited is read in runs short enough to be
+  // in a cache the second time.
+  bool is_held = true;
+  const int32_t run = has_raw ? kRawRun : split_tiles;
+#pragma unroll 1
+  for (int32_t first = first_tile; first < end_tile; first += run) {
+    const int32_t end = min(first + run, end_tile);
+    const int32_t tile = first + threadIdx.x / kWarpSize;
+#pragma unroll 1
+    for (int pass = has_raw ? 0 : 1; pass < 2; ++pass) {
+      const bool is_raw = pass == 0;
+      if (!is_raw && has_edits) {
+        __syncthreads();  // the run has been read
+        RowEditor<kScanThreads> editor(state, row, sampling, index, place, logits,
+                                       first * cuda::kTile, min(end * cuda::kTile, vocab));
+        editor.apply_bias();
+        editor.mask_stop_ids();
+        editor.apply_penalties_and_bad_words();
+        is_held = false;
+      }
+      if (!is_held && tile < end) held.load(logits, tile, vocab);
+      is_held = false;
+      ScanTargets chosen = targets;
+      if (is_raw) chosen = raw_targets;
+      scan_tiles(held, logits, vocab, tile, end, kScanWarps, sampling.grammar_mask,
+                 is_raw ? nullptr : allowed_mask(row, sampling), chosen);
     }
-    cuda::scan_tiles<kVector>(buffer, logits, vocab, tile, end_tile, kScanWarps,
-                              sampling.grammar_mask, allowed_mask(row, sampling), targets);
   }
-  if (!is_drawn_here) return;
-  if (!is_last_block(infer.blocks_done + logits_row, static_cast<int32_t>(gridDim.x))) return;
-  const int32_t token = draw_scanned(
-      &memory.draw, {logits, vocab, sampling.grammar_mask, allowed_mask(row, sampling)}, row,
-      sampling, targets, scratch.tiles);
-  if (threadIdx.x != 0) return;
-  if (token == kNoToken) {
-    scratch.plans[logits_row].row = index;
-  } else {
-    infer.sampled[logits_row] = forced_token(state, index, sampling, row.total_len, token);
+}
+
+// True in all threads of the block that is the last of `count` to come here; it sees what the
+// others wrote before.
+__device__ bool is_last_block(uint32_t* counter, uint32_t count) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(counter, 1u) == count - 1;
+    __threadfence();
   }
+  __syncthreads();
+  return last;
 }
 
 union DrawMemory {
@@ -284,32 +162,29 @@ union DrawMemory {
     int32_t chosen;
   } slow;
   cuda::Candidates::Memory candidates;
-  cuda::WholeRowMemory whole_row;
-  __align__(16) float rescan[kRescanWarps][cuda::kTile];
   struct {
     unsigned long long tiles[cuda::kMaxTiles];
     unsigned long long classes[cuda::kClasses];
   } sums;
 };
 
-// Whether a row has anything above -inf. Whole block.
-__device__ bool is_alive(const RowLogits& row) {
-  int alive = 0;
-  for (int32_t id = threadIdx.x; id < row.vocab; id += kDrawThreads)
-    alive |= row.at(id) > -INFINITY;
-  return __syncthreads_or(alive) != 0;
+// Whether min_tokens leaves anything alive. Whole block.
+__device__ bool survives(const RowLogits& row, const SamplingRow& sampling) {
+  const int32_t* stop_ids = sampling.words + sampling.stop_ids.offset;
+  int survives = 0;
+  for (int32_t id = threadIdx.x; id < row.vocab; id += kDrawThreads) {
+    survives |= survives_stop_mask(row.at(id), id, stop_ids, sampling.stop_ids.count);
+  }
+  return __syncthreads_or(survives) != 0;
 }
 
 // The scan once more, by one block over the whole row. Returns the row's best.
-__device__ __noinline__ Best rescan(const RowLogits& row, int32_t tiles, const ScanTargets& targets,
-                                    float (*buffers)[cuda::kTile]) {
-  const int32_t warp = threadIdx.x / kWarpSize;
-  if (warp < kRescanWarps) {
-    float* buffer = buffers[warp];
-    if (warp < tiles) cuda::Tile<false>::request(buffer, row.logits, warp, row.vocab);
-    cuda::scan_tiles<false>(buffer, row.logits, row.vocab, warp, tiles, kRescanWarps, row.mask,
-                            row.second_mask, targets);
-  }
+__device__ Best rescan(const RowLogits& row, int32_t tiles, const ScanTargets& targets) {
+  const int32_t tile = threadIdx.x / kWarpSize;
+  cuda::Tile<false> held;
+  if (tile < tiles) held.load(row.logits, tile, row.vocab);
+  scan_tiles(held, row.logits, row.vocab, tile, tiles, kDrawWarps, row.mask, row.second_mask,
+             targets);
   __syncthreads();
   Best best = kNoBest;
   for (int32_t i = threadIdx.x; i < tiles; i += kDrawThreads) best = max(best, targets.bests[i]);
@@ -321,15 +196,15 @@ struct DrawRow {
   RowLogits logits;
   const Row& row;
   const SamplingRow& sampling;
-  float scale;  // of its weights
-  Best best;    // neither kNoBest nor kNanBest
+  Best best;  // neither kNoBest nor kNanBest
   const Best* bests;
-  const ScanTargets& targets;
+  const unsigned long long* sums;
+  const uint32_t* pieces;
   unsigned long long* weighed;
   unsigned long long* class_sums;
   int32_t tiles;
   int32_t split, num_splits, split_tiles;
-  int32_t* blocks_done;
+  uint32_t* finished;  // splits
 };
 
 constexpr int32_t kAnotherBlock = -3;  // not a token: another block of the row draws it
@@ -347,8 +222,7 @@ __device__ uint64_t weight_outside(const DrawRow& at, const WeightRule& rule) {
   uint64_t least_total = 0;
   for (int32_t i = threadIdx.x; i < at.tiles; i += kDrawThreads) {
     if (at.bests[i] == kNoBest) continue;
-    least_total +=
-        scale_weight(at.targets.first.sums[i], token_weight(cuda::best_logit(at.bests[i]), rule));
+    least_total += scale_weight(at.sums[i], token_weight(cuda::best_logit(at.bests[i]), rule));
   }
   least_total = cuda::block_sum<kDrawThreads>(least_total);
   // The rounding of all that is far less than this margin.
@@ -358,10 +232,10 @@ __device__ uint64_t weight_outside(const DrawRow& at, const WeightRule& rule) {
                                static_cast<double>(at.logits.vocab));
 }
 
-// Of rows with min_p or top_p and without top_k: the weight of all tokens decides. kNoToken if the
-// tokens to sort are too many.
-__device__ __noinline__ int32_t draw_weighed(DrawMemory* memory, const DrawRow& at,
-                                             const WeightRule& rule, uint64_t word) {
+// Of rows that are shared: the weight of all tokens decides. kNoToken if the tokens to sort are too
+// many.
+__device__ int32_t draw_weighed(DrawMemory* memory, const DrawRow& at, const WeightRule& rule,
+                                uint64_t word) {
   const bool has_top_p = TopP::applies(at.row, at.sampling);
   const int32_t first = at.split * at.split_tiles;
   const int32_t end = min(first + at.split_tiles, at.tiles);
@@ -378,10 +252,10 @@ __device__ __noinline__ int32_t draw_weighed(DrawMemory* memory, const DrawRow& 
   for (int32_t i = threadIdx.x; has_top_p && i < cuda::kClasses; i += kDrawThreads) {
     if (classes.sums[i] != 0) atomicAdd(&at.class_sums[i], classes.sums[i]);
   }
-  if (!is_last_block(at.blocks_done, at.num_splits)) return kAnotherBlock;
+  if (!is_last_block(at.finished, at.num_splits)) return kAnotherBlock;
   if (!has_top_p) {
     const auto sum_of = [&](int32_t tile) -> uint64_t { return __ldcg(at.weighed + tile); };
-    return draw_token(memory->whole_row.logits, at.logits, rule, kNoBest, at.tiles, sum_of, word);
+    return draw_token(at.logits, rule, kNoBest, at.tiles, sum_of, word);
   }
   const cuda::ClassEdge found = cuda::find_class(at.class_sums, at.sampling);
   cuda::Candidates candidates(&memory->candidates, at.logits, at.bests, at.tiles);
@@ -391,17 +265,7 @@ __device__ __noinline__ int32_t draw_weighed(DrawMemory* memory, const DrawRow& 
   __syncthreads();  // the memory gets another use
   weigh_tiles(at.logits, rule, at.bests, edge, 0, at.tiles, memory->sums.tiles, {nullptr, 0});
   const auto sum_of = [&](int32_t tile) -> uint64_t { return memory->sums.tiles[tile]; };
-  auto* tile_logits = reinterpret_cast<float*>(memory->sums.classes);
-  return draw_token(tile_logits, at.logits, rule, edge, at.tiles, sum_of, word);
-}
-
-// Of rows whose tokens to sort are too many.
-__device__ __noinline__ int32_t draw_slowly(DrawMemory* memory, const DrawRow& at,
-                                            const WeightRule& rule, uint64_t word) {
-  __syncthreads();  // the memory gets another use
-  cuda::RowSampler sampler(at.logits, rule, &memory->slow.histogram, &memory->slow.chosen);
-  Processors::run<ProcessorStage::kSet>(at.row, at.sampling, sampler);
-  return sampler.draw(word);
+  return draw_token(at.logits, rule, edge, at.tiles, sum_of, word);
 }
 
 // The row's token, or kAnotherBlock. Whole block.
@@ -410,15 +274,14 @@ __device__ int32_t draw(DrawMemory* memory, const DrawRow& at) {
   const SamplingRow& sampling = at.sampling;
   if (!Temperature::applies(row, sampling)) return cuda::best_id(at.best);
   const uint64_t word = random_word(sampling.seed, static_cast<uint32_t>(row.total_len));
-  const WeightRule rule = cuda::weight_rule(row, sampling, cuda::best_logit(at.best), at.scale);
+  const WeightRule rule = cuda::weight_rule(row, sampling, cuda::best_logit(at.best));
   if (draws_whole_row(row, sampling)) {
-    cuda::load_tiles<kDrawThreads>(&memory->whole_row, at.targets, at.tiles);
-    return cuda::draw_whole_row<kDrawThreads>(&memory->whole_row, at.logits, rule, at.tiles, word);
+    return draw_whole_row(at.logits, rule, at.bests, at.sums, at.tiles, word);
   }
   if (TopK::applies(row, sampling)) {
     cuda::Candidates candidates(&memory->candidates, at.logits, at.bests, at.tiles);
     if (sampling.top_k <= cuda::kMaxCandidates &&
-        candidates.gather_best(sampling.top_k, cuda::kLeastOrdered, at.targets.pieces)) {
+        candidates.gather_best(sampling.top_k, cuda::kLeastOrdered, at.pieces)) {
       const uint64_t sum = candidates.weigh(sampling.top_k, rule);
       return candidates.draw(TopP::applies(row, sampling) ? TopP::target(sampling, sum) : sum,
                              word);
@@ -427,7 +290,10 @@ __device__ int32_t draw(DrawMemory* memory, const DrawRow& at) {
     const int32_t token = draw_weighed(memory, at, rule, word);
     if (token != kNoToken) return token;
   }
-  return draw_slowly(memory, at, rule, word);
+  __syncthreads();  // the memory gets another use
+  cuda::RowSampler sampler(at.logits, rule, &memory->slow.histogram, &memory->slow.chosen);
+  Processors::run<ProcessorStage::kSet>(row, sampling, sampler);
+  return sampler.draw(word);
 }
 
 // Grid (splits, logits rows); split 0 does what is one block's work.
@@ -440,7 +306,7 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   const int64_t logits_row = blockIdx.y;
   const auto split = static_cast<int32_t>(blockIdx.x);
   const int32_t tiles = scratch.tiles;
-  const RowPlan plan = scratch.plans[logits_row];
+  RowPlan& plan = scratch.plans[logits_row];
   const Best* bests = scratch.bests + scratch.at(logits_row);
   const int32_t index = plan.row;
   if (index < 0) return;
@@ -460,25 +326,24 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   float* const own = params.logits + logits_row * params.vocab_size;
   const RowLogits logits{own, vocab, sampling.grammar_mask, allowed_mask(row, sampling)};
   RowEditor<kDrawThreads> editor(state, row, sampling, index, plan.place, own, 0, vocab);
-  const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling, plan.scale);
-  if (best == kNoBest && MinTokens::applies(row, sampling) && editor.can_restore()) {
-    editor.restore();
+  const ScanTargets targets = draw_targets(scratch, logits_row, row, sampling);
+  bool masks_stop_ids = MinTokens::applies(row, sampling);
+  if (best == kNoBest && masks_stop_ids && editor.can_restore()) {
+    editor.restore(masks_stop_ids);
     editor.apply_bias();
-    editor.mask_stop_ids();
-    if (!is_alive(logits)) {
-      // The mask leaves nothing, so the row goes without.
-      editor.restore();
-      editor.apply_bias();
+    if (!survives(logits, sampling)) {
+      // The mask would leave nothing, so the row goes without.
+      masks_stop_ids = false;
       editor.apply_penalties_and_bad_words();
-      best = rescan(logits, tiles, targets, memory.rescan);
+      best = rescan(logits, tiles, targets);
     }
   }
   int32_t token = kErrorToken;
   if (best != kNoBest && best != kNanBest) {
-    token = draw(&memory, {logits, row, sampling, plan.scale, best, bests, targets,
+    token = draw(&memory, {logits, row, sampling, best, bests, targets.first.sums, targets.pieces,
                            scratch.weighed + scratch.at(logits_row),
                            scratch.class_sums + logits_row * cuda::kClasses, tiles, split,
-                           num_splits, split_tiles, infer.blocks_done + logits_row});
+                           num_splits, split_tiles, &plan.finished});
   } else if (split != 0) {
     return;
   }
@@ -493,9 +358,10 @@ __global__ void __launch_bounds__(kDrawThreads, 2)
   if (token < 0) {
     if (threadIdx.x == 0) *record = cuda::no_logprobs(token);
   } else {
-    if (editor.can_restore()) editor.restore();
-    const ScanTargets found =
-        has_raw_tiles(row, sampling) ? cuda::raw_targets(scratch, logits_row) : targets;
+    if (editor.can_restore()) editor.restore(masks_stop_ids);
+    const ScanTargets found = has_raw_tiles(row, sampling)
+                                  ? cuda::raw_targets(scratch, logits_row, sampling.num_logprobs)
+                                  : targets;
     write_logprobs(&memory.logprobs, {own, vocab, sampling.grammar_mask}, found, tiles, token,
                    RawLogprobs::count(sampling, vocab), record);
   }
@@ -522,9 +388,8 @@ void sample_cuda(const SampleParams& params, const StepContext& ctx) {
   };
   const int32_t scan_tiles =
       cuda::tiles_of_split(scratch.tiles, rows, cuda::kScanBlocks, kScanWarps);
-  // Only rows that are shared have work for more than one block.
-  const int32_t most = std::clamp(kFinishBlocks / rows, 1, scratch.tiles);
-  const int32_t finish_tiles = (scratch.tiles + most - 1) / most;
+  const int32_t finish_tiles =
+      cuda::tiles_of_split(scratch.tiles, rows, kFinishBlocks, kDrawWarps / cuda::kTileStretches);
   const bool vector = params.vocab_size % 4 == 0 &&
                       reinterpret_cast<uintptr_t>(params.logits) % sizeof(float4) == 0;
   cuda::launch(kOp, ctx, vector ? scan_kernel<true> : scan_kernel<false>,

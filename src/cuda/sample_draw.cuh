@@ -32,12 +32,8 @@ struct RowLogits {
   const uint32_t* mask = nullptr;
   const uint32_t* second_mask = nullptr;
 
-  __device__ __forceinline__ bool allows(int32_t id) const {
-    return is_allowed(mask, id) && is_allowed(second_mask, id);
-  }
-
   __device__ __forceinline__ float at(int32_t id) const {
-    return allows(id) ? logits[id] : -INFINITY;
+    return is_allowed(mask, id) && is_allowed(second_mask, id) ? logits[id] : -INFINITY;
   }
 
   // The logits first + lane, first + lane + 32, ... of a warp, all asked for before any is used;
@@ -54,7 +50,9 @@ struct RowLogits {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int32_t id = own + i * kWarpSize;
-      if (id < vocab && !allows(id)) values[i] = -INFINITY;
+      if (id < vocab && !(is_allowed(mask, id) && is_allowed(second_mask, id))) {
+        values[i] = -INFINITY;
+      }
     }
   }
 };
@@ -91,7 +89,6 @@ class EdgeFinder {
         kMeasure == Measure::kCount ? histogram_->count : histogram_->weight;
     uint32_t prefix = 0;
     int32_t digit = 0;
-#pragma unroll 1
     for (int32_t shift = 32 - kRadixBits; shift >= 0; shift -= kRadixBits) {
       build_histogram(prefix, shift, weight_of);
       for (digit = kRadix - 1; amount[digit] < limit; --digit) {
@@ -159,11 +156,10 @@ class EdgeFinder {
   SetEdge edge_;
 };
 
-// `scale` is Temperature::scale().
 __device__ inline WeightRule weight_rule(const Row& row, const SamplingRow& sampling,
-                                         float reference, float scale) {
+                                         float reference) {
   const uint64_t min_weight = MinP::applies(row, sampling) ? MinP::min_weight(sampling) : 1;
-  return WeightRule{reference, scale, min_weight > 1 ? min_weight : 1};
+  return WeightRule{reference, Temperature::scale(sampling), min_weight > 1 ? min_weight : 1};
 }
 
 // One row with filters on its way from logits to a token, processor by processor: the slow way.
@@ -300,46 +296,27 @@ __device__ inline void weigh_tiles(const RowLogits& row, const WeightRule& rule,
   __syncthreads();
 }
 
-// The sum of values before a thread's in its block, and of all. One copy of the code serves all
-// that call it: what is executed once is as slow as its instructions come from memory.
-struct BlockSums {
-  uint64_t before, total;
-};
-template <int kThreads>
-__device__ __noinline__ BlockSums sum_in_block(uint64_t value) {
-  BlockSums sums;
-  sums.before = block_exclusive_scan<kThreads>(value, &sums.total);
-  return sums;
-}
-
 // A number's place in an ordered list of amounts: which one, and what is left of the number there.
 struct ListPlace {
   int32_t index;
   uint64_t rest;
 };
 
-// Finds multiply_high(word, sum of amounts) among amount(0 ... count - 1), each thread looking at
-// neighbours. By a whole block of kThreads.
-template <int kThreads, typename Amount>
+// Finds multiply_high(word, sum of amounts) among amount(0 ... count - 1), count <= 2 *
+// kDrawThreads. Whole block.
+template <typename Amount>
 __device__ ListPlace find_place(int32_t count, const Amount& amount, uint64_t word) {
   __shared__ ListPlace found;
-  const int32_t own = (count + kThreads - 1) / kThreads;
-  const int32_t first = own * static_cast<int32_t>(threadIdx.x);
-  const int32_t end = min(first + own, count);
-  uint64_t sum = 0;
-#pragma unroll 1
-  for (int32_t i = first; i < end; ++i) sum += amount(i);
-  const BlockSums sums = sum_in_block<kThreads>(sum);
-  uint64_t target = multiply_high(word, sums.total);
-  if (sums.before <= target && target < sums.before + sum) {
-    target -= sums.before;
-    int32_t i = first;
-#pragma unroll 1
-    for (uint64_t next = amount(i); target >= next; next = amount(i)) {
-      target -= next;
-      ++i;
-    }
-    found = {i, target};
+  static_assert(kMaxTiles <= 2 * kDrawThreads && kTile == 2 * kDrawThreads, "a thread has two");
+  const int32_t own = 2 * static_cast<int32_t>(threadIdx.x);
+  const uint64_t first = own < count ? amount(own) : 0;
+  const uint64_t second = own + 1 < count ? amount(own + 1) : 0;
+  uint64_t total;
+  const uint64_t before = block_exclusive_scan<kDrawThreads>(first + second, &total);
+  const uint64_t middle = before + first;
+  const uint64_t target = multiply_high(word, total);
+  if (before <= target && target < middle + second) {
+    found = target < middle ? ListPlace{own, target - before} : ListPlace{own + 1, target - middle};
   }
   __syncthreads();
   const ListPlace result = found;
@@ -347,100 +324,50 @@ __device__ ListPlace find_place(int32_t count, const Amount& amount, uint64_t wo
   return result;
 }
 
-// The first of a tile's tokens at which the running sum of weight(0 ... kTile - 1), scaled by
-// `share`, exceeds `rest`. By a whole block of kThreads.
-template <int kThreads, typename Weight>
-__device__ int32_t find_in_tile(const Weight& weight, uint64_t share, uint64_t rest) {
+// The first id of a tile at whose end the running sum of weights relative to `rule.reference`,
+// scaled by `share`, exceeds `rest`; tokens below `edge` weigh nothing. Whole block.
+__device__ inline int32_t draw_in_tile(const RowLogits& row, const WeightRule& rule, Best edge,
+                                       int32_t tile, uint64_t share, uint64_t rest) {
   __shared__ int32_t chosen;
-  constexpr int kOwn = kTile / kThreads;
-  const int32_t first = kOwn * static_cast<int32_t>(threadIdx.x);
-  uint64_t sum = 0;
-#pragma unroll 1
-  for (int i = 0; i < kOwn; ++i) sum += weight(first + i);
-  uint64_t running = sum_in_block<kThreads>(sum).before;
-  const auto exceeds = [=](uint64_t part) { return scale_weight(part, share) > rest; };
-  if (!exceeds(running) && exceeds(running + sum)) {
-    int32_t i = first;
-#pragma unroll 1
-    for (running += weight(i); !exceeds(running); running += weight(i)) ++i;
-    chosen = i;
+  const int32_t id = tile * kTile + 2 * static_cast<int32_t>(threadIdx.x);
+  uint64_t weights[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float logit = id + i < row.vocab ? row.at(id + i) : -INFINITY;
+    weights[i] = make_best(logit, id + i) >= edge ? token_weight(logit, rule) : 0;
   }
+  uint64_t total;
+  const uint64_t start = block_exclusive_scan<kDrawThreads>(weights[0] + weights[1], &total);
+  const uint64_t middle = start + weights[0];
+  const auto exceeds = [=](uint64_t running) { return scale_weight(running, share) > rest; };
+  if (!exceeds(start) && exceeds(middle + weights[1])) chosen = exceeds(middle) ? id : id + 1;
   __syncthreads();
   const int32_t result = chosen;
   __syncthreads();  // it may be written again
   return result;
 }
 
-// A tile's logits into shared memory. Other blocks of this kernel may have edited them. By a whole
-// block of kThreads; ends with a barrier.
-template <int kThreads>
-__device__ void load_tile(float* to, const RowLogits& row, int32_t tile) {
-#pragma unroll
-  for (int i = 0; i < kTile / kThreads; ++i) {
-    const int32_t own = i * kThreads + static_cast<int32_t>(threadIdx.x);
-    const int32_t id = tile * kTile + own;
-    to[own] = id < row.vocab && row.allows(id) ? __ldcg(row.logits + id) : -INFINITY;
-  }
-  __syncthreads();
-}
-
 // The first id at which the running sum of the weights at or above `edge` exceeds the target; tile
-// i weighs tile_sum(i). `logits`, for a tile, is in shared memory. By a block of kDrawThreads.
+// i weighs tile_sum(i). Whole block.
 template <typename TileSum>
-__device__ int32_t draw_token(float* logits, const RowLogits& row, const WeightRule& rule,
-                              Best edge, int32_t tiles, const TileSum& tile_sum, uint64_t word) {
-  const ListPlace place = find_place<kDrawThreads>(tiles, tile_sum, word);
-  load_tile<kDrawThreads>(logits, row, place.index);
-  const int32_t first = place.index * kTile;
-  const auto weight = [=](int32_t i) -> uint64_t {
-    return make_best(logits[i], first + i) >= edge ? token_weight(logits[i], rule) : 0;
-  };
-  return first + find_in_tile<kDrawThreads>(weight, kMaxWeight, place.rest);
+__device__ int32_t draw_token(const RowLogits& row, const WeightRule& rule, Best edge,
+                              int32_t tiles, const TileSum& tile_sum, uint64_t word) {
+  const ListPlace place = find_place(tiles, tile_sum, word);
+  return draw_in_tile(row, rule, edge, place.index, kMaxWeight, place.rest);
 }
 
-// What a draw from the whole row needs in shared memory.
-struct WholeRowMemory {
-  union {
-    Best bests[kMaxTiles];
-    float logits[kTile];
+// The draw from the whole row, by tiles whose sums are relative to their own best. Whole block.
+__device__ inline int32_t draw_whole_row(const RowLogits& row, const WeightRule& rule,
+                                         const Best* bests, const unsigned long long* sums,
+                                         int32_t tiles, uint64_t word) {
+  const auto share_of = [&](int32_t tile) -> uint64_t {
+    return bests[tile] == kNoBest ? 0 : token_weight(best_logit(bests[tile]), rule);
   };
-  unsigned long long sums[kMaxTiles];
-};
-
-// Gets what a scan has found about a row, maybe by other blocks of this kernel. Returns the row's
-// best. By a whole block of kThreads; ends with a barrier.
-template <int kThreads>
-__device__ Best load_tiles(WholeRowMemory* memory, const ScanTargets& found, int32_t tiles) {
-  Best best = kNoBest;
-#pragma unroll 2
-  for (int32_t i = threadIdx.x; i < tiles; i += kThreads) {
-    const Best own = __ldcg(found.bests + i);
-    memory->sums[i] = __ldcg(found.first.sums + i);
-    memory->bests[i] = own;
-    best = max(best, own);
-  }
-  return block_max<kThreads>(best);
-}
-
-// The draw from the whole row, by tiles whose sums are relative to their own best, which
-// load_tiles() has got. By a whole block of kThreads.
-template <int kThreads>
-__device__ int32_t draw_whole_row(WholeRowMemory* memory, const RowLogits& row,
-                                  const WeightRule& rule, int32_t tiles, uint64_t word) {
-  const auto mass = [=](int32_t tile) -> uint64_t {
-    const Best best = memory->bests[tile];
-    const uint64_t share = token_weight(best_logit(best), rule);
-    return best == kNoBest ? 0 : scale_weight(memory->sums[tile], share);
-  };
-  const ListPlace place = find_place<kThreads>(tiles, mass, word);
-  const float reference = best_logit(memory->bests[place.index]);
-  __syncthreads();  // the memory gets another use
-  load_tile<kThreads>(memory->logits, row, place.index);
-  const WeightRule of_tile{reference, rule.scale, 1};
-  const float* logits = memory->logits;
-  const auto weight = [=](int32_t i) { return token_weight(logits[i], of_tile); };
-  return place.index * kTile +
-         find_in_tile<kThreads>(weight, token_weight(reference, rule), place.rest);
+  const auto mass = [&](int32_t tile) { return scale_weight(sums[tile], share_of(tile)); };
+  const ListPlace place = find_place(tiles, mass, word);
+  WeightRule of_tile = rule;
+  of_tile.reference = best_logit(bests[place.index]);
+  return draw_in_tile(row, of_tile, kNoBest, place.index, share_of(place.index), place.rest);
 }
 
 // Most pieces whose best are compared with each other.
@@ -479,18 +406,7 @@ class Candidates {
   // Takes at least the n best tokens, or all of them, of those with an ordered key of `least` or
   // more. The n-th best of the tiles' best is a bound, and the n-th best of the pieces' best, whose
   // keys `pieces` has, a closer one. False if they are too many.
-  __device__ __noinline__ bool gather_best(int32_t n, uint32_t least, const uint32_t* pieces) {
-    const int32_t num_pieces = (row_.vocab + kPiece - 1) / kPiece;
-    constexpr int kPiecesAtOnce = 4;
-    uint32_t keys[kPiecesAtOnce];
-    const auto load_keys = [&](int32_t first) {
-#pragma unroll
-      for (int k = 0; k < kPiecesAtOnce; ++k) {
-        const int32_t piece = first + k * kDrawThreads;
-        keys[k] = piece < num_pieces ? pieces[piece] : 0;
-      }
-    };
-    load_keys(threadIdx.x);  // on their way while the tiles are compared
+  __device__ bool gather_best(int32_t n, uint32_t least, const uint32_t* pieces) {
     if (n < tiles_) {
       for (int32_t i = threadIdx.x; i < tiles_; i += kDrawThreads) {
         memory_->keys[i] = static_cast<uint32_t>(bests_[i] >> 32);
@@ -499,17 +415,14 @@ class Candidates {
     }
     if (threadIdx.x == 0) memory_->count = 0;
     __syncthreads();
-    for (int32_t first = threadIdx.x; first < num_pieces; first += kPiecesAtOnce * kDrawThreads) {
-      if (first >= kPiecesAtOnce * kDrawThreads) load_keys(first);
-#pragma unroll
-      for (int k = 0; k < kPiecesAtOnce; ++k) {
-        const int32_t piece = first + k * kDrawThreads;
-        if (piece >= num_pieces || keys[k] < least) continue;
-        const int32_t at = atomicAdd(&memory_->count, 1);
-        if (at >= kMaxPieces) continue;
-        memory_->keys[at] = keys[k];
-        memory_->pieces[at] = piece;
-      }
+    const int32_t num_pieces = (row_.vocab + kPiece - 1) / kPiece;
+    for (int32_t piece = threadIdx.x; piece < num_pieces; piece += kDrawThreads) {
+      const uint32_t key = pieces[piece];
+      if (key < least) continue;
+      const int32_t at = atomicAdd(&memory_->count, 1);
+      if (at >= kMaxPieces) continue;
+      memory_->keys[at] = key;
+      memory_->pieces[at] = piece;
     }
     __syncthreads();
     const int32_t num_reaching = memory_->count;
@@ -543,7 +456,7 @@ class Candidates {
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
         collect(first_id[k], values[k],
-                [=](float logit, int32_t) { return ordered_key(logit) >= least; });
+                [=](float, Best code) { return static_cast<uint32_t>(code >> 32) >= least; });
       }
     }
     return sort();
@@ -555,15 +468,15 @@ class Candidates {
         [&](Best best) {
           return best != kNoBest && class_of(exponent_of(best_logit(best), rule)) <= cls;
         },
-        [&](float logit, int32_t) {
-          return ordered_key(logit) >= kLeastOrdered && class_of(exponent_of(logit, rule)) == cls;
+        [&](float logit, Best code) {
+          return code >= kLeastBest && class_of(exponent_of(logit, rule)) == cls;
         });
   }
 
   // Takes the tokens up to an edge. False if they are too many.
   __device__ bool gather_prefix(const SetEdge& edge) {
     return gather([](Best) { return true; },
-                  [=](float logit, int32_t id) { return is_kept(logit, id, edge); });
+                  [=](float logit, Best code) { return is_kept(logit, best_id(code), edge); });
   }
 
   // Weighs the first `limit` candidates; returns their sum.
@@ -573,9 +486,9 @@ class Candidates {
     for (int i = 0; i < 2; ++i) {
       own_[i] = first + i < end ? token_weight(best_logit(memory_->sorted[first + i]), rule) : 0;
     }
-    const BlockSums sums = sum_in_block<kDrawThreads>(own_[0] + own_[1]);
-    before_ = sums.before;
-    return sums.total;
+    uint64_t total;
+    before_ = block_exclusive_scan<kDrawThreads>(own_[0] + own_[1], &total);
+    return total;
   }
 
   // The last token of the shortest prefix that weighs `target`, which is at least 1 and no more
@@ -599,58 +512,33 @@ class Candidates {
     memory_->weights[first + 1] = own_[1];
     // Weights fall along the order, so that those that are left stand at the front.
     const int32_t kept = __syncthreads_count(own_[0] != 0) + __syncthreads_count(own_[1] != 0);
-    const uint64_t total = sum_in_block<kDrawThreads>(own_[0] + own_[1]).total;
+    const uint64_t total = block_sum<kDrawThreads>(own_[0] + own_[1]);
     const uint64_t drawn = multiply_high(word, total);
-    const Best* sorted = memory_->sorted;
-    const unsigned long long* weights = memory_->weights;
-    // Complements of ids fall as ids rise.
-    for_each_sum<unsigned long long>(
-        kept,
-        [=](int32_t i, int32_t j) {
-          return static_cast<uint32_t>(sorted[j]) > static_cast<uint32_t>(sorted[i]) ? weights[j]
-                                                                                     : 0ull;
-        },
-        [&](int32_t i, uint64_t start) {
-          if (start <= drawn && drawn < start + weights[i]) memory_->chosen = best_id(sorted[i]);
-        });
+    for (int32_t i = threadIdx.x; i < kept; i += kDrawThreads) {
+      const int32_t id = best_id(memory_->sorted[i]);
+      uint64_t start = 0;
+      for (int32_t j = 0; j < kept; ++j) {
+        start += best_id(memory_->sorted[j]) < id ? memory_->weights[j] : 0;
+      }
+      if (start <= drawn && drawn < start + memory_->weights[i]) memory_->chosen = id;
+    }
     __syncthreads();
     return memory_->chosen;
   }
 
  private:
-  // Calls visit(i, sum over j < count of amount(i, j)) for each i < count, in one thread.
-  // Neighbours share the work of an i.
-  template <typename Sum, typename Amount, typename Visit>
-  __device__ void for_each_sum(int32_t count, const Amount& amount, const Visit& visit) {
-    constexpr int32_t kShare = 8;
-    const int32_t part = static_cast<int32_t>(threadIdx.x) % kShare;
-    for (int32_t first = 0; first < count; first += kDrawThreads / kShare) {
-      const int32_t i = first + static_cast<int32_t>(threadIdx.x) / kShare;
-      Sum sum = 0;
-      if (i < count) {
-#pragma unroll 4
-        for (int32_t j = part; j < count; j += kShare) sum += amount(i, j);
-      }
-#pragma unroll
-      for (int offset = kShare / 2; offset > 0; offset /= 2) {
-        sum += __shfl_xor_sync(kFullWarp, sum, offset);
-      }
-      if (i < count && part == 0) visit(i, sum);
-    }
-  }
-
   // The n-th largest of memory_->keys, which the threads have written. Ends with a barrier.
-  __device__ __noinline__ uint32_t nth_key(int32_t n, int32_t count) {
+  __device__ uint32_t nth_key(int32_t n, int32_t count) {
     __syncthreads();
-    const uint32_t* keys = memory_->keys;
-    for_each_sum<int32_t>(
-        count,
-        [=](int32_t i, int32_t j) {
-          return keys[j] > keys[i] || (keys[j] == keys[i] && j < i) ? 1 : 0;
-        },
-        [&](int32_t i, int32_t before) {
-          if (before == n - 1) memory_->nth = keys[i];
-        });
+    for (int32_t i = threadIdx.x; i < count; i += kDrawThreads) {
+      const uint32_t own = memory_->keys[i];
+      int32_t before = 0;
+      for (int32_t j = 0; j < count; ++j) {
+        const uint32_t key = memory_->keys[j];
+        before += key > own || (key == own && j < i) ? 1 : 0;
+      }
+      if (before == n - 1) memory_->nth = own;
+    }
     __syncthreads();
     return memory_->nth;
   }
@@ -669,42 +557,30 @@ class Candidates {
     return sort();
   }
 
-  // What a warp has loaded from first_id on. A lane takes places for four at a time.
+  // What a warp has loaded from first_id on.
   template <int kCount, typename Takes>
   __device__ void collect(int32_t first_id, const float (&values)[kCount], const Takes& takes) {
-    static_assert(kCount % 4 == 0);
-    const int32_t own_id = first_id + static_cast<int32_t>(threadIdx.x) % kWarpSize;
 #pragma unroll
-    for (int first = 0; first < kCount; first += 4) {
-      bool taken[4];
-      int32_t count = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int32_t id = own_id + (first + i) * kWarpSize;
-        taken[i] = id < row_.vocab && takes(values[first + i], id);
-        count += taken[i] ? 1 : 0;
-      }
-      if (count == 0) continue;
-      int32_t at = atomicAdd(&memory_->count, count);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (!taken[i]) continue;
-        const int32_t id = own_id + (first + i) * kWarpSize;
-        if (at < kMaxCandidates) memory_->found[at] = make_best(values[first + i], id);
-        ++at;
-      }
+    for (int32_t i = 0; i < kCount; ++i) {
+      const int32_t id = first_id + i * kWarpSize + static_cast<int32_t>(threadIdx.x) % kWarpSize;
+      const Best code = make_best(values[i], id);
+      if (id >= row_.vocab || !takes(values[i], code)) continue;
+      const int32_t at = atomicAdd(&memory_->count, 1);
+      if (at < kMaxCandidates) memory_->found[at] = code;
     }
   }
 
   // Sorts what was collected. False if that is too much.
-  __device__ __noinline__ bool sort() {
+  __device__ bool sort() {
     __syncthreads();
     count_ = memory_->count;
     if (count_ > kMaxCandidates) return false;
-    const Best* found = memory_->found;
-    for_each_sum<int32_t>(
-        count_, [=](int32_t i, int32_t j) { return found[j] > found[i] ? 1 : 0; },
-        [&](int32_t i, int32_t rank) { memory_->sorted[rank] = found[i]; });
+    for (int32_t i = threadIdx.x; i < count_; i += kDrawThreads) {
+      const Best own = memory_->found[i];
+      int32_t rank = 0;
+      for (int32_t j = 0; j < count_; ++j) rank += memory_->found[j] > own;
+      memory_->sorted[rank] = own;
+    }
     __syncthreads();
     return true;
   }

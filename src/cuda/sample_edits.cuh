@@ -2,8 +2,8 @@
 //
 // The processors that change single logits, by a block, in place: bias, min_tokens, penalties, bad
 // words. Each changes few logits of a row, so what a row pays is its lists, not its vocabulary. A
-// row that reports logprobs, or may have to take min_tokens back, saves what was there before any
-// of them (SamplingRow::saved), and gets it back in any order.
+// row that reports logprobs, or may have to take min_tokens back, keeps what was there before
+// (SamplingRow::saved), and gets it back in the reverse order.
 #pragma once
 
 #include <cstdint>
@@ -43,30 +43,6 @@ class RowEditor {
 
   __device__ bool can_restore() const { return saved_ != nullptr; }
 
-  // Before the first edit. `edited` is null, or gets a bit for every id that edits name, from the
-  // first of the range on; it is in shared memory and zero.
-  __device__ __noinline__ void save(uint32_t* edited) {
-    each([&](int32_t slot, int32_t id, const auto&) {
-      saved_[slot] = logits_[id];
-      const int32_t bit = id - first_;
-      if (edited != nullptr) atomicOr(&edited[bit / 32], 1u << (bit % 32));
-    });
-    __syncthreads();
-  }
-
-  // Calls visit(id, logit) for every id that edits name, once or more; logits as they are now.
-  template <typename Visit>
-  __device__ void each_edited(const Visit& visit) {
-    each([&](int32_t, int32_t id, const auto&) { visit(id, logits_[id]); });
-    __syncthreads();
-  }
-
-  // After the last one. What was saved at the scan's length is put back, whichever edits were made.
-  __device__ __noinline__ void restore() {
-    each([&](int32_t slot, int32_t id, const auto&) { logits_[id] = saved_[slot]; });
-    __syncthreads();
-  }
-
   // The stages, in their order.
   __device__ void apply_bias() {
     if (LogitBias::applies(row_, sampling_)) each_bias(change());
@@ -78,17 +54,41 @@ class RowEditor {
     __syncthreads();
   }
 
-  __device__ __noinline__ void apply_all() {
-    apply_bias();
-    mask_stop_ids();
-    apply_penalties_and_bad_words();
+  __device__ void apply_penalties_and_bad_words() {
+    if (Penalties::applies(row_, sampling_)) {
+      each_penalty(change());
+      __syncthreads();
+    }
+    if (BadWords::applies(row_, sampling_)) {
+      // Several words may ban one id: all see what was there before any of them.
+      if (saved_ != nullptr) {
+        each_bad_word([&](int32_t slot, int32_t id, const auto&) { saved_[slot] = logits_[id]; });
+        __syncthreads();
+      }
+      each_bad_word(
+          [&](int32_t, int32_t id, const auto& edit) { logits_[id] = edit(logits_[id]); });
+    }
+    __syncthreads();
   }
 
-  __device__ void apply_penalties_and_bad_words() {
-    if (Penalties::applies(row_, sampling_)) each_penalty(change());
-    __syncthreads();
-    // Several words may ban one id, and make the same of it.
-    if (BadWords::applies(row_, sampling_)) each_bad_word(change());
+  // Takes the stages back, mask_stop_ids() among them if it was called. Needs can_restore().
+  __device__ void restore(bool masks_stop_ids) {
+    const auto put_back = [&](int32_t slot, int32_t id, const auto&) {
+      logits_[id] = saved_[slot];
+    };
+    if (BadWords::applies(row_, sampling_)) {
+      each_bad_word(put_back);
+      __syncthreads();
+    }
+    if (Penalties::applies(row_, sampling_)) {
+      each_penalty(put_back);
+      __syncthreads();
+    }
+    if (masks_stop_ids && MinTokens::applies(row_, sampling_)) {
+      each_stop_id(put_back);
+      __syncthreads();
+    }
+    if (LogitBias::applies(row_, sampling_)) each_bias(put_back);
     __syncthreads();
   }
 
@@ -102,15 +102,11 @@ class RowEditor {
   }
 
   __device__ auto change() {
-    return [this](int32_t, int32_t id, const auto& edit) { logits_[id] = edit(logits_[id]); };
-  }
-
-  template <typename Visit>
-  __device__ void each(const Visit& visit) {
-    if (BadWords::applies(row_, sampling_)) each_bad_word(visit);
-    if (LogitBias::applies(row_, sampling_)) each_bias(visit);
-    if (MinTokens::applies(row_, sampling_)) each_stop_id(visit);
-    if (Penalties::applies(row_, sampling_)) each_penalty(visit);
+    return [this](int32_t slot, int32_t id, const auto& edit) {
+      const float old = logits_[id];
+      if (saved_ != nullptr) saved_[slot] = old;
+      logits_[id] = edit(old);
+    };
   }
 
   __device__ bool in_range(int32_t id) const { return id >= first_ && id < end_; }
@@ -143,10 +139,22 @@ class RowEditor {
     const auto penalise = [&](int32_t slot, int32_t id, uint32_t uses) {
       visit(slot, id, [=, this](float logit) { return penalised_logit(logit, uses, sampling_); });
     };
-    for (int32_t at = threadIdx.x; at < count; at += kThreads) {
-      const auto [token, uses] = table.entries[at];
-      if (!in_range(token)) continue;
-      penalise(penalty_slots() + at, token, place_ == 0 ? uses : uses + uses_in_drafts(token));
+    // Several are asked for at a time: most lie outside of the range.
+    constexpr int kAtOnce = 4;
+    for (int32_t first = threadIdx.x; first < count; first += kAtOnce * kThreads) {
+      PenaltyEntry entries[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int32_t at = first + i * kThreads;
+        entries[i] = at < count ? table.entries[at] : PenaltyEntry{-1, 0};
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const auto [token, uses] = entries[i];
+        if (!in_range(token)) continue;
+        penalise(penalty_slots() + first + i * kThreads, token,
+                 uses + draft_uses(history_, total_len, place_, token));
+      }
     }
     static_assert(kMaxSpeculativeTokens <= kThreads);
     const auto i = static_cast<int32_t>(threadIdx.x);
@@ -154,22 +162,17 @@ class RowEditor {
     const int32_t token = history_[total_len + i];
     const bool is_first = draft_uses(history_, total_len, i, token) == 0;
     if (in_range(token) && is_first && table.uses(token) == 0) {
-      penalise(draft_slots() + i, token, uses_in_drafts(token));
+      penalise(draft_slots() + i, token, draft_uses(history_, total_len, place_, token));
     }
   }
 
-  __device__ __noinline__ uint32_t uses_in_drafts(int32_t token) const {
-    return draft_uses(history_, row_.total_len - place_, place_, token);
-  }
-
-  // Only its end tells where a word begins, so that the list has to be walked: by one warp.
+  // Every thread walks the list, as only its end tells where a word begins.
   template <typename Visit>
   __device__ void each_bad_word(const Visit& visit) {
-    if (threadIdx.x / kWarpSize != kThreads / kWarpSize - 1) return;
     const int32_t* word = sampling_.words + sampling_.bad_words.offset;
     for (int32_t i = 0; i < sampling_.bad_words.count; ++i) {
       const int32_t length = *word++;
-      if (i % kWarpSize == static_cast<int32_t>(threadIdx.x) % kWarpSize) {
+      if (i % kThreads == static_cast<int32_t>(threadIdx.x)) {
         const int32_t id = word[length - 1];
         if (in_range(id) && bans_last_token(word, length, history_, row_)) {
           visit(bad_word_slots() + i, id, banned_logit);

@@ -45,19 +45,16 @@ __device__ inline void write_logprobs(LogprobMemory* memory, const RowLogits& ro
   }
   total = block_sum<kDrawThreads>(total);
 
-  // Only pieces whose best is greater hold logits that are.
+  // Only tiles whose best is greater hold logits that are.
   const float logit = row.at(token);
   const uint32_t key = ordered_key(logit);
-  const int32_t num_pieces = (row.vocab + kPiece - 1) / kPiece;
   int32_t greater = 0;
-  for (int32_t first = threadIdx.x - lane; first < num_pieces; first += kDrawThreads) {
-    const uint32_t best_key = first + lane < num_pieces ? found.pieces[first + lane] : 0;
-    for (uint32_t left = __ballot_sync(kFullWarp, best_key > key); left != 0; left &= left - 1) {
-      float values[kPiece / kWarpSize];
-      row.load((first + __ffs(static_cast<int>(left)) - 1) * kPiece, values);
+  for (int32_t tile = threadIdx.x / kWarpSize; tile < tiles; tile += kDrawWarps) {
+    if (static_cast<uint32_t>(bests[tile] >> 32) <= key) continue;
+    float values[kLaneLogits];
+    row.load(tile * kTile, values);
 #pragma unroll
-      for (const float value : values) greater += ordered_key(value) > key ? 1 : 0;
-    }
+    for (const float value : values) greater += ordered_key(value) > key ? 1 : 0;
   }
   greater = block_sum<kDrawThreads>(greater);
   const double log_total = fixed_point_log(total);

@@ -13,14 +13,14 @@ namespace mrv1::cuda {
 
 constexpr int kScanThreads = 128;
 constexpr int kScanWarps = kScanThreads / kWarpSize;
-// Blocks that are on the largest GPUs at a time; more rows than this take a block each.
-constexpr int64_t kScanBlocks = 1056;
+// Blocks that fill the largest GPUs in one go; more rows than this take a block each.
+constexpr int64_t kScanBlocks = 2112;
 
 // What the scan leaves about a logits row besides its tiles.
 struct RowPlan {
-  int32_t row;    // for the second kernel to draw; -1: none, or the scan has drawn
-  int32_t place;  // by how many tokens the row is longer here
-  float scale;    // Temperature::scale(), if that applies
+  int32_t place;      // by how many tokens the row is longer here
+  int32_t row;        // -1 for padding and masked rows
+  uint32_t finished;  // blocks of the second kernel that have weighed their tiles
   int32_t reserved;
 };
 
@@ -53,8 +53,8 @@ inline int64_t scratch_bytes(int64_t vocab_size, int64_t rows) {
 inline Scratch carve_scratch(void* workspace, int64_t vocab_size, int64_t rows) {
   Scratch scratch;
   scratch.tiles = num_tiles(vocab_size);
-  // Vectors are read of the classes, so they come first.
-  scratch.class_sums = static_cast<unsigned long long*>(workspace);
+  scratch.plans = static_cast<RowPlan*>(workspace);
+  scratch.class_sums = reinterpret_cast<unsigned long long*>(scratch.plans + rows);
   scratch.bests = scratch.class_sums + rows * kClasses;
   scratch.sums = scratch.bests + rows * scratch.tiles;
   scratch.raw_bests = scratch.sums + rows * scratch.tiles;
@@ -62,9 +62,6 @@ inline Scratch carve_scratch(void* workspace, int64_t vocab_size, int64_t rows) 
   scratch.weighed = scratch.raw_sums + rows * scratch.tiles;
   scratch.pieces = reinterpret_cast<uint32_t*>(scratch.weighed + rows * scratch.tiles);
   scratch.raw_pieces = scratch.pieces + rows * scratch.tiles * kTilePieces;
-  static_assert(alignof(RowPlan) <= kTilePieces * sizeof(uint32_t));
-  scratch.plans =
-      reinterpret_cast<RowPlan*>(scratch.raw_pieces + rows * scratch.tiles * kTilePieces);
   return scratch;
 }
 
@@ -91,28 +88,24 @@ struct ScanTargets {
   Sums first, second;
 };
 
-// What logprobs need to know of a row, as the model made it.
-__device__ inline ScanTargets raw_targets(const Scratch& scratch, int64_t row) {
-  ScanTargets targets{scratch.raw_bests + scratch.at(row),
-                      scratch.raw_pieces + scratch.piece_at(row)};
+// What logprobs need to know of a row, with `count` candidates, as the model made it.
+__device__ inline ScanTargets raw_targets(const Scratch& scratch, int64_t row, int32_t count) {
+  ScanTargets targets{scratch.raw_bests + scratch.at(row)};
+  if (count > 0) targets.pieces = scratch.raw_pieces + scratch.piece_at(row);
   targets.second = {scratch.raw_sums + scratch.at(row), Temperature::scale(1.0f)};
   return targets;
 }
 
-// Scans the tiles tile, tile + stride, ... before `end` of a row, a warp each, the next one being
-// on its way while one is worked on. The first has been requested into `buffer`, the warp's own. A
-// NaN that a mask hides is found all the same.
+// Scans the tiles tile, tile + stride, ... before `end` of a row, a warp each. `held` has been
+// loaded with the first. A NaN that a mask hides is found all the same.
 template <bool kVector>
-__device__ __forceinline__ void scan_tiles(float* buffer, const float* logits, int32_t vocab,
+__device__ __forceinline__ void scan_tiles(Tile<kVector>& held, const float* logits, int32_t vocab,
                                            int32_t tile, int32_t end, int32_t stride,
                                            const uint32_t* mask, const uint32_t* second_mask,
                                            const ScanTargets& targets) {
   const bool is_first_lane = threadIdx.x % kWarpSize == 0;
-  Tile<kVector> held;
-  for (; tile < end; tile += stride) {
-    held.take(buffer, tile, vocab);
-    float largest = held.lane_max();  // needs all of the tile, so that the buffer is free
-    if (tile + stride < end) held.request(buffer, logits, tile + stride, vocab);
+  while (tile < end) {
+    float largest = held.lane_max();
     if (mask != nullptr || second_mask != nullptr) {
       const bool has_nan = largest != largest;
       held.mask(mask_word(mask, second_mask, tile, vocab));
@@ -133,53 +126,9 @@ __device__ __forceinline__ void scan_tiles(float* buffer, const float* logits, i
       }
     }
     if (is_first_lane) targets.bests[tile] = best;
+    tile += stride;
+    if (tile < end) held.load(logits, tile, vocab);
   }
-}
-
-// Scans a row before its edits, and in the same read what edits leave alone, which bits of `edited`
-// from tile `first` on tell: add_edited() adds the rest. Nothing is weighed but the row as it is.
-template <bool kVector>
-__device__ __forceinline__ void scan_unedited(float* buffer, const float* logits, int32_t vocab,
-                                              int32_t tile, int32_t first, int32_t end,
-                                              const uint32_t* mask, const uint32_t* second_mask,
-                                              const uint32_t* edited, const ScanTargets& raw,
-                                              const ScanTargets& targets) {
-  const int32_t lane = threadIdx.x % kWarpSize;
-  Tile<kVector> held;
-  for (; tile < end; tile += kScanWarps) {
-    held.take(buffer, tile, vocab);
-    float largest = held.lane_max();  // as above
-    if (tile + kScanWarps < end) held.request(buffer, logits, tile + kScanWarps, vocab);
-    if (mask != nullptr && largest == largest) {
-      held.mask(mask_word(mask, nullptr, tile, vocab));
-      largest = held.lane_max();
-    }
-    const Best raw_best = held.best(largest);
-    Best best = kNanBest;
-    if (raw_best != kNanBest) {
-      if (raw.pieces != nullptr) held.store_pieces(raw.pieces + tile * kTilePieces);
-      const uint64_t sum = held.weight(raw_best, raw.second.scale);
-      if (lane == 0) raw.second.sums[tile] = sum;
-      held.mask(mask_word(second_mask, nullptr, tile, vocab) &
-                ~edited[(tile - first) * kWarpSize + lane]);
-      best = held.best(held.lane_max());
-      if (targets.pieces != nullptr) held.store_pieces(targets.pieces + tile * kTilePieces);
-      if (targets.with_ids && best != kNoBest) best = held.with_id(best, tile);
-    }
-    if (lane == 0) {
-      raw.bests[tile] = raw_best;
-      targets.bests[tile] = best;
-    }
-  }
-}
-
-// Adds an edited logit to what scan_unedited() has found, once or more often.
-__device__ __forceinline__ void add_edited(const ScanTargets& targets, int32_t id, float logit) {
-  if (!(logit > -INFINITY)) return;
-  const Best code = make_best(logit, id);
-  const auto key = static_cast<uint32_t>(code >> 32);
-  if (targets.pieces != nullptr) atomicMax(&targets.pieces[id / kPiece], key);
-  atomicMax(&targets.bests[id / kTile], targets.with_ids ? code : Best{key} << 32);
 }
 
 }  // namespace mrv1::cuda

@@ -28,8 +28,9 @@ using Best = unsigned long long;
 constexpr Best kNoBest = 0;          // nothing above -inf
 constexpr Best kNanBest = ~Best{0};  // a NaN anywhere
 constexpr uint32_t kMinusInfOrdered = static_cast<uint32_t>(kMinusInfKey) ^ 0x80000000u;
-// The least key of logits above -inf.
+// The least key of logits above -inf, and what is below the code of any of them.
 constexpr uint32_t kLeastOrdered = kMinusInfOrdered + 1;
+constexpr Best kLeastBest = Best{kLeastOrdered} << 32;
 
 // Keys as unsigned numbers in the same order.
 __device__ __forceinline__ uint32_t ordered_key(float logit) {
@@ -69,18 +70,17 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return result;
 }
 
-// Copies 4 or 16 bytes to shared memory without waiting; the thread sees them after await_copies().
-template <int kBytes>
-__device__ __forceinline__ void copy_async(float* shared, const float* from) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  if constexpr (kBytes == 16) {
-    // Past the first cache, as they are read once.
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-  }
+// Volatile, so that the compiler does not move a load that is asked for early to its first use.
+__device__ __forceinline__ void load_early(const float* from, float& a, float& b, float& c,
+                                           float& d) {
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(a), "=f"(b), "=f"(c), "=f"(d)
+               : "l"(from)
+               : "memory");
 }
-__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void load_early(const float* from, float& value) {
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
+}
 
 // A tile in the registers of a warp. Ids ascend from quad to quad, and what is past the end of the
 // row is -inf.
@@ -93,47 +93,16 @@ struct Tile {
     return quad * 4 * kWarpSize + (kVector ? 4 * lane + i : i * kWarpSize + lane);
   }
 
-  // Asks for a tile, which take() then gets: `buffer` is the warp's own, kTile floats aligned to 16
-  // bytes. A lane reads what it has copied itself, so that no barrier is needed.
-  __device__ __forceinline__ static void request(float* buffer, const float* row, int32_t tile,
-                                                 int32_t vocab) {
-    const float* from = row + tile * kTile + local_id(0, 0);
-    float* to = buffer + local_id(0, 0);
+  __device__ __forceinline__ void load(const float* row, int32_t tile, int32_t vocab) {
+    const float* own = row + tile * kTile + local_id(0, 0);
     const int32_t left = vocab - tile * kTile;
     if (left >= kTile) {
-      request_quads(to, from, kTile);
-    } else {
-      request_quads(to, from, left);
+      load_quads(own, kTile);
+      return;
     }
-  }
-
-  // The tile that was requested last.
-  __device__ __forceinline__ void take(const float* buffer, int32_t tile, int32_t vocab) {
-    await_copies();
-    const float* from = buffer + local_id(0, 0);
 #pragma unroll
-    for (int quad = 0; quad < kTileQuads; ++quad) {
-      float* own = logits + 4 * quad;
-      if constexpr (kVector) {
-        const float4 four = *reinterpret_cast<const float4*>(from + quad * kPiece);
-        own[0] = four.x;
-        own[1] = four.y;
-        own[2] = four.z;
-        own[3] = four.w;
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) own[i] = from[quad * kPiece + i * kWarpSize];
-      }
-    }
-    const int32_t left = vocab - tile * kTile;
-    if (left >= kTile) return;
-#pragma unroll
-    for (int quad = 0; quad < kTileQuads; ++quad) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (local_id(quad, i) >= left) logits[4 * quad + i] = -INFINITY;
-      }
-    }
+    for (float& logit : logits) logit = -INFINITY;
+    load_quads(own, left);
   }
 
   // Makes -inf of what the mask, of which a lane has the word that it is the number of, leaves out.
@@ -154,18 +123,20 @@ struct Tile {
     }
   }
 
-  // `left` ids of the tile are in the row.
-  __device__ __forceinline__ static void request_quads(float* to, const float* from, int32_t left) {
+  // `own` is the lane's first logit; `left` ids of the tile are in the row.
+  __device__ __forceinline__ void load_quads(const float* own, int32_t left) {
 #pragma unroll
     for (int quad = 0; quad < kTileQuads; ++quad) {
-      const int32_t at = quad * kPiece;
+      float* to = logits + 4 * quad;
+      const float* from = own + quad * kPiece;
       if constexpr (kVector) {
-        if (left == kTile || local_id(quad, 0) < left) copy_async<16>(to + at, from + at);
+        if (left == kTile || local_id(quad, 0) < left) {
+          load_early(from, to[0], to[1], to[2], to[3]);
+        }
       } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int32_t own = at + i * kWarpSize;
-          if (left == kTile || local_id(quad, i) < left) copy_async<4>(to + own, from + own);
+          if (left == kTile || local_id(quad, i) < left) load_early(from + i * kWarpSize, to[i]);
         }
       }
     }

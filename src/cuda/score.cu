@@ -21,7 +21,6 @@ constexpr std::string_view kOp = "score";
 template <bool kVector>
 __global__ void __launch_bounds__(kScanThreads)
     score_scan_kernel(ScoreParams params, Scratch scratch, int32_t split_tiles) {
-  __shared__ __align__(16) float buffers[kScanWarps][cuda::kTile];
   cuda::launch_next();
   cuda::wait_for_previous();
   const int64_t row = blockIdx.y;
@@ -31,10 +30,10 @@ __global__ void __launch_bounds__(kScanThreads)
   const int32_t first_tile = blockIdx.x * split_tiles;
   const int32_t end_tile = min(first_tile + split_tiles, scratch.tiles);
   const int32_t tile = first_tile + threadIdx.x / kWarpSize;
-  float* buffer = buffers[threadIdx.x / kWarpSize];
-  if (tile < end_tile) cuda::Tile<kVector>::request(buffer, logits, tile, vocab);
-  cuda::scan_tiles<kVector>(buffer, logits, vocab, tile, end_tile, kScanWarps, nullptr, nullptr,
-                            cuda::raw_targets(scratch, row));
+  cuda::Tile<kVector> held;
+  if (tile < end_tile) held.load(logits, tile, vocab);
+  scan_tiles(held, logits, vocab, tile, end_tile, kScanWarps, nullptr, nullptr,
+             cuda::raw_targets(scratch, row, params.num_logprobs));
 }
 
 // A block a row.
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(kDrawThreads) score_kernel(ScoreParams params,
   const int32_t target = params.targets[row];
   if (target < 0) return;
   const auto vocab = static_cast<int32_t>(params.vocab_size);
-  const cuda::ScanTargets found = cuda::raw_targets(scratch, row);
+  const cuda::ScanTargets found = cuda::raw_targets(scratch, row, params.num_logprobs);
   Best best = cuda::kNoBest;
   for (int32_t i = threadIdx.x; i < scratch.tiles; i += kDrawThreads) {
     best = max(best, found.bests[i]);

@@ -6,6 +6,7 @@
 #include <new>
 #include <vector>
 
+#include "runner/row_lists.h"
 #include "runner/word_pool.h"
 #include "state/output_ring.h"
 #include "state/propose.h"
@@ -173,6 +174,22 @@ TEST_CASE("the word pool grows by chunks and joins what comes back") {
   pool.release(first, 8);
   CHECK(pool.used() == 0);
   CHECK(pool.capacity() == 32);
+}
+
+TEST_CASE("the lists of a row keep nothing of the row before") {
+  RowLists lists;
+  RowSpec spec;
+  spec.presence_penalty = 1.0f;
+  SamplingRow penalised;
+  penalised.presence_penalty = 1.0f;
+  lists.build(spec, 100, 50, penalised);
+  CHECK(penalised.penalties.count == 50);
+  CHECK(lists.zeros_offset > 0);
+  SamplingRow plain;
+  lists.build(RowSpec{}, 100, 50, plain);
+  CHECK(lists.num_words == 0);
+  CHECK(lists.num_zeros == 0);
+  CHECK(lists.zeros_offset == 0);
 }
 
 }  // namespace mrv1

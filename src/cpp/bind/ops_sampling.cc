@@ -95,8 +95,6 @@ nb::object sample(const OpsHandle& self, nb::handle logits_array, nb::handle tem
   // A row draws one token, at the position given.
   ctx.infer.logits_place = static_cast<int32_t*>(
       call.scratch(rows * static_cast<int64_t>(sizeof(int32_t)), /*zeroed=*/true));
-  ctx.infer.blocks_done = static_cast<int32_t*>(
-      call.scratch(rows * static_cast<int64_t>(sizeof(int32_t)), /*zeroed=*/true));
   ctx.infer.max_requests = ctx.infer.max_tokens = ctx.infer.max_logits = count;
   WorkspaceLimits limits{};
   limits.vocab_size = logits.cols();

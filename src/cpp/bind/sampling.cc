@@ -216,8 +216,6 @@ SampleResult sample(const DeviceHandle& handle, const LogitsMatrix& logits,
     const Buffer device_logits_place = copy_to_device(device, logits_place.data(), num_logits);
     const Buffer device_batch_row = copy_to_device(device, batch_row.data(), num_requests);
     const Buffer device_sampled = copy_to_device(device, sampled.data(), num_logits);
-    const std::vector<int32_t> zeros(num_logits);
-    const Buffer device_blocks_done = copy_to_device(device, zeros.data(), num_logits);
     const Buffer device_output = copy_to_device(device, output.data(), output.size());
     uint64_t step = 0;
     const Buffer device_step = copy_to_device(device, &step, 1);
@@ -250,7 +248,6 @@ SampleResult sample(const DeviceHandle& handle, const LogitsMatrix& logits,
     ctx.infer.logits_place = static_cast<int32_t*>(device_logits_place.data());
     ctx.infer.logits_entry = ctx.infer.logits_batch;  // entries are in the batch's order
     ctx.infer.sampled = static_cast<int32_t*>(device_sampled.data());
-    ctx.infer.blocks_done = static_cast<int32_t*>(device_blocks_done.data());
     ctx.infer.max_requests = requests;
     ctx.infer.max_tokens = requests;
     ctx.infer.max_logits = static_cast<int32_t>(num_logits);

@@ -45,7 +45,7 @@ int32_t vocab_size(const Program& program) {
 // Sizes of the int32 arrays of InferParams, in the order allocate_state() makes them.
 int64_t infer_ints(const RunnerConfig& config, int64_t groups) {
   const int64_t requests = config.max_num_seqs, tokens = config.max_num_batched_tokens;
-  int64_t ints = requests * 5 + 1 + tokens * (3 + groups) + int64_t{max_logits_rows(config)} * 6 +
+  int64_t ints = requests * 5 + 1 + tokens * (3 + groups) + int64_t{max_logits_rows(config)} * 5 +
                  sizeof(InferCounts) / 4;
   if (config.infer_param_view) {
     ints += 3 * requests + (8 + config.num_speculative_tokens) * requests + 3 * (requests + 1) +
@@ -271,7 +271,7 @@ void ModelRunner::allocate_state() {
   infer.positions = state_array<int32_t>(tokens, "infer params");
   infer.slot_mapping = state_array<int32_t>(state.num_groups * tokens, "infer params");
   for (int32_t** array : {&infer.logits_indices, &infer.logits_batch, &infer.logits_place,
-                          &infer.logits_entry, &infer.sampled, &infer.blocks_done}) {
+                          &infer.logits_entry, &infer.sampled}) {
     *array = state_array<int32_t>(infer.max_logits, "infer params");
   }
   infer.row_lengths = nullptr;

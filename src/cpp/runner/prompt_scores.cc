@@ -38,6 +38,7 @@ PromptScorer::PromptScorer(const RunnerConfig& config, int32_t num_slots, Device
 }
 
 void PromptScorer::place(std::vector<ScoredTokens>& scored) const {
+  // Not std::stable_sort, which allocates.
   std::sort(scored.begin(), scored.end(), [](const ScoredTokens& a, const ScoredTokens& b) {
     return std::tie(a.num_logprobs, a.entry) < std::tie(b.num_logprobs, b.entry);
   });

@@ -117,7 +117,7 @@ void RowLists::build(const RowSpec& spec, int32_t vocab_size, int32_t max_total_
     }
     align();
   }
-  num_zeros = 0;
+  zeros_offset = num_zeros = 0;
   num_words = static_cast<int64_t>(words.size());
   sampling.penalties = {static_cast<int32_t>(words.size()), 0};
   if (sampling.presence_penalty != 0.0f || sampling.frequency_penalty != 0.0f ||

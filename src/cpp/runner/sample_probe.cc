@@ -98,7 +98,6 @@ void SampleProbe::make_rows() {
   infer.row = infer.logits_batch = infer.logits_entry = put(numbers);
   infer.logits_place = put(std::vector<int32_t>(rows.size(), 0));
   infer.sampled = put(std::vector<int32_t>(rows.size(), kNoToken));
-  infer.blocks_done = put(std::vector<int32_t>(rows.size(), 0));
   StepRings& rings = ctx_.rings;
   rings.num_slots = 1;
   rings.output_bytes =

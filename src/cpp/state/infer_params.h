@@ -41,9 +41,6 @@ struct InferParams {
   int32_t* logits_start;     // [B] batch position -> its first logits row, -1 for none
   int32_t* entry_batch;      // [B] host's entry -> batch position
   int32_t* sampled;          // [L] token drawn from the logits row, -1 for none; by sample()
-  // [L] zero between launches: how many blocks of a kernel of sample() have done a logits row. For
-  // GPUs.
-  int32_t* blocks_done;
   // [3, R] new prefill tokens, tokens in the cache, tokens of this step by table row, zero for rows
   // outside the batch: the inputs of infer_param_view. Null unless the runner was asked for it.
   int32_t* row_lengths;
