@@ -22,6 +22,8 @@ constexpr int kMaxRanks = 8;
 enum class CollectiveKernels { kAuto, kOneShot, kTwoShot, kNccl };
 
 struct GroupOptions {
+  // Stages of a pipeline, each of as many ranks; all of them end together.
+  int num_stages = 1;
   // Bytes that a rank gives to the largest collective, rows of the largest step included.
   int64_t max_bytes = 0;
   // How long a rank waits for the others in a collective before it ends the group.
@@ -31,18 +33,28 @@ struct GroupOptions {
   std::vector<std::string> nccl;  // names to open NCCL by, in order; without any it is not used
 };
 
-// One rank's end of a group of devices that compute one model together. The collectives themselves
-// are ops (ops/all_reduce.h, ops/all_gather.h), which find the communicator in their context and
-// downcast it to their backend's class. All ranks launch the same collectives in the same order.
+struct StageLink;  // dist/stage_link.h
+
+// One rank's end of a group of devices that compute one model together: some of its layers each, as
+// stages of a pipeline, or a part of every layer of a stage, or both. What passes between them are
+// ops (ops/all_reduce.h, ops/all_gather.h, ops/stage_send.h, ops/stage_receive.h, state/adopt.h),
+// which find the communicator in their context and downcast it to their backend's class.
+// Collectives are those of a stage; its ranks launch the same ones in the same order.
 //
-// A group ends for good when a rank fails or does not arrive in time: every collective that waits,
-// on a host or a device, comes back, and all later ones fail with the same reason.
+// A group ends for good when a rank fails or does not arrive in time: everything that waits for
+// others, on a host or a device, comes back, and all later ops fail with the same reason.
 class Communicator {
  public:
   virtual ~Communicator() = default;
 
+  // Within the stage.
   int rank() const { return rank_; }
   int size() const { return size_; }
+  int stage() const { return stage_; }
+  int num_stages() const { return num_stages_; }
+  // Among all, as errors name it.
+  int global_rank() const { return stage_ * size_ + rank_; }
+  bool is_last_stage() const { return stage_ + 1 == num_stages_; }
 
   // Ends the group; the first reason stays. Any thread of any rank.
   virtual void abort(std::string_view reason) noexcept = 0;
@@ -54,16 +66,20 @@ class Communicator {
   // Throws kDevice with the reason if the group has ended.
   void check_alive() const;
 
+  // Null until link_stages(), and without a pipeline.
+  virtual const StageLink* stage_link() const { return nullptr; }
+
  protected:
-  Communicator(int rank, int size) : rank_(rank), size_(size) {}
+  Communicator(int rank, int size, int stage = 0, int num_stages = 1)
+      : rank_(rank), size_(size), stage_(stage), num_stages_(num_stages) {}
 
  private:
-  int rank_, size_;
+  int rank_, size_, stage_, num_stages_;
 };
 
-// A communicator for each device, ranks in their order. The devices are of one type; GPUs are
-// distinct, reach each other's memory, and outlive the group. kInvalidArgument naming what does not
-// fit.
+// A communicator for each device, in their order: the ranks of the first stage, then those of the
+// next. The devices are of one type; GPUs are distinct, reach each other's memory, and outlive the
+// group. kInvalidArgument naming what does not fit.
 std::vector<std::unique_ptr<Communicator>> make_group(
     std::span<const std::shared_ptr<Device>> devices, const GroupOptions& options);
 

@@ -45,9 +45,10 @@ struct RunnerConfig {
   bool keep_hidden_states = false;
   bool batch_invariant = false;  // see StepContext
   bool sync_launches = false;    // see StepContext
-  // Ranks that compute the model together, and how long one waits for the others before they all
-  // end.
+  // Ranks that compute the model together, in all, the stages of a pipeline that they form, and how
+  // long one waits for the others before they all end.
   int32_t num_ranks = 1;
+  int32_t num_stages = 1;
   std::chrono::milliseconds rank_timeout{8000};
   std::vector<std::string> rank_libraries;  // see GroupOptions::nccl
 };

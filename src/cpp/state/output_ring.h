@@ -31,6 +31,8 @@ struct OutputHeader {
   int32_t num_entries;
   int32_t reserved;
   uint64_t begin_ns, end_ns;  // device clock when apply() began and when advance() ended
+  // What the device has spent waiting for other stages of a pipeline, in all steps since the start.
+  uint64_t waited_ns;
 };
 constexpr uint32_t kOutputHeaderBytes = 64;
 static_assert(sizeof(OutputHeader) <= kOutputHeaderBytes);
@@ -154,7 +156,9 @@ MRV1_HD OutputEntry advance_row(const RowState& state, const BatchEntry& entry,
 }
 
 // Advances every row of the batch, writes the output slot, its sequence number last, and counts the
-// step up.
+// step up. In a pipeline the last stage does so, and writes the slot, but for its logprobs, to the
+// stages before it too (StageLink::stage_outputs), each once it has adopted what was there; those
+// advance no row and write a slot without entries.
 void advance_cpu(const StepContext& ctx);
 void advance_cuda(const StepContext& ctx);
 
