@@ -2,8 +2,19 @@
 #include "dist/communicator.h"
 
 #include "core/error.h"
+#include "dist/stage_link.h"
 
 namespace mrv1 {
+
+Communicator::Communicator(int rank, int size, int stage, int num_stages)
+    : rank_(rank), size_(size), stage_(stage), num_stages_(num_stages) {}
+
+Communicator::~Communicator() = default;
+
+std::string Communicator::name_of(int global_rank) const {
+  if (num_stages_ == 1) return concat("rank ", global_rank);
+  return concat("rank ", global_rank, " (stage ", global_rank / size_, ")");
+}
 
 void Communicator::check_alive() const {
   if (is_aborted()) [[unlikely]]
@@ -15,6 +26,8 @@ std::vector<std::unique_ptr<Communicator>> make_group(
   const int size = static_cast<int>(devices.size());
   check(size >= 1 && size <= kMaxRanks, "ranks", "a group has 1 to ", kMaxRanks, " ranks, not ",
         size);
+  check(options.num_stages >= 1 && size % options.num_stages == 0, "ranks", size,
+        " ranks do not make ", options.num_stages, " stages of as many each");
   for (const std::shared_ptr<Device>& device : devices) {
     check(device->type() == devices[0]->type(), "ranks",
           "the devices of a group must be of one type");

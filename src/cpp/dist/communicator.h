@@ -33,7 +33,13 @@ struct GroupOptions {
   std::vector<std::string> nccl;  // names to open NCCL by, in order; without any it is not used
 };
 
-struct StageLink;  // dist/stage_link.h
+class Communicator;
+struct StageBuffers;   // dist/stage_link.h
+struct StageCounters;  // dist/stage_link.h
+struct StageLink;      // dist/stage_link.h
+struct StagePort;      // dist/stage_link.h
+
+void link_stages(std::span<Communicator* const> ranks, std::span<const StageBuffers> buffers);
 
 // One rank's end of a group of devices that compute one model together: some of its layers each, as
 // stages of a pipeline, or a part of every layer of a stage, or both. What passes between them are
@@ -45,7 +51,7 @@ struct StageLink;  // dist/stage_link.h
 // others, on a host or a device, comes back, and all later ops fail with the same reason.
 class Communicator {
  public:
-  virtual ~Communicator() = default;
+  virtual ~Communicator();
 
   // Within the stage.
   int rank() const { return rank_; }
@@ -55,6 +61,9 @@ class Communicator {
   // Among all, as errors name it.
   int global_rank() const { return stage_ * size_ + rank_; }
   bool is_last_stage() const { return stage_ + 1 == num_stages_; }
+  // How errors name a rank of the group: with its stage where there are several.
+  std::string name_of(int global_rank) const;
+  std::string name() const { return name_of(global_rank()); }
 
   // Ends the group; the first reason stays. Any thread of any rank.
   virtual void abort(std::string_view reason) noexcept = 0;
@@ -66,15 +75,28 @@ class Communicator {
   // Throws kDevice with the reason if the group has ended.
   void check_alive() const;
 
-  // Null until link_stages(), and without a pipeline.
-  virtual const StageLink* stage_link() const { return nullptr; }
+  // Null until link_stages(), and without a pipeline. Stays where it is.
+  const StageLink* stage_link() const { return link_.get(); }
+  // Of this rank, in its device's memory, where the other ranks can write to the port; zeros before
+  // the first step.
+  virtual StagePort* stage_port() = 0;
+  virtual StageCounters* stage_counters() = 0;
+
+  // Ranks of the CPU are as slow as their host; one that does something does not hang. So a rank
+  // says that it has begun something, and a wait has no limit while anybody of the group does.
+  // Without an effect on GPUs. Any thread.
+  virtual void show_life() noexcept {}
+  virtual uint64_t signs_of_life() const noexcept { return 0; }
 
  protected:
-  Communicator(int rank, int size, int stage = 0, int num_stages = 1)
-      : rank_(rank), size_(size), stage_(stage), num_stages_(num_stages) {}
+  Communicator(int rank, int size, int stage = 0, int num_stages = 1);
 
  private:
+  friend void link_stages(std::span<Communicator* const> ranks,
+                          std::span<const StageBuffers> buffers);
+
   int rank_, size_, stage_, num_stages_;
+  std::unique_ptr<StageLink> link_;
 };
 
 // A communicator for each device, in their order: the ranks of the first stage, then those of the
@@ -83,7 +105,7 @@ class Communicator {
 std::vector<std::unique_ptr<Communicator>> make_group(
     std::span<const std::shared_ptr<Device>> devices, const GroupOptions& options);
 
-// Device memory of one rank of such a group.
+// Device memory of one rank of such a group of `size` ranks in all.
 int64_t group_bytes(DeviceType type, int size, const GroupOptions& options);
 
 // Ranks that share the host's memory (dist/cpu_communicator.h).

@@ -15,12 +15,15 @@
 #include "ops/qkv_prepare.h"
 #include "ops/rms_norm.h"
 #include "ops/sampling_rows.h"
+#include "ops/stage_receive.h"
+#include "ops/stage_send.h"
 #include "ops/swap_blocks.h"
 #include "ops/token_map.h"
 #include "ops/zero_blocks.h"
 #include "sampling/penalties.h"
 #include "sampling/sample.h"
 #include "sampling/score.h"
+#include "state/adopt.h"
 #include "state/infer_param_view.h"
 #include "state/infer_params.h"
 #include "state/output_ring.h"
@@ -55,8 +58,12 @@ struct Kernels {
   void (*paged_attention)(const PagedAttentionParams&, const StepContext&);
   void (*all_reduce)(const AllReduceParams&, const StepContext&);
   void (*all_gather)(const AllGatherParams&, const StepContext&);
+  void (*stage_send)(const StageSendParams&, const StepContext&);
+  void (*stage_receive)(const StepContext&);
+  void (*stage_release)(const StepContext&);
 
   // The phases of a step find rings, rows and infer_params in the context.
+  void (*adopt)(const StepContext&);
   void (*apply)(const StepContext&);
   void (*propose)(const StepContext&);
   void (*infer_params)(const StepContext&);

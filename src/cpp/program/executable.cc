@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/error.h"
+#include "dist/communicator.h"
 
 namespace mrv1 {
 namespace {
@@ -254,7 +255,10 @@ void Executable::run(const StepContext& ctx, size_t first, size_t last) const {
     void operator()(const AllGatherParams& params) const { kernels.all_gather(params, ctx); }
   };
   const Visitor visitor{kernels, ctx};
-  for (size_t i = first; i < last; ++i) std::visit(visitor, calls_[i]);
+  for (size_t i = first; i < last; ++i) {
+    if (ctx.communicator != nullptr) ctx.communicator->show_life();
+    std::visit(visitor, calls_[i]);
+  }
 }
 
 }  // namespace mrv1
