@@ -165,6 +165,20 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
       const Value& part = program.values()[op.inputs[0]];
       return AllGatherParams{in(0), out(0), part.cols, part.dtype, logits_rows};
     }
+    case OpKind::kStageReceive:
+      return StageReceive{};
+    case OpKind::kStageRelease:
+      return StageRelease{};
+    case OpKind::kStageSend: {
+      StageSendParams params{};
+      for (const int32_t id : op.inputs) {
+        const Value& sent = program.values()[id];
+        params.values[params.num_values] = value(id);
+        params.row_bytes[params.num_values++] =
+            sent.cols * static_cast<int64_t>(dtype_size(sent.dtype));
+      }
+      return params;
+    }
     case OpKind::kQkNorm:
     case OpKind::kRope:
     case OpKind::kQkvPrepare: {
@@ -253,6 +267,9 @@ void Executable::run(const StepContext& ctx, size_t first, size_t last) const {
     }
     void operator()(const AllReduceParams& params) const { kernels.all_reduce(params, ctx); }
     void operator()(const AllGatherParams& params) const { kernels.all_gather(params, ctx); }
+    void operator()(const StageSendParams& params) const { kernels.stage_send(params, ctx); }
+    void operator()(StageReceive) const { kernels.stage_receive(ctx); }
+    void operator()(StageRelease) const { kernels.stage_release(ctx); }
   };
   const Visitor visitor{kernels, ctx};
   for (size_t i = first; i < last; ++i) {

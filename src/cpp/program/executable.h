@@ -39,14 +39,18 @@ class Executable {
   void run(const StepContext& ctx, size_t first, size_t last) const;
   size_t num_ops() const { return calls_.size(); }
 
-  // Device address of a value. Its bytes are reused after its last reader, unless it is an input or
-  // an output. kInvalidArgument if no op writes it.
+  // Device address of a value. Its bytes are reused after its last reader, unless it is an input, an
+  // output or received from another stage. kInvalidArgument if no op writes it.
   void* value(int32_t id) const;
 
  private:
+  // Ops without parameters.
+  struct StageReceive {};
+  struct StageRelease {};
   using Call = std::variant<EmbeddingParams, RmsNormParams, LinearParams, AddParams, GatedMulParams,
                             SoftCapParams, GatherRowsParams, QkvPrepareParams, CacheWriteParams,
-                            PagedAttentionParams, AllReduceParams, AllGatherParams>;
+                            PagedAttentionParams, AllReduceParams, AllGatherParams, StageSendParams,
+                            StageReceive, StageRelease>;
   Call bind(const Program& program, const Op& op, std::span<const WeightView> weights,
             std::span<const KvCacheLayer> kv) const;
   const AttentionPlan* plan_of(const Op& op) const;

@@ -145,6 +145,7 @@ std::vector<std::pair<std::string, int>> Program::fuse() {
     }
     counts.emplace_back(pattern.name, count);
   }
+  place_release();
   return counts;
 }
 

@@ -29,6 +29,24 @@ KvLayout kv_layout(std::span<const int32_t> windows) {
   return layout;
 }
 
+KvLayout part_of(const KvLayout& whole, std::span<const int32_t> layers) {
+  KvLayout part;
+  part.groups = whole.groups;
+  std::vector<int32_t> next(whole.groups.size());  // slot of a group's next layer
+  for (const int32_t layer : layers) {
+    const int32_t group = whole.layers[layer].group;
+    part.layers.push_back({group, next[group]++});
+    part.num_slots = std::max(part.num_slots, next[group]);
+  }
+  return part;
+}
+
+std::vector<size_t> KvLayout::slot_layers() const {
+  std::vector<size_t> found(static_cast<size_t>(num_slots));
+  for (size_t i = layers.size(); i-- > 0;) found[static_cast<size_t>(layers[i].slot)] = i;
+  return found;
+}
+
 std::pair<int32_t, int32_t> KvLayout::groups_of(int32_t window) const {
   const auto same = [&](const KvGroup& group) { return group.window == window; };
   const auto first = std::find_if(groups.begin(), groups.end(), same);

@@ -1,6 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <utility>
@@ -26,13 +27,20 @@ struct KvLayout {
   std::vector<KvPlace> layers;  // by kv layer
   int32_t num_slots = 0;
 
+  // For each slot, the first layer that lies there.
+  std::vector<size_t> slot_layers() const;
   // The groups with a window: the first and how many follow it, itself included.
   std::pair<int32_t, int32_t> groups_of(int32_t window) const;
 };
 
 // Layers with one window make one or several groups of as many layers as the rarest window has:
 // groups of unlike sizes would leave slots of their blocks unused. Groups with one window follow
-// each other, and the first group of all has a layer in every slot. Windows by kv layer.
+// each other. Windows by kv layer.
 KvLayout kv_layout(std::span<const int32_t> windows);
+
+// The layout for some layers of a model, by kv layer: its groups, so that all parts of the model
+// have the same block tables, and slots for these layers alone, as many as any group has here. A
+// group may have none.
+KvLayout part_of(const KvLayout& whole, std::span<const int32_t> layers);
 
 }  // namespace mrv1

@@ -17,15 +17,6 @@ int64_t align(int64_t bytes) {
   return (bytes + kPartAlignment - 1) / kPartAlignment * kPartAlignment;
 }
 
-// The kv layers whose memory the others share: those of the first group, one for each slot.
-std::vector<size_t> slot_layers(const KvLayout& layout) {
-  std::vector<size_t> layers;
-  for (size_t i = 0; i < layout.layers.size(); ++i) {
-    if (layout.layers[i].group == 0) layers.push_back(i);
-  }
-  return layers;
-}
-
 // Parts of a slot's memory: keys, values and, where tokens have them, the scales of both.
 int64_t num_parts(const KvCacheSpec& spec) {
   return spec.scale_kind() == KvScaleKind::kToken ? 4 : 2;
@@ -91,7 +82,7 @@ KvCacheLayer kv_cache_layer(const KvCacheSpec& spec, const Program& program, siz
 
 int64_t KvStore::block_bytes(const KvCacheSpec& spec, const Program& program, int32_t block_size) {
   int64_t bytes = 0;
-  for (const size_t i : slot_layers(program.kv_layout())) {
+  for (const size_t i : program.kv_layout().slot_layers()) {
     const KvCacheLayer layer = kv_cache_layer(spec, program, i, 1, block_size);
     bytes += 2 * (layer.bytes() + layer.scale_bytes());
   }
@@ -99,7 +90,7 @@ int64_t KvStore::block_bytes(const KvCacheSpec& spec, const Program& program, in
 }
 
 int64_t KvStore::other_bytes(const KvCacheSpec& spec, const Program& program) {
-  const auto slots = static_cast<int64_t>(slot_layers(program.kv_layout()).size());
+  const auto slots = static_cast<int64_t>(program.kv_layout().slot_layers().size());
   int64_t bytes =
       slots * num_parts(spec) * (kPartAlignment + static_cast<int64_t>(sizeof(CacheArray)));
   if (!spec.static_scales.empty()) {
@@ -114,7 +105,7 @@ KvStore::KvStore(Device& device, const KvCacheSpec& spec, const Program& program
                  int32_t num_blocks, int32_t block_size)
     : device_(device), layout_(program.kv_layout()) {
   const int64_t bytes = block_bytes(spec, program, block_size) * num_blocks;
-  const std::vector<size_t> slots = slot_layers(layout_);
+  const std::vector<size_t> slots = layout_.slot_layers();
   const auto slack = static_cast<int64_t>(slots.size()) * num_parts(spec) * kPartAlignment;
   memory_ = device_.allocate(static_cast<size_t>(bytes + slack), "KV cache");
   for (size_t i = 0; i < layout_.layers.size(); ++i) {
@@ -195,7 +186,7 @@ uint64_t fill_random(Device& device, const KvCacheLayer& layer, uint64_t key, ui
 
 void KvStore::fill_random(uint64_t seed) {
   uint64_t first = 0;
-  for (const size_t i : slot_layers(layout_)) {
+  for (const size_t i : layout_.slot_layers()) {
     first = mrv1::fill_random(device_, layers_[i], seed, first);
   }
 }

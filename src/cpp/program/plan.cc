@@ -99,13 +99,16 @@ Plan plan_buffers(const Program& program, const PlanLimits& limits) {
     for (int32_t id : ops[i].inputs) last_use[id] = i;
     for (int32_t id : ops[i].outputs) last_use[id] = std::max(last_use[id], i);
   }
-  for (int32_t id : program.inputs()) last_use[id] = kForever;
+  // Others write these, a caller or the stage before.
+  std::vector<int32_t> given = program.inputs();
+  given.insert(given.end(), program.received().ids.begin(), program.received().ids.end());
+  for (int32_t id : given) last_use[id] = kForever;
   for (int32_t id : program.outputs()) last_use[id] = kForever;
 
   Plan plan;
   plan.offsets.assign(values.size(), -1);
   ArenaPlanner arena;
-  for (int32_t id : program.inputs()) {
+  for (int32_t id : given) {
     plan.offsets[id] = arena.allocate(value_bytes(values[id], limits));
   }
   for (int32_t i = 0; i < static_cast<int32_t>(ops.size()); ++i) {
@@ -117,6 +120,7 @@ Plan plan_buffers(const Program& program, const PlanLimits& limits) {
       }
     }
     for (int32_t id : op.outputs) {
+      if (plan.offsets[id] >= 0) continue;  // received
       const int64_t bytes = value_bytes(values[id], limits);
       auto reuse = dying.end();
       if (works_in_place(op.kind)) {

@@ -18,7 +18,8 @@ struct PlanLimits {
 };
 
 // Where each value lies in the activation arena. Values whose lives overlap do not share bytes; an
-// op that may work in place writes over an input of the same size that dies with it.
+// op that may work in place writes over an input of the same size that dies with it. What a stage
+// receives has bytes of its own: the stage before writes them at any time of a step.
 struct Plan {
   std::vector<int64_t> offsets;  // by value, bytes; -1 for values no op writes or reads
   int64_t arena_bytes = 0;       // exact

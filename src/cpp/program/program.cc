@@ -1,6 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include "program/program.h"
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
@@ -38,6 +39,12 @@ std::string_view op_name(const Op& op) {
       return "all_reduce";
     case OpKind::kAllGather:
       return "all_gather";
+    case OpKind::kStageReceive:
+      return "stage_receive";
+    case OpKind::kStageRelease:
+      return "stage_release";
+    case OpKind::kStageSend:
+      return "stage_send";
     case OpKind::kAddRmsNorm:
       return "add_rms_norm";
     case OpKind::kQkvPrepare:
@@ -324,10 +331,12 @@ int32_t Program::logits(int32_t x, int32_t weight, float softcap, int32_t ranks)
   }
   output(logits_);
   hidden_ = x;
+  vocab_size_ = static_cast<int32_t>(values_[logits_].cols);
   return logits_;
 }
 
 KvLayout Program::kv_layout() const {
+  if (stage_layout_) return *stage_layout_;
   KvLayout layout = mrv1::kv_layout(kv_windows_);
   if (layout.groups.size() > 1) {
     const HeadShape& first = kv_layers_.front();
@@ -348,6 +357,12 @@ void Program::begin_layer(int32_t layer) {
 }
 
 void Program::end_layer() { layer_ = -1; }
+
+int32_t Program::num_layers() const {
+  int32_t count = 0;
+  for (const Op& op : ops_) count = std::max(count, op.layer + 1);
+  return count;
+}
 
 std::vector<Cut> Program::cuts() const {
   std::vector<Cut> cuts;

@@ -2,12 +2,15 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "core/dtype.h"
+#include "dist/stage_link.h"
 #include "ops/activation.h"
 #include "ops/kv_cache.h"
 #include "program/kv_layout.h"
@@ -40,6 +43,10 @@ enum class OpKind {
   kSoftCap,
   kAllReduce,
   kAllGather,
+  // Made by Program::stage() only.
+  kStageReceive,  // first; outputs: what the stage before has written
+  kStageRelease,  // behind the last op that reads them
+  kStageSend,     // behind all that it sends
   // Made by the fusion pass only.
   kAddRmsNorm,  // outputs: sum, normed
   kQkvPrepare,  // QK-norm (optional), RoPE and cache write in one
@@ -120,6 +127,12 @@ struct Cut {
   int32_t op;
 };
 
+// Values that cross a boundary between stages: by index, and as both stages know them.
+struct CrossingValues {
+  std::vector<int32_t> ids;
+  std::vector<StageValue> schema;
+};
+
 // A model's forward pass as a flat list of native ops. Python wires it once; nothing in it says
 // where or how large it runs. Building methods check shapes and dtypes and throw
 // kInvalidArgument naming the op; the program is then as it was before.
@@ -168,6 +181,12 @@ class Program {
   // Runs each fusion pattern (program/fusion.cc) once over the list, longer patterns before the
   // shorter ones they contain; returns how often each matched.
   std::vector<std::pair<std::string, int>> fuse();
+  // The part of a pipeline that holds layers [first, last) (program/stage.cc): their ops, what
+  // stands before the first layer of all or after the last, and of weights, rope tables and kv
+  // layers those that these use. Values that earlier layers write are received, values that later
+  // ones read are sent. Comes before fuse(), as an op that is fused across a boundary cannot be
+  // cut. kInvalidArgument naming what cannot be cut.
+  Program stage(int32_t first, int32_t last) const;
 
   // --- reading ---------------------------------------------------------------------------------
   DType dtype() const { return dtype_; }
@@ -179,10 +198,18 @@ class Program {
   const std::vector<int32_t>& outputs() const { return outputs_; }
   int32_t logits_value() const { return logits_; }
   int32_t hidden_value() const { return hidden_; }  // what logits() was given
+  // Of the whole model, so that stages without logits have it too; 0 without logits.
+  int32_t vocab_size() const { return vocab_size_; }
+  int32_t num_layers() const;
+  // Of a stage: what it takes from the one before, at places that nothing else uses, and what it
+  // gives to the next.
+  const CrossingValues& received() const { return received_; }
+  const CrossingValues& sent() const { return sent_; }
   // Cache geometry per kv layer.
   const std::vector<HeadShape>& kv_layers() const { return kv_layers_; }
-  // Groups of kv layers and the places of their blocks. kInvalidArgument if layers of several
-  // groups differ in their heads: they could not share blocks.
+  // Groups of kv layers and the places of their blocks; of a stage, the groups of the whole model
+  // and the places of its own layers. kInvalidArgument if layers of several groups differ in their
+  // heads: they could not share blocks.
   KvLayout kv_layout() const;
   std::vector<Cut> cuts() const;
   // One line an op. format "text" or "dot" (Graphviz).
@@ -196,6 +223,8 @@ class Program {
   void check_vector(int32_t weight, int64_t size, std::string_view op) const;
   void check_matrix(int32_t weight, int64_t cols, std::string_view op) const;
   void check_addend(const Value& value, int64_t cols, std::string_view op) const;
+  CrossingValues crossing(std::span<const int32_t> layers, int32_t boundary) const;
+  void place_release();
 
   DType dtype_;
   std::vector<Op> ops_;
@@ -207,7 +236,10 @@ class Program {
   std::vector<int32_t> kv_windows_;  // by kv layer
   int32_t logits_ = -1;
   int32_t hidden_ = -1;
+  int32_t vocab_size_ = 0;
   int32_t layer_ = -1;
+  CrossingValues received_, sent_;
+  std::optional<KvLayout> stage_layout_;
 };
 
 }  // namespace mrv1

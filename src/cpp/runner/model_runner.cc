@@ -38,10 +38,6 @@ size_t output_slot_bytes(const RunnerConfig& config) {
 // Token histories of a row: its own, and the forced tokens.
 int64_t history_rows(const RunnerConfig& config) { return config.force_tokens ? 2 : 1; }
 
-int32_t vocab_size(const Program& program) {
-  return static_cast<int32_t>(program.values()[program.logits_value()].cols);
-}
-
 // Sizes of the int32 arrays of InferParams, in the order allocate_state() makes them.
 int64_t infer_ints(const RunnerConfig& config, int64_t groups) {
   const int64_t requests = config.max_num_seqs, tokens = config.max_num_batched_tokens;
@@ -73,8 +69,8 @@ PlanLimits ModelRunner::plan_limits(const RunnerConfig& config) {
 
 Program ModelRunner::prepared(Program program, const RunnerConfig& config) {
   // Prompts are scored from them in several passes of the head.
-  if (config.keep_hidden_states || config.max_logprobs >= 0) {
-    check(program.hidden_value() >= 0, "runner", "the program has no logits");
+  const bool is_read = config.keep_hidden_states || config.max_logprobs >= 0;
+  if (is_read && program.hidden_value() >= 0) {
     program.output(program.hidden_value());
   }
   return program;
@@ -157,18 +153,22 @@ void ModelRunner::check_limits(const Program& program, const RunnerConfig& confi
   check(config.num_ranks >= 1 && config.num_ranks <= kMaxRanks, "runner",
         "num_ranks must be in [1, ", kMaxRanks, "], not ", config.num_ranks);
   check(config.rank_timeout.count() > 0, "runner", "rank_timeout must be positive");
+  check(config.num_stages >= 1 && config.num_ranks % config.num_stages == 0, "runner",
+        "num_stages must be a divisor of num_ranks = ", config.num_ranks, ", not ",
+        config.num_stages);
+  const int32_t stage_ranks = config.num_ranks / config.num_stages;
   for (const Op& op : program.ops()) {
-    if (!op.row_parallel || !config.batch_invariant || config.num_ranks == 1) continue;
+    if (!op.row_parallel || !config.batch_invariant || stage_ranks == 1) continue;
     const WeightSpec& weight = program.weights()[op.weights[0]];
-    check(has_invariant_parts(weight.cols, config.num_ranks), "runner",
+    check(has_invariant_parts(weight.cols, stage_ranks), "runner",
           "batch_invariant sums the columns of row-parallel weights in ", kInvariantParts,
-          " parts of whole pairs, which ", config.num_ranks, " ranks with ", weight.cols,
+          " parts of whole pairs, which ", stage_ranks, " ranks with ", weight.cols,
           " columns each of '", weight.name, "' do not have");
   }
-  check(program.logits_value() >= 0, "runner", "the program has no logits");
+  check(program.vocab_size() != 0, "runner", "the program has no logits");
   check(!program.kv_layers().empty(), "runner", "the program has no attention");
   check_kv_spec(config.kv_cache, program, "runner");
-  positive(vocab_size(program), "vocab_size", kMaxSampledVocab);
+  positive(program.vocab_size(), "vocab_size", kMaxSampledVocab);
 }
 
 RunnerConfig ModelRunner::checked_config(const Program& program, RunnerConfig config,
@@ -201,7 +201,7 @@ ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
       config_(checked_config(program_, config, *device_)),
       weights_(program_, *device_),
       kv_layout_(program_.kv_layout()),
-      masks_(config_.max_num_seqs, vocab_size(program_)),
+      masks_(config_.max_num_seqs, program_.vocab_size()),
       memory_plan_(plan_memory(program_, config_, *device_)) {
   device_->linear_context();  // a missing library is reported here, not in a step
   kv_ = std::make_unique<KvStore>(*device_, config_.kv_cache, program_, config_.num_blocks,
@@ -243,7 +243,7 @@ void ModelRunner::allocate_state() {
   state.block_size = config_.block_size;
   state.max_blocks = max_blocks_per_row(config_);
   state.max_model_len = config_.max_model_len;
-  state.vocab_size = vocab_size(program_);
+  state.vocab_size = program_.vocab_size();
   state.rows = state_array<Row>(rows, "rows");
   state.sampling = state_array<SamplingRow>(rows, "sampling rows");
   state.tokens =
