@@ -127,7 +127,7 @@ def test_what_progress_raises_ends_the_loading(device: str) -> None:
         native = runner.model.runner
         file = _core.MappedFile(str(LLAMA / "model.safetensors"))
         info = loader.read_checkpoint(LLAMA)[native.program.weights[0][3][0][0]]
-        tensors = [(0, 0, info.offset, loader._LOADABLE[info.dtype])]
+        tensors = [[(0, 0, info.offset, loader._LOADABLE[info.dtype])]]
 
         def interrupt(_: int) -> None:
             raise KeyboardInterrupt
@@ -166,7 +166,7 @@ def test_an_offset_is_added_when_a_vector_is_loaded(
             runner.fill_random(weight.index, 1, 1.0)
         told: list[int] = []
         places = [(joined.index, 0, 1, kind), (joined.index, 1, 1 + 8 * stored.itemsize, kind)]
-        runner.load_tensors(_core.MappedFile(str(file)), places, told.append)
+        runner.load_tensors(_core.MappedFile(str(file)), [places], told.append)
         runner.check_weights()
         assert sum(told) == stored.nbytes
         spec = _core.RowSpec()

@@ -198,6 +198,11 @@ class Program:
         Runs each fusion pattern once over the list; returns (pattern, how many it replaced).
         """
 
+    def stage(self, first: int, last: int) -> Program:
+        """
+        The program of layers [first, last), a stage of a pipeline. Comes before fuse().
+        """
+
     def dump(self, format: str = 'text') -> str:
         """The op list as text, or as a Graphviz picture with format="dot"."""
 
@@ -223,6 +228,25 @@ class Program:
         """Window of each KV group (0: none), and (group, slot) of each kv layer."""
 
     @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def layer_costs(self) -> list[int]:
+        """
+        Bytes of weights that a step reads in each layer, in the last one with the output head.
+        """
+
+    @property
+    def received(self) -> list[tuple[str, int, str]]:
+        """
+        (key, columns, dtype) of the values that a stage takes from the one before.
+        """
+
+    @property
+    def sent(self) -> list[tuple[str, int, str]]:
+        """(key, columns, dtype) of the values that a stage gives to the next."""
+
+    @property
     def cuts(self) -> list[tuple[str, int]]:
         """(kind, op index) of each place where the list can be cut."""
 
@@ -235,6 +259,12 @@ class Program:
         """
         (op that writes it, last op that reads it, bytes) of each value; -1 for none.
         """
+
+def balance_layers(costs: Sequence[int], num_stages: int) -> list[int]:
+    """
+    How many of the layers that cost so much each stage of a pipeline takes, so that the stage
+    that costs most costs as little as can be.
+    """
 
 class AttentionBackend(enum.Enum):
     """Kernels of decode attention."""
@@ -453,10 +483,20 @@ class RunnerConfig:
 
     @property
     def num_ranks(self) -> int:
-        """Devices that compute the model together, each a part of it."""
+        """
+        Devices that compute the model together, each a part of it: ranks of the first
+        stage, then those of the next.
+        """
 
     @num_ranks.setter
     def num_ranks(self, arg: int, /) -> None: ...
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of a pipeline that the ranks form, of as many ranks each."""
+
+    @num_stages.setter
+    def num_stages(self, arg: int, /) -> None: ...
 
     @property
     def rank_libraries(self) -> list[str]:
@@ -939,19 +979,24 @@ class ModelRunner:
     @property
     def memory_plan(self) -> dict[str, int]: ...
 
-    def load_tensors(self, file: MappedFile, tensors: Sequence[tuple[int, int, int, str]], progress: Callable[[int], object]) -> None:
+    @property
+    def memory_plans(self) -> list[dict[str, int]]:
+        """Of each rank."""
+
+    def load_tensors(self, file: MappedFile, tensors: Sequence[Sequence[tuple[int, int, int, str]]], progress: Callable[[int], object]) -> None:
         """
-        Loads tensors of a file: (weight, segment, offset in bytes, dtype) each. Ranks load what
-        they need of them at the same time, each in a thread of its own. `progress` is
-        called with the bytes that were done since its last call; what it raises ends the loading.
+        Loads tensors of a file: a list for each rank, of (weight, segment, offset in bytes,
+        dtype). Ranks load what they need of theirs at the same time, each in a thread of its
+        own. `progress` is called with the bytes that were done since its last call; what it
+        raises ends the loading.
 
         Raises:
-            InvalidArgumentError: no such weight, segment or dtype.
+            InvalidArgumentError: there is not a list for each rank, or no such weight, segment or dtype.
             WeightError: the file has no such bytes, or a weight cannot have that dtype.
             DeviceError: the copy failed.
         """
 
-    def fill_random(self, weight: int, seed: int, range: float) -> None: ...
+    def fill_random(self, weight: int, seed: int, range: float, rank: int = 0) -> None: ...
 
     def fill_kv_random(self, seed: int) -> None:
         """Fills the KV cache with random values: timing without a prefill."""

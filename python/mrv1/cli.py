@@ -95,9 +95,30 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="devices that compute the model together (default: %(default)s)",
+        help="devices that compute each layer together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pipeline-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="stages that the layers are cut into, on devices of their own (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pipeline-layers",
+        type=_layer_counts,
+        metavar="N,N,...",
+        help="layers of each stage, 17,15 for example (default: balanced)",
     )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
+
+
+def _layer_counts(text: str) -> list[int]:
+    try:
+        return [int(count) for count in text.split(",")]
+    except ValueError:
+        message = f"numbers of layers with commas between them, not {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 # --- generate ------------------------------------------------------------------------------------
@@ -227,6 +248,8 @@ def _open_llm(model: str | os.PathLike[str], options: argparse.Namespace) -> LLM
         dtype=options.dtype,
         kv_cache_dtype=options.kv_cache_dtype,
         tensor_parallel_size=options.tensor_parallel_size,
+        pipeline_parallel_size=options.pipeline_parallel_size,
+        pipeline_layers=options.pipeline_layers,
     )
 
 

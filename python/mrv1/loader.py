@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import math
 import os
@@ -82,6 +81,11 @@ class RunnerOptions:
         tensor_parallel_size: Devices that compute the model together, each a part of every layer:
             as many GPUs, from the first on, or as many streams of the CPU. Memory and KV blocks
             are then those of each. See docs/parallel.md.
+        pipeline_parallel_size: Stages that the layers are cut into, each on devices of its own, as
+            many as tensor_parallel_size says: the first stage has the first devices. At most 8
+            devices in all, and a layer or more for each stage. See docs/parallel.md.
+        pipeline_layers: How many layers each stage has, their sum that of the model; None balances
+            the bytes of weights that a step reads, the output head included.
         fusion: Whether the fusion pass runs; MRV1_FUSION.
         graph_mode: Fastest way that steps may reach the device: "eager" (kernel by kernel),
             "piecewise" (graphs between the attention ops), "full" (one graph a step) or "auto"
@@ -120,6 +124,8 @@ class RunnerOptions:
     stream: Stream = None
     num_threads: int | None = None
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    pipeline_layers: Sequence[int] | None = None
     fusion: bool | None = None
     graph_mode: str | None = None
     capture_sizes: Sequence[int | tuple[int, int]] | None = None
@@ -151,6 +157,8 @@ class RunnerKwargs(TypedDict, total=False):
     stream: Stream
     num_threads: int | None
     tensor_parallel_size: int
+    pipeline_parallel_size: int
+    pipeline_layers: Sequence[int] | None
     fusion: bool | None
     graph_mode: str | None
     capture_sizes: Sequence[int | tuple[int, int]] | None
@@ -172,8 +180,8 @@ class LoadedModel:
 
     Attributes:
         config: The model's.
-        device: Where it runs; the first of them where there are several.
-        devices: Of each rank.
+        device: Where logits are; of several, the first of the last stage.
+        devices: Of each rank, those of the first stage first.
         runner: The native runner.
         dtype: "float32" or "bfloat16".
         max_num_seqs: As `RunnerOptions`, resolved.
@@ -185,6 +193,7 @@ class LoadedModel:
         num_kv_blocks: As `RunnerOptions`, resolved.
         num_speculative_tokens: Draft tokens of a step; 0 without speculation.
         max_logprobs: As `RunnerOptions`, resolved; at most the vocabulary size.
+        pipeline_layers: As `RunnerOptions`, resolved: layers of each stage.
         startup: Seconds of each phase of the start, by name.
         startup_bytes: Bytes that a phase allocated, read or captured, for those that have some.
     """
@@ -203,13 +212,19 @@ class LoadedModel:
     num_kv_blocks: int
     num_speculative_tokens: int
     max_logprobs: int
+    pipeline_layers: tuple[int, ...]
     startup: dict[str, float]
     startup_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
+    def pipeline_parallel_size(self) -> int:
+        """As `RunnerOptions`."""
+        return len(self.pipeline_layers)
+
+    @property
     def tensor_parallel_size(self) -> int:
         """As `RunnerOptions`."""
-        return len(self.devices)
+        return len(self.devices) // self.pipeline_parallel_size
 
     def close(self) -> None:
         """Frees memory and devices."""
@@ -296,14 +311,40 @@ def wire_model(
     builder = Builder(dtype, shard=shard, wide_sums=wide_sums)
     limit = config.max_position_embeddings if max_model_len is None else max_model_len
     family.wire(builder, config.for_length(limit))
-    if not (fusion is None or isinstance(fusion, bool)):
-        raise InvalidArgumentError(field="fusion", value=fusion, allowed="None, True or False")
-    if envs.FUSION.get() if fusion is None else fusion:
+    if _resolve_fusion(fusion):
         builder.program.fuse()
     return builder.program
 
 
-def wire_ranks(config: ModelConfig, dtype: str, options: RunnerOptions) -> list[_core.Program]:
+def _resolve_fusion(fusion: bool | None) -> bool:
+    if not (fusion is None or isinstance(fusion, bool)):
+        raise InvalidArgumentError(field="fusion", value=fusion, allowed="None, True or False")
+    return envs.FUSION.get() if fusion is None else fusion
+
+
+@dataclasses.dataclass(frozen=True)
+class WiredRanks:
+    """The programs of all ranks.
+
+    Attributes:
+        programs: By rank, those of the first stage first.
+        stages: Of each stage of a pipeline its first layer, and the one behind its last.
+    """
+
+    programs: tuple[_core.Program, ...]
+    stages: tuple[tuple[int, int], ...]
+
+    def stage_of(self, rank: int) -> int:
+        """The stage that a rank is in."""
+        return rank // self.ranks_per_stage
+
+    @property
+    def ranks_per_stage(self) -> int:
+        """Ranks that compute each layer together."""
+        return len(self.programs) // len(self.stages)
+
+
+def wire_ranks(config: ModelConfig, dtype: str, options: RunnerOptions) -> WiredRanks:
     """Wires the program of each rank.
 
     Raises:
@@ -314,17 +355,29 @@ def wire_ranks(config: ModelConfig, dtype: str, options: RunnerOptions) -> list[
     size = options.tensor_parallel_size
     invariant = resolve_batch_invariant(options)
     parallel.check_sizes(config, size, batch_invariant=invariant)
-    return [
+    # Of every layer, and cut before they are fused.
+    wholes = [
         wire_model(
             config,
             dtype,
-            fusion=options.fusion,
+            fusion=False,
             max_model_len=resolve_max_model_len(options, config),
             shard=Shard(rank, size),
             wide_sums=invariant,
         )
         for rank in range(size)
     ]
+    stages = parallel.stage_ranges(
+        wholes[0], options.pipeline_parallel_size, options.pipeline_layers
+    )
+    if len(stages) == 1:
+        programs = wholes
+    else:
+        programs = [whole.stage(first, last) for first, last in stages for whole in wholes]
+    if _resolve_fusion(options.fusion):
+        for program in programs:
+            program.fuse()
+    return WiredRanks(tuple(programs), tuple(stages))
 
 
 def load_model(
@@ -354,39 +407,51 @@ def load_model(
     config = ModelConfig.from_dir(root)
     tensors = read_checkpoint(root)
     dtype = resolve_dtype(options.dtype, config)
-    programs = wire_ranks(config, dtype, options)
-    sources = _match_tensors(programs[0], tensors, config)
+    ranks = wire_ranks(config, dtype, options)
+    sources = _match_tensors(ranks.programs, tensors, config)
     kv_scales: KvScales = []
     if resolve_kv_cache_dtype(options.kv_cache_dtype) != "auto":
         heads = [config.num_key_value_heads] * config.num_hidden_layers
         kv_scales = read_kv_scales(tensors, heads, FAMILIES[config.model_type].other_tensors)
     startup = {"read headers and wire": time.perf_counter() - start}
 
-    model = make_runner(config, programs, dtype, options, startup, kv_scales)
+    model = make_runner(config, ranks, dtype, options, startup, kv_scales)
     start = time.perf_counter()
-    total = _loaded_bytes(programs, sources)
+    total = _loaded_bytes(ranks.programs, sources)
     _load_weights(model.runner, sources, total, progress)
     startup["load weights"] = time.perf_counter() - start
     model.startup_bytes["load weights"] = total
     capture_graphs(model)
-    plan = model.runner.memory_plan
     _LOG.info(
-        "%s on %s in %s: %sweights %.0f MB, activations %.0f MB, state %.0f MB, KV cache %.0f MB "
-        "in %d blocks of %d tokens (%s)\n%s",
+        "%s on %s in %s, KV cache of %d blocks of %d tokens (%s): %s\n%s",
         root,
         model.device.name,
         dtype,
-        f"of each of {len(programs)} ranks " if len(programs) > 1 else "",
-        plan["weights"] / 1e6,
-        plan["activations"] / 1e6,
-        plan["state"] / 1e6,
-        plan["per_block"] * model.num_kv_blocks / 1e6,
         model.num_kv_blocks,
         model.block_size,
         _describe_cache(model),
+        _describe_memory(model, ranks),
         format_phases(startup, model.startup_bytes),
     )
     return model
+
+
+def _describe_memory(model: LoadedModel, ranks: WiredRanks) -> str:
+    """What each part of the memory takes, a line for each stage of a pipeline."""
+    size = ranks.ranks_per_stage
+    lines = []
+    for stage, plan in enumerate(model.runner.memory_plans[::size]):
+        first, last = ranks.stages[stage]
+        where = (
+            f"\n  stage {stage}, layers {first} to {last - 1}: " if len(ranks.stages) > 1 else ""
+        )
+        each = f"of each of {size} ranks " if size > 1 else ""
+        lines.append(
+            f"{where}{each}weights {plan['weights'] / 1e6:.0f} MB, activations "
+            f"{plan['activations'] / 1e6:.0f} MB, state {plan['state'] / 1e6:.0f} MB, KV cache "
+            f"{plan['per_block'] * model.num_kv_blocks / 1e6:.0f} MB"
+        )
+    return "".join(lines)
 
 
 def _describe_cache(model: LoadedModel) -> str:
@@ -417,22 +482,22 @@ def report_notices(runner: _core.ModelRunner) -> None:
 
 def make_runner(
     config: ModelConfig,
-    programs: Sequence[_core.Program],
+    ranks: WiredRanks,
     dtype: str,
     options: RunnerOptions,
     startup: dict[str, float],
     kv_scales: KvScales = (),
 ) -> LoadedModel:
-    """Resolves the sizes and allocates a runner for a program; its weights are still to be set.
+    """Resolves the sizes and allocates a runner for programs; weights are still to be set.
 
-    There is a program for each rank. `kv_scales` are static scales of an FP8 cache, of all heads;
-    without them each token and head has its own.
+    `kv_scales` are static scales of an FP8 cache, of all layers and heads; without them each token
+    and head has its own.
     """
     start = time.perf_counter()
     kind = resolve_device(options.device)
     threads = envs.NUM_THREADS.get() if options.num_threads is None else options.num_threads
     threads = _integer("num_threads", threads or 0, 0, envs.MAX_THREADS)
-    devices = _open_devices(kind, len(programs), threads, options.stream)
+    devices = _open_devices(kind, len(ranks.programs), threads, options.stream)
     startup["open device"] = time.perf_counter() - start
     start = time.perf_counter()
     native = _core.RunnerConfig()
@@ -445,7 +510,7 @@ def make_runner(
     native.max_model_len = resolve_max_model_len(options, config)
     native.block_size = _positive("block_size", options.block_size, RunnerOptions.block_size)
     native.kv_cache_dtype = resolve_kv_cache_dtype(options.kv_cache_dtype)
-    native.num_ranks = len(programs)
+    native.num_ranks, native.num_stages = len(ranks.programs), len(ranks.stages)
     if kind == "cuda" and native.num_ranks > 1:
         native.rank_libraries = _libraries.nccl_names()
     native.pad_requests = _integer("pad_requests", options.pad_requests, 0, native.max_num_seqs)
@@ -469,22 +534,26 @@ def make_runner(
     )
     native.attention_backend = _BACKENDS[backend]
     native.batch_invariant = resolve_batch_invariant(options)
-    configs = [_of_rank(native, kv_scales, rank) for rank in range(len(programs))]
-    native.num_blocks = _num_blocks(programs[0], configs[0], devices, options)
+    configs = [_of_rank(native, kv_scales, ranks, rank) for rank in range(native.num_ranks)]
+    native.num_blocks = _num_blocks(ranks.programs, configs, devices, options)
     if options.max_model_len is None:
         native.max_model_len = min(
             native.max_model_len, (native.num_blocks - 1) * native.block_size
         )
     for each in configs:
         each.num_blocks, each.max_model_len = native.num_blocks, native.max_model_len
-    runner = _core.ModelRunner(devices, programs, configs)
+    runner = _core.ModelRunner(devices, ranks.programs, configs)
     startup["allocate"] = time.perf_counter() - start
-    plan = runner.memory_plan
-    allocated = plan["weights"] + plan["activations"] + plan["state"]
-    allocated += plan["per_block"] * native.num_blocks
+    allocated = sum(
+        plan["weights"]
+        + plan["activations"]
+        + plan["state"]
+        + plan["per_block"] * native.num_blocks
+        for plan in runner.memory_plans
+    )
     return LoadedModel(
         config=config,
-        device=devices[0],
+        device=devices[-ranks.ranks_per_stage],
         devices=tuple(devices),
         runner=runner,
         dtype=dtype,
@@ -497,8 +566,9 @@ def make_runner(
         num_kv_blocks=native.num_blocks,
         num_speculative_tokens=native.num_speculative_tokens,
         max_logprobs=native.max_logprobs,
+        pipeline_layers=tuple(last - first for first, last in ranks.stages),
         startup=startup,
-        startup_bytes={"allocate": allocated * len(programs)},
+        startup_bytes={"allocate": allocated},
     )
 
 
@@ -516,17 +586,23 @@ def _open_devices(kind: str, count: int, threads: int, stream: Stream) -> list[_
     return devices
 
 
-def _of_rank(native: _core.RunnerConfig, kv_scales: KvScales, rank: int) -> _core.RunnerConfig:
-    """The configuration of a rank, with the scales of its own key/value heads."""
+def _of_rank(
+    native: _core.RunnerConfig, kv_scales: KvScales, ranks: WiredRanks, rank: int
+) -> _core.RunnerConfig:
+    """The configuration of a rank, with the scales of its own layers and key/value heads."""
+    size = ranks.ranks_per_stage
+    first_layer, last_layer = ranks.stages[ranks.stage_of(rank)]
 
     def own(scales: list[float]) -> list[float]:
         if len(scales) == 1:
             return scales
-        first, count = Shard(rank, native.num_ranks).cut(len(scales))
+        first, count = Shard(rank % size, size).cut(len(scales))
         return scales[first : first + count]
 
     config = _core.RunnerConfig(native)
-    config.kv_scales = [(own(keys), own(values)) for keys, values in kv_scales]
+    config.kv_scales = [
+        (own(keys), own(values)) for keys, values in kv_scales[first_layer:last_layer]
+    ]
     return config
 
 
@@ -615,12 +691,15 @@ def _positive(field: str, value: int | None, default: int) -> int:
 
 
 def _num_blocks(
-    program: _core.Program,
-    native: _core.RunnerConfig,
+    programs: Sequence[_core.Program],
+    configs: Sequence[_core.RunnerConfig],
     devices: Sequence[_core.Device],
     options: RunnerOptions,
 ) -> int:
-    """KV blocks, the null block included, from what the options say or from free memory."""
+    """KV blocks, the null block included, from what the options say or from free memory.
+
+    All ranks have as many: what fits the one with least room for them.
+    """
     budget = options.kv_cache_memory
     if budget is not None and (
         isinstance(budget, bool) or not isinstance(budget, int) or budget < 0
@@ -642,12 +721,34 @@ def _num_blocks(
                 field="num_kv_blocks", value=blocks, allowed="at least 2 (block 0 is never used)"
             )
         return blocks
-    plan = _core.ModelRunner.plan_memory(program, native, devices[0])
+    plans = [
+        _core.ModelRunner.plan_memory(*each)
+        for each in zip(programs, configs, devices, strict=True)
+    ]
+    memory = [device.memory() for device in devices]
+    if devices[0].kind == "cpu":  # they share the host's
+        memory = [(free // len(devices), total) for free, total in memory]
+    native = configs[0]
+    usable = min(
+        _usable_blocks(plan, *each, native, devices[0].kind, budget, share)
+        for plan, each in zip(plans, memory, strict=True)
+    )
+    per_request = -(-native.max_model_len // native.block_size)
+    most = min(native.max_num_seqs * per_request, 2**31 // native.block_size - 2)
+    return int(min(usable, most)) + 1
+
+
+def _usable_blocks(
+    plan: dict[str, int],
+    free: int,
+    total: int,
+    native: _core.RunnerConfig,
+    kind: str,
+    budget: int | None,
+    share: float | None,
+) -> int:
+    """KV blocks beside the null block that a rank has room for, by its plan of memory."""
     others = plan["weights"] + plan["activations"] + plan["state"]
-    free, total = min(device.memory() for device in devices)
-    kind = devices[0].kind
-    if kind == "cpu":
-        free //= len(devices)  # they share the host's memory
     needs = (
         f"weights {plan['weights'] / 1e6:.0f} MB, activations {plan['activations'] / 1e6:.0f} MB, "
         f"state {plan['state'] / 1e6:.0f} MB"
@@ -673,20 +774,49 @@ def _num_blocks(
             f"{native.block_size} tokens need {2 * per_block / 1e6:.1f} MB "
             f"({free / 1e6:.0f} MB are free; {needs})"
         )
-    per_request = -(-native.max_model_len // native.block_size)
-    most = min(native.max_num_seqs * per_request, 2**31 // native.block_size - 2)
-    return int(min(usable, most)) + 1
+    return usable
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """The tensor that a segment of a rank's weight is read from."""
+
+    weight: int
+    segment: int
+    info: TensorInfo
 
 
 def _match_tensors(
-    program: _core.Program, tensors: dict[str, TensorInfo], config: ModelConfig
-) -> list[tuple[int, int, TensorInfo]]:
-    """Pairs every segment of every weight with its tensor: (weight, segment, tensor).
+    programs: Sequence[_core.Program], tensors: dict[str, TensorInfo], config: ModelConfig
+) -> list[list[_Source]]:
+    """Pairs every segment of every weight of each rank with its tensor.
 
     Raises WeightError where a tensor is missing, has another shape or dtype, or is left over.
     """
+    used: set[str] = set()
+    sources = [_match_rank(program, tensors, used) for program in programs]
+    for name, info in tensors.items():
+        # The first two are computed, or shared, here; checkpoints may carry them all the same.
+        # Scales of an FP8 cache are read apart.
+        harmless = (
+            name.endswith("rotary_emb.inv_freq")
+            or (name.endswith("lm_head.weight") and config.tie_word_embeddings)
+            or name.startswith(FAMILIES[config.model_type].other_tensors)
+            or is_kv_scale(name)
+        )
+        if name not in used and not harmless:
+            raise WeightError(
+                "config and weights disagree: nothing in the model uses it",
+                path=info.path,
+                tensor=name,
+            )
+    return sources
+
+
+def _match_rank(
+    program: _core.Program, tensors: dict[str, TensorInfo], used: set[str]
+) -> list[_Source]:
     sources = []
-    used = set()
     slices = program.weight_slices
     for weight, (_, is_vector, _, segments) in enumerate(program.weights):
         for segment, (name, _) in enumerate(segments):
@@ -713,52 +843,44 @@ def _match_tensors(
                     allowed=", ".join(_LOADABLE),
                 )
             used.add(name)
-            sources.append((weight, segment, info))
-    for name, info in tensors.items():
-        # The first two are computed, or shared, here; checkpoints may carry them all the same.
-        # Scales of an FP8 cache are read apart.
-        harmless = (
-            name.endswith("rotary_emb.inv_freq")
-            or (name.endswith("lm_head.weight") and config.tie_word_embeddings)
-            or name.startswith(FAMILIES[config.model_type].other_tensors)
-            or is_kv_scale(name)
-        )
-        if name not in used and not harmless:
-            raise WeightError(
-                "config and weights disagree: nothing in the model uses it",
-                path=info.path,
-                tensor=name,
-            )
+            sources.append(_Source(weight, segment, info))
     return sources
 
 
-def _loaded_bytes(
-    programs: Sequence[_core.Program], sources: list[tuple[int, int, TensorInfo]]
-) -> int:
+def _loaded_bytes(programs: Sequence[_core.Program], sources: Sequence[Sequence[_Source]]) -> int:
     """Bytes of the files that the ranks read, each what it needs."""
     total = 0
-    for program in programs:
+    for program, own in zip(programs, sources, strict=True):
         weights = program.weights
-        for weight, segment, info in sources:
-            _, _, cols, segments = weights[weight]
-            elements = math.prod(info.shape)
-            total += segments[segment][1] * cols * (info.nbytes // max(elements, 1))
+        for source in own:
+            _, _, cols, segments = weights[source.weight]
+            elements = math.prod(source.info.shape)
+            total += segments[source.segment][1] * cols * (source.info.nbytes // max(elements, 1))
     return total
 
 
 def _load_weights(
     runner: _core.ModelRunner,
-    sources: list[tuple[int, int, TensorInfo]],
+    sources: Sequence[Sequence[_Source]],
     total: int,
     progress: bool | None,
 ) -> None:
     # By place in the files, so that each is read once from front to back.
-    ordered = sorted(sources, key=lambda source: (str(source[2].path), source[2].offset))
+    paths = sorted({str(source.info.path) for own in sources for source in own})
     with progress_bar("Loading weights", total, unit="B", show=progress) as advance:
-        for path, group in itertools.groupby(ordered, key=lambda source: source[2].path):
+        for path in paths:
             tensors = [
-                (weight, segment, info.offset, _LOADABLE[info.dtype])
-                for weight, segment, info in group
+                [
+                    (
+                        source.weight,
+                        source.segment,
+                        source.info.offset,
+                        _LOADABLE[source.info.dtype],
+                    )
+                    for source in sorted(own, key=lambda source: source.info.offset)
+                    if str(source.info.path) == path
+                ]
+                for own in sources
             ]
-            runner.load_tensors(_core.MappedFile(str(path)), tensors, advance)
+            runner.load_tensors(_core.MappedFile(path), tensors, advance)
     runner.check_weights()

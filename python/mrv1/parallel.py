@@ -1,18 +1,23 @@
 # Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
-"""Tensor parallelism: which part of a model each rank computes, and what it can be combined with.
+"""Several devices: which part of a model each rank computes, and what that can be combined with.
 
-Weights are cut as in Megatron-LM (Shoeybi et al. 2019): projections into heads and into the MLP by
-rows (column-parallel, as their outputs are columns), those back into the residual stream by columns
-(row-parallel), embedding and output head by the vocabulary. docs/parallel.md describes it.
+A pipeline cuts a model between its layers, into stages; tensor parallelism cuts every layer of a
+stage. With stages of T ranks each, rank number r is rank r % T of stage r // T.
+
+In tensor parallelism weights are cut as in Megatron-LM (Shoeybi et al. 2019): projections into
+heads and into the MLP by rows (column-parallel, as their outputs are columns), those back into the
+residual stream by columns (row-parallel), embedding and output head by the vocabulary.
+docs/parallel.md describes both.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from mrv1 import envs
+from mrv1 import _core, envs
 from mrv1.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -56,6 +61,40 @@ class Shard:
             field="tensor_parallel_size",
             value=self.size,
         )
+
+
+def stage_ranges(
+    program: _core.Program, size: int, layers: Sequence[int] | None
+) -> list[tuple[int, int]]:
+    """The layers of each stage of a pipeline: the first, and the one behind the last.
+
+    Args:
+        program: Of the whole model, before it is fused.
+        size: Stages.
+        layers: How many layers each stage has; None balances them, so that the stage whose weights
+            take a step longest to read takes as little time as can be. The output head counts for
+            the last stage; of the embedding, a step reads next to nothing.
+
+    Raises:
+        InvalidArgumentError: There are fewer layers than stages, or `layers` does not fit them.
+    """
+    count = program.num_layers
+    if size > count:
+        raise InvalidArgumentError(
+            field="pipeline_parallel_size",
+            value=size,
+            allowed=f"at most the model's num_hidden_layers = {count}, as each stage has a layer",
+        )
+    if layers is None:
+        layers = _core.balance_layers(program.layer_costs, size)
+    elif len(layers) != size or sum(layers) != count:
+        raise InvalidArgumentError(
+            field="pipeline_layers",
+            value=list(layers),
+            allowed=f"{size} numbers, as pipeline_parallel_size says, whose sum is the model's "
+            f"num_hidden_layers = {count}",
+        )
+    return list(itertools.pairwise(itertools.accumulate(layers, initial=0)))
 
 
 def check_sizes(config: ModelConfig, size: int, *, batch_invariant: bool) -> None:
@@ -135,19 +174,49 @@ def check_options(options: RunnerOptions) -> None:
     Raises:
         InvalidArgumentError: Naming the option.
     """
-    size = options.tensor_parallel_size
-    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_RANKS:
+    sizes = {
+        field: _size(field, getattr(options, field))
+        for field in ("tensor_parallel_size", "pipeline_parallel_size")
+    }
+    tensor, pipeline = sizes.values()
+    if tensor * pipeline > MAX_RANKS:
         raise InvalidArgumentError(
-            field="tensor_parallel_size", value=size, allowed=f"an integer in [1, {MAX_RANKS}]"
+            field="pipeline_parallel_size",
+            value=pipeline,
+            allowed=f"at most {MAX_RANKS // tensor} with tensor_parallel_size = {tensor}, as there "
+            f"are {MAX_RANKS} ranks at most",
         )
-    if size == 1:
-        return
+    _check_layers(options.pipeline_layers)
     for refusal in REFUSALS:
         value = refusal.value(options)
-        if value != refusal.allowed:
-            raise InvalidArgumentError(
-                refusal.reason,
-                field=refusal.field,
-                value=value,
-                allowed=f"{refusal.allowed} with tensor_parallel_size > 1",
-            )
+        for field, size in sizes.items():
+            if size > 1 and value != refusal.allowed:
+                raise InvalidArgumentError(
+                    refusal.reason,
+                    field=refusal.field,
+                    value=value,
+                    allowed=f"{refusal.allowed} with {field} > 1",
+                )
+
+
+def _size(field: str, size: object) -> int:
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_RANKS:
+        raise InvalidArgumentError(
+            field=field, value=size, allowed=f"an integer in [1, {MAX_RANKS}]"
+        )
+    return size
+
+
+def _check_layers(layers: object) -> None:
+    if layers is None:
+        return
+    if (
+        not isinstance(layers, Sequence)
+        or isinstance(layers, str | bytes)
+        or not all(type(count) is int and count >= 1 for count in layers)
+    ):
+        raise InvalidArgumentError(
+            field="pipeline_layers",
+            value=layers,
+            allowed="None, or a number of layers, 1 or more, for each stage",
+        )

@@ -59,10 +59,11 @@ def random_runner(config: ModelConfig, options: RunnerOptions, seed: int = 0) ->
         OutOfMemoryError: Memory for weights, buffers or one KV block is missing.
     """
     dtype = resolve_dtype(options.dtype, config)
-    programs = wire_ranks(config, dtype, options)
-    model = make_runner(config, programs, dtype, options, {})
-    for weight in range(len(programs[0].weights)):
-        model.runner.fill_random(weight, seed, RANGE)
+    ranks = wire_ranks(config, dtype, options)
+    model = make_runner(config, ranks, dtype, options, {})
+    for rank, program in enumerate(ranks.programs):
+        for weight in range(len(program.weights)):
+            model.runner.fill_random(weight, seed, RANGE, rank)
     capture_graphs(model)
     return model
 

@@ -11,12 +11,22 @@
 
 #include "bind/bind.h"
 #include "program/plan.h"
+#include "program/stage.h"
 
 namespace mrv1 {
 namespace {
 
 // Rows of a tensor and the first of a segment's, the same of columns.
 using SliceTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+std::vector<std::tuple<std::string, int64_t, std::string>> crossing_tuples(
+    const CrossingValues& values) {
+  std::vector<std::tuple<std::string, int64_t, std::string>> tuples;
+  for (const StageValue& value : values.schema) {
+    tuples.emplace_back(value.name, value.cols, dtype_name(value.dtype));
+  }
+  return tuples;
+}
 
 }  // namespace
 
@@ -128,6 +138,8 @@ void bind_program(nb::module_& m) {
       .def("end_layer", &Program::end_layer)
       .def("fuse", &Program::fuse,
            "Runs each fusion pattern once over the list; returns (pattern, how many it replaced).")
+      .def("stage", &Program::stage, nb::arg("first"), nb::arg("last"),
+           "The program of layers [first, last), a stage of a pipeline. Comes before fuse().")
       .def("dump", &Program::dump, nb::arg("format") = "text",
            "The op list as text, or as a Graphviz picture with format=\"dot\".")
       .def_prop_ro("dtype",
@@ -183,6 +195,16 @@ void bind_program(nb::module_& m) {
           },
           nb::sig("def kv_layout(self) -> tuple[list[int], list[tuple[int, int]]]"),
           "Window of each KV group (0: none), and (group, slot) of each kv layer.")
+      .def_prop_ro("num_layers", &Program::num_layers)
+      .def_prop_ro(
+          "layer_costs", [](const Program& self) { return layer_costs(self); },
+          "Bytes of weights that a step reads in each layer, in the last one with the output head.")
+      .def_prop_ro(
+          "received", [](const Program& self) { return crossing_tuples(self.received()); },
+          "(key, columns, dtype) of the values that a stage takes from the one before.")
+      .def_prop_ro(
+          "sent", [](const Program& self) { return crossing_tuples(self.sent()); },
+          "(key, columns, dtype) of the values that a stage gives to the next.")
       .def_prop_ro(
           "cuts",
           [](const Program& self) {
@@ -221,6 +243,15 @@ void bind_program(nb::module_& m) {
           },
           nb::arg("max_tokens"), nb::arg("max_logits"),
           "(op that writes it, last op that reads it, bytes) of each value; -1 for none.");
+
+  m.def(
+      "balance_layers",
+      [](const std::vector<int64_t>& costs, int32_t num_stages) {
+        return balance_layers(costs, num_stages);
+      },
+      nb::arg("costs"), nb::arg("num_stages"),
+      "How many of the layers that cost so much each stage of a pipeline takes, so that the stage\n"
+      "that costs most costs as little as can be.");
 }
 
 }  // namespace mrv1

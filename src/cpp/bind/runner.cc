@@ -176,7 +176,10 @@ void bind_runner(nb::module_& m) {
       .def(nb::init<>())
       .def(nb::init<const RunnerConfig&>(), nb::arg("other"), "A copy.")
       .def_rw("num_ranks", &RunnerConfig::num_ranks,
-              "Devices that compute the model together, each a part of it.")
+              "Devices that compute the model together, each a part of it: ranks of the first\n"
+              "stage, then those of the next.")
+      .def_rw("num_stages", &RunnerConfig::num_stages,
+              "Stages of a pipeline that the ranks form, of as many ranks each.")
       .def_rw("rank_libraries", &RunnerConfig::rank_libraries,
               "Names to open NCCL by, in order; without any it is not used.")
       .def_prop_rw(
@@ -405,25 +408,32 @@ void bind_runner(nb::module_& m) {
       .def_prop_ro(
           "memory_plan", [](const RunnerHandle& self) { return plan_dict(self->memory_plan()); },
           nb::sig("def memory_plan(self) -> dict[str, int]"))
+      .def_prop_ro(
+          "memory_plans",
+          [](const RunnerHandle& self) {
+            nb::list plans;
+            for (int rank = 0; rank < self->config().num_ranks; ++rank) {
+              plans.append(plan_dict(self->rank_runner(rank).memory_plan()));
+            }
+            return plans;
+          },
+          nb::sig("def memory_plans(self) -> list[dict[str, int]]"), "Of each rank.")
       .def("load_tensors", &load_tensors, nb::arg("file"), nb::arg("tensors"), nb::arg("progress"),
-           "Loads tensors of a file: (weight, segment, offset in bytes, dtype) each. Ranks load "
-           "what\n"
-           "they need of them at the same time, each in a thread of its own. `progress` is\n"
-           "called with the bytes that were done since its last call; what it raises ends the "
-           "loading.\n\n"
+           "Loads tensors of a file: a list for each rank, of (weight, segment, offset in bytes,\n"
+           "dtype). Ranks load what they need of theirs at the same time, each in a thread of its\n"
+           "own. `progress` is called with the bytes that were done since its last call; what it\n"
+           "raises ends the loading.\n\n"
            "Raises:\n"
-           "    InvalidArgumentError: no such weight, segment or dtype.\n"
+           "    InvalidArgumentError: there is not a list for each rank, or no such weight, "
+           "segment or dtype.\n"
            "    WeightError: the file has no such bytes, or a weight cannot have that dtype.\n"
            "    DeviceError: the copy failed.")
       .def(
           "fill_random",
-          [](const RunnerHandle& self, int32_t weight, uint64_t seed, float range) {
-            const std::shared_ptr<ModelRunner> runner = self.share();
-            for (int rank = 0; rank < runner->config().num_ranks; ++rank) {
-              runner->rank_runner(rank).weights().fill_random(weight, seed, range);
-            }
+          [](const RunnerHandle& self, int32_t weight, uint64_t seed, float range, int rank) {
+            self->rank_runner(rank).weights().fill_random(weight, seed, range);
           },
-          nb::arg("weight"), nb::arg("seed"), nb::arg("range"),
+          nb::arg("weight"), nb::arg("seed"), nb::arg("range"), nb::arg("rank") = 0,
           nb::call_guard<nb::gil_scoped_release>())
       .def(
           "fill_kv_random",

@@ -13,10 +13,13 @@
 namespace mrv1 {
 
 void load_tensors(const RunnerHandle& self, const MappedFile& file,
-                  const std::vector<TensorTuple>& tensors, ProgressFunction progress) {
-  std::vector<TensorSource> sources;
-  for (const auto& [weight, segment, offset, dtype] : tensors) {
-    sources.push_back({weight, segment, offset, dtype_from_name(dtype)});
+                  const std::vector<std::vector<TensorTuple>>& tensors, ProgressFunction progress) {
+  std::vector<std::vector<TensorSource>> sources;
+  for (const std::vector<TensorTuple>& of_rank : tensors) {
+    std::vector<TensorSource>& own = sources.emplace_back();
+    for (const auto& [weight, segment, offset, dtype] : of_rank) {
+      own.push_back({weight, segment, offset, dtype_from_name(dtype)});
+    }
   }
   const std::shared_ptr<ModelRunner> runner = self.share();
   nb::gil_scoped_release release;
@@ -31,8 +34,7 @@ std::unique_ptr<DeviceArray> device_logits(const RunnerHandle& self, int32_t ite
   const std::shared_ptr<ModelRunner> runner = self.share();
   nb::gil_scoped_release release;
   const float* row = runner->device_logits(item);
-  const Program& program = runner->program();
-  const int64_t size = row == nullptr ? 0 : program.values()[program.logits_value()].cols;
+  const int64_t size = row == nullptr ? 0 : runner->program().vocab_size();
   return copy_to_array(runner->shared_device(), row, {static_cast<size_t>(size)}, DType::kF32);
 }
 

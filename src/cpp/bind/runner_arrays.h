@@ -20,7 +20,7 @@ using ProgressFunction = nb::typed<nb::callable, nb::object(size_t)>;
 
 // ModelRunner.load_tensors
 void load_tensors(const RunnerHandle& self, const MappedFile& file,
-                  const std::vector<TensorTuple>& tensors, ProgressFunction progress);
+                  const std::vector<std::vector<TensorTuple>>& tensors, ProgressFunction progress);
 
 // ModelRunner.device_logits
 std::unique_ptr<DeviceArray> device_logits(const RunnerHandle& self, int32_t item);

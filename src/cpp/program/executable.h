@@ -39,8 +39,8 @@ class Executable {
   void run(const StepContext& ctx, size_t first, size_t last) const;
   size_t num_ops() const { return calls_.size(); }
 
-  // Device address of a value. Its bytes are reused after its last reader, unless it is an input, an
-  // output or received from another stage. kInvalidArgument if no op writes it.
+  // Device address of a value. Its bytes are reused after its last reader, unless it is an input,
+  // an output or received from another stage. kInvalidArgument if no op writes it.
   void* value(int32_t id) const;
 
  private:

@@ -17,8 +17,9 @@ std::vector<int32_t> layers_of(const std::vector<Op>& ops) {
   std::vector<int32_t> layers;
   int32_t layer = 0;
   for (const Op& op : ops) {
-    check(op.layer < 0 || op.layer >= layer, kWhere, "layers must follow each other in the list: ",
-          op_name(op), " of layer ", op.layer, " stands behind layer ", layer);
+    check(op.layer < 0 || op.layer >= layer, kWhere,
+          "layers must follow each other in the list: ", op_name(op), " of layer ", op.layer,
+          " stands behind layer ", layer);
     layer = std::max(layer, op.layer);
     layers.push_back(layer);
   }

@@ -318,9 +318,12 @@ std::shared_ptr<ModelRunner> make_runner(const std::vector<std::shared_ptr<Devic
   return {leader.release(), release};
 }
 
-void load_ranks(ModelRunner& leader, const MappedFile& file, std::span<const TensorSource> tensors,
+void load_ranks(ModelRunner& leader, const MappedFile& file,
+                std::span<const std::vector<TensorSource>> tensors,
                 const std::function<void(size_t)>& progress) {
   const int size = leader.config().num_ranks;
+  check(tensors.size() == static_cast<size_t>(size), "weights", "there are tensors for ",
+        tensors.size(), " ranks, must be for ", size);
   std::atomic<size_t> done{0};
   std::atomic<bool> stop{false};
   std::atomic<int> running{0};
@@ -328,7 +331,7 @@ void load_ranks(ModelRunner& leader, const MappedFile& file, std::span<const Ten
   std::vector<std::thread> threads;
   const auto load = [&](int rank, const std::function<void(size_t)>& tell) {
     try {
-      leader.rank_runner(rank).weights().load(file, tensors, tell);
+      leader.rank_runner(rank).weights().load(file, tensors[rank], tell);
     } catch (...) {
       errors[rank] = std::current_exception();
       stop = true;

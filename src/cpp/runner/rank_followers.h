@@ -113,9 +113,10 @@ std::shared_ptr<ModelRunner> make_runner(const std::vector<std::shared_ptr<Devic
                                          std::vector<Program> programs,
                                          const std::vector<RunnerConfig>& configs);
 
-// WeightStore::load of every rank, at the same time: each reads what it needs of the tensors.
+// WeightStore::load of every rank, at the same time: each reads what it needs of its tensors.
 // `progress` is called in the calling thread with the bytes that all have done.
-void load_ranks(ModelRunner& leader, const MappedFile& file, std::span<const TensorSource> tensors,
+void load_ranks(ModelRunner& leader, const MappedFile& file,
+                std::span<const std::vector<TensorSource>> tensors,
                 const std::function<void(size_t)>& progress);
 
 }  // namespace mrv1
