@@ -24,8 +24,9 @@ inline int32_t vector(Program& program, const std::string& name, int64_t size) {
 }
 
 // A layer a window; 0 = all positions. `ranked`: what is row-parallel is summed over ranks, each of
-// which has the whole model.
-inline Program small_model(const std::vector<int32_t>& windows, bool ranked = false) {
+// which has the whole model. To be cut into stages, a model is not fused yet.
+inline Program small_model(const std::vector<int32_t>& windows, bool ranked = false,
+                           bool fused = true) {
   Program program(DType::kBF16);
   const int32_t embed = matrix(program, "embed", kVocab, kHidden);
   std::vector<float> inv_freq(kHeadDim / 2);
@@ -62,7 +63,7 @@ inline Program small_model(const std::vector<int32_t>& windows, bool ranked = fa
     program.end_layer();
   }
   program.logits(program.rms_norm(x, vector(program, "norm", kHidden), 1e-6f), embed, 0.0f);
-  program.fuse();
+  if (fused) program.fuse();
   return program;
 }
 
