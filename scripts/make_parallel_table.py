@@ -1,5 +1,5 @@
 # Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
-"""Writes the table of features in docs/parallel.md by asking `mrv1.parallel` about each.
+"""Writes the table of features in docs/parallel.md by wiring a model with each.
 
 python scripts/make_parallel_table.py            # rewrites the table
 python scripts/make_parallel_table.py --check    # exits with 1 if the table is out of date
@@ -7,20 +7,27 @@ python scripts/make_parallel_table.py --check    # exits with 1 if the table is 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from document_table import main, markdown
-from mrv1 import parallel
 from mrv1.config import ModelConfig
 from mrv1.errors import InvalidArgumentError
-from mrv1.loader import RunnerOptions
+from mrv1.loader import RunnerOptions, wire_ranks
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "parallel.md"
-SIZES = (2, 3, 4, 8)
+SIZES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("2 ranks", {"tensor_parallel_size": 2}),
+    ("3 ranks", {"tensor_parallel_size": 3}),
+    ("4 ranks", {"tensor_parallel_size": 4}),
+    ("8 ranks", {"tensor_parallel_size": 8}),
+    ("2 stages", {"pipeline_parallel_size": 2}),
+    ("4 stages", {"pipeline_parallel_size": 4}),
+    ("2 stages of 2 ranks", {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}),
+    ("4 stages of 2 ranks", {"pipeline_parallel_size": 4, "tensor_parallel_size": 2}),
+)
 # A model that they share out.
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -44,6 +51,8 @@ FEATURES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("the same with one key/value head, which all ranks have", {"num_key_value_heads": 1}, {}),
     ("the sizes of Llama 3 8B", LLAMA_3_8B, {}),
     ("a vocabulary of 50,257 ids", {"vocab_size": 50257}, {}),
+    ("3 layers", {"num_hidden_layers": 3}, {}),
+    ("`pipeline_layers=[17, 15]`", {}, {"pipeline_layers": [17, 15]}),
     ("`batch_invariant=True`", {}, {"batch_invariant": True}),
     ("`speculative_config`", {}, {"speculative_config": {"method": "ngram"}}),
     ('`kv_cache_dtype="fp8_e4m3"`', {}, {"kv_cache_dtype": "fp8_e4m3"}),
@@ -57,18 +66,19 @@ FEATURES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
 )
 
 
-def answer(size: int, model: dict[str, Any], options: dict[str, Any]) -> str:
+def answer(sizes: dict[str, Any], model: dict[str, Any], options: dict[str, Any]) -> str:
     """What the checks at the start say: "yes", or their sentence."""
     config = ModelConfig.from_values({**MODEL, **model})
     environment = options.get("environment", {})
     options = {name: value for name, value in options.items() if name != "environment"}
     os.environ.update(environment)
     try:
-        asked = dataclasses.replace(RunnerOptions(**options), tensor_parallel_size=size)
-        parallel.check_options(asked)
-        parallel.check_sizes(config, size, batch_invariant=bool(asked.batch_invariant))
+        wire_ranks(config, "bfloat16", RunnerOptions(**options, **sizes))
     except InvalidArgumentError as refusal:
-        return f"no: {str(refusal).removeprefix(f'tensor_parallel_size = {size}: ')}"
+        sentence = str(refusal)
+        for name, size in sizes.items():
+            sentence = sentence.removeprefix(f"{name} = {size}: ")
+        return f"no: {sentence}"
     finally:
         for name in environment:
             del os.environ[name]
@@ -78,9 +88,9 @@ def answer(size: int, model: dict[str, Any], options: dict[str, Any]) -> str:
 def table() -> str:
     """Returns the table in Markdown, one row a feature."""
     return markdown(
-        ("", *(f"{size} ranks" for size in SIZES)),
+        ("", *(name for name, _ in SIZES)),
         (
-            (name, *(answer(size, model, options) for size in SIZES))
+            (name, *(answer(sizes, model, options) for _, sizes in SIZES))
             for name, model, options in FEATURES
         ),
     )

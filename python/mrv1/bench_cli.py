@@ -473,6 +473,8 @@ def _load(
         runner_options,
         kv_cache_dtype=options.kv_cache_dtype,
         tensor_parallel_size=options.tensor_parallel_size,
+        pipeline_parallel_size=options.pipeline_parallel_size,
+        pipeline_layers=options.pipeline_layers,
     )
     if directory is None:
         return random_runner(ModelConfig.from_values(config), runner_options)
@@ -480,12 +482,14 @@ def _load(
 
 
 def _refuse_ranks(options: argparse.Namespace) -> None:
-    if options.tensor_parallel_size != 1:
-        raise InvalidArgumentError(
-            field="--tensor-parallel-size",
-            value=options.tensor_parallel_size,
-            allowed=f"1 for the figure {options.figure}, which is about one device",
-        )
+    for kind in ("tensor", "pipeline"):
+        size = getattr(options, f"{kind}_parallel_size")
+        if size != 1:
+            raise InvalidArgumentError(
+                field=f"--{kind}-parallel-size",
+                value=size,
+                allowed=f"1 for the figure {options.figure}, which is about one device",
+            )
 
 
 def _cache(model: LoadedModel) -> CacheFormat:

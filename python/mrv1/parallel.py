@@ -91,7 +91,7 @@ def stage_ranges(
         raise InvalidArgumentError(
             field="pipeline_layers",
             value=list(layers),
-            allowed=f"{size} numbers, as pipeline_parallel_size says, whose sum is the model's "
+            allowed=f"as many numbers as pipeline_parallel_size = {size}, whose sum is the model's "
             f"num_hidden_layers = {count}",
         )
     return list(itertools.pairwise(itertools.accumulate(layers, initial=0)))

@@ -120,7 +120,7 @@ struct RopeSpec {
 // Where the list can be cut: attention (piecewise graphs), stage (pipeline), collective (tensor and
 // expert parallelism, two-batch overlap). The cut stands before op `op`. After fusion the residual
 // add that ends a layer is part of the next layer's first op, so that two values are live at a
-// stage cut: the residual and what is still to be added to it.
+// stage cut; Program::stage() cuts before it, where one is.
 enum class CutKind { kAttention, kStage, kCollective };
 struct Cut {
   CutKind kind;
