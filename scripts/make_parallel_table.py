@@ -66,34 +66,39 @@ FEATURES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
 )
 
 
-def answer(sizes: dict[str, Any], model: dict[str, Any], options: dict[str, Any]) -> str:
-    """What the checks at the start say: "yes", or their sentence."""
+def refusal(sizes: dict[str, Any], model: dict[str, Any], options: dict[str, Any]) -> str | None:
+    """The sentence by which the checks at the start refuse it, if they do."""
     config = ModelConfig.from_values({**MODEL, **model})
     environment = options.get("environment", {})
     options = {name: value for name, value in options.items() if name != "environment"}
     os.environ.update(environment)
     try:
         wire_ranks(config, "bfloat16", RunnerOptions(**options, **sizes))
-    except InvalidArgumentError as refusal:
-        sentence = str(refusal)
-        for name, size in sizes.items():
-            sentence = sentence.removeprefix(f"{name} = {size}: ")
-        return f"no: {sentence}"
+    except InvalidArgumentError as error:
+        return str(error)
     finally:
         for name in environment:
             del os.environ[name]
-    return "yes"
+    return None
 
 
 def table() -> str:
-    """Returns the table in Markdown, one row a feature."""
-    return markdown(
-        ("", *(name for name, _ in SIZES)),
-        (
-            (name, *(answer(sizes, model, options) for _, sizes in SIZES))
-            for name, model, options in FEATURES
-        ),
-    )
+    """Returns the table in Markdown, one row a feature, and the sentences of what is refused."""
+    notes: list[str] = []
+
+    def cell(sentence: str | None) -> str:
+        if sentence is None:
+            return "yes"
+        if sentence not in notes:
+            notes.append(sentence)
+        return f"no ({notes.index(sentence) + 1})"
+
+    rows = [
+        (name, *(cell(refusal(sizes, model, options)) for _, sizes in SIZES))
+        for name, model, options in FEATURES
+    ]
+    listed = "\n".join(f"{number}. {sentence}" for number, sentence in enumerate(notes, start=1))
+    return f"{markdown(('', *(name for name, _ in SIZES)), rows)}\n\n{listed}"
 
 
 if __name__ == "__main__":
