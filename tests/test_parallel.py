@@ -185,9 +185,10 @@ MIXED = (
 )
 
 
-def _answers(device: str, ranks: int, **options: Any) -> list[Any]:
+def answers(device: str, model: Path = LLAMA, **options: Any) -> list[Any]:
+    """What requests of all kinds get, text and times aside."""
     prompts = [make_prompt(5 + 7 * index, index) for index in range(len(MIXED))]
-    with LLM(LLAMA, device=device, tensor_parallel_size=ranks, **{**SIZES, **options}) as llm:
+    with LLM(model, device=device, **{**SIZES, **options}) as llm:
         results = llm.generate(prompts, list(MIXED), progress=False)
         llm.engine.check_idle()
     for result in results:
@@ -215,7 +216,7 @@ def test_requests_of_all_kinds_get_the_answers_of_one_rank(
     device: str, ranks: int, options: dict[str, Any]
 ) -> None:
     need_ranks(device, ranks)
-    assert _answers(device, ranks, **options) == _answers(device, 1)
+    assert answers(device, tensor_parallel_size=ranks, **options) == answers(device)
 
 
 def test_all_ranks_hold_the_same_rows(device: str) -> None:

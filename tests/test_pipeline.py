@@ -4,19 +4,264 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from golden_data import GOLDEN_NAMES, load_golden
 from mrv1 import _core, cli
 from mrv1.config import ModelConfig
+from mrv1.engine import Engine
 from mrv1.errors import InvalidArgumentError
-from mrv1.loader import RunnerOptions, wire_model, wire_ranks
+from mrv1.loader import RunnerOptions, load_model, wire_model, wire_ranks
 from mrv1.runner import ModelRunner
+from mrv1.tokenizer import Tokenizer
 from published_configs import PUBLISHED
-from serving_tools import LLAMA, MODELS
+from serving_tools import (
+    LLAMA,
+    MODELS,
+    Tensors,
+    copy_model,
+    greedy,
+    make_prompt,
+    need_ranks,
+    open_runner,
+    run_to_end,
+    seeded,
+    tokens_of,
+)
+from test_models import forced, open_golden
+from test_parallel import SIZES, answers
 
 MATRIX_BYTES = 2  # of bfloat16
+
+# The options of a pipeline, or of a pipeline of ranks, and how many devices that takes.
+Sizes = dict[str, int]
+PIPELINES: tuple[Sizes, ...] = (
+    {"pipeline_parallel_size": 2},
+    {"pipeline_parallel_size": 4},
+    {"pipeline_parallel_size": 2, "tensor_parallel_size": 2},
+)
+
+
+def _named(sizes: Sizes) -> str:
+    return " x ".join(str(size) for size in sizes.values())
+
+
+def _need(device: str, sizes: Sizes) -> None:
+    need_ranks(device, math.prod(sizes.values()))
+
+
+def _repeat_layers(tensors: Tensors) -> None:
+    """Five layers, no two alike, of two."""
+    for name, tensor in list(tensors.items()):
+        for layer in range(2, 5):
+            if f".{layer % 2}." in name:
+                other = name.replace(f".{layer % 2}.", f".{layer}.")
+                tensors[other] = np.flip(tensor, axis=0).copy() if layer < 4 else -tensor
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of five layers."""
+    directory = tmp_path_factory.mktemp("deep") / "model"
+    return copy_model(directory, config={"num_hidden_layers": 5}, change=_repeat_layers)
+
+
+# --- the same bits -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_stages_give_the_bits_of_one(device: str, name: str, dtype: str) -> None:
+    layers = ModelConfig.from_dir(load_golden(name).model_dir).num_hidden_layers
+    need_ranks(device, layers)
+    prompt = load_golden(name).prompts[-1]
+
+    def logits(size: int) -> list[np.ndarray]:
+        with open_golden(device, name, dtype=dtype, pipeline_parallel_size=size) as runner:
+            return [forced(runner, prompt, chunk) for chunk in (len(prompt), 7)]
+
+    for one, several in zip(logits(1), logits(layers), strict=True):
+        np.testing.assert_array_equal(one, several)
+
+
+@pytest.mark.parametrize("sizes", PIPELINES, ids=_named)
+def test_stages_of_ranks_give_the_bits_of_one(device: str, deep: Path, sizes: Sizes) -> None:
+    _need(device, sizes)
+    prompt = make_prompt(40, 8)
+
+    def logits(sizes: Sizes) -> list[np.ndarray]:
+        with open_runner(device, deep, dtype="bfloat16", batch_invariant=True, **sizes) as runner:
+            return [forced(runner, prompt, chunk) for chunk in (len(prompt), 7)]
+
+    for one, several in zip(logits({}), logits(sizes), strict=True):
+        np.testing.assert_array_equal(one, several)
+
+
+@pytest.mark.parametrize("graph_mode", ["eager", "piecewise", "full"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e4m3"])
+def test_every_way_to_the_device_gives_the_same_tokens(
+    device: str, deep: Path, graph_mode: str, kv_cache_dtype: str
+) -> None:
+    need_ranks(device, 3)
+    prompt = make_prompt(37, 5)
+
+    def tokens(size: int, mode: str) -> list[int]:
+        with open_runner(
+            device,
+            deep,
+            dtype="bfloat16",
+            pipeline_parallel_size=size,
+            graph_mode=mode,
+            kv_cache_dtype=kv_cache_dtype,
+        ) as runner:
+            return tokens_of(run_to_end(runner, prompt, seeded(4, 24)))
+
+    assert tokens(3, graph_mode) == tokens(1, "eager")
+
+
+def _calibrate(tensors: Tensors) -> None:
+    """Five layers with scales of keys and values, one a head and unlike each other."""
+    _repeat_layers(tensors)
+    for layer in range(5):
+        for side in "kv":
+            scales = np.array([0.01, 0.03], np.float32) * (1 + layer)
+            tensors[f"model.layers.{layer}.self_attn.{side}_scale"] = scales
+
+
+@pytest.mark.parametrize("sizes", [PIPELINES[1], PIPELINES[2]], ids=_named)
+def test_calibrated_scales_follow_their_layers(device: str, tmp_path: Path, sizes: Sizes) -> None:
+    _need(device, sizes)
+    model = copy_model(tmp_path / "model", config={"num_hidden_layers": 5}, change=_calibrate)
+    prompt = make_prompt(30, 3)
+
+    def tokens(sizes: Sizes) -> list[int]:
+        with open_runner(
+            device, model, kv_cache_dtype="fp8_e4m3", batch_invariant=True, **sizes
+        ) as runner:
+            assert runner.model.kv_scales == "static"
+            return tokens_of(run_to_end(runner, prompt, greedy(24)))
+
+    assert tokens({}) == tokens(sizes)
+
+
+# --- requests of all kinds -----------------------------------------------------------------------
+
+
+DRAFTS: dict[str, Any] = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
+
+
+@pytest.fixture(scope="module")
+def whole_answers(device: str, deep: Path) -> list[Any]:
+    return answers(device, deep)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, DRAFTS, {"background": False}, {"graph_mode": "full"}],
+    ids=["plain", "drafts", "stepped", "graphs"],
+)
+@pytest.mark.parametrize("sizes", PIPELINES, ids=_named)
+def test_requests_of_all_kinds_get_the_answers_of_one_stage(
+    device: str, deep: Path, whole_answers: list[Any], sizes: Sizes, options: dict[str, Any]
+) -> None:
+    _need(device, sizes)
+    assert answers(device, deep, **sizes, **options) == whole_answers
+
+
+def test_windows_are_left_behind_on_every_stage(device: str) -> None:
+    """Two layers with a window and one without, of which each stage has one."""
+    need_ranks(device, 3)
+    golden = load_golden("gemma3")
+
+    def tokens(size: int) -> dict[str, list[int]]:
+        sizes = {name: value for name, value in SIZES.items() if name != "progress"}
+        options = RunnerOptions(device=device, pipeline_parallel_size=size, **sizes)
+        model = load_model(golden.model_dir, options, progress=False)
+        assert model.pipeline_layers == ((3,) if size == 1 else (1, 1, 1))
+        tokenizer = Tokenizer.from_dir(golden.tokenizer_dir, model.config.vocab_size)
+        with Engine.from_model(model, tokenizer) as engine:
+            found: dict[str, list[int]] = {}
+            for index in range(4):
+                engine.add_request(str(index), make_prompt(9 + 15 * index, index), greedy(40))
+            while engine.has_unfinished():
+                for update in engine.step():
+                    assert update.error is None
+                    found.setdefault(update.request_id, []).extend(update.token_ids)
+            engine.check_idle()
+        return found
+
+    assert tokens(3) == tokens(1)
+
+
+# --- what is loaded ------------------------------------------------------------------------------
+
+
+def test_stages_hold_and_read_their_layers(device: str, deep: Path) -> None:
+    need_ranks(device, 2)
+    with open_runner(device, deep) as one, open_runner(device, deep, **PIPELINES[0]) as two:
+        assert two.model.pipeline_parallel_size == 2 and two.model.tensor_parallel_size == 1
+        assert two.model.pipeline_layers == (3, 2)
+        whole, parts = one.model.runner.memory_plan, two.model.runner.memory_plans
+        assert sum(part["weights"] for part in parts) == whole["weights"]
+        assert [part["per_block"] * 5 for part in parts] == [
+            whole["per_block"] * layers for layers in (3, 2)
+        ]
+        loaded = [runner.model.startup_bytes["load weights"] for runner in (one, two)]
+        assert loaded[0] == loaded[1]
+        # The device that has the logits.
+        assert two.model.device is two.model.devices[1]
+
+
+def test_blocks_are_as_many_as_fit_the_fullest_stage(device: str, deep: Path) -> None:
+    need_ranks(device, 2)
+    budget = 40 * 4 * 4 * 2 * 128 * 4  # 40 blocks of 4 tokens of 4 layers, in float32
+
+    def blocks(layers: list[int]) -> int:
+        with open_runner(
+            device,
+            deep,
+            kv_cache_memory=budget,
+            num_kv_blocks=None,
+            pipeline_layers=layers,
+            **PIPELINES[0],
+        ) as runner:
+            assert runner.model.pipeline_layers == tuple(layers)
+            return runner.model.num_kv_blocks
+
+    assert blocks([1, 4]) == blocks([4, 1]) == 40
+    assert blocks([3, 2]) == 53
+
+
+def test_the_log_says_what_each_stage_has(
+    device: str, deep: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    need_ranks(device, 2)
+    with caplog.at_level(logging.INFO, "mrv1"), open_runner(device, deep, **PIPELINES[0]):
+        pass
+    assert "stage 0, layers 0 to 2: weights" in caplog.text
+    assert "stage 1, layers 3 to 4: weights" in caplog.text
+
+
+def test_the_command_line_takes_stages(
+    device: str, deep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    need_ranks(device, 3)
+    shared = ["generate", "--model", str(deep), "--device", device, "--no-progress"]
+    shared += ["--max-tokens", "8", "--temperature", "0", "--dtype", "float32", "a prompt"]
+    assert cli.main(shared) == 0
+    one = capsys.readouterr().out
+    stages = ["--pipeline-parallel-size", "3", "--pipeline-layers", "1,3,1"]
+    assert cli.main([*shared, *stages]) == 0
+    assert capsys.readouterr().out == one
+    assert cli.main([*shared, "--pipeline-layers", "2,3"]) != 0
+    assert "pipeline_layers = [2, 3]" in capsys.readouterr().err
+
 
 # --- what each stage has -------------------------------------------------------------------------
 

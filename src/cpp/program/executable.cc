@@ -67,7 +67,9 @@ int64_t Executable::bytes(const Program& program, const PlanLimits& limits, Devi
 WorkspaceLimits Executable::workspace_limits(const Program& program, const PlanLimits& limits,
                                              Device& device) {
   WorkspaceLimits sizes{};
-  if (program.logits_value() >= 0) sizes.vocab_size = program.values()[program.logits_value()].cols;
+  // Also where a stage has no logits: what kernels do with more or less room is then the same on
+  // all stages as on a device that has the whole model.
+  sizes.vocab_size = program.vocab_size();
   for (const HeadShape& heads : program.kv_layers()) {
     sizes.head_dim = std::max<int64_t>(sizes.head_dim, heads.head_dim);
     sizes.float8_kv_heads = std::max<int64_t>(sizes.float8_kv_heads, heads.num_kv_heads);
