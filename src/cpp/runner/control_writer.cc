@@ -71,10 +71,12 @@ size_t ControlWriter::record_bytes(size_t num_entries) const {
          aligned(num_entries * sizeof(BatchEntry)) + aligned(payload_.size() * sizeof(int32_t));
 }
 
-void ControlWriter::write(ControlHeader* record, uint64_t step, std::span<const BatchEntry> entries,
-                          int32_t padded_requests, int32_t padded_tokens, int32_t padded_logits) {
+void ControlWriter::write(ControlHeader* record, uint64_t step, uint64_t adopt_through,
+                          std::span<const BatchEntry> entries, int32_t padded_requests,
+                          int32_t padded_tokens, int32_t padded_logits) {
   ControlHeader header{};
   header.step = step;
+  header.adopt_through = adopt_through;
   header.num_freed = count(freed_);
   header.num_new_rows = count(new_rows_);
   header.num_token_writes = count(token_writes_);

@@ -27,8 +27,9 @@ class ControlWriter {
   // Bytes of the record that write() would make with this many entries.
   size_t record_bytes(size_t num_entries) const;
   // Writes the record and forgets the changes.
-  void write(ControlHeader* record, uint64_t step, std::span<const BatchEntry> entries,
-             int32_t padded_requests, int32_t padded_tokens, int32_t padded_logits);
+  void write(ControlHeader* record, uint64_t step, uint64_t adopt_through,
+             std::span<const BatchEntry> entries, int32_t padded_requests, int32_t padded_tokens,
+             int32_t padded_logits);
   void clear();
 
  private:

@@ -23,8 +23,9 @@ class GrammarMasks {
   // Makes the memory be there; kOutOfMemory.
   void allocate(Device& device);
   size_t bytes() const { return memory_.bytes(); }
-  // Address of a row's mask for the device.
+  // Address of a row's mask for the device; null before allocate().
   const uint32_t* device_mask(int32_t row) const {
+    if (memory_.data() == nullptr) return nullptr;
     return static_cast<const uint32_t*>(memory_.data()) + int64_t{row} * words_;
   }
   std::span<uint32_t> mask(int32_t row) { return {all() + int64_t{row} * words_, mask_size()}; }

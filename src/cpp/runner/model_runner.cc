@@ -28,11 +28,22 @@ size_t control_slot_bytes(const RunnerConfig& config, size_t groups) {
   return round_up(RowTable::record_bytes(config, groups), kSlotAlignment);
 }
 
-size_t output_slot_bytes(const RunnerConfig& config) {
+// Logprobs that outputs hold: a stage that has no logits has none (RunnerConfig::max_logprobs).
+int32_t reported_logprobs(const Program& program, const RunnerConfig& config) {
+  return program.logits_value() >= 0 ? config.max_logprobs : -1;
+}
+
+size_t output_slot_bytes(const RunnerConfig& config, int32_t max_logprobs) {
   const int64_t records = int64_t{config.max_num_seqs} * (1 + config.num_speculative_tokens);
   return round_up(output_tokens_end(config.max_num_seqs, config.num_speculative_tokens) +
-                      records * logprob_record_bytes(config.max_logprobs),
+                      records * logprob_record_bytes(max_logprobs),
                   kSlotAlignment);
+}
+
+// Of the outputs that a stage is told by the last one.
+int64_t adopted_bytes(const Program& program, const RunnerConfig& config) {
+  if (program.logits_value() >= 0) return 0;
+  return step_slots(config) * static_cast<int64_t>(output_slot_bytes(config, -1));
 }
 
 // Token histories of a row: its own, and the forced tokens.
@@ -95,17 +106,20 @@ MemoryPlan ModelRunner::plan_memory(const Program& wired, const RunnerConfig& co
   const int64_t rows = config.max_num_seqs;
   const KvLayout layout = program.kv_layout();
   const auto groups = static_cast<int64_t>(layout.groups.size());
-  plan.state =
-      rows * (sizeof(Row) + sizeof(SamplingRow)) +
-      rows *
-          (history_rows(config) * int64_t{config.max_model_len} +
-           groups * max_blocks_per_row(config)) *
-          4 +
-      config.sampling_words * 4 + infer_ints(config, groups) * 4 + staged_bytes(config) +
-      sizeof(uint64_t) +
-      kSlots * static_cast<int64_t>(control_slot_bytes(config, groups) + output_slot_bytes(config));
+  const int64_t slot_bytes =
+      static_cast<int64_t>(control_slot_bytes(config, groups) +
+                           output_slot_bytes(config, reported_logprobs(program, config)));
+  plan.state = rows * (sizeof(Row) + sizeof(SamplingRow)) +
+               rows *
+                   (history_rows(config) * int64_t{config.max_model_len} +
+                    groups * max_blocks_per_row(config)) *
+                   4 +
+               config.sampling_words * 4 + infer_ints(config, groups) * 4 + staged_bytes(config) +
+               sizeof(uint64_t) + step_slots(config) * slot_bytes + adopted_bytes(program, config);
   plan.state += KvStore::other_bytes(config.kv_cache, program);
-  if (config.max_logprobs >= 0) plan.state += PromptScorer::bytes(config, kSlots);
+  if (reported_logprobs(program, config) >= 0) {
+    plan.state += PromptScorer::bytes(config, step_slots(config));
+  }
   plan.per_block = KvStore::block_bytes(config.kv_cache, program, config.block_size);
   return plan;
 }
@@ -165,7 +179,8 @@ void ModelRunner::check_limits(const Program& program, const RunnerConfig& confi
           " parts of whole pairs, which ", stage_ranks, " ranks with ", weight.cols,
           " columns each of '", weight.name, "' do not have");
   }
-  check(program.vocab_size() != 0, "runner", "the program has no logits");
+  check(program.logits_value() >= 0 || (config.num_stages > 1 && program.vocab_size() != 0),
+        "runner", "the program has no logits");
   check(!program.kv_layers().empty(), "runner", "the program has no attention");
   check_kv_spec(config.kv_cache, program, "runner");
   positive(program.vocab_size(), "vocab_size", kMaxSampledVocab);
@@ -215,8 +230,8 @@ ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
   allocate_rings();
   step_ = std::make_unique<Step>(program_, *executable_, *device_, ctx_);
   if (view_) step_->set_view(view_inputs_, *view_);
-  if (config_.max_logprobs >= 0) {
-    scorer_ = std::make_unique<PromptScorer>(config_, kSlots, *device_);
+  if (reported_logprobs(program_, config_) >= 0) {
+    scorer_ = std::make_unique<PromptScorer>(config_, num_slots(), *device_);
   }
 }
 
@@ -251,7 +266,7 @@ void ModelRunner::allocate_state() {
   state.forced_tokens =
       config_.force_tokens ? state.tokens + rows * config_.max_model_len : nullptr;
   state.max_drafts = config_.num_speculative_tokens;
-  state.max_logprobs = config_.max_logprobs;
+  state.max_logprobs = reported_logprobs(program_, config_);
   state.ngram = config_.ngram;
   state.block_table =
       state_array<int32_t>(state.num_groups * rows * state.max_blocks, "block tables");
@@ -323,22 +338,26 @@ void ModelRunner::allocate_state() {
 
 void ModelRunner::allocate_rings() {
   control_slot_bytes_ = control_slot_bytes(config_, kv_layout_.groups.size());
-  output_slot_bytes_ = output_slot_bytes(config_);
-  control_buffer_ = device_->allocate_mapped(control_slot_bytes_ * kSlots, "control ring");
-  output_buffer_ = device_->allocate_mapped(output_slot_bytes_ * kSlots, "output ring");
+  output_slot_bytes_ = output_slot_bytes(config_, reported_logprobs(program_, config_));
+  slots_.resize(num_slots());
+  control_buffer_ = device_->allocate_mapped(control_slot_bytes_ * slots_.size(), "control ring");
+  output_buffer_ = device_->allocate_mapped(output_slot_bytes_ * slots_.size(), "output ring");
+  if (!has_logits()) {
+    adopted_buffer_ =
+        device_->allocate(adopted_bytes(program_, config_), "outputs of other stages");
+  }
   StepRings& rings = ctx_.rings;
   rings.control = static_cast<char*>(control_buffer_.data());
   rings.output = static_cast<char*>(output_buffer_.data());
   rings.control_bytes = static_cast<int64_t>(control_slot_bytes_);
   rings.output_bytes = static_cast<int64_t>(output_slot_bytes_);
-  rings.num_slots = kSlots;
+  rings.num_slots = num_slots();
   rings.step = state_array<uint64_t>(1, "step counter");
   device_->copy_in(rings.step, &next_step_, sizeof(next_step_));
   if (device_->type() == DeviceType::kCuda) {
     rings.staged = state_array<char>(staged_bytes(config_), "staged record");
   }
-  slots_.resize(kSlots);
-  for (int i = 0; i < kSlots; ++i) {
+  for (size_t i = 0; i < slots_.size(); ++i) {
     slots_[i].runner = this;
     if (config_.num_speculative_tokens > 0) slots_[i].marks.reserve(config_.max_num_seqs);
     slots_[i].control = reinterpret_cast<ControlHeader*>(
@@ -352,14 +371,15 @@ void ModelRunner::allocate_rings() {
 
 RowHandle ModelRunner::add_row(const RowSpec& spec) {
   check_no_cut("add_row");
-  if (spec.grammar && masks_.bytes() == 0) {
+  if (spec.grammar && has_logits() && masks_.bytes() == 0) {
     masks_.allocate(*device_);
     std::lock_guard lock(side_mutex_);
     stats_.mask_bytes = masks_.bytes();
   }
-  const RowHandle made = rows_->add(spec);
-  if (followers_ != nullptr) followers_->add_row(spec, made);
-  return made;
+  // A long prompt takes several steps, which in a pipeline wait for the other stages.
+  return rows_->add(spec, [&](RowHandle made) {
+    if (followers_ != nullptr) followers_->add_row(spec, made);
+  });
 }
 
 void ModelRunner::append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids,
@@ -462,7 +482,7 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch, const std::strin
   }
   check(tokens <= config_.max_num_batched_tokens, "execute", "the batch has ", tokens,
         " tokens, max_num_batched_tokens is ", config_.max_num_batched_tokens);
-  if (!scored_.empty()) scorer_->place(scored_);
+  if (!scored_.empty() && scorer_ != nullptr) scorer_->place(scored_);
   StepShape shape;
   if (!batch.empty()) {
     const StepSizes exact{static_cast<int32_t>(batch.size()), static_cast<int32_t>(tokens),
@@ -474,7 +494,7 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch, const std::strin
       shape = ladder_.choose(entries_, exact, scores);
     }
     shape.prefill = prefill;
-    shape.cut = !masked_items_.empty();
+    shape.cut = !masked_items_.empty() && has_logits();
     // Until there are graphs, the same kernels are launched one by one.
     if (!captured_) shape.mode = StepMode::kEager;
     if (shape.mode == StepMode::kEager) {
@@ -488,15 +508,14 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch, const std::strin
   if (followers_ != nullptr) followers_->execute(batch, injected);
   const uint64_t step = submit(entries_, shape, scored_, injected);
   if (shape.cut) cut_step_ = step;
-  slot_of(step).delivered = false;
-  if (rows_->has_logprobs()) {
+  for (const BatchItem& item : batch) rows_->launch(item, step);
+  if (!follows()) {
+    Slot& slot = slot_of(step);
+    slot.delivered = false;
     for (const BatchItem& item : batch) {
-      slot_of(step).num_logprobs.push_back(rows_->num_logprobs(item.row));
+      if (rows_->has_logprobs()) slot.num_logprobs.push_back(rows_->num_logprobs(item.row));
+      if (config_.num_speculative_tokens > 0) slot.marks.push_back(rows_->mark(item.row));
     }
-  }
-  for (const BatchItem& item : batch) {
-    rows_->launch(item, step);
-    if (config_.num_speculative_tokens > 0) slot_of(step).marks.push_back(rows_->mark(item.row));
   }
   if (!batch.empty()) {
     newest_sizes_ = shape.sizes;
@@ -521,6 +540,19 @@ void ModelRunner::send_changes() {
   }
 }
 
+// The stages of a pipeline may be several steps apart. A row's next step needs what its last one
+// gave, and a slot is written again only once all have read it.
+uint64_t ModelRunner::adopt_through(std::span<const BatchEntry> entries) const {
+  if (config_.num_stages == 1) return 0;
+  const uint64_t step = next_step_;
+  const auto slots = static_cast<uint64_t>(slots_.size());
+  uint64_t newest = step >= slots ? step - slots + 1 : 0;
+  for (const BatchEntry& entry : entries) {
+    newest = std::max(newest, rows_->last_step({entry.row}));
+  }
+  return newest;
+}
+
 uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShape& shape,
                              std::span<const ScoredTokens> scored, const std::string& injected) {
   Slot& slot = slot_of(next_step_);
@@ -530,8 +562,9 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShap
     waited_ns_ += nanoseconds_since(start);
     if (!slot.delivered) keep_output(slot);
   }
+  const uint64_t adopt = adopt_through(entries);
   const uint64_t step = next_step_++;
-  rows_->write(slot.control, step, entries, shape.sizes);
+  rows_->write(slot.control, step, adopt, entries, shape.sizes);
   slot.step = step;
   slot.shape = shape;
   slot.delivered = true;  // execute() asks for delivery; changes alone have nothing to say
@@ -584,7 +617,8 @@ void ModelRunner::run_step(void* arg) {
       fail(ErrorKind::kDevice, "copy_blocks", std::exchange(runner.failed_copy_, {}));
     }
     if (slot.injected.empty()) {
-      runner.step_->run(slot.shape, {runner.scorer_.get(), slot.scored, slot.step % kSlots});
+      runner.step_->run(slot.shape,
+                        {runner.scorer_.get(), slot.scored, slot.step % runner.slots_.size()});
     } else {
       runner.step_->run_and_fail(slot.shape, slot.injected);
     }
@@ -687,7 +721,7 @@ void ModelRunner::wait(const Slot& slot) const {
 // Steps end in order, so the one before has outlived all others.
 void ModelRunner::wait_before(uint64_t step) const {
   if (step < 2) return;
-  const Slot& before = slots_[(step - 1) % kSlots];
+  const Slot& before = slot_of(step - 1);
   if (before.step == step - 1) wait(before);
 }
 
@@ -709,15 +743,28 @@ void ModelRunner::read_output(const Slot& slot, StepOutput& output) {
   output.tokens_per_entry = 1 + ctx_.rows.max_drafts;
   const int32_t* tokens = output_tokens(slot.output, ctx_.infer.max_requests);
   output.token_ids.assign(tokens, tokens + output.entries.size() * output.tokens_per_entry);
-  for (size_t i = 0; i < std::min(output.entries.size(), slot.marks.size()); ++i) {
-    if (entries[i].masked == 0) rows_->retire(slot.marks[i], entries[i].num_computed);
+  // A step that failed has no entries.
+  if (!slot.marks.empty() && output.entries.size() == slot.marks.size()) {
+    num_computed_.clear();
+    for (const OutputEntry& entry : output.entries) {
+      num_computed_.push_back(entry.masked != 0 ? -1 : entry.num_computed);
+    }
+    retire_rows(slot.marks, num_computed_);
+    if (followers_ != nullptr) followers_->retire_rows(slot.marks, num_computed_);
   }
   output.logprobs.clear();
   output.logprobs_end.clear();
   if (!slot.num_logprobs.empty()) read_logprobs(slot, output);
   output.prompt_scores.clear();
   if (!slot.scored.empty()) {
-    scorer_->read(slot.scored, slot.step % kSlots, output.entries, output.prompt_scores);
+    scorer_->read(slot.scored, slot.step % slots_.size(), output.entries, output.prompt_scores);
+  }
+}
+
+void ModelRunner::retire_rows(std::span<const RowTable::Mark> marks,
+                              std::span<const int32_t> num_computed) {
+  for (size_t i = 0; i < marks.size(); ++i) {
+    if (num_computed[i] >= 0) rows_->retire(marks[i], num_computed[i]);
   }
 }
 
@@ -746,7 +793,6 @@ StepOutput ModelRunner::result(uint64_t step) {
 
 void ModelRunner::result(uint64_t step, StepOutput& output) {
   if (auto it = kept_.find(step); it != kept_.end()) {
-    if (followers_ != nullptr) followers_->take_result(step);
     output = std::move(it->second);
     kept_.erase(it);
     return;
@@ -756,7 +802,6 @@ void ModelRunner::result(uint64_t step, StepOutput& output) {
         " was never launched or its result was taken");
   if (step == cut_step_) refuse_cut("result");
   slot.delivered = true;
-  if (followers_ != nullptr) followers_->take_result(step);
   try {
     wait(slot);
   } catch (const Error& error) {
@@ -787,12 +832,11 @@ void ModelRunner::discard(uint64_t step) {
   }
   kept_.erase(step);
   if (Slot& slot = slot_of(step); slot.step == step) slot.delivered = true;
-  if (followers_ != nullptr) followers_->discard(step);
 }
 
 bool ModelRunner::ready(uint64_t step) const {
   check(step > 0 && step < next_step_, "ready", "step ", step, " was never launched");
-  const Slot& slot = slots_[step % kSlots];
+  const Slot& slot = slot_of(step);
   return slot.step != step ||
          slot.output->sequence.load(std::memory_order_acquire) >= slot.step + 1;
 }
@@ -800,7 +844,8 @@ bool ModelRunner::ready(uint64_t step) const {
 uint64_t ModelRunner::retired_step() const {
   // Steps retire in order, so the newest finished slot tells.
   // A slot is taken again only when its step has finished, whatever the newer ones do.
-  uint64_t retired = next_step_ > kSlots ? next_step_ - 1 - kSlots : 0;
+  const auto slots = static_cast<uint64_t>(slots_.size());
+  uint64_t retired = next_step_ > slots ? next_step_ - 1 - slots : 0;
   for (const Slot& slot : slots_) {
     if (slot.step != 0 && ready(slot.step)) retired = std::max(retired, slot.step);
   }

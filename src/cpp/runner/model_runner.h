@@ -12,6 +12,7 @@
 
 #include "core/device.h"
 #include "dist/communicator.h"
+#include "dist/stage_link.h"
 #include "io/weight_store.h"
 #include "program/executable.h"
 #include "program/program.h"
@@ -99,11 +100,14 @@ struct CaptureReport {
 // host side keeps upper bounds only: what a row really computed is in the device's row state.
 // One thread at a time may call it, but for stats(), take_miss() and fail_next_step(), which any
 // thread may call at any time. Steps run in order on the device's stream; execute() returns as
-// soon as the step is queued, so a caller can run ahead by up to kSlots steps.
+// soon as the step is queued, so a caller can run ahead by up to num_slots() steps.
+//
+// Where several ranks compute the model (runner/rank_followers.h), the runner that is called is
+// that of rank 0 of the last stage, which leads: logits, hidden states and outputs are its own. The
+// others have the same rows and launch the same steps. Those of earlier stages have no logits: they
+// draw nothing, and take up what the last stage has drawn when a step needs it (state/adopt.h).
 class ModelRunner {
  public:
-  static constexpr int kSlots = 4;
-
   // The program is copied. Memory is allocated here, before any request; kOutOfMemory says how
   // much which part needs. `communicator` is that of the runner's rank where there are several
   // (runner/rank_followers.h makes those).
@@ -111,7 +115,7 @@ class ModelRunner {
               std::unique_ptr<Communicator> communicator = nullptr);
   ~ModelRunner();
 
-  // From now on the other ranks do what this runner, rank 0, is asked to do.
+  // From now on the other ranks do what this runner is asked to do.
   void lead(std::unique_ptr<RankFollowers> followers);
   // Null where there is one rank.
   Communicator* communicator() const { return communicator_.get(); }
@@ -119,8 +123,10 @@ class ModelRunner {
   void check_ranks() const {
     if (communicator_ != nullptr) communicator_->check_alive();
   }
-  // The runner of a rank; of rank 0 that is this one.
+  // The runner of a rank, counted over all stages; its own is this one.
   ModelRunner& rank_runner(int rank);
+  // What a stage of a pipeline shows the others, for link_stages().
+  StageBuffers stage_buffers() const;
 
   static MemoryPlan plan_memory(const Program& program, const RunnerConfig& config, Device& device);
   static PlanLimits plan_limits(const RunnerConfig& config);
@@ -128,6 +134,8 @@ class ModelRunner {
   WeightStore& weights() { return weights_; }
   const Program& program() const { return program_; }
   const RunnerConfig& config() const { return config_; }
+  // Steps whose records and outputs have a place.
+  int32_t num_slots() const { return step_slots(config_); }
   Device& device() { return *device_; }
   const std::shared_ptr<Device>& shared_device() const { return device_; }
 
@@ -264,6 +272,11 @@ class ModelRunner {
   static RunnerConfig checked_config(const Program& program, RunnerConfig config, Device& device);
   static void run_step(void* slot);
   static void run_rest(void* slot);
+  // Not so on stages of a pipeline before the last.
+  bool has_logits() const { return program_.logits_value() >= 0; }
+  // Results are the business of whoever leads.
+  bool follows() const { return communicator_ != nullptr && followers_ == nullptr; }
+  int global_rank() const { return communicator_ == nullptr ? 0 : communicator_->global_rank(); }
   void check_no_cut(const char* where) const {
     if (cut_step_ != 0) refuse_cut(where);
   }
@@ -274,6 +287,7 @@ class ModelRunner {
   void allocate_state();
   void allocate_rings();
   uint64_t execute(std::span<const BatchItem> batch, const std::string& injected);
+  uint64_t adopt_through(std::span<const BatchEntry> entries) const;
   std::string take_injected(std::span<const BatchItem> batch);
   bool has_written(uint64_t step) const;
   void abort_ranks(const Slot& slot, const char* what) noexcept;
@@ -284,8 +298,12 @@ class ModelRunner {
   void wait(const Slot& slot) const;
   void keep_output(Slot& slot);
   void read_output(const Slot& slot, StepOutput& output);
+  // What a result says of rows that speculate: num_computed at each mark, -1 where the row was
+  // masked.
+  void retire_rows(std::span<const RowTable::Mark> marks, std::span<const int32_t> num_computed);
   void read_logprobs(const Slot& slot, StepOutput& output) const;
-  Slot& slot_of(uint64_t step) { return slots_[step % kSlots]; }
+  Slot& slot_of(uint64_t step) { return slots_[step % slots_.size()]; }
+  const Slot& slot_of(uint64_t step) const { return slots_[step % slots_.size()]; }
   template <typename T>
   T* state_array(int64_t count, const char* name);
   void wait_newest() const;
@@ -302,6 +320,7 @@ class ModelRunner {
   std::unique_ptr<Executable> executable_;
   std::vector<Buffer> state_buffers_;
   Buffer control_buffer_, output_buffer_;
+  Buffer adopted_buffer_;  // StageBuffers::outputs
   Buffer workspace_;
   StepContext ctx_;
   std::unique_ptr<Step> step_;
@@ -315,6 +334,7 @@ class ModelRunner {
   std::vector<Slot> slots_;
   std::vector<BatchEntry> entries_;
   std::vector<ScoredTokens> scored_;
+  std::vector<int32_t> num_computed_;  // scratch
   // Outputs of steps whose slot was needed before they were asked for.
   std::unordered_map<uint64_t, StepOutput> kept_;
   uint64_t next_step_ = 1;
@@ -333,7 +353,7 @@ class ModelRunner {
   uint64_t waited_ns_ = 0;
   MemoryPlan memory_plan_;
   size_t control_slot_bytes_ = 0, output_slot_bytes_ = 0;
-  std::unique_ptr<RankFollowers> followers_;  // of rank 0, where there are others
+  std::unique_ptr<RankFollowers> followers_;  // of the leader, where there are others
 };
 
 }  // namespace mrv1

@@ -24,12 +24,21 @@ constexpr std::chrono::seconds kRankGrace{1};
 GroupOptions group_options(const Program& program, const RunnerConfig& config) {
   const PlanLimits limits = ModelRunner::plan_limits(config);
   GroupOptions options;
+  options.num_stages = config.num_stages;
   options.timeout = config.rank_timeout;
   options.nccl = config.rank_libraries;
   for (const Op& op : program.ops()) {
     if (op.kind != OpKind::kAllReduce && op.kind != OpKind::kAllGather) continue;
     options.max_bytes =
         std::max(options.max_bytes, value_bytes(program.values()[op.inputs[0]], limits));
+  }
+  // The logits are gathered on the last stage alone, but all stages have as large groups.
+  const int32_t stage_ranks = config.num_ranks / config.num_stages;
+  if (config.num_stages > 1 && stage_ranks > 1) {
+    Value logits;
+    logits.space = RowSpace::kLogits;
+    logits.cols = program.vocab_size() / stage_ranks;
+    options.max_bytes = std::max(options.max_bytes, value_bytes(logits, limits));
   }
   return options;
 }
@@ -39,13 +48,31 @@ void ModelRunner::lead(std::unique_ptr<RankFollowers> followers) {
 }
 
 ModelRunner& ModelRunner::rank_runner(int rank) {
-  check(rank >= 0 && rank < config_.num_ranks && (rank == 0 || followers_ != nullptr), "runner",
+  if (rank == global_rank()) return *this;
+  check(rank >= 0 && rank < config_.num_ranks && followers_ != nullptr, "runner",
         "there is no rank ", rank);
-  return rank == 0 ? *this : followers_->runner(rank);
+  return followers_->runner(rank);
+}
+
+StageBuffers ModelRunner::stage_buffers() const {
+  StageBuffers buffers;
+  buffers.sends = program_.sent().schema;
+  buffers.receives = program_.received().schema;
+  for (const int32_t id : program_.received().ids) {
+    buffers.received.push_back(executable_->value(id));
+  }
+  if (!has_logits()) {
+    buffers.outputs = adopted_buffer_.data();
+    buffers.outputs_bytes = static_cast<int64_t>(output_slot_bytes_);
+    buffers.num_slots = num_slots();
+  }
+  return buffers;
 }
 
 void ModelRunner::fail_next_step(std::string message, int rank) {
-  if (rank > 0) return rank_runner(rank).fail_next_step(std::move(message), 0);
+  if (rank != kAllRanks && rank != global_rank()) {
+    return rank_runner(rank).fail_next_step(std::move(message), rank);
+  }
   std::lock_guard lock(side_mutex_);
   injected_failure_ = std::move(message);
   fails_alone_ = rank != kAllRanks;
@@ -59,15 +86,17 @@ std::string ModelRunner::take_injected(std::span<const BatchItem> batch) {
 }
 
 bool ModelRunner::has_written(uint64_t step) const {
-  return slots_[step % kSlots].output->sequence.load(std::memory_order_acquire) >= step + 1;
+  return slot_of(step).output->sequence.load(std::memory_order_acquire) >= step + 1;
 }
 
-// A step failed here that may have gone well elsewhere.
+// A step failed here that may have gone well elsewhere. In a pipeline others count on what it would
+// have given them, even if it failed everywhere.
 void ModelRunner::abort_ranks(const Slot& slot, const char* what) noexcept {
-  if (communicator_ == nullptr || (!slot.injected.empty() && !slot.alone)) return;
+  if (communicator_ == nullptr) return;
+  const bool all_alike = !slot.injected.empty() && !slot.alone;
+  if (all_alike && config_.num_stages == 1) return;
   try {
-    communicator_->abort(
-        concat("rank ", communicator_->rank(), " failed in step ", slot.step, ": ", what));
+    communicator_->abort(concat(communicator_->name(), " failed in step ", slot.step, ": ", what));
   } catch (const std::bad_alloc&) {
     communicator_->abort("a rank ran out of host memory");
   }
@@ -87,26 +116,29 @@ bool ModelRunner::settles(std::chrono::steady_clock::time_point until) {
   return true;
 }
 
-// A rank that hangs is missed by the others in a collective; one that hangs behind its last one, by
-// whoever leads, once the others have ended the step.
+// A rank that hangs is missed by those who wait for what it sends; one that hangs behind the last
+// such place, by whoever leads, once the others have ended the step and this one comes no further.
 void ModelRunner::wait_among_ranks(const Slot& slot) const {
   using Clock = std::chrono::steady_clock;
   constexpr auto kNever = Clock::time_point::max();
   auto too_late = kNever, give_up = kNever;
+  uint64_t seen = 0;
   for (;;) {
     const auto now = Clock::now();
     if (device_->wait_sequence_until(slot.output->sequence, slot.step + 1, now + kRankLook)) return;
     if (communicator_->is_aborted()) {
       if (give_up == kNever) give_up = now + kRankGrace;
       if (now > give_up) {
-        fail(ErrorKind::kDevice, "ranks", "rank ", communicator_->rank(), " does not end step ",
-             slot.step, ": ", communicator_->abort_reason());
+        fail(ErrorKind::kDevice, "ranks", communicator_->name(), " does not end step ", slot.step,
+             ": ", communicator_->abort_reason());
       }
     } else if (followers_ != nullptr && followers_->has_retired(slot.step)) {
-      if (too_late == kNever) too_late = now + config_.rank_timeout;
+      const uint64_t signs = retired_step() + communicator_->signs_of_life();
+      if (too_late == kNever || signs != seen) too_late = now + config_.rank_timeout;
+      seen = signs;
       if (now > too_late) {
-        communicator_->abort(concat("rank 0 did not end step ", slot.step, " within ",
-                                    config_.rank_timeout.count(), " ms of the others"));
+        communicator_->abort(concat(communicator_->name(), " did not end step ", slot.step,
+                                    " within ", config_.rank_timeout.count(), " ms of the others"));
       }
     }
   }

@@ -10,6 +10,7 @@
 
 #include "core/error.h"
 #include "dist/communicator.h"
+#include "dist/stage_link.h"
 
 namespace mrv1 {
 namespace {
@@ -28,10 +29,14 @@ void copy_spec(const RowSpec& spec, std::shared_ptr<const RowSpec>& target) {
 
 }  // namespace
 
-RankFollowers::RankFollowers(std::vector<std::unique_ptr<ModelRunner>> runners) {
+RankFollowers::RankFollowers(std::vector<std::unique_ptr<ModelRunner>> runners, int leader)
+    : leader_(leader) {
   for (std::unique_ptr<ModelRunner>& runner : runners) {
     followers_.push_back(std::make_unique<Follower>());
     followers_.back()->runner = std::move(runner);
+  }
+  for (Command& command : commands_) {
+    command.batch.reserve(followers_[0]->runner->config().max_num_seqs);
   }
   try {
     for (const std::unique_ptr<Follower>& follower : followers_) {
@@ -58,7 +63,7 @@ RankFollowers::~RankFollowers() {
   for (const std::unique_ptr<Follower>& follower : followers_) follower->thread.join();
 }
 
-// --- rank 0's thread ---------------------------------------------------------------------------
+// --- the leader's thread -------------------------------------------------------------------------
 
 bool RankFollowers::all_done(uint64_t posted) const {
   return std::all_of(followers_.begin(), followers_.end(), [&](const auto& follower) {
@@ -156,17 +161,12 @@ void RankFollowers::finish_step(std::span<const int32_t> rows, const uint32_t* m
   post();
 }
 
-void RankFollowers::take_result(uint64_t step) {
+void RankFollowers::retire_rows(std::span<const RowTable::Mark> marks,
+                                std::span<const int32_t> num_computed) {
   Command& command = next();
-  command.kind = Kind::kResult;
-  command.number = step;
-  post();
-}
-
-void RankFollowers::discard(uint64_t step) {
-  Command& command = next();
-  command.kind = Kind::kDiscard;
-  command.number = step;
+  command.kind = Kind::kRetireRows;
+  command.marks.assign(marks.begin(), marks.end());
+  command.ids.assign(num_computed.begin(), num_computed.end());
   post();
 }
 
@@ -178,7 +178,7 @@ void RankFollowers::capture_graphs() {
 void RankFollowers::fill_kv_random(uint64_t seed) {
   Command& command = next();
   command.kind = Kind::kFillKv;
-  command.number = seed;
+  command.seed = seed;
   post();
 }
 
@@ -212,9 +212,9 @@ void RankFollowers::run(Follower& follower) {
     try {
       carry_out(follower, command);
     } catch (const std::exception& error) {
-      const Communicator& rank = *follower.runner->communicator();
-      follower.runner->communicator()->abort(
-          concat("rank ", rank.rank(), " cannot do what rank 0 did: ", error.what()));
+      Communicator& rank = *follower.runner->communicator();
+      rank.abort(
+          concat(rank.name(), " cannot do what ", rank.name_of(leader_), " did: ", error.what()));
     }
     follower.done.store(done + 1, std::memory_order_release);
   }
@@ -230,7 +230,7 @@ void RankFollowers::carry_out(Follower& follower, const Command& command) {
       return;
     }
     case Kind::kAppendBlocks:
-      // Rank 0 has seen to it that the row does not hold them.
+      // The leader has seen to it that the row does not hold them.
       return runner.append_blocks(command.row, command.group, command.ids, /*distinct=*/true);
     case Kind::kDropBlocks:
       return runner.drop_blocks(command.row, command.group, command.first, command.count);
@@ -242,22 +242,20 @@ void RankFollowers::carry_out(Follower& follower, const Command& command) {
       runner.execute(command.batch, command.injected);
       return;
     case Kind::kFinishStep:
+      if (!runner.has_logits()) return;  // what draws nothing is not cut
       runner.wait_masks();
       for (size_t i = 0; i < command.ids.size(); ++i) {
         std::copy_n(command.masks.data() + i * command.words, command.words,
                     runner.masks().mask(command.ids[i]).data());
       }
       return runner.finish_step();
-    case Kind::kResult:
-      // Its bounds of the rows' lengths follow from it.
-      return runner.result(command.number, follower.output);
-    case Kind::kDiscard:
-      return runner.discard(command.number);
+    case Kind::kRetireRows:
+      return runner.retire_rows(command.marks, command.ids);
     case Kind::kCapture:
       runner.capture_graphs();
       return;
     case Kind::kFillKv:
-      return runner.fill_kv_random(command.number);
+      return runner.fill_kv_random(command.seed);
     case Kind::kStop:
       return;
   }
@@ -297,24 +295,38 @@ std::shared_ptr<ModelRunner> make_runner(const std::vector<std::shared_ptr<Devic
   for (const RunnerConfig& config : configs) {
     check(config.num_ranks == static_cast<int32_t>(size), kWhere, "num_ranks is ", config.num_ranks,
           ", there are ", size, " devices");
+    check(config.num_stages == configs[0].num_stages, kWhere,
+          "num_stages differs: ", config.num_stages, " and ", configs[0].num_stages);
   }
   if (size == 1) {
     return std::make_shared<ModelRunner>(devices[0], std::move(programs[0]), configs[0]);
   }
+  const int32_t num_stages = configs[0].num_stages;
   std::vector<std::unique_ptr<Communicator>> group =
       make_group(devices, group_options(programs[0], configs[0]));
   std::vector<std::unique_ptr<ModelRunner>> runners;
   for (size_t rank = 0; rank < size; ++rank) {
+    const std::string name = group[rank]->name();
     try {
       runners.push_back(std::make_unique<ModelRunner>(devices[rank], std::move(programs[rank]),
                                                       configs[rank], std::move(group[rank])));
     } catch (const Error& error) {
-      throw Error(error.kind(), concat("[", kWhere, "] rank ", rank, ": ", error.what()));
+      throw Error(error.kind(), concat("[", kWhere, "] ", name, ": ", error.what()));
     }
   }
-  std::unique_ptr<ModelRunner> leader = std::move(runners[0]);
-  runners.erase(runners.begin());
-  leader->lead(std::make_unique<RankFollowers>(std::move(runners)));
+  if (num_stages > 1) {
+    std::vector<Communicator*> ranks;
+    std::vector<StageBuffers> buffers;
+    for (const std::unique_ptr<ModelRunner>& runner : runners) {
+      ranks.push_back(runner->communicator());
+      buffers.push_back(runner->stage_buffers());
+    }
+    link_stages(ranks, buffers);
+  }
+  const auto leading = static_cast<std::ptrdiff_t>(size - size / num_stages);
+  std::unique_ptr<ModelRunner> leader = std::move(runners[leading]);
+  runners.erase(runners.begin() + leading);
+  leader->lead(std::make_unique<RankFollowers>(std::move(runners), static_cast<int>(leading)));
   return {leader.release(), release};
 }
 

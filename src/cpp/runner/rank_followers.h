@@ -15,21 +15,21 @@
 
 namespace mrv1 {
 
-// The ranks beside rank 0: a runner each, and a thread that carries out, in order, what rank 0's
-// runner was asked to do and did. As the host side of a runner follows from its calls alone, all
-// ranks have the same rows and launch the same steps. A call that fails here though it succeeded
-// there ends the group.
+// The ranks beside the one that leads: a runner each, and a thread that carries out, in order, what
+// the leader's runner was asked to do and did. As the host side of a runner follows from its calls
+// alone, all ranks have the same rows and launch the same steps. What only results tell, the leader
+// passes on. A call that fails here though it succeeded there ends the group.
 //
-// Called by the thread that calls rank 0's runner, but for has_retired().
+// Called by the thread that calls the leader's runner, but for has_retired().
 class RankFollowers {
  public:
-  // Runners of ranks 1, 2, ...
-  explicit RankFollowers(std::vector<std::unique_ptr<ModelRunner>> runners);
+  // Runners of all ranks but `leader`, in their order.
+  RankFollowers(std::vector<std::unique_ptr<ModelRunner>> runners, int leader);
   // Carries out what was posted, ends the threads and the runners.
   ~RankFollowers();
 
   int count() const { return static_cast<int>(followers_.size()); }
-  ModelRunner& runner(int rank) { return *followers_[rank - 1]->runner; }
+  ModelRunner& runner(int rank) { return *followers_[rank < leader_ ? rank : rank - 1]->runner; }
 
   void add_row(const RowSpec& spec, RowHandle made);
   void append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids);
@@ -40,8 +40,8 @@ class RankFollowers {
   void execute(std::span<const BatchItem> batch, const std::string& injected);
   // `rows` and their masks, `words` each, of the step that is cut.
   void finish_step(std::span<const int32_t> rows, const uint32_t* masks, int64_t words);
-  void take_result(uint64_t step);
-  void discard(uint64_t step);
+  // What a result has said of rows that speculate, see ModelRunner::retire_rows().
+  void retire_rows(std::span<const RowTable::Mark> marks, std::span<const int32_t> num_computed);
   void capture_graphs();
   void fill_kv_random(uint64_t seed);
 
@@ -61,8 +61,7 @@ class RankFollowers {
     kCopyBlocks,
     kExecute,
     kFinishStep,
-    kResult,
-    kDiscard,
+    kRetireRows,
     kCapture,
     kFillKv,
     kStop,
@@ -72,19 +71,19 @@ class RankFollowers {
     Kind kind = Kind::kStop;
     RowHandle row;
     int32_t group = 0, first = 0, count = 0;
-    uint64_t number = 0;  // a step, or a seed
+    uint64_t seed = 0;
     int64_t words = 0;
     std::vector<int32_t> ids;
     std::vector<uint32_t> masks;
     std::vector<BatchItem> batch;
     std::vector<BlockCopy> copies;
+    std::vector<RowTable::Mark> marks;
     std::string injected;
     std::shared_ptr<const RowSpec> spec;
   };
   struct Follower {
     std::unique_ptr<ModelRunner> runner;
     std::atomic<uint64_t> done{0};  // commands that it has carried out
-    StepOutput output;
     std::thread thread;
   };
   static constexpr uint64_t kCommands = 256;
@@ -99,13 +98,15 @@ class RankFollowers {
   template <typename Fn>
   void wait_for(const Fn& fn) const;
 
+  const int leader_;
   std::vector<std::unique_ptr<Follower>> followers_;
   std::vector<Command> commands_{kCommands};  // a ring
   std::atomic<uint64_t> posted_{0};
 };
 
-// The runner of rank 0, which leads the others. A device, program and configuration for each rank;
-// programs differ in their weights' slices. One device makes a runner without ranks.
+// The runner of rank 0 of the last stage, which leads the others. A device, program and
+// configuration for each rank, in the order of make_group(); programs differ in their layers from
+// stage to stage, and in their weights' slices within one. One device makes a runner without ranks.
 //
 // A device that does not end its work when the last reference is gone is left alone, with its
 // memory: nobody waits for it.

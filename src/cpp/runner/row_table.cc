@@ -160,7 +160,7 @@ SamplingRow RowTable::sampling_row(const RowSpec& spec) const {
   return plain_sampling_row(spec, vocab_size_, num_drafts);
 }
 
-RowHandle RowTable::add(const RowSpec& spec) {
+RowHandle RowTable::add(const RowSpec& spec, const std::function<void(RowHandle)>& taken) {
   check_fields(spec);
   check(!free_rows_.empty(), "add_row", "all ", config_.max_num_seqs, " rows are in use");
 
@@ -194,6 +194,7 @@ RowHandle RowTable::add(const RowSpec& spec) {
     held.clear();  // it keeps its capacity
     held.reserve((host.max_total_len + config_.block_size - 1) / config_.block_size);
   }
+  if (taken) taken({row, generation});
 
   NewRow command{};
   command.row = row;
@@ -407,9 +408,10 @@ void RowTable::retire(const Mark& mark, int32_t num_computed) {
   row.num_certain = std::max(row.num_certain, num_computed + least);
 }
 
-void RowTable::write(ControlHeader* record, uint64_t step, std::span<const BatchEntry> entries,
-                     const StepSizes& padded) {
-  staged_.write(record, step, entries, padded.num_requests, padded.num_tokens, padded.num_logits);
+void RowTable::write(ControlHeader* record, uint64_t step, uint64_t adopt_through,
+                     std::span<const BatchEntry> entries, const StepSizes& padded) {
+  staged_.write(record, step, adopt_through, entries, padded.num_requests, padded.num_tokens,
+                padded.num_logits);
   ++record_;
 }
 

@@ -58,7 +58,8 @@ class RowTable {
 
   // `send` must carry the staged changes away at once, by write() with no entries: called when they
   // fill a record, or must come before what is staged next. `new_words` gives device memory for
-  // lists of rows, as WordPool asks for it. `masks` must be there when a row with a grammar comes.
+  // lists of rows, as WordPool asks for it. A row with a grammar draws by `masks` if they are there
+  // when it comes.
   RowTable(const RunnerConfig& config, int32_t vocab_size, std::vector<KvGroup> groups,
            const GrammarMasks& masks, std::function<void()> send,
            std::function<int32_t*(int64_t)> new_words);
@@ -69,7 +70,8 @@ class RowTable {
 
   // See ModelRunner.
   void check_spec(const RowSpec& spec);
-  RowHandle add(const RowSpec& spec);
+  // `taken` is called with the row once nothing can fail any more, before a change is sent.
+  RowHandle add(const RowSpec& spec, const std::function<void(RowHandle)>& taken = {});
   void append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids,
                      bool distinct);
   void drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t count);
@@ -108,8 +110,8 @@ class RowTable {
   void retire(const Mark& mark, int32_t num_computed);
 
   // Writes the staged changes and a batch as a record, and forgets the changes.
-  void write(ControlHeader* record, uint64_t step, std::span<const BatchEntry> entries,
-             const StepSizes& padded);
+  void write(ControlHeader* record, uint64_t step, uint64_t adopt_through,
+             std::span<const BatchEntry> entries, const StepSizes& padded);
   // Forgets the staged changes, as the device that they are for is lost.
   void drop_changes();
 

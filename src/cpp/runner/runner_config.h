@@ -110,6 +110,12 @@ inline int32_t max_blocks_per_row(const RunnerConfig& config) {
   return (config.max_model_len + config.block_size - 1) / config.block_size;
 }
 
+// Steps of a runner that may be in flight and unread. A pipeline of P stages needs P of them to be
+// busy, and one more that is being launched.
+inline int32_t step_slots(const RunnerConfig& config) {
+  return config.num_stages == 1 ? 4 : config.num_stages + 3;
+}
+
 // Logits rows of the largest step.
 inline int32_t max_logits_rows(const RunnerConfig& config) {
   const int64_t rows = int64_t{config.max_num_seqs} * (1 + config.num_speculative_tokens);

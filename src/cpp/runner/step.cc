@@ -32,18 +32,20 @@ StepContext Step::context_for(const StepShape& shape) const {
 
 void Step::run_front(const StepContext& ctx) const {
   const Kernels& kernels = device_.kernels();
+  // Rows have to be what they were in the steps before when others take their places.
+  if (!has_logits()) kernels.adopt(ctx);
   kernels.apply(ctx);
   if (ctx.sizes.num_requests == 0) return;
   if (ctx.sizes.speculates) kernels.propose(ctx);
   kernels.infer_params(ctx);
-  kernels.count_tokens(ctx);
+  if (has_logits()) kernels.count_tokens(ctx);
   if (view_) kernels.infer_param_view(view_inputs_, *view_, ctx);
   executable_.plan_attention(ctx);
 }
 
 void Step::run_back(const StepContext& ctx) const {
   const Kernels& kernels = device_.kernels();
-  if (ctx.sizes.num_requests > 0) {
+  if (ctx.sizes.num_requests > 0 && has_logits()) {
     auto* logits = static_cast<float*>(executable_.value(program_.logits_value()));
     kernels.sample({logits, ctx.rows.vocab_size}, ctx);
   }

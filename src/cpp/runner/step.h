@@ -17,7 +17,8 @@
 namespace mrv1 {
 
 // The device side of a step: its phases and the program, launched by themselves, in pieces or as
-// one graph. Everything here runs inside tasks of the device's stream.
+// one graph. Everything here runs inside tasks of the device's stream. A program without logits is
+// a stage of a pipeline before the last: it draws nothing, but learns what the last one drew.
 class Step {
  public:
   // The program, executable and device outlive it. `ctx` holds every address; its sizes are set
@@ -66,6 +67,7 @@ class Step {
   };
 
   void find_pieces();
+  bool has_logits() const { return program_.logits_value() >= 0; }
   StepContext context_for(const StepShape& shape) const;
   void run_front(const StepContext& ctx) const;
   void score(const Scoring& scoring, const StepContext& ctx, const Piece& head) const;
