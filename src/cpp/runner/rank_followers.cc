@@ -35,8 +35,12 @@ RankFollowers::RankFollowers(std::vector<std::unique_ptr<ModelRunner>> runners, 
     followers_.push_back(std::make_unique<Follower>());
     followers_.back()->runner = std::move(runner);
   }
+  const RunnerConfig& config = followers_[0]->runner->config();
+  const int32_t retiring = config.num_speculative_tokens > 0 ? config.max_num_seqs : 0;
   for (Command& command : commands_) {
-    command.batch.reserve(followers_[0]->runner->config().max_num_seqs);
+    command.batch.reserve(config.max_num_seqs);
+    command.ids.reserve(retiring);
+    command.marks.reserve(retiring);
   }
   try {
     for (const std::unique_ptr<Follower>& follower : followers_) {
