@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,3 +83,22 @@ def data_dir() -> Path:
 def models_dir() -> Path:
     """Small random models with goldens."""
     return DATA / "models"
+
+
+def _native_threads() -> int:
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with task.joinpath("comm").open() as file:
+            names.append(file.read().strip())
+    return sum(name.startswith("mrv1-") for name in names)
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Checks that a test leaves no native thread behind."""
+    before = _native_threads()
+    yield
+    deadline = time.monotonic() + 10.0
+    while _native_threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert _native_threads() == before

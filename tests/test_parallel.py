@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -347,24 +346,6 @@ def test_the_documented_table_is_that_of_the_checks() -> None:
 
 
 # --- failures ------------------------------------------------------------------------------------
-
-
-def _native_threads() -> int:
-    names = []
-    for task in Path("/proc/self/task").iterdir():
-        with task.joinpath("comm").open() as file:
-            names.append(file.read().strip())
-    return sum(name.startswith("mrv1-") for name in names)
-
-
-@pytest.fixture
-def nothing_left() -> Iterator[None]:
-    before = _native_threads()
-    yield
-    deadline = time.monotonic() + WAIT_S
-    while _native_threads() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert _native_threads() == before
 
 
 @pytest.mark.parametrize("rank", [0, 1])

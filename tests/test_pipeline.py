@@ -6,6 +6,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ import numpy as np
 import pytest
 
 from golden_data import GOLDEN_NAMES, load_golden
-from mrv1 import _core, cli
+from mrv1 import LLM, _core, cli
 from mrv1.config import ModelConfig
 from mrv1.engine import Engine
-from mrv1.errors import InvalidArgumentError
+from mrv1.errors import DeviceError, InvalidArgumentError
 from mrv1.loader import RunnerOptions, load_model, wire_model, wire_ranks
 from mrv1.runner import ModelRunner
 from mrv1.tokenizer import Tokenizer
@@ -35,7 +37,7 @@ from serving_tools import (
     tokens_of,
 )
 from test_models import forced, open_golden
-from test_parallel import SIZES, answers
+from test_parallel import SIZES, WAIT_S, answers
 
 MATRIX_BYTES = 2  # of bfloat16
 
@@ -367,6 +369,39 @@ def test_layers_are_shared_out_as_asked() -> None:
     whole = wire_ranks(config, "bfloat16", RunnerOptions(pipeline_layers=[24]))
     assert whole.stages == ((0, 24),)
     assert not whole.programs[0].sent
+
+
+# --- failures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, None], ids=["first", "middle", "last", "all"])
+@pytest.mark.usefixtures("nothing_left")
+def test_a_stage_that_fails_ends_the_engine(device: str, deep: Path, rank: int | None) -> None:
+    """Also where all fail alike: others count on what the step would have given them."""
+    need_ranks(device, 3)
+    with LLM(deep, device=device, pipeline_parallel_size=3, **SIZES) as llm:
+        assert len(llm.generate([make_prompt(5, 1)], greedy(4), progress=False)) == 1
+        chosen = {} if rank is None else {"rank": rank}
+        llm.engine.model.runner.fail_next_step("as a test wants it", **chosen)
+        start = time.monotonic()
+        (result,) = llm.generate([make_prompt(6, 2)], greedy(30), progress=False)
+        assert time.monotonic() - start < WAIT_S
+        named = "rank . .stage .." if rank is None else rf"rank {rank} .stage {rank}."
+        assert result.error is not None
+        assert re.search(f"{named} failed in step .* as a test wants it", result.error)
+        with pytest.raises(DeviceError, match=f"{named} failed"):
+            llm.generate([make_prompt(5, 1)], greedy(4), progress=False)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_an_engine_with_stages_is_closed_in_the_middle(device: str, deep: Path) -> None:
+    need_ranks(device, 3)
+    llm = LLM(deep, device=device, pipeline_parallel_size=3, **SIZES)
+    stream = llm.stream([make_prompt(5, 1), make_prompt(9, 2)], greedy(60))
+    next(stream)
+    start = time.monotonic()
+    llm.close()
+    assert time.monotonic() - start < WAIT_S
 
 
 # --- what is refused -----------------------------------------------------------------------------
