@@ -46,6 +46,14 @@ AreaLayout area_layout(int size, bool has_values) {
   return layout;
 }
 
+// Its communicators take seconds and memory, so they are made only where a message goes through it.
+bool takes_nccl(const GroupOptions& options, size_t size) {
+  if (options.kernels != CollectiveKernels::kAuto) {
+    return options.kernels == CollectiveKernels::kNccl;
+  }
+  return size == 2 && !options.nccl.empty() && options.max_bytes >= kNcclSumBytes;
+}
+
 std::string_view wait_text(PeerWait wait) {
   switch (wait) {
     case PeerWait::kPartialSums:
@@ -73,8 +81,7 @@ PeerGroup::PeerGroup(std::span<const std::shared_ptr<Device>> devices, const Gro
         " ms; it must be positive");
   enable_peers();
   allocate_areas(options.timeout);
-  const bool needs_nccl = !reach_each_other_ || kernels_ == CollectiveKernels::kNccl;
-  if (needs_nccl || !options.nccl.empty()) open_nccl_group(options.nccl);
+  if (takes_nccl(options, devices_.size())) open_nccl_group(options.nccl);
   for (const std::shared_ptr<Device>& device : devices_) {
     const CurrentDevice current(device->ordinal(), kWhere);
     load_all_reduce(size());
