@@ -16,8 +16,9 @@ namespace {
 
 constexpr std::string_view kWhere = "ranks";
 
-// What a rank receives of large messages at a time; longer ones take several launches.
-constexpr int64_t kBulkBytes = int64_t{8} << 20;
+// What a rank receives of large messages at a time, at most and at least; longer ones take several
+// launches.
+constexpr int64_t kMostBulkBytes = int64_t{32} << 20, kLeastBulkBytes = int64_t{8} << 20;
 // Sums from which NCCL is faster, where it gives the same bits.
 constexpr int64_t kNcclSumBytes = int64_t{32} << 20;
 // How often the watcher looks whether a device has given up.
@@ -26,7 +27,7 @@ constexpr std::chrono::milliseconds kWatchInterval{20};
 // The largest messages that travel in packets. They cost twice the bytes to every peer, and save a
 // trip and its fences.
 int64_t packet_bytes(int size) {
-  if (size <= 2) return int64_t{512} << 10;
+  if (size <= 2) return int64_t{1} << 20;
   if (size <= 4) return int64_t{192} << 10;
   return int64_t{64} << 10;
 }
@@ -35,12 +36,12 @@ struct AreaLayout {
   int64_t packet_pieces, bulk_pieces, bulk_offset, bytes;
 };
 
-AreaLayout area_layout(int size, bool has_values) {
+AreaLayout area_layout(int size, int64_t max_bytes, bool has_values) {
   AreaLayout layout{};
   layout.bytes = sizeof(PeerHeader);
   if (!has_values) return layout;
   layout.packet_pieces = packet_bytes(size) / kPieceBytes;
-  layout.bulk_pieces = kBulkBytes / kPieceBytes;
+  layout.bulk_pieces = std::clamp(max_bytes, kLeastBulkBytes, kMostBulkBytes) / kPieceBytes;
   layout.bulk_offset = layout.bytes + 2 * size * layout.packet_pieces * 2 * kPieceBytes;
   layout.bytes = layout.bulk_offset + 4 * layout.bulk_pieces * kPieceBytes;
   return layout;
@@ -80,7 +81,7 @@ PeerGroup::PeerGroup(std::span<const std::shared_ptr<Device>> devices, const Gro
   check(options.timeout.count() > 0, kWhere, "timeout is ", options.timeout.count(),
         " ms; it must be positive");
   enable_peers();
-  allocate_areas(options.timeout);
+  allocate_areas(options);
   if (takes_nccl(options, devices_.size())) open_nccl_group(options.nccl);
   for (const std::shared_ptr<Device>& device : devices_) {
     const CurrentDevice current(device->ordinal(), kWhere);
@@ -136,8 +137,8 @@ void PeerGroup::enable_peers() {
   }
 }
 
-void PeerGroup::allocate_areas(std::chrono::milliseconds timeout) {
-  const AreaLayout layout = area_layout(size(), reach_each_other_);
+void PeerGroup::allocate_areas(const GroupOptions& options) {
+  const AreaLayout layout = area_layout(size(), options.max_bytes, reach_each_other_);
   for (const std::shared_ptr<Device>& device : devices_) {
     states_.push_back(device->allocate(sizeof(PeerState), "ranks"));
     reports_.push_back(device->allocate_mapped(sizeof(PeerReport), "ranks"));
@@ -158,7 +159,7 @@ void PeerGroup::allocate_areas(std::chrono::milliseconds timeout) {
     view.bulk_pieces = layout.bulk_pieces;
     view.bulk_offset = layout.bulk_offset;
     view.timeout = static_cast<uint64_t>(
-        std::chrono::duration_cast<std::chrono::nanoseconds>(timeout).count());
+        std::chrono::duration_cast<std::chrono::nanoseconds>(options.timeout).count());
     views_.push_back(view);
   }
 }
@@ -299,7 +300,7 @@ std::vector<std::unique_ptr<Communicator>> make_group(
 
 int64_t group_bytes(int size, const GroupOptions& options) {
   const bool has_values = options.kernels != CollectiveKernels::kNccl;
-  return area_layout(size, has_values).bytes;
+  return area_layout(size, options.max_bytes, has_values).bytes;
 }
 
 }  // namespace mrv1::cuda

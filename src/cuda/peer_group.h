@@ -41,7 +41,7 @@ class PeerGroup {
  private:
   PeerReport* report(int rank) const { return static_cast<PeerReport*>(reports_[rank].host()); }
   void enable_peers();
-  void allocate_areas(std::chrono::milliseconds timeout);
+  void allocate_areas(const GroupOptions& options);
   void open_nccl_group(const std::vector<std::string>& libraries);
   // Lets all ranks meet once: an address that cannot be reached after all shows here.
   void try_out();
