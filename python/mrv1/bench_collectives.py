@@ -94,7 +94,7 @@ def measure_all_reduce(
                 calls=calls,
                 dtype=dtype,
                 kernels=name,
-                nccl=_libraries.nccl_names() if on_gpus else [],
+                nccl=_libraries.nccl_names() if name == "nccl" else [],
             )
             try:
                 for rank, part in enumerate(parts):

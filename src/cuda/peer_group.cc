@@ -19,8 +19,6 @@ constexpr std::string_view kWhere = "ranks";
 // What a rank receives of large messages at a time, at most and at least; longer ones take several
 // launches.
 constexpr int64_t kMostBulkBytes = int64_t{32} << 20, kLeastBulkBytes = int64_t{8} << 20;
-// Sums from which NCCL is faster, where it gives the same bits.
-constexpr int64_t kNcclSumBytes = int64_t{32} << 20;
 // How often the watcher looks whether a device has given up.
 constexpr std::chrono::milliseconds kWatchInterval{20};
 
@@ -45,14 +43,6 @@ AreaLayout area_layout(int size, int64_t max_bytes, bool has_values) {
   layout.bulk_offset = layout.bytes + 2 * size * layout.packet_pieces * 2 * kPieceBytes;
   layout.bytes = layout.bulk_offset + 4 * layout.bulk_pieces * kPieceBytes;
   return layout;
-}
-
-// Its communicators take seconds and memory, so they are made only where a message goes through it.
-bool takes_nccl(const GroupOptions& options, size_t size) {
-  if (options.kernels != CollectiveKernels::kAuto) {
-    return options.kernels == CollectiveKernels::kNccl;
-  }
-  return size == 2 && !options.nccl.empty() && options.max_bytes >= kNcclSumBytes;
 }
 
 std::string_view wait_text(PeerWait wait) {
@@ -82,7 +72,7 @@ PeerGroup::PeerGroup(std::span<const std::shared_ptr<Device>> devices, const Gro
         " ms; it must be positive");
   enable_peers();
   allocate_areas(options);
-  if (takes_nccl(options, devices_.size())) open_nccl_group(options.nccl);
+  if (kernels_ == CollectiveKernels::kNccl) open_nccl_group(options.nccl);
   for (const std::shared_ptr<Device>& device : devices_) {
     const CurrentDevice current(device->ordinal(), kWhere);
     load_all_reduce(size());
@@ -125,7 +115,7 @@ void PeerGroup::enable_peers() {
       if (can == 0) {
         fail(ErrorKind::kDevice, kWhere, "GPU ", device->ordinal(),
              " cannot reach the memory of GPU ", peer->ordinal(),
-             "; choose GPUs that can (`nvidia-smi topo -p2p rw`), or let NCCL carry everything");
+             "; choose GPUs that can (`nvidia-smi topo -p2p rw`)");
       }
       const cudaError_t status = cudaDeviceEnablePeerAccess(peer->ordinal(), 0);
       if (status == cudaErrorPeerAccessAlreadyEnabled) {
@@ -167,15 +157,7 @@ void PeerGroup::allocate_areas(const GroupOptions& options) {
 void PeerGroup::open_nccl_group(const std::vector<std::string>& libraries) {
   std::vector<int> ordinals;
   for (const std::shared_ptr<Device>& device : devices_) ordinals.push_back(device->ordinal());
-  const Nccl* library = nullptr;
-  try {
-    library = &open_nccl(libraries);
-  } catch (const Error&) {
-    // It is faster for long prompts, no more.
-    if (kernels_ == CollectiveKernels::kNccl) throw;
-    return;
-  }
-  nccl_ = std::make_unique<NcclGroup>(*library, ordinals);
+  nccl_ = std::make_unique<NcclGroup>(open_nccl(libraries), ordinals);
 }
 
 void PeerGroup::try_out() {
@@ -260,10 +242,7 @@ CollectiveKernels CudaCommunicator::choose_sum(int64_t bytes, bool nccl_can) con
     return CollectiveKernels::kNccl;
   }
   if (group_->kernels() != CollectiveKernels::kAuto) return group_->kernels();
-  if (bytes <= packet_bytes(size())) return CollectiveKernels::kOneShot;
-  const bool takes_nccl = nccl_can && size() == 2 && group_->nccl() != nullptr;
-  return takes_nccl && bytes >= kNcclSumBytes ? CollectiveKernels::kNccl
-                                              : CollectiveKernels::kTwoShot;
+  return bytes <= packet_bytes(size()) ? CollectiveKernels::kOneShot : CollectiveKernels::kTwoShot;
 }
 
 CollectiveKernels CudaCommunicator::choose_gather(int64_t bytes, int64_t rows) const {

@@ -177,8 +177,6 @@ void bind_runner(nb::module_& m) {
       .def(nb::init<const RunnerConfig&>(), nb::arg("other"), "A copy.")
       .def_rw("num_ranks", &RunnerConfig::num_ranks,
               "Devices that compute the model together, each a part of it.")
-      .def_rw("rank_libraries", &RunnerConfig::rank_libraries,
-              "Names to open NCCL by, in order; without any it is not used.")
       .def_prop_rw(
           "rank_timeout_ms",
           [](const RunnerConfig& self) { return static_cast<int64_t>(self.rank_timeout.count()); },

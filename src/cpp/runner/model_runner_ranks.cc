@@ -25,7 +25,6 @@ GroupOptions group_options(const Program& program, const RunnerConfig& config) {
   const PlanLimits limits = ModelRunner::plan_limits(config);
   GroupOptions options;
   options.timeout = config.rank_timeout;
-  options.nccl = config.rank_libraries;
   for (const Op& op : program.ops()) {
     if (op.kind != OpKind::kAllReduce && op.kind != OpKind::kAllGather) continue;
     options.max_bytes =

@@ -49,7 +49,6 @@ struct RunnerConfig {
   // end.
   int32_t num_ranks = 1;
   std::chrono::milliseconds rank_timeout{8000};
-  std::vector<std::string> rank_libraries;  // see GroupOptions::nccl
 };
 
 // A request as the runner sees it.
