@@ -34,23 +34,13 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool v
                : "memory");
 }
 
-// The same, of what nobody reads again soon: what follows the policy leaves the second cache first.
+// The same by a policy of the second cache.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid,
                                            uint64_t policy) {
   asm volatile(
       "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to),
       "l"(from), "r"(valid ? 16 : 0), "l"(policy)
       : "memory");
-}
-
-__device__ __forceinline__ uint64_t weight_policy(bool read_once) {
-  uint64_t policy;
-  if (read_once) {
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  } else {
-    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  }
-  return policy;
 }
 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -154,8 +144,6 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
   const int half_stride = args.gated() ? args.out_cols : 8;
   const int tile_stride = args.gated() ? kRows / 2 : kRows;
 
-  // A step streams its weights, many times what the second cache holds. They must not drive out of
-  // it what the step reads again and again: small arrays, and the code of its kernels.
   const uint64_t policy = weight_policy(gridDim.y == 1);
   const auto load_weight = [&](const Walk& at, uint32_t stage) {
     const int col = at.group * kGroup + load_col;
