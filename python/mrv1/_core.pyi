@@ -499,13 +499,6 @@ class RunnerConfig:
     def num_stages(self, arg: int, /) -> None: ...
 
     @property
-    def rank_libraries(self) -> list[str]:
-        """Names to open NCCL by, in order; without any it is not used."""
-
-    @rank_libraries.setter
-    def rank_libraries(self, arg: Sequence[str], /) -> None: ...
-
-    @property
     def rank_timeout_ms(self) -> int:
         """How long a rank waits for the others before they all end."""
 
@@ -1450,7 +1443,7 @@ class CollectiveProbe:
         batch_invariant: Whether the order of sums may depend on nothing.
         delay: Seconds that a rank waits before a call at most, at random.
         kernels: Of GPUs: "auto", "one_shot", "two_shot" or "nccl".
-        nccl: Names to open NCCL by, in order; without any it is not used.
+        nccl: Names to open NCCL by, in order, for kernels="nccl".
         timeout: Seconds that a rank waits for others before the group ends.
 
     Raises:
