@@ -1488,6 +1488,73 @@ class CollectiveProbe:
 
     def close(self) -> None: ...
 
+class StageProbe:
+    """
+    Stages of a pipeline around the least model that tells values apart: x_v = table_v[token],
+    each layer adds its shift_v, and the logits are the sum of all values that are float32 and
+    have vocab_size columns. Layers are shared out evenly among the stages; tokens are drawn
+    greedily. What the ops between stages are tested by.
+
+    A step is a tuple: the newest step that the stages before the last must have adopted; freed
+    rows (row, generation); new rows (row, generation, prompt, max_total_len, num_drafts); and
+    the batch's entries (row, generation, num_tokens, samples).
+
+    Args:
+        devices: One a rank, in the order of stages; GPUs are distinct.
+        num_stages: Of as many ranks each, which do the same.
+        num_layers: Of the model, at least one a stage.
+        values: Columns and dtype ("float32" or "bfloat16") of each value that crosses.
+        num_rows: As many may be in a batch.
+        max_tokens: Of a batch.
+        max_model_len: Of a row, drafts included.
+        num_drafts: Of a row at most.
+        num_slots: Steps that are on their way at most.
+        graphs: Whether steps with a batch are replays of one graph.
+        delay: Seconds that a rank waits at each place where others wait for it, at random.
+        timeout: Seconds that a rank waits for others before all end.
+        seed: Of the model's numbers.
+
+    Raises:
+        InvalidArgumentError: something is not what it must be.
+    """
+
+    def __init__(self, devices: Sequence[Device], *, num_stages: int, num_layers: int, vocab_size: int, values: Sequence[tuple[int, str]], num_rows: int, max_tokens: int, max_model_len: int, num_drafts: int = 0, num_slots: int = 4, graphs: bool = False, delay: float = 0.0, timeout: float = 8.0, seed: int = 0) -> None: ...
+
+    @property
+    def next_step(self) -> int:
+        """The step that run() begins with."""
+
+    def table(self, value: int) -> NDArray[numpy.float32]:
+        """Of a value: [vocab_size, cols], as it is in its dtype."""
+
+    def shift(self, layer: int, value: int) -> NDArray[numpy.float32]:
+        """What a layer adds to a value: [cols]."""
+
+    def random_steps(self, count: int, seed: int) -> list[tuple[int, list[tuple[int, int]], list[tuple[int, int, list[int], int, int]], list[tuple[int, int, int, int]]]]:
+        """Random lives of rows, for the next run()."""
+
+    def run(self, steps: Sequence[tuple[int, Sequence[tuple[int, int]], Sequence[tuple[int, int, Sequence[int], int, int]], Sequence[tuple[int, int, int, int]]]], absent: int | None = None, absent_from: int = 0) -> None:
+        """
+        Runs steps; rank `absent` leaves out those from number `absent_from` on.
+
+        Raises:
+            DeviceError: the group has ended; the message says why.
+        """
+
+    def outputs(self, rank: int) -> list:
+        """What a rank has put out in each step of the last run."""
+
+    def row(self, rank: int, row: int) -> dict:
+        """A row as a rank has it."""
+
+    def received(self, rank: int, value: int) -> NDArray[numpy.float32]:
+        """A value as it has last crossed to a rank: [max_tokens, cols]."""
+
+    def abort(self, reason: str) -> None:
+        """Ends the group, as a rank that fails does."""
+
+    def close(self) -> None: ...
+
 class Ops:
     """
     The backend table's ops on arrays of the caller. Use mrv1.ops, which documents them.
