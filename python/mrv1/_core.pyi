@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Callable, Sequence
 import enum
-from typing import Annotated, overload
+from typing import Annotated, Any, overload
 
 import numpy
 from numpy.typing import NDArray
@@ -1541,10 +1541,10 @@ class StageProbe:
             DeviceError: the group has ended; the message says why.
         """
 
-    def outputs(self, rank: int) -> list:
+    def outputs(self, rank: int) -> list[dict[str, Any]]:
         """What a rank has put out in each step of the last run."""
 
-    def row(self, rank: int, row: int) -> dict:
+    def row(self, rank: int, row: int) -> dict[str, Any]:
         """A row as a rank has it."""
 
     def received(self, rank: int, value: int) -> NDArray[numpy.float32]:

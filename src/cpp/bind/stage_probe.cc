@@ -218,8 +218,11 @@ void bind_stage_probe(nb::module_& m) {
           "Raises:\n"
           "    DeviceError: the group has ended; the message says why.")
       .def("outputs", &outputs, nb::arg("rank"),
+           nb::sig("def outputs(self, rank: int) -> list[dict[str, typing.Any]]"),
            "What a rank has put out in each step of the last run.")
-      .def("row", &row, nb::arg("rank"), nb::arg("row"), "A row as a rank has it.")
+      .def("row", &row, nb::arg("rank"), nb::arg("row"),
+           nb::sig("def row(self, rank: int, row: int) -> dict[str, typing.Any]"),
+           "A row as a rank has it.")
       .def(
           "received",
           [](const StageProbeHandle& self, int rank, int32_t value) {
