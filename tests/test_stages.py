@@ -196,13 +196,8 @@ def test_random_lives_give_the_tokens_of_the_model(
         assert sum(probe.outputs(rank)[-1]["waited_ns"] for rank in range(last + 1)) > 0
 
 
-def _one_row(first: int, prompt: list[int], count: int) -> list[_Step]:
-    """A row alone: its prompt, then a token a step, which every stage must know before the next."""
-    steps: list[_Step] = [
-        (0, [], [(0, 1, prompt, len(prompt) + count, 0)], [(0, 1, len(prompt), 1)])
-    ]
-    steps += [(first + i - 1, [], [], [(0, 1, 1, 1)]) for i in range(1, count)]
-    return steps
+def _prompt(tokens: list[int], max_total_len: int) -> _Step:
+    return (0, [], [(0, 1, tokens, max_total_len, 0)], [(0, 1, len(tokens), 1)])
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
@@ -211,7 +206,10 @@ def test_a_row_alone_needs_no_host_and_its_values_arrive_whole(
 ) -> None:
     with stages.probe(graphs=graphs) as probe:
         model = Model(probe)
-        steps = _one_row(probe.next_step, [4, 5, 6], 30)
+        # Its prompt, then a token a step, each of which all stages must know before the next.
+        first = probe.next_step
+        steps = [_prompt([4, 5, 6], 33)]
+        steps += [(first + i, [], [], [(0, 1, 1, 1)]) for i in range(29)]
         probe.run(steps)
         lives, drawn = _check_lives(model, steps, probe.outputs(stages.num_stages - 1))
         assert drawn == 30
@@ -224,13 +222,31 @@ def test_a_row_alone_needs_no_host_and_its_values_arrive_whole(
                 np.testing.assert_array_equal(received[0], expected)
 
 
+def test_outputs_stay_until_a_slow_stage_has_adopted_them(stages: Stages) -> None:
+    """Steps without a batch bring no values that the last stage would have to wait for."""
+    num_slots = 3
+    for slow in range(stages.num_stages - 1):
+        options = {"num_slots": num_slots, "delay": 100e-6, "slow_rank": slow}
+        with stages.probe(**options) as probe:
+            model = Model(probe)
+            steps = [_prompt([1, 2], 30)]
+            while len(steps) < 100:
+                newest = probe.next_step + len(steps) - 1
+                steps.append((newest, [], [], [(0, 1, 1, 1)]))
+                empty = range(newest + 2, newest + 12)
+                steps += [(step - num_slots + 1, [], [], []) for step in empty]
+            probe.run(steps)
+            _, drawn = _check_lives(model, steps, probe.outputs(stages.num_stages - 1))
+            assert drawn == 10
+
+
 def test_the_largest_batch_crosses(stages: Stages) -> None:
     """Many values of other sizes than those of the random lives, all places of a batch used."""
     values = [(_VOCAB, "float32"), (4096, "bfloat16"), (1000, "float32"), (1, "bfloat16")]
-    with stages.probe(values=values, max_tokens=300, max_model_len=301, num_layers=4) as probe:
-        prompt = np.random.default_rng(5).integers(0, _VOCAB, 300).tolist()
+    with stages.probe(values=values, max_tokens=100, max_model_len=101, num_layers=4) as probe:
+        prompt = np.random.default_rng(5).integers(0, _VOCAB, 100).tolist()
         first = probe.next_step
-        probe.run([(0, [], [(0, 1, prompt, 301, 0)], [(0, 1, 300, 1)]), (first, [], [], [])])
+        probe.run([_prompt(prompt, 101), (first, [], [], [])])
         for rank in range(1, stages.num_stages):
             for value, (_, dtype) in enumerate(values):
                 x = probe.table(value)[prompt]

@@ -1511,6 +1511,7 @@ class StageProbe:
         num_slots: Steps that are on their way at most.
         graphs: Whether steps with a batch are replays of one graph.
         delay: Seconds that a rank waits at each place where others wait for it, at random.
+        slow_rank: The rank that does; None is all.
         timeout: Seconds that a rank waits for others before all end.
         seed: Of the model's numbers.
 
@@ -1518,7 +1519,7 @@ class StageProbe:
         InvalidArgumentError: something is not what it must be.
     """
 
-    def __init__(self, devices: Sequence[Device], *, num_stages: int, num_layers: int, vocab_size: int, values: Sequence[tuple[int, str]], num_rows: int, max_tokens: int, max_model_len: int, num_drafts: int = 0, num_slots: int = 4, graphs: bool = False, delay: float = 0.0, timeout: float = 8.0, seed: int = 0) -> None: ...
+    def __init__(self, devices: Sequence[Device], *, num_stages: int, num_layers: int, vocab_size: int, values: Sequence[tuple[int, str]], num_rows: int, max_tokens: int, max_model_len: int, num_drafts: int = 0, num_slots: int = 4, graphs: bool = False, delay: float = 0.0, slow_rank: int | None = None, timeout: float = 8.0, seed: int = 0) -> None: ...
 
     @property
     def next_step(self) -> int:

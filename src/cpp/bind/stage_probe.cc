@@ -136,6 +136,7 @@ void bind_stage_probe(nb::module_& m) {
       "    num_slots: Steps that are on their way at most.\n"
       "    graphs: Whether steps with a batch are replays of one graph.\n"
       "    delay: Seconds that a rank waits at each place where others wait for it, at random.\n"
+      "    slow_rank: The rank that does; None is all.\n"
       "    timeout: Seconds that a rank waits for others before all end.\n"
       "    seed: Of the model's numbers.\n\n"
       "Raises:\n"
@@ -146,7 +147,8 @@ void bind_stage_probe(nb::module_& m) {
              int32_t num_stages, int32_t num_layers, int32_t vocab_size,
              const std::vector<std::pair<int64_t, std::string>>& values, int32_t num_rows,
              int32_t max_tokens, int32_t max_model_len, int32_t num_drafts, int32_t num_slots,
-             bool graphs, double delay, double timeout, uint64_t seed) {
+             bool graphs, double delay, std::optional<int> slow_rank, double timeout,
+             uint64_t seed) {
             StageProbe::Options options;
             options.num_stages = num_stages;
             options.num_layers = num_layers;
@@ -158,6 +160,7 @@ void bind_stage_probe(nb::module_& m) {
             options.num_slots = num_slots;
             options.graphs = graphs;
             options.delay = micros(delay);
+            options.slow_rank = slow_rank.value_or(-1);
             for (const auto& [cols, dtype] : values) {
               options.values.push_back({cols, dtype_from_name(dtype)});
             }
@@ -173,8 +176,8 @@ void bind_stage_probe(nb::module_& m) {
           nb::arg("devices"), nb::kw_only(), nb::arg("num_stages"), nb::arg("num_layers"),
           nb::arg("vocab_size"), nb::arg("values"), nb::arg("num_rows"), nb::arg("max_tokens"),
           nb::arg("max_model_len"), nb::arg("num_drafts") = 0, nb::arg("num_slots") = 4,
-          nb::arg("graphs") = false, nb::arg("delay") = 0.0, nb::arg("timeout") = 8.0,
-          nb::arg("seed") = 0)
+          nb::arg("graphs") = false, nb::arg("delay") = 0.0, nb::arg("slow_rank") = nb::none(),
+          nb::arg("timeout") = 8.0, nb::arg("seed") = 0)
       .def_prop_ro(
           "next_step", [](const StageProbeHandle& self) { return self->next_step(); },
           "The step that run() begins with.")

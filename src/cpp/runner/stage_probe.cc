@@ -462,9 +462,11 @@ void StageProbe::launch_step(Rank& rank, const StepSizes& sizes) const {
   const Kernels& kernels = rank.device->kernels();
   StepContext ctx = rank.ctx;
   ctx.sizes = sizes;
+  const int slow = options_.slow_rank;
+  const std::chrono::nanoseconds most = options_.delay;
+  const bool dawdles = most.count() > 0 && (slow < 0 || slow == rank.communicator->global_rank());
   const std::function<void()> dawdle = [&] {
-    const std::chrono::nanoseconds most = options_.delay;
-    if (most.count() == 0) return;
+    if (!dawdles) return;
     hold_stream(*rank.device, std::chrono::nanoseconds(std::uniform_int_distribution<int64_t>(
                                   0, most.count())(rank.random)));
   };

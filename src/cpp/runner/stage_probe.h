@@ -44,6 +44,7 @@ class StageProbe {
     bool graphs = false;     // steps with a batch are replays of one graph
     // Before each thing that others may wait for, a rank waits up to as long, at random.
     std::chrono::microseconds delay{0};
+    int slow_rank = -1;  // the one that does; all, if negative
   };
   // A row that a step's record adds: all of its tokens are its prompt's.
   struct NewProbeRow {
