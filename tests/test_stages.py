@@ -17,8 +17,8 @@ import pytest
 from mrv1 import _core
 from mrv1.errors import DeviceError, InvalidArgumentError
 
-_VOCAB, _ROWS, _LAYERS = 29, 6, 5
-# Rows of 116, 116 and 26 bytes, so that no piece of 16 fits.
+_VOCAB, _ROWS, _LAYERS = 101, 6, 5
+# Rows of 404, 404 and 26 bytes, so that no piece of 16 fits.
 _VALUES = [(_VOCAB, "float32"), (_VOCAB, "float32"), (13, "bfloat16")]
 _PHASE_FREE, _FINISH_LENGTH = 0, 2
 _Step = tuple[int, list[Any], list[Any], list[Any]]
@@ -236,8 +236,9 @@ def test_outputs_stay_until_a_slow_stage_has_adopted_them(stages: Stages) -> Non
                 empty = range(newest + 2, newest + 12)
                 steps += [(step - num_slots + 1, [], [], []) for step in empty]
             probe.run(steps)
-            _, drawn = _check_lives(model, steps, probe.outputs(stages.num_stages - 1))
+            lives, drawn = _check_lives(model, steps, probe.outputs(stages.num_stages - 1))
             assert drawn == 10
+            assert len(set(lives[0].tokens)) > 6
 
 
 def test_the_largest_batch_crosses(stages: Stages) -> None:

@@ -17,8 +17,8 @@ StageProbe::Options options_of(int32_t num_stages) {
   StageProbe::Options options;
   options.num_stages = num_stages;
   options.num_layers = 5;
-  options.vocab_size = 29;
-  options.values = {{29, DType::kF32}, {29, DType::kF32}, {13, DType::kBF16}};
+  options.vocab_size = 101;
+  options.values = {{101, DType::kF32}, {101, DType::kF32}, {13, DType::kBF16}};
   options.num_rows = 6;
   options.max_tokens = 20;
   options.max_model_len = 40;

@@ -18,6 +18,8 @@ constexpr std::string_view kWhere = "stage_probe";
 constexpr std::chrono::milliseconds kLook{20};
 // Room for the header of a record and for arrays that begin at aligned places.
 constexpr int64_t kRecordBytes = 512;
+// Deviations of the model's numbers: the token, more than the layers, says which one comes next.
+constexpr float kTable = 3.0f, kShift = 0.5f;
 
 bool is_folded(const StageProbe::Options& options, size_t value) {
   const StageProbe::Value& of = options.values[value];
@@ -97,23 +99,25 @@ const StageProbe::Value& StageProbe::value_at(int32_t value) const {
   return options_.values[static_cast<size_t>(value)];
 }
 
-std::vector<float> StageProbe::numbers(int64_t count, uint64_t kind, DType dtype) const {
+std::vector<float> StageProbe::numbers(int64_t count, uint64_t kind, DType dtype,
+                                       float deviation) const {
   std::mt19937_64 random(seed_ * 1000003 + kind);
   std::vector<float> values(static_cast<size_t>(count));
-  std::normal_distribution<float> normal(0.0f, 3.0f);
+  std::normal_distribution<float> normal(0.0f, deviation);
   for (float& value : values) value = normal(random);
   return loaded_values(stored_values(values, dtype), dtype);
 }
 
 std::vector<float> StageProbe::table(int32_t value) const {
   const Value& of = value_at(value);
-  return numbers(options_.vocab_size * of.cols, static_cast<uint64_t>(value), of.dtype);
+  return numbers(options_.vocab_size * of.cols, static_cast<uint64_t>(value), of.dtype, kTable);
 }
 
 std::vector<float> StageProbe::shift(int32_t layer, int32_t value) const {
   check(layer >= 0 && layer < options_.num_layers, kWhere, "there is no layer ", layer);
   const Value& of = value_at(value);
-  return numbers(of.cols, static_cast<uint64_t>(100 + layer * kMaxStageValues + value), of.dtype);
+  return numbers(of.cols, static_cast<uint64_t>(100 + layer * kMaxStageValues + value), of.dtype,
+                 kShift);
 }
 
 template <typename T>

@@ -123,7 +123,7 @@ class StageProbe {
   Rank& rank_at(int rank) const;
   const Value& value_at(int32_t value) const;
   void check_step(const ProbeStep& step, uint64_t number) const;
-  std::vector<float> numbers(int64_t count, uint64_t kind, DType dtype) const;
+  std::vector<float> numbers(int64_t count, uint64_t kind, DType dtype, float deviation) const;
   void make_rank(Rank& rank);
   void link_ranks();
   template <typename T>
