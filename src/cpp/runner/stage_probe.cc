@@ -437,9 +437,8 @@ void StageProbe::run_rank(Rank& rank, std::span<const ProbeStep> steps) {
     auto* record = reinterpret_cast<ControlHeader*>(
         rank.control + static_cast<int64_t>(step % num_slots) * control_bytes_);
     const StepSizes sizes = sizes_of(spec);
-    rank.writer.write(record, step, spec.entries, sizes.num_requests, sizes.num_tokens,
-                      sizes.num_logits);
-    record->adopt_through = spec.adopt_through;
+    rank.writer.write(record, step, spec.adopt_through, spec.entries, sizes.num_requests,
+                      sizes.num_tokens, sizes.num_logits);
     rank.tasks.push_back({this, &rank, sizes});
     rank.device->submit(&StageProbe::run_task, &rank.tasks.back());
   }
