@@ -919,6 +919,31 @@ class RowState:
     @property
     def finish_reason(self) -> FinishReason: ...
 
+class StepTime:
+    """What a rank's device did with one step, by its own clock."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def begin_ns(self) -> int: ...
+
+    @property
+    def end_ns(self) -> int: ...
+
+    @property
+    def waited_ns(self) -> int:
+        """For other stages of a pipeline, since the step before had ended."""
+
+    @property
+    def requests(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def mode(self) -> StepMode: ...
+
 class StepOutput:
     """A retired step: entries in the batch's order."""
 
@@ -1000,6 +1025,17 @@ class ModelRunner:
 
     def fill_kv_random(self, seed: int) -> None:
         """Fills the KV cache with random values: timing without a prefill."""
+
+    def log_steps(self, on: bool) -> None:
+        """
+        Whether all ranks note down what each of their steps takes, from the next one on. Call
+        it, and `take_step_log`, while no step is in flight.
+        """
+
+    def take_step_log(self, rank: int) -> list[StepTime]:
+        """
+        The steps of a rank since then, or since the last call: those without a batch, too.
+        """
 
     def check_weights(self) -> None: ...
 
