@@ -922,27 +922,50 @@ class RowState:
 class StepTime:
     """What a rank's device did with one step, by its own clock."""
 
+    def __init__(self) -> None: ...
+
     @property
     def step(self) -> int: ...
+
+    @step.setter
+    def step(self, arg: int, /) -> None: ...
 
     @property
     def begin_ns(self) -> int: ...
 
+    @begin_ns.setter
+    def begin_ns(self, arg: int, /) -> None: ...
+
     @property
     def end_ns(self) -> int: ...
+
+    @end_ns.setter
+    def end_ns(self, arg: int, /) -> None: ...
 
     @property
     def waited_ns(self) -> int:
         """For other stages of a pipeline, since the step before had ended."""
 
+    @waited_ns.setter
+    def waited_ns(self, arg: int, /) -> None: ...
+
     @property
     def requests(self) -> int: ...
+
+    @requests.setter
+    def requests(self, arg: int, /) -> None: ...
 
     @property
     def tokens(self) -> int: ...
 
+    @tokens.setter
+    def tokens(self, arg: int, /) -> None: ...
+
     @property
     def mode(self) -> StepMode: ...
+
+    @mode.setter
+    def mode(self, arg: StepMode, /) -> None: ...
 
 class StepOutput:
     """A retired step: entries in the batch's order."""

@@ -328,14 +328,15 @@ void bind_runner(nb::module_& m) {
       .def_ro("finish_reason", &Row::finish_reason);
 
   nb::class_<StepTime>(m, "StepTime", "What a rank's device did with one step, by its own clock.")
-      .def_ro("step", &StepTime::step)
-      .def_ro("begin_ns", &StepTime::begin_ns)
-      .def_ro("end_ns", &StepTime::end_ns)
-      .def_ro("waited_ns", &StepTime::waited_ns,
+      .def(nb::init<>())
+      .def_rw("step", &StepTime::step)
+      .def_rw("begin_ns", &StepTime::begin_ns)
+      .def_rw("end_ns", &StepTime::end_ns)
+      .def_rw("waited_ns", &StepTime::waited_ns,
               "For other stages of a pipeline, since the step before had ended.")
-      .def_ro("requests", &StepTime::requests)
-      .def_ro("tokens", &StepTime::tokens)
-      .def_ro("mode", &StepTime::mode);
+      .def_rw("requests", &StepTime::requests)
+      .def_rw("tokens", &StepTime::tokens)
+      .def_rw("mode", &StepTime::mode);
 
   nb::class_<StepOutput>(m, "StepOutput", "A retired step: entries in the batch's order.")
       .def_ro("step", &StepOutput::step)
