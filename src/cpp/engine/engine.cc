@@ -489,6 +489,16 @@ void Engine::take_in(EventBatch& out) {
       if (has_request(planned.slot)) end(planned.slot, RequestEnd::kError, error.what(), out);
     }
   }
+  if (!output_.error.empty()) end_with_ranks(out);
+}
+
+// Nothing can be computed any more once the ranks have ended, by the other steps in flight either.
+void Engine::end_with_ranks(EventBatch& out) {
+  try {
+    runner_->check_ranks();
+  } catch (const Error& error) {
+    end_all(RequestEnd::kError, error.what(), out);
+  }
 }
 
 // What the step that was read says about one of its entries.

@@ -124,6 +124,7 @@ class Engine {
   void read(const InFlight& step, StepOutput& output);
   void prefetch(int32_t slot) const;
   void prefetch_details(int32_t slot) const;
+  void end_with_ranks(EventBatch& out);
   void take_in_entry(const Planned& planned, size_t index, EventBatch& out);
   void keep_filled_blocks(Request& running);
   void fork_held(Request& first);
