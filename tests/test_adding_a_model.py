@@ -97,18 +97,22 @@ def reference(directory: Path, values: Json, token_ids: list[int]) -> np.ndarray
     return logits
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", [None, "tensor", "pipeline"], ids=["one", "ranks", "stages"])
 @pytest.mark.parametrize("fusion", [True, False], ids=["fused", "unfused"])
 def test_the_family_of_the_page_computes_what_it_says(
-    device: str, page: types.ModuleType, values: Json, tmp_path: Path, fusion: bool, ranks: int
+    device: str,
+    page: types.ModuleType,
+    values: Json,
+    tmp_path: Path,
+    fusion: bool,
+    kind: str | None,
 ) -> None:
-    need_ranks(device, ranks)
+    sizes = {} if kind is None else {f"{kind}_parallel_size": 2}
+    need_ranks(device, 1 + len(sizes))
     page.make_model(str(tmp_path / "model"), values)
     prompt = np.random.default_rng(0).integers(0, 256, 40).tolist()
     expected = reference(tmp_path / "model", values, prompt)
-    with open_runner(
-        device, tmp_path / "model", fusion=fusion, tensor_parallel_size=ranks
-    ) as runner:
+    with open_runner(device, tmp_path / "model", fusion=fusion, **sizes) as runner:
         count = num_blocks(len(prompt))
         groups = range(len(runner.kv_windows))
         assert len(groups) == 2

@@ -111,7 +111,13 @@ def test_decode_prints_a_table_and_writes_records(
     path = tmp_path / "out.json"
     arguments = ["bench", "decode", "--model", str(small_dir), "--device", device]
     arguments += ["--batch", "1,3", "--context", "40,100", "--steps", "6", "--read-mb", "4"]
-    assert cli.main([*arguments, "--json", str(path)]) == 0
+    trace = tmp_path / "trace.json"
+    assert cli.main([*arguments, "--json", str(path), "--trace", str(trace)]) == 0
+    events = json.loads(trace.read_text())["traceEvents"]
+    slices = [event for event in events if event["ph"] == "X"]
+    assert {event["args"]["requests"] for event in slices} == {3}
+    assert len(slices) == (6 if device == "cpu" else 500)
+    assert all(event["dur"] > 0 for event in slices)
     records = json.loads(path.read_text())
     assert [(r["batch"], r["context"]) for r in records] == [(1, 40), (3, 40), (1, 100), (3, 100)]
     for record in records:
@@ -119,6 +125,8 @@ def test_decode_prints_a_table_and_writes_records(
         assert record["shape"] == "small"
         assert record["kv_cache_dtype"] == "auto"
         assert ("idle_share" in record) == (device == "cuda")
+        assert record["graph_mode"] == ("full" if device == "cuda" else "eager")
+        assert not {"pp", "tp", "stage_waits"} & record.keys()
         assert 0 < record["host_us"] < 1e4
         assert record["floor_ms"] > 0
         assert record["read_share"] > 0
@@ -227,7 +235,12 @@ def test_mix_draws_the_published_workload() -> None:
     assert [request.max_tokens for request in small] == lengths
     assert [len(request.prompt_token_ids) for request in small] == [len(p) for p in prompts]
     assert {token for request in small for token in request.prompt_token_ids} == set(range(1000))
-    for count in (0, 257):
+    # More are drawn as if the benchmark had so many: all prompts, then all lengths.
+    more = mix_requests(151936, 300)
+    assert [request.prompt_token_ids for request in more[:256]] == prompts
+    assert len(more) == 300
+    assert [request.max_tokens for request in more[:256]] != lengths
+    for count in (0, 4097):
         with pytest.raises(InvalidArgumentError, match="requests"):
             mix_requests(1000, count)
 

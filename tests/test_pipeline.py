@@ -165,8 +165,8 @@ def whole_answers(device: str, deep: Path) -> list[Any]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, DRAFTS, {"background": False}, {"graph_mode": "full"}],
-    ids=["plain", "drafts", "stepped", "graphs"],
+    [{}, DRAFTS, {"background": False}, {"graph_mode": "full"}, {"num_kv_blocks": 22}],
+    ids=["plain", "drafts", "stepped", "graphs", "preempted"],
 )
 @pytest.mark.parametrize("sizes", PIPELINES, ids=_named)
 def test_requests_of_all_kinds_get_the_answers_of_one_stage(
@@ -174,6 +174,39 @@ def test_requests_of_all_kinds_get_the_answers_of_one_stage(
 ) -> None:
     _need(device, sizes)
     assert answers(device, deep, **sizes, **options) == whole_answers
+
+
+def test_what_a_runner_shows_is_that_of_one_stage(device: str, deep: Path) -> None:
+    need_ranks(device, 3)
+
+    def seen(size: int) -> list[np.ndarray]:
+        with open_runner(
+            device,
+            deep,
+            batch_invariant=True,
+            pipeline_parallel_size=size,
+            keep_hidden_states=True,
+            infer_param_view=True,
+        ) as runner:
+            rows = [
+                runner.add_row(
+                    make_prompt(9, seed), greedy(4), block_ids=range(1 + 4 * seed, 5 + 4 * seed)
+                )
+                for seed in range(2)
+            ]
+            runner.execute([(row, 9) for row in rows]).result()
+            # The second row goes on with the keys and values of the first, on all stages.
+            runner.copy_blocks([(block, block + 4) for block in range(1, 5)])
+            runner.execute([(row, 1) for row in rows]).result()
+            found = [runner.hidden_states(1), runner.logits(0), runner.logits(1)]
+            found += [values for _, values in sorted(runner.infer_params().items())]
+            for row in rows:
+                runner.free_row(row)
+            assert runner.free_rows == 4
+        return found
+
+    for one, several in zip(seen(1), seen(3), strict=True):
+        np.testing.assert_array_equal(one, several)
 
 
 def test_windows_are_left_behind_on_every_stage(device: str) -> None:

@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Callable, Sequence
 import enum
-from typing import Annotated, overload
+from typing import Annotated, Any, overload
 
 import numpy
 from numpy.typing import NDArray
@@ -912,6 +912,54 @@ class RowState:
     @property
     def finish_reason(self) -> FinishReason: ...
 
+class StepTime:
+    """What a rank's device did with one step, by its own clock."""
+
+    def __init__(self) -> None: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @step.setter
+    def step(self, arg: int, /) -> None: ...
+
+    @property
+    def begin_ns(self) -> int: ...
+
+    @begin_ns.setter
+    def begin_ns(self, arg: int, /) -> None: ...
+
+    @property
+    def end_ns(self) -> int: ...
+
+    @end_ns.setter
+    def end_ns(self, arg: int, /) -> None: ...
+
+    @property
+    def waited_ns(self) -> int:
+        """For other stages of a pipeline, since the step before had ended."""
+
+    @waited_ns.setter
+    def waited_ns(self, arg: int, /) -> None: ...
+
+    @property
+    def requests(self) -> int: ...
+
+    @requests.setter
+    def requests(self, arg: int, /) -> None: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @tokens.setter
+    def tokens(self, arg: int, /) -> None: ...
+
+    @property
+    def mode(self) -> StepMode: ...
+
+    @mode.setter
+    def mode(self, arg: StepMode, /) -> None: ...
+
 class StepOutput:
     """A retired step: entries in the batch's order."""
 
@@ -993,6 +1041,17 @@ class ModelRunner:
 
     def fill_kv_random(self, seed: int) -> None:
         """Fills the KV cache with random values: timing without a prefill."""
+
+    def log_steps(self, on: bool) -> None:
+        """
+        Whether all ranks note down what each of their steps takes, from the next one on. Call
+        it, and `take_step_log`, while no step is in flight.
+        """
+
+    def take_step_log(self, rank: int) -> list[StepTime]:
+        """
+        The steps of a rank since then, or since the last call: those without a batch, too.
+        """
 
     def check_weights(self) -> None: ...
 
@@ -1475,6 +1534,74 @@ class CollectiveProbe:
         Seconds of a call on the slowest rank, in each of `repeats` runs of `launches` graphs;
         by the clock of a GPU, else of the host.
         """
+
+    def abort(self, reason: str) -> None:
+        """Ends the group, as a rank that fails does."""
+
+    def close(self) -> None: ...
+
+class StageProbe:
+    """
+    Stages of a pipeline around the least model that tells values apart: x_v = table_v[token],
+    each layer adds its shift_v, and the logits are the sum of all values that are float32 and
+    have vocab_size columns. Layers are shared out evenly among the stages; tokens are drawn
+    greedily. What the ops between stages are tested by.
+
+    A step is a tuple: the newest step that the stages before the last must have adopted; freed
+    rows (row, generation); new rows (row, generation, prompt, max_total_len, num_drafts); and
+    the batch's entries (row, generation, num_tokens, samples).
+
+    Args:
+        devices: One a rank, in the order of stages; GPUs are distinct.
+        num_stages: Of as many ranks each, which do the same.
+        num_layers: Of the model, at least one a stage.
+        values: Columns and dtype ("float32" or "bfloat16") of each value that crosses.
+        num_rows: As many may be in a batch.
+        max_tokens: Of a batch.
+        max_model_len: Of a row, drafts included.
+        num_drafts: Of a row at most.
+        num_slots: Steps that are on their way at most.
+        graphs: Whether steps with a batch are replays of one graph.
+        delay: Seconds that a rank waits at each place where others wait for it, at random.
+        slow_rank: The rank that does; None is all.
+        timeout: Seconds that a rank waits for others before all end.
+        seed: Of the model's numbers.
+
+    Raises:
+        InvalidArgumentError: something is not what it must be.
+    """
+
+    def __init__(self, devices: Sequence[Device], *, num_stages: int, num_layers: int, vocab_size: int, values: Sequence[tuple[int, str]], num_rows: int, max_tokens: int, max_model_len: int, num_drafts: int = 0, num_slots: int = 4, graphs: bool = False, delay: float = 0.0, slow_rank: int | None = None, timeout: float = 8.0, seed: int = 0) -> None: ...
+
+    @property
+    def next_step(self) -> int:
+        """The step that run() begins with."""
+
+    def table(self, value: int) -> NDArray[numpy.float32]:
+        """Of a value: [vocab_size, cols], as it is in its dtype."""
+
+    def shift(self, layer: int, value: int) -> NDArray[numpy.float32]:
+        """What a layer adds to a value: [cols]."""
+
+    def random_steps(self, count: int, seed: int) -> list[tuple[int, list[tuple[int, int]], list[tuple[int, int, list[int], int, int]], list[tuple[int, int, int, int]]]]:
+        """Random lives of rows, for the next run()."""
+
+    def run(self, steps: Sequence[tuple[int, Sequence[tuple[int, int]], Sequence[tuple[int, int, Sequence[int], int, int]], Sequence[tuple[int, int, int, int]]]], absent: int | None = None, absent_from: int = 0) -> None:
+        """
+        Runs steps; rank `absent` leaves out those from number `absent_from` on.
+
+        Raises:
+            DeviceError: the group has ended; the message says why.
+        """
+
+    def outputs(self, rank: int) -> list[dict[str, Any]]:
+        """What a rank has put out in each step of the last run."""
+
+    def row(self, rank: int, row: int) -> dict[str, Any]:
+        """A row as a rank has it."""
+
+    def received(self, rank: int, value: int) -> NDArray[numpy.float32]:
+        """A value as it has last crossed to a rank: [max_tokens, cols]."""
 
     def abort(self, reason: str) -> None:
         """Ends the group, as a rank that fails does."""

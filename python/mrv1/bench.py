@@ -11,7 +11,7 @@ import datetime as dt
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, TypedDict
 
@@ -77,6 +77,9 @@ class Record(_RequiredKeys, total=False):
     kernels: int
     tokens: int
     tp: int
+    pp: int
+    graph_mode: str
+    stage_waits: str
     message_bytes: int
     heads: int
     kv_heads: int
@@ -123,6 +126,9 @@ class Timing:
         tokens: Of a step, for the rate; None is one a request.
         idle_share: Share of the time in which the device ran no step, or None where it was not
             measured.
+        graph_mode: How most of the steps reached the device: "eager", "piecewise" or "full".
+        stage_waits: Of each stage of a pipeline the share of the time in which it waited for
+            others; empty where there is one.
     """
 
     batch: int
@@ -132,6 +138,8 @@ class Timing:
     peak_memory_mb: float
     tokens: float | None = None
     idle_share: float | None = None
+    graph_mode: str | None = None
+    stage_waits: Sequence[float] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +207,12 @@ class CacheFormat:
 
 
 AUTO_CACHE: Final = CacheFormat()
+
+
+def main_mode(before: Mapping[str, int], after: Mapping[str, int]) -> str:
+    """How most steps reached the device between two `_core.ModelRunner.stats()`."""
+    modes = ("eager", "piecewise", "full")
+    return max(modes, key=lambda mode: after[f"steps_{mode}"] - before[f"steps_{mode}"])
 
 
 def row_blocks(runner: _core.ModelRunner, index: int, count: int) -> list[list[int]]:
@@ -394,14 +408,34 @@ def attention_cost(
     return OpCost("attention", read_bytes, cached * 4 * heads * dim)
 
 
-def share_costs(costs: Sequence[OpCost], ranks: int) -> list[OpCost]:
-    """What one of several ranks must do of the costs of a whole model."""
-    return [
-        dataclasses.replace(
-            cost, read_bytes=cost.read_bytes // ranks, operations=cost.operations // ranks
+def shared_costs(
+    costs: Iterable[OpCost], ranks: int, micro_batches: int, once: bool = False
+) -> list[OpCost]:
+    """What each of a model's ranks must do of a step that is spread over a pipeline.
+
+    Ranks of a stage share all of it. Of `micro_batches` that are on their way through as many
+    stages, each stage computes each in turn, with a part of the layers: so it has its part of all
+    arithmetic and of what belongs to requests, but reads its weights for each micro-batch, which
+    comes to as much as the whole model's once.
+
+    Args:
+        costs: Of the whole model and all requests.
+        ranks: Of a stage.
+        micro_batches: As many as stages, or fewer.
+        once: Whether weights are read once in all, as for prompts.
+    """
+    shared = []
+    for cost in costs:
+        is_weight = cost.name not in ("embedding", "attention") and not once
+        readers = ranks if is_weight else ranks * micro_batches
+        shared.append(
+            dataclasses.replace(
+                cost,
+                read_bytes=cost.read_bytes // readers,
+                operations=cost.operations // (ranks * micro_batches),
+            )
         )
-        for cost in costs
-    ]
+    return shared
 
 
 def floor_ms(costs: Iterable[OpCost], rates: Rates) -> float:
@@ -422,12 +456,15 @@ def make_record(
     rates: Rates | None = None,
     cache: CacheFormat = AUTO_CACHE,
     ranks: int = 1,
+    stages: int = 1,
 ) -> Record:
     """Sets a timing of mrv1 against what the machine can do, unless `rates` is None.
 
-    `costs` are those of the whole model, `rates` of one device: `ranks` of them share the work.
+    `costs` are those of the whole model, `rates` of one device: `ranks` of them share each layer,
+    and `stages` of so many the layers (`shared_costs`).
     """
-    costs = share_costs(costs, ranks)
+    once = figure == "prefill"
+    costs = shared_costs(costs, ranks, stages if once else min(stages, timing.batch), once)
     seconds = timing.step_ms / 1e3
     tokens = timing.batch if timing.tokens is None else timing.tokens
     record: Record = {
@@ -461,6 +498,12 @@ def make_record(
         record["scale"] = cache.kv_scales
     if ranks > 1:
         record["tp"] = ranks
+    if stages > 1:
+        record["pp"] = stages
+    if timing.graph_mode is not None:
+        record["graph_mode"] = timing.graph_mode
+    if timing.stage_waits:
+        record["stage_waits"] = ",".join(f"{share:.4f}" for share in timing.stage_waits)
     if timing.idle_share is not None:
         record["idle_share"] = round(timing.idle_share, 5)
     return record
@@ -495,8 +538,8 @@ def versions(*packages: str) -> str:
     return ", ".join(parts)
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Checks that `write_json` can write a file, before minutes go into what it shall hold.
+def check_writable(path: str | os.PathLike[str], field: str = "json") -> None:
+    """Checks that a file can be written, before minutes go into what it shall hold.
 
     Raises:
         InvalidArgumentError: It cannot be written.
@@ -511,7 +554,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             target.unlink()
     except (OSError, ValueError) as error:
         raise InvalidArgumentError(
-            f"cannot be written: {error}", field="json", value=os.fspath(path)
+            f"cannot be written: {error}", field=field, value=os.fspath(path)
         ) from None
 
 
@@ -534,6 +577,10 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.3g} %"
 
 
+def _shares(shares: str | None) -> str:
+    return "-" if shares is None else ", ".join(_percent(float(s)) for s in shares.split(","))
+
+
 def _kilobytes(count: int | None) -> str:
     return "-" if count is None else f"{count / 1024:g}"
 
@@ -548,6 +595,7 @@ _COLUMNS: Final[tuple[tuple[str, Callable[[Record], str]], ...]] = (
     ("tokens/s", lambda record: _number(record["tokens_per_s"], 1)),
     ("host us", lambda record: _number(record["host_us"], 1)),
     ("idle", lambda record: _percent(record.get("idle_share"))),
+    ("stages wait", lambda record: _shares(record.get("stage_waits"))),
     ("peer ms", lambda record: _number(record.get("peer_step_ms"), 3)),
     ("peer tokens/s", lambda record: _number(record.get("peer_tokens_per_s"), 1)),
     ("x peer", lambda record: _number(record.get("times_peer"), 2)),
@@ -580,6 +628,7 @@ def format_table(records: Sequence[Record]) -> str:
             record.get("launches"),
             record.get("layout"),
             f"tp {record['tp']}" if "tp" in record else None,
+            f"pp {record['pp']}" if "pp" in record else None,
             None if cache == "auto" else cache,
             record.get("scale") if "cache_dtype" in record and cache != "auto" else None,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mrv1 import _core
     from mrv1.bench import Bandwidth, CacheFormat, Figure, Rates, Record, Timing
     from mrv1.bench_kv import Geometry
+    from mrv1.bench_trace import StepLogs
     from mrv1.loader import LoadedModel, RunnerOptions
 
 
@@ -78,6 +80,7 @@ _DEFAULTS: dict[Figure, dict[str, object]] = {
         "context": [1024],
         "steps": 32,
         "read_mb": None,
+        "trace": None,
         **_SHAPE_DEFAULTS,
     },
     "prefill": {
@@ -87,7 +90,13 @@ _DEFAULTS: dict[Figure, dict[str, object]] = {
         "read_mb": None,
         **_SHAPE_DEFAULTS,
     },
-    "mix": {"requests": 256, "read_mb": None, **_SHAPE_DEFAULTS},
+    "mix": {
+        "requests": 256,
+        "max_num_seqs": None,
+        "read_mb": None,
+        "trace": None,
+        **_SHAPE_DEFAULTS,
+    },
     "op": {
         "batch": [1, 8],
         "context": [1024],
@@ -170,6 +179,8 @@ _OPTIONS = (
     "steps",
     "read_mb",
     "requests",
+    "max_num_seqs",
+    "trace",
     "layers",
     "save",
     "ops",
@@ -242,7 +253,19 @@ def add_bench(
         "--requests",
         type=_positive,
         metavar="N",
-        help="mix: only the first N of its 256 requests (default: 256)",
+        help="mix: the first N of its 256 requests, or that many drawn alike (default: 256)",
+    )
+    parser.add_argument(
+        "--max-num-seqs",
+        type=_positive,
+        metavar="N",
+        help="mix: requests that run at once, as far as the KV cache holds them (default: all)",
+    )
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="decode, mix: write what each rank's device did when, for https://ui.perfetto.dev; of "
+        "decode, the last batch at the last context",
     )
     parser.add_argument(
         "--ops",
@@ -385,6 +408,8 @@ def _run_bench(options: argparse.Namespace) -> int:
     peers = [] if options.peers is None else bench_peers.read_peers(options.peers)
     if options.json is not None:
         bench.check_writable(options.json)
+    if options.trace is not None:
+        bench.check_writable(options.trace, "trace")
     records = {
         "decode": _decode_records,
         "prefill": _prefill_records,
@@ -523,16 +548,31 @@ def _measure(
         model.close()
 
 
+def _write_trace(options: argparse.Namespace, model: LoadedModel, logs: StepLogs) -> None:
+    from mrv1 import bench_trace
+
+    if options.trace is not None:
+        bench_trace.write_trace(options.trace, logs, model.pipeline_parallel_size)
+
+
 def _decode_records(options: argparse.Namespace) -> list[Record]:
     from mrv1 import bench, bench_decode
 
     shape, directory, config = _source(options)
     runner_options = bench_decode.decode_options(
-        options.device, options.dtype, options.batch, options.context, options.steps
+        options.device,
+        options.dtype,
+        options.batch,
+        options.context,
+        options.steps,
+        stages=options.pipeline_parallel_size,
     )
     model = _load(options, directory, config, runner_options)
     model.runner.fill_kv_random(0)
-    timings, rates, device = _measure(options, model, bench_decode.measure_decode)
+    logs: StepLogs = []
+    measure = functools.partial(bench_decode.measure_decode, trace=logs)
+    timings, rates, device = _measure(options, model, measure)
+    _write_trace(options, model, logs)
     cache = _cache(model)
     records = []
     for timing in timings:
@@ -550,6 +590,7 @@ def _decode_records(options: argparse.Namespace) -> list[Record]:
                 rates,
                 cache,
                 model.tensor_parallel_size,
+                model.pipeline_parallel_size,
             )
         )
     return records
@@ -579,6 +620,7 @@ def _prefill_records(options: argparse.Namespace) -> list[Record]:
                 rates,
                 cache,
                 model.tensor_parallel_size,
+                model.pipeline_parallel_size,
             )
         )
     return records
@@ -600,10 +642,14 @@ def _mix_records(options: argparse.Namespace) -> list[Record]:
     else:
         tokenizer = Tokenizer.from_dir(directory, config.vocab_size)
     requests = bench_mix.mix_requests(config.vocab_size, options.requests)
-    runner_options = bench_mix.mix_options(options.device, options.dtype, requests)
+    runner_options = bench_mix.mix_options(
+        options.device, options.dtype, requests, options.max_num_seqs
+    )
     model = _load(options, directory, values, runner_options)
     with Engine.from_model(model, tokenizer) as engine:
-        timing = bench_mix.measure_mix(engine, requests)
+        logs: StepLogs = []
+        timing = bench_mix.measure_mix(engine, requests, logs)
+        _write_trace(options, model, logs)
         device = bench.describe_device(model.device)
         rates = bench.measure_rates(model.device, model.dtype, _read_bytes(options))
     lengths = [(len(request.prompt_token_ids), request.max_tokens) for request in requests]
@@ -626,6 +672,7 @@ def _mix_records(options: argparse.Namespace) -> list[Record]:
         rates,
         cache,
         model.tensor_parallel_size,
+        model.pipeline_parallel_size,
     )
     return [record]
 
@@ -864,7 +911,7 @@ def _profile_records(options: argparse.Namespace) -> list[Record]:
         mean = context + options.steps + (options.steps - 1) / 2
         costs = bench.decode_costs(model.config, model.dtype, batch, mean, _cache(model))
         print(f"{shape}, batch {batch}, context {round(mean)}, {device}:")
-        shared = bench.share_costs(costs, model.tensor_parallel_size)
+        shared = bench.shared_costs(costs, model.tensor_parallel_size, micro_batches=1)
         print(bench_profile.format_profile(profile, shared, rates))
         by_label = bench_profile.costs_by_label(costs)
         for op in profile.ops:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import statistics
@@ -12,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mrv1 import _core
-from mrv1.bench import Timing, row_blocks
+from mrv1.bench import Timing, main_mode, row_blocks
+from mrv1.bench_trace import StepLogs, logged_steps, stage_waits
 from mrv1.errors import InternalError
 from mrv1.llm import peak_memory_mb
 from mrv1.loader import LoadedModel, RunnerOptions
@@ -32,6 +34,7 @@ def decode_options(
     contexts: Sequence[int],
     steps: int,
     block_size: int = RunnerOptions.block_size,
+    stages: int = 1,
 ) -> RunnerOptions:
     """Options of a runner with exactly the memory and the graphs that the measurements need.
 
@@ -42,12 +45,14 @@ def decode_options(
         contexts: Cached tokens to measure at.
         steps: That count.
         block_size: As in `RunnerOptions`.
+        stages: Of a pipeline, over which the requests are spread.
     """
     length = max(max(contexts), WARMUP + 1) + steps + 1
     if device == "cuda":
         idle = max(_idle_context(context, steps) for context in contexts) + IDLE_STEPS + 1
         length = max(length, idle)
     blocks = -(-length // block_size)
+    sizes = {len(range(first, batch, stages)) for batch in batches for first in range(stages)}
     return RunnerOptions(
         device=device,
         dtype=dtype,
@@ -56,7 +61,7 @@ def decode_options(
         max_model_len=length,
         block_size=block_size,
         num_kv_blocks=max(batches) * blocks + 1,
-        capture_sizes=sorted(set(batches)) if device == "cuda" else None,
+        capture_sizes=sorted(sizes - {0}) if device == "cuda" else None,
         piecewise_sizes=[] if device == "cuda" else None,
     )
 
@@ -68,17 +73,21 @@ def _idle_context(context: int, steps: int) -> int:
 
 @dataclasses.dataclass
 class _Run:
-    """What consecutive steps took."""
+    """What consecutive steps took: one of each micro-batch."""
 
     ends: list[float] = dataclasses.field(default_factory=list)  # before the first, after each
     host_ns: list[int] = dataclasses.field(default_factory=list)
-    device_ns: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # begin, end
+    device_ns: list[tuple[int, int]] = dataclasses.field(
+        default_factory=list
+    )  # of each micro-batch
 
 
 class DecodeRun:
     """Decoding rows of one batch size. The cache holds random values: no prefill is needed.
 
-    Launches run ahead by one step, as in the engine. Draws are greedy and nothing stops a row.
+    Launches run ahead as in the engine, by one step, or by as many as a pipeline has stages, over
+    which the rows are spread in micro-batches: a step is one of each. Draws are greedy and nothing
+    stops a row.
 
     Args:
         model: Made with `decode_options`.
@@ -103,7 +112,12 @@ class DecodeRun:
             spec.block_ids = row_blocks(self._runner, index, blocks)
             row, _ = self._runner.add_row(spec)
             self._rows.append(row)
-        self._batch = [(row, 1) for row in self._rows]
+        # As the engine spreads them over the stages of a pipeline.
+        stages = model.pipeline_parallel_size
+        self._ahead = 1 + stages
+        self._batches = [
+            [(row, 1) for row in self._rows[first::stages]] for first in range(min(batch, stages))
+        ]
         self._length = length
         self._run(WARMUP)
 
@@ -117,25 +131,30 @@ class DecodeRun:
         """Tokens in each row's cache in the next step."""
         return self._length
 
-    def _launch(self, run: _Run) -> int:
-        step = self._runner.execute(self._batch)
-        run.host_ns.append(self._runner.stats()["host_ns"])
-        return step
-
     def _run(self, steps: int) -> _Run:
         run = _Run(host_ns=[self._runner.stats()["host_ns"]])
         run.ends.append(time.perf_counter())
-        pending = self._launch(run)
-        for index in range(steps):
-            following = self._launch(run) if index + 1 < steps else 0
-            output = self._runner.result(pending)
-            run.ends.append(time.perf_counter())
+        launches = steps * len(self._batches)
+        pending: collections.deque[int] = collections.deque()
+        launched = ended = 0
+        while ended < launches:
+            if launched < launches:
+                batch = self._batches[launched % len(self._batches)]
+                pending.append(self._runner.execute(batch))
+                launched += 1
+                if launched % len(self._batches) == 0:
+                    run.host_ns.append(self._runner.stats()["host_ns"])
+                if launched < launches and len(pending) < self._ahead:
+                    continue
+            output = self._runner.result(pending.popleft())
+            ended += 1
+            if ended % len(self._batches) == 0:
+                run.ends.append(time.perf_counter())
             run.device_ns.append((output.begin_ns, output.end_ns))
             if output.error:
                 raise InternalError(f"step {output.step} failed: {output.error}")
             if any(entry.finish_reason != _core.FinishReason.NONE for entry in output.entries):
                 raise InternalError(f"a row ended in step {output.step}")
-            pending = following
         self._length += steps
         return run
 
@@ -146,7 +165,10 @@ class DecodeRun:
         return milliseconds, [(end - start) / 1e3 for start, end in itertools.pairwise(run.host_ns)]
 
     def idle_share(self, steps: int) -> float:
-        """Runs steps; returns the share of the time in which the device ran none, by its clock."""
+        """Runs steps; returns the share of the time in which the device ran none, by its clock.
+
+        Of a pipeline it is the last stage's device.
+        """
         return idle_share(self._run(steps).device_ns)
 
     def close(self) -> None:
@@ -165,30 +187,57 @@ def idle_share(spans: Sequence[tuple[int, int]]) -> float:
     return 1.0 - busy / (spans[-1][1] - spans[0][0])
 
 
-def measure_decode(model: LoadedModel, batch: int, context: int, steps: int) -> Timing:
+def measure_decode(
+    model: LoadedModel, batch: int, context: int, steps: int, trace: StepLogs | None = None
+) -> Timing:
     """Measures one batch size at one context length.
 
     On the CPU the time of a step is the median of `steps` steps; on a GPU it is that of a run of
     `steps` steps by the host's clock, divided by their number, the median of `RUNS` runs.
+
+    Args:
+        model: Made with `decode_options`.
+        batch: Requests.
+        context: As of `DecodeRun`.
+        steps: That count.
+        trace: Gets the last steps that count, of each rank.
     """
-    if model.device.kind == "cuda":
-        return _measure_runs(model, batch, context, steps)
+    before = model.runner.stats()
+    measure = _measure_runs if model.device.kind == "cuda" else _measure_steps
+    timing, logs = measure(model, batch, context, steps)
+    if trace is not None:
+        trace[:] = logs
+    stages = model.pipeline_parallel_size
+    return dataclasses.replace(
+        timing,
+        graph_mode=main_mode(before, model.runner.stats()),
+        stage_waits=stage_waits(logs, stages) if stages > 1 else (),
+    )
+
+
+def _measure_steps(
+    model: LoadedModel, batch: int, context: int, steps: int
+) -> tuple[Timing, StepLogs]:
     run = DecodeRun(model, batch, context)
     try:
         length = run.length
-        milliseconds, host_us = run.measure(steps)
+        with logged_steps(model) as logs:
+            milliseconds, host_us = run.measure(steps)
     finally:
         run.close()
-    return Timing(
+    timing = Timing(
         batch,
         length,
         statistics.median(milliseconds),
         statistics.median(host_us),
         peak_memory_mb(),
     )
+    return timing, logs
 
 
-def _measure_runs(model: LoadedModel, batch: int, context: int, steps: int) -> Timing:
+def _measure_runs(
+    model: LoadedModel, batch: int, context: int, steps: int
+) -> tuple[Timing, StepLogs]:
     means, host_us = [], []
     length = 0
     for _ in range(RUNS):
@@ -203,10 +252,11 @@ def _measure_runs(model: LoadedModel, batch: int, context: int, steps: int) -> T
         host_us += launches[1:]
     run = DecodeRun(model, batch, _idle_context(context, steps))
     try:
-        idle = run.idle_share(IDLE_STEPS)
+        with logged_steps(model) as logs:
+            idle = run.idle_share(IDLE_STEPS)
     finally:
         run.close()
-    return Timing(
+    timing = Timing(
         batch,
         length,
         statistics.median(means),
@@ -214,3 +264,4 @@ def _measure_runs(model: LoadedModel, batch: int, context: int, steps: int) -> T
         peak_memory_mb(),
         idle_share=idle,
     )
+    return timing, logs

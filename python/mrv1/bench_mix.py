@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from mrv1.bench import Timing
+from mrv1.bench import Timing, main_mode
+from mrv1.bench_trace import StepLogs, logged_steps, stage_waits
 from mrv1.engine import Engine
 from mrv1.errors import InternalError, InvalidArgumentError
 from mrv1.llm import peak_memory_mb
@@ -17,6 +18,7 @@ from mrv1.loader import RunnerOptions
 from mrv1.sampling_params import SamplingParams
 
 NUM_REQUESTS: Final = 256
+MAX_REQUESTS: Final = 4096
 _LENGTHS: Final = (100, 1024)
 _MAX_TOKEN_ID: Final = 10000
 _TEMPERATURE: Final = 0.6
@@ -40,36 +42,48 @@ def mix_requests(vocab_size: int, count: int = NUM_REQUESTS) -> list[MixRequest]
 
     Args:
         vocab_size: Of the model.
-        count: How many, at most 256. All are drawn, so the first are the same for any count.
+        count: How many, at most 4096. Up to 256 they are the first of 256, which are drawn all, so
+            the first are the same; more are drawn as that benchmark draws so many.
 
     Raises:
         InvalidArgumentError: There are not as many.
     """
-    if not 1 <= count <= NUM_REQUESTS:
+    if not 1 <= count <= MAX_REQUESTS:
         raise InvalidArgumentError(
-            field="requests", value=count, allowed=f"an integer in [1, {NUM_REQUESTS}]"
+            field="requests", value=count, allowed=f"an integer in [1, {MAX_REQUESTS}]"
         )
     rng = random.Random(0)
+    drawn_requests = max(count, NUM_REQUESTS)
     prompts = [
         [rng.randint(0, _MAX_TOKEN_ID) % vocab_size for _ in range(rng.randint(*_LENGTHS))]
-        for _ in range(NUM_REQUESTS)
+        for _ in range(drawn_requests)
     ]
-    lengths = [rng.randint(*_LENGTHS) for _ in range(NUM_REQUESTS)]
+    lengths = [rng.randint(*_LENGTHS) for _ in range(drawn_requests)]
     drawn = [MixRequest(*pair) for pair in zip(prompts, lengths, strict=True)]
     return drawn[:count]
 
 
-def mix_options(device: str | None, dtype: str, requests: Sequence[MixRequest]) -> RunnerOptions:
-    """Options of a runner that runs as many of the requests at once as its KV cache holds."""
+def mix_options(
+    device: str | None,
+    dtype: str,
+    requests: Sequence[MixRequest],
+    max_num_seqs: int | None = None,
+) -> RunnerOptions:
+    """Options of a runner that runs as many of the requests at once as its KV cache holds.
+
+    With `max_num_seqs` no more than that.
+    """
     return RunnerOptions(
         device=device,
         dtype=dtype,
-        max_num_seqs=len(requests),
+        max_num_seqs=len(requests) if max_num_seqs is None else max_num_seqs,
         max_model_len=max(len(r.prompt_token_ids) + r.max_tokens for r in requests),
     )
 
 
-def measure_mix(engine: Engine, requests: Sequence[MixRequest]) -> Timing:
+def measure_mix(
+    engine: Engine, requests: Sequence[MixRequest], trace: StepLogs | None = None
+) -> Timing:
     """Measures the workload, from the submission of all requests to the end of the last.
 
     The step and host times are means over the steps.
@@ -77,6 +91,7 @@ def measure_mix(engine: Engine, requests: Sequence[MixRequest]) -> Timing:
     Args:
         engine: Idle.
         requests: The workload.
+        trace: Gets all steps of each rank.
     """
     first = requests[0]
     # Of a prompt that none of them begins with, so that the prefix cache is of no use to them.
@@ -85,13 +100,19 @@ def measure_mix(engine: Engine, requests: Sequence[MixRequest]) -> Timing:
     _run(engine, [warmup])
     engine.check_idle()  # counts are complete
     steps = engine.stats()["steps"]
-    host_ns = engine.model.runner.stats()["host_ns"]
-    start = time.perf_counter()
-    tokens = _run(engine, requests)
-    seconds = time.perf_counter() - start
-    engine.check_idle()
+    runner = engine.model.runner
+    with logged_steps(engine.model) as logs:
+        before = runner.stats()
+        start = time.perf_counter()
+        tokens = _run(engine, requests)
+        seconds = time.perf_counter() - start
+        engine.check_idle()
     steps = engine.stats()["steps"] - steps
-    host_ns = engine.model.runner.stats()["host_ns"] - host_ns
+    after = runner.stats()
+    host_ns = after["host_ns"] - before["host_ns"]
+    if trace is not None:
+        trace[:] = logs
+    stages = engine.model.pipeline_parallel_size
     return Timing(
         len(requests),
         0,
@@ -99,6 +120,8 @@ def measure_mix(engine: Engine, requests: Sequence[MixRequest]) -> Timing:
         host_ns / 1e3 / steps,
         peak_memory_mb(),
         tokens=tokens / steps,
+        graph_mode=main_mode(before, after),
+        stage_waits=stage_waits(logs, stages) if stages > 1 else (),
     )
 
 

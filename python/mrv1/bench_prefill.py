@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mrv1 import _core
-from mrv1.bench import Timing, row_blocks
+from mrv1.bench import Timing, main_mode, row_blocks
 from mrv1.errors import InternalError
 from mrv1.llm import peak_memory_mb
 from mrv1.loader import LoadedModel, RunnerOptions
@@ -84,11 +84,13 @@ def measure_prefill(model: LoadedModel, batch: int, context: int, repeats: int) 
         spec.block_ids = row_blocks(runner, index, blocks)
         specs.append(spec)
     chunks = prefill_chunks(batch, context, model.max_num_batched_tokens)
-    _run(runner, specs, chunks[:1])
+    before = runner.stats()
+    ahead = 1 + model.pipeline_parallel_size
+    _run(runner, specs, chunks[:1], ahead)
     milliseconds, host_us = [], []
     for _ in range(repeats):
         host_ns = runner.stats()["host_ns"]
-        seconds, tokens = _run(runner, specs, chunks)
+        seconds, tokens = _run(runner, specs, chunks, ahead)
         if tokens != batch:
             raise InternalError(f"{tokens} of {batch} prompts got a token")
         milliseconds.append(1e3 * seconds)
@@ -100,6 +102,7 @@ def measure_prefill(model: LoadedModel, batch: int, context: int, repeats: int) 
         statistics.median(host_us),
         peak_memory_mb(),
         tokens=batch * context,
+        graph_mode=main_mode(before, runner.stats()),
     )
 
 
@@ -107,8 +110,9 @@ def _run(
     runner: _core.ModelRunner,
     specs: Sequence[_core.RowSpec],
     chunks: Sequence[Sequence[tuple[int, int]]],
+    ahead: int,
 ) -> tuple[float, int]:
-    """Runs steps, launches ahead by one, as in the engine; returns seconds and tokens drawn."""
+    """Runs steps, `ahead` in flight, as in the engine; returns seconds and tokens drawn."""
     rows: list[int] = []
     pending: deque[int] = deque()
     tokens = 0
@@ -126,7 +130,7 @@ def _run(
             rows.append(row)
         for chunk in chunks:
             pending.append(runner.execute([(rows[index], count) for index, count in chunk]))
-            if len(pending) == 2:
+            if len(pending) == ahead:
                 tokens += take()
         while pending:
             tokens += take()

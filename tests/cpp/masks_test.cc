@@ -119,7 +119,10 @@ Lives drain(EngineThread& engine, bool background = false) {
   return lives;
 }
 
-constexpr EngineOptions kStepped{.enable_prefix_caching = true, .background = false};
+constexpr EngineOptions stepped(int32_t micro_batches) {
+  return {.enable_prefix_caching = true, .background = false, .micro_batches = micro_batches};
+}
+constexpr EngineOptions kStepped = stepped(1);
 
 int32_t add_row(ModelRunner& runner, int32_t place, bool grammar) {
   RowSpec spec;
@@ -239,23 +242,25 @@ TEST_CASE("the source hears each output once, and its masks are drawn under") {
 }
 
 TEST_CASE("samples and preempted requests go on where they were") {
-  RunnerConfig config = small_config();
-  config.block_size = 4;
-  config.num_blocks = 22;
-  config.max_model_len = 64;
-  config.num_speculative_tokens = 2;  // for the others
-  const auto source = std::make_shared<CountingSource>();
-  EngineThread engine(small_runner(config), kStepped, source);
-  engine.add_request(bound("many", 10, 25, 3));
-  engine.add_request(bound("a", 13, 30));
-  engine.add_request(named("free", 9, 40));
-  const Lives lives = drain(engine);
-  CHECK(engine.stats().preemptions > 0);
-  for (int32_t sample = 0; sample < 3; ++sample) {
-    CHECK(lives.at({"many", sample}).tokens == Counting::outputs(25, sample));
+  for (const int32_t micro_batches : {1, 2, 4}) {
+    RunnerConfig config = small_config();
+    config.block_size = 4;
+    config.num_blocks = 22;
+    config.max_model_len = 64;
+    config.num_speculative_tokens = 2;  // for the others
+    const auto source = std::make_shared<CountingSource>();
+    EngineThread engine(small_runner(config), stepped(micro_batches), source);
+    engine.add_request(bound("many", 10, 25, 3));
+    engine.add_request(bound("a", 13, 30));
+    engine.add_request(named("free", 9, 40));
+    const Lives lives = drain(engine);
+    CHECK(engine.stats().preemptions > 0);
+    for (int32_t sample = 0; sample < 3; ++sample) {
+      CHECK(lives.at({"many", sample}).tokens == Counting::outputs(25, sample));
+    }
+    CHECK(lives.at({"a", 0}).tokens == Counting::outputs(30, 0));
+    CHECK(lives.at({"free", 0}).tokens.size() == 40);
   }
-  CHECK(lives.at({"a", 0}).tokens == Counting::outputs(30, 0));
-  CHECK(lives.at({"free", 0}).tokens.size() == 40);
 }
 
 TEST_CASE("a sample without a mask ends with the source's error, and no other") {
@@ -314,7 +319,7 @@ TEST_CASE("a step that fails while masks are made ends its requests") {
 }
 
 TEST_CASE("a thread of the engine's own asks for masks while others add and abort") {
-  EngineThread engine(small_runner(), {}, std::make_shared<CountingSource>());
+  EngineThread engine(small_runner(), {.micro_batches = 2}, std::make_shared<CountingSource>());
   Lives lives;
   for (int round = 0; round < 20; ++round) {
     const std::string name = std::to_string(round);

@@ -512,10 +512,16 @@ TEST_CASE("a step that fails on a rank of a pipeline ends the group, and names t
       // The rank may have failed before the last one is launched.
     }
     REQUIRE(!steps.empty());
-    const std::string error = runner.result(steps[0]).error;
-    CHECK(has(error, "no luck"));
-    if (rank >= 0) CHECK(has(error, concat("rank ", rank, " (stage ", rank, ") failed in step ")));
-    for (size_t i = 1; i < steps.size(); ++i) CHECK(has(runner.result(steps[i]).error, "no luck"));
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const std::string error = runner.result(steps[i]).error;
+      // A stage before the last has sent what the step needs of it when it fails.
+      const bool may_succeed = i == 0 && (rank == 0 || rank == 1);
+      if (may_succeed && error.empty()) continue;
+      CHECK(has(error, "no luck"));
+      if (rank >= 0) {
+        CHECK(has(error, concat("rank ", rank, " (stage ", rank, ") failed in step ")));
+      }
+    }
     CHECK_THROWS_WITH_AS(runner.check_ranks(), doctest::Contains("no luck"), Error);
     CHECK(Clock::now() - start < seconds(5));
   }

@@ -56,5 +56,6 @@ NB_MODULE(_core, m) {
   mrv1::bind_bench(m);
   mrv1::bind_cache_write_probe(m);
   mrv1::bind_collectives(m);
+  mrv1::bind_stage_probe(m);
   mrv1::bind_ops(m);
 }

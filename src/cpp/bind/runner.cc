@@ -325,6 +325,17 @@ void bind_runner(nb::module_& m) {
       .def_ro("num_drafts", &Row::num_drafts)
       .def_ro("finish_reason", &Row::finish_reason);
 
+  nb::class_<StepTime>(m, "StepTime", "What a rank's device did with one step, by its own clock.")
+      .def(nb::init<>())
+      .def_rw("step", &StepTime::step)
+      .def_rw("begin_ns", &StepTime::begin_ns)
+      .def_rw("end_ns", &StepTime::end_ns)
+      .def_rw("waited_ns", &StepTime::waited_ns,
+              "For other stages of a pipeline, since the step before had ended.")
+      .def_rw("requests", &StepTime::requests)
+      .def_rw("tokens", &StepTime::tokens)
+      .def_rw("mode", &StepTime::mode);
+
   nb::class_<StepOutput>(m, "StepOutput", "A retired step: entries in the batch's order.")
       .def_ro("step", &StepOutput::step)
       .def_ro("error", &StepOutput::error)
@@ -438,6 +449,16 @@ void bind_runner(nb::module_& m) {
           [](const RunnerHandle& self, uint64_t seed) { self->fill_kv_random(seed); },
           nb::arg("seed"), nb::call_guard<nb::gil_scoped_release>(),
           "Fills the KV cache with random values: timing without a prefill.")
+      .def(
+          "log_steps", [](const RunnerHandle& self, bool on) { self->log_steps(on); },
+          nb::arg("on"), nb::call_guard<nb::gil_scoped_release>(),
+          "Whether all ranks note down what each of their steps takes, from the next one on. Call\n"
+          "it, and `take_step_log`, while no step is in flight.")
+      .def(
+          "take_step_log",
+          [](const RunnerHandle& self, int rank) { return self->take_step_log(rank); },
+          nb::arg("rank"), nb::call_guard<nb::gil_scoped_release>(),
+          "The steps of a rank since then, or since the last call: those without a batch, too.")
       .def("check_weights",
            [](const RunnerHandle& self) {
              const std::shared_ptr<ModelRunner> runner = self.share();

@@ -3,13 +3,11 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
-#include <exception>
 #include <random>
-#include <thread>
 
 #include "core/error.h"
 #include "core/probes.h"
+#include "dist/probe_support.h"
 #include "ops/kernels.h"
 
 namespace mrv1 {
@@ -38,27 +36,6 @@ CollectiveProbe::Options checked(const CollectiveProbe::Options& options) {
   check(!options.in_place || options.dtype == options.out_dtype, kWhere,
         "sums in place have the dtype of the values");
   return options;
-}
-
-// Values as they lie in memory: of dtype, from `offset` on.
-std::vector<char> stored(std::span<const float> values, DType dtype) {
-  std::vector<char> bytes(values.size() * dtype_size(dtype));
-  dispatch_activation(dtype, kWhere, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    for (size_t i = 0; i < values.size(); ++i) {
-      const T value = from_float<T>(values[i]);
-      std::memcpy(bytes.data() + i * sizeof(T), &value, sizeof(T));
-    }
-  });
-  return bytes;
-}
-
-void wait_a_while(Device& device, std::chrono::nanoseconds time) {
-  if (device.type() == DeviceType::kCuda) {
-    cuda::delay(device, static_cast<uint64_t>(time.count()));
-  } else {
-    std::this_thread::sleep_for(time);
-  }
 }
 
 }  // namespace
@@ -99,7 +76,7 @@ void CollectiveProbe::set_values(int rank, std::span<const float> values) {
   check(rank >= 0 && rank < size(), kWhere, "there is no rank ", rank);
   check(static_cast<int64_t>(values.size()) == call_elements() * options_.calls, kWhere,
         values.size(), " values; must be ", call_elements() * options_.calls);
-  const std::vector<char> bytes = stored(values, options_.dtype);
+  const std::vector<char> bytes = stored_values(values, options_.dtype);
   char* to = static_cast<char*>(ranks_[rank].values.data()) +
              static_cast<size_t>(options_.offset) * dtype_size(options_.dtype);
   ranks_[rank].device->copy_in(to, bytes.data(), bytes.size());
@@ -115,22 +92,7 @@ void CollectiveProbe::set_bias(std::span<const float> bias) {
 
 template <typename Fn>
 void CollectiveProbe::each_rank(int absent, const Fn& fn) {
-  std::vector<std::exception_ptr> errors(ranks_.size());
-  std::vector<std::thread> threads;
-  for (int i = 0; i < size(); ++i) {
-    if (i == absent) continue;
-    threads.emplace_back([&, i] {
-      try {
-        fn(ranks_[i]);
-      } catch (...) {
-        errors[i] = std::current_exception();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  for (const std::exception_ptr& error : errors) {
-    if (error) std::rethrow_exception(error);
-  }
+  run_ranks(size(), absent, [&](int rank) { fn(ranks_[rank]); });
   ranks_[0].communicator->check_alive();
 }
 
@@ -149,8 +111,8 @@ void CollectiveProbe::launch_calls(Rank& rank) {
   for (int32_t call = 0; call < options_.calls; ++call) {
     if (options_.delay.count() > 0) {
       const std::chrono::nanoseconds most = options_.delay;
-      wait_a_while(*rank.device, std::chrono::nanoseconds(std::uniform_int_distribution<int64_t>(
-                                     0, most.count())(random)));
+      hold_stream(*rank.device, std::chrono::nanoseconds(std::uniform_int_distribution<int64_t>(
+                                    0, most.count())(random)));
     }
     if (options_.op == Op::kAllReduce) {
       kernels.all_reduce({.x = x,
@@ -204,16 +166,7 @@ std::vector<float> CollectiveProbe::result(int rank) {
   ranks_[rank].device->copy_out(
       bytes.data(), static_cast<const char*>(ranks_[rank].results.data()) + options_.offset * size,
       bytes.size());
-  std::vector<float> values(count);
-  dispatch_activation(options_.out_dtype, kWhere, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    for (size_t i = 0; i < count; ++i) {
-      T value;
-      std::memcpy(&value, bytes.data() + i * sizeof(T), sizeof(T));
-      values[i] = to_float(value);
-    }
-  });
-  return values;
+  return loaded_values(bytes, options_.out_dtype);
 }
 
 std::vector<double> CollectiveProbe::time(int32_t repeats, int32_t launches) {

@@ -40,18 +40,21 @@ std::vector<int32_t> group_windows(const ModelRunner& runner) {
 }  // namespace
 
 Engine::Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching,
-               std::shared_ptr<MaskSource> mask_source)
+               std::shared_ptr<MaskSource> mask_source, int32_t micro_batches)
     : runner_(std::move(runner)),
       enable_prefix_caching_(enable_prefix_caching),
+      micro_batches_(micro_batches > 0 ? micro_batches : runner_->config().num_stages),
       block_size_(runner_->config().block_size),
       windows_(group_windows(*runner_)),
       has_windows_(std::any_of(windows_.begin(), windows_.end(), [](int32_t w) { return w > 0; })),
       pool_(runner_->config().num_blocks, block_size_, static_cast<int32_t>(windows_.size())),
+      in_flight_(micro_batches_ + 1),
       mask_source_(std::move(mask_source)) {
   const size_t rows = runner_->config().max_num_seqs;
   running_.reserve(rows);
   planned_.reserve(rows);
   batch_.reserve(rows);
+  if (micro_batches_ > 1) decode_steps_.reserve(rows);
   for (InFlight& step : in_flight_) step.requests.reserve(rows);
 }
 
@@ -362,7 +365,7 @@ void Engine::step(EventBatch& out) {
   const size_t events = out.events.size();
   const bool launched = launch(out);
   if (runner_->cut_step() != 0) finish_cut_step();
-  if (num_in_flight_ >= kRunAhead || (!launched && num_in_flight_ > 0)) {
+  if (num_in_flight_ == in_flight_.size() || (!launched && num_in_flight_ > 0)) {
     take_in(out);
   } else if (!launched && idle && num_requests_ > 0 && out.events.size() == events) {
     end_all(RequestEnd::kError, "[engine] no request could be scheduled", out);
@@ -382,7 +385,7 @@ bool Engine::launch(EventBatch& out) {
     }
     touched_ = -1;
     if (batch_.empty()) return false;
-    InFlight& next = in_flight_[(first_in_flight_ + num_in_flight_) % kRunAhead];
+    InFlight& next = in_flight(num_in_flight_);
     next.step = runner_->execute(batch_);
     next.requests.swap(planned_);
     ++num_in_flight_;
@@ -432,28 +435,30 @@ void Engine::prefetch_details(int32_t slot) const {
   for (size_t i = 0; i < 2 * 64; i += 64) __builtin_prefetch(line + i, 1);
 }
 
-// Waits for the oldest step's output.
-void Engine::read_oldest() {
-  const InFlight& oldest = in_flight_[first_in_flight_];
+// Waits for a step's output.
+void Engine::read(const InFlight& step, StepOutput& output) {
   const uint64_t start = thread_cpu_ns();
-  runner_->wait_step(oldest.step);
+  runner_->wait_step(step.step);
   stats_.device_wait_cpu_ns += thread_cpu_ns() - start;
   try {
-    runner_->result(oldest.step, output_);
+    runner_->result(step.step, output);
   } catch (const std::bad_alloc&) {
     throw;
   } catch (const std::exception& error) {
-    output_.error = error.what();
-    output_.entries.clear();
+    output.error = error.what();
+    output.entries.clear();
   }
-  oldest_is_read_ = true;
 }
 
 void Engine::take_in(EventBatch& out) {
-  if (!oldest_is_read_) read_oldest();
-  oldest_is_read_ = false;
-  InFlight& oldest = in_flight_[first_in_flight_];
-  first_in_flight_ = (first_in_flight_ + 1) % kRunAhead;
+  InFlight& oldest = in_flight(0);
+  if (oldest.is_read) {
+    std::swap(output_, oldest.output);
+    oldest.is_read = false;
+  } else {
+    read(oldest, output_);
+  }
+  first_in_flight_ = (first_in_flight_ + 1) % in_flight_.size();
   --num_in_flight_;
   retired_ = oldest.step;
   for (size_t i = 0; i < oldest.requests.size(); ++i) {
@@ -483,6 +488,16 @@ void Engine::take_in(EventBatch& out) {
     } catch (const std::exception& error) {
       if (has_request(planned.slot)) end(planned.slot, RequestEnd::kError, error.what(), out);
     }
+  }
+  if (!output_.error.empty()) end_with_ranks(out);
+}
+
+// Nothing can be computed any more once the ranks have ended, by the other steps in flight either.
+void Engine::end_with_ranks(EventBatch& out) {
+  try {
+    runner_->check_ranks();
+  } catch (const Error& error) {
+    end_all(RequestEnd::kError, error.what(), out);
   }
 }
 

@@ -1,7 +1,6 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <set>
@@ -22,9 +21,10 @@ namespace mrv1 {
 // One thread at a time, but for check().
 class Engine {
  public:
-  // `mask_source` serves requests with a grammar; without one they are refused.
+  // `mask_source` serves requests with a grammar; without one they are refused. Requests are spread
+  // over `micro_batches`, 0 = one for each stage of the runner's pipeline.
   Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching,
-         std::shared_ptr<MaskSource> mask_source = nullptr);
+         std::shared_ptr<MaskSource> mask_source = nullptr, int32_t micro_batches = 0);
 
   // Throws kRequest or kInvalidArgument if the request could never run, and kDevice if nothing can
   // any more, as the ranks have ended. Any thread.
@@ -37,9 +37,10 @@ class Engine {
   void end_all(RequestEnd reason, std::string_view error, EventBatch& out);
   bool has_request(int32_t slot) const;
 
-  // Launches the next step if there is work, then takes in the oldest one if one runs ahead, or if
-  // nothing was launched. Adds what became known to `out`. What goes wrong ends the requests that
-  // it touched. Throws std::bad_alloc only, and the engine may then only be destroyed.
+  // Launches the next step if there is work, then takes in the oldest one if as many are in flight
+  // as may be, or if nothing was launched. Adds what became known to `out`. What goes wrong ends
+  // the requests that it touched. Throws std::bad_alloc only, and the engine may then only be
+  // destroyed.
   void step(EventBatch& out);
   // Whether step() has something to do.
   bool has_work() const {
@@ -55,8 +56,8 @@ class Engine {
   ModelRunner& runner() { return *runner_; }
 
  private:
-  // Steps launched and not yet taken in: one runs ahead of the one being read.
-  static constexpr size_t kRunAhead = 2;
+  // As due_: no step is too new.
+  static constexpr uint64_t kEverybody = ~uint64_t{0};
   // Requests ahead whose memory is asked for.
   static constexpr size_t kPrefetch = 8;
 
@@ -71,6 +72,8 @@ class Engine {
   struct InFlight {
     uint64_t step = 0;
     std::vector<Planned> requests;  // one a batch entry
+    bool is_read = false;
+    StepOutput output;  // if it was read before its turn
   };
   struct Draining {
     uint64_t last_step;
@@ -88,6 +91,9 @@ class Engine {
 
   // scheduler.cc: what the next step computes.
   bool plan_batch();
+  bool plan_due();
+  void take_share(int32_t share, int64_t& decode);
+  bool in_share(const Request& decoding, int32_t& ties) const;
   void plan_running(int32_t slot, size_t place);
   int32_t decode_tokens(const Request& running) const;
   int32_t tokens_to_score(const Request& running, int32_t tokens) const;
@@ -115,9 +121,10 @@ class Engine {
   // engine.cc: steps, and what comes of them.
   bool launch(EventBatch& out);
   void take_in(EventBatch& out);
-  void read_oldest();
+  void read(const InFlight& step, StepOutput& output);
   void prefetch(int32_t slot) const;
   void prefetch_details(int32_t slot) const;
+  void end_with_ranks(EventBatch& out);
   void take_in_entry(const Planned& planned, size_t index, EventBatch& out);
   void keep_filled_blocks(Request& running);
   void fork_held(Request& first);
@@ -128,7 +135,8 @@ class Engine {
             std::string_view error, EventBatch& out);
   // masks.cc: steps that are cut.
   void finish_cut_step();
-  void ask_for_mask(const Planned& planned);
+  size_t read_for_masks(const InFlight& cut);
+  void ask_for_mask(const Planned& planned, size_t num_read);
   void fill_masks();
   void end_unmasked(EventBatch& out);
 
@@ -140,6 +148,16 @@ class Engine {
   void reset_progress(Request& request);
   void promote_held(Request& first);
 
+  // The step in flight at a place, 0 = the oldest.
+  InFlight& in_flight(size_t place) {
+    return in_flight_[(first_in_flight_ + place) % in_flight_.size()];
+  }
+  // The step with a batch that was launched so many before the newest one, at most as many as
+  // micro-batches; 0 = there was none.
+  uint64_t launched_before(size_t count) const {
+    const size_t newest = first_in_flight_ + num_in_flight_ + in_flight_.size() - 1;
+    return in_flight_[(newest - count) % in_flight_.size()].step;
+  }
   Request& request(int32_t slot) { return requests_[slot]; }
   const Request& request(int32_t slot) const { return requests_[slot]; }
   RequestDetails& details(int32_t slot) { return *details_[slot]; }
@@ -158,6 +176,7 @@ class Engine {
 
   std::shared_ptr<ModelRunner> runner_;
   const bool enable_prefix_caching_;
+  const int32_t micro_batches_;
   const int32_t block_size_;
   const std::vector<int32_t> windows_;  // [group] 0 = full
   const bool has_windows_;
@@ -173,7 +192,7 @@ class Engine {
   std::vector<Dropped> dropped_;    // blocks below windows, until no step in flight has them
   std::vector<Draining> draining_;  // blocks of ended requests that a launched step may write
 
-  std::array<InFlight, kRunAhead> in_flight_;  // a ring
+  std::vector<InFlight> in_flight_;  // a ring: one more than micro-batches
   size_t first_in_flight_ = 0, num_in_flight_ = 0;
   uint64_t retired_ = 0;  // newest step that was taken in
 
@@ -183,21 +202,27 @@ class Engine {
   int32_t decode_budget_ = 0, prefill_budget_ = 0;
   int64_t score_budget_ = 0;  // bytes of logprobs of prompts
   bool drafts_fit_ = true;
+  // Of the running requests, those may take part whose last step is none after this one. Of the
+  // decoding ones those up to decodes_due_, and of them the first ties_ of that very step.
+  uint64_t due_ = 0, decodes_due_ = 0;
+  int32_t ties_ = 0;
+  uint64_t longest_ago_ = 0;            // least last step of those that have something to compute
+  std::vector<uint64_t> decode_steps_;  // scratch
   int32_t promised_ = 0;       // blocks that running requests need for tokens known at admission
   int32_t touched_ = -1;       // slot that is worked on, in the batch or not yet
   bool wants_drain_ = false;   // a request must be preempted, so nothing may be in flight
   int32_t blocked_slot_ = -1;  // head of the line that did not fit
   int32_t blocked_need_ = 0;   // free blocks it lacked
   int32_t blocked_steps_ = 0;  // since
-  StepOutput output_;          // of the oldest step, if it was read
-  bool oldest_is_read_ = false;
+  StepOutput output_;          // of the step that is taken in
 
   // The masks of the step that is cut.
   const std::shared_ptr<MaskSource> mask_source_;
   std::vector<MaskRequest> mask_requests_;
   std::vector<Planned> masked_;             // one a mask request
   std::vector<std::vector<int32_t>> told_;  // their new tokens
-  std::vector<int32_t> read_entries_;       // [row] entry of output_, -1 = none
+  std::vector<int32_t> read_entries_;       // [step in flight, row] entry in its output, -1 = none
+  std::vector<uint8_t> row_is_masked_;      // [row]
   struct Unmasked {
     Planned planned;
     std::string error;

@@ -25,7 +25,8 @@ constexpr const char* kOutOfMemory = "ran out of host memory and has ended; clos
 EngineThread::EngineThread(std::shared_ptr<ModelRunner> runner, const EngineOptions& options,
                            std::shared_ptr<MaskSource> mask_source)
     : options_(options),
-      engine_(std::move(runner), options.enable_prefix_caching, std::move(mask_source)) {
+      engine_(std::move(runner), options.enable_prefix_caching, std::move(mask_source),
+              options.micro_batches) {
   static_cast<EngineStats&>(stats_) = engine_.stats();
   if (!options_.background) return;
   try {

@@ -18,7 +18,8 @@ namespace mrv1 {
 
 struct EngineOptions {
   bool enable_prefix_caching = true;
-  bool background = true;  // a thread of the engine's own takes the steps
+  bool background = true;     // a thread of the engine's own takes the steps
+  int32_t micro_batches = 0;  // as Engine has them
 };
 
 // A request by name. Names are the caller's, unique among the requests whose last output was not

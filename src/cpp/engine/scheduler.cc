@@ -53,10 +53,24 @@ int32_t Engine::decode_tokens(const Request& running) const {
   return running.num_certain < running.max_total_len - 1 ? 1 + drafts : 0;
 }
 
-// One pass over running and waiting requests, the most urgent first, so that whoever lacks blocks
-// takes them from requests that the pass has not come to. False if one must be preempted while
-// steps are in flight: the batch is to be planned again when they have been taken in.
+// False if a request must be preempted while steps are in flight: the batch is to be planned again
+// when they have been taken in.
+//
+// A step of a pipeline with P stages waits in its first one for the tokens that its rows drew last,
+// so it takes none of the P - 1 newest steps' rows if others can run. With one stage all are due.
 bool Engine::plan_batch() {
+  due_ = micro_batches_ == 1 ? kEverybody : launched_before(micro_batches_ - 1);
+  for (;;) {
+    if (!plan_due()) return false;
+    if (!batch_.empty() || due_ == kEverybody) return true;
+    // Those of the longest wait, and if none of them finds blocks, whoever does.
+    due_ = due_ < longest_ago_ ? longest_ago_ : kEverybody;
+  }
+}
+
+// One pass over the requests that are due and waiting ones, the most urgent first, so that whoever
+// lacks blocks takes them from requests that the pass has not come to. False as plan_batch().
+bool Engine::plan_due() {
   batch_.clear();
   planned_.clear();
   touched_ = -1;
@@ -67,6 +81,9 @@ bool Engine::plan_batch() {
   const int32_t limit = config.max_num_batched_tokens;
   int64_t decode = 0;
   int32_t least = 0;     // of it, one token for each decoding request
+  int32_t decoding = 0;  // requests, due or not
+  longest_ago_ = kEverybody;
+  decode_steps_.clear();
   bool prompts = false;  // that have a row, or could get one
   if (!waiting_.empty()) {
     prompts = static_cast<int32_t>(running_.size()) < config.max_num_seqs ||
@@ -75,15 +92,27 @@ bool Engine::plan_batch() {
   for (size_t place = 0; place < running_.size(); ++place) {
     if (place + kPrefetch < running_.size()) prefetch(running_[place + kPrefetch]);
     const Request& running = request(running_[place]);
-    if (running.num_launched >= running.prefill_target) {
-      const int32_t tokens = decode_tokens(running);
-      decode += tokens;
-      least += tokens > 0;
-      if (running.num_launched + tokens > running.capacity) prefetch_details(running.slot);
-    } else {
+    const bool is_due = running.last_step <= due_;
+    if (running.num_launched < running.prefill_target) {
+      longest_ago_ = std::min(longest_ago_, running.last_step);
       promised_ += missing_blocks(running);
-      prompts = true;
+      prompts |= is_due;
+    } else if (const int32_t tokens = decode_tokens(running); tokens > 0) {
+      longest_ago_ = std::min(longest_ago_, running.last_step);
+      ++decoding;
+      if (!is_due) continue;
+      decode += tokens;
+      ++least;
+      if (micro_batches_ > 1) decode_steps_.push_back(running.last_step);
+      if (running.num_launched + tokens > running.capacity) prefetch_details(running.slot);
     }
+  }
+  decodes_due_ = due_;
+  ties_ = least;
+  const int32_t share = (decoding + micro_batches_ - 1) / micro_batches_;
+  if (due_ != kEverybody && least > share) {
+    take_share(share, decode);
+    least = share;
   }
   // Every decoding request gets its token before any gets drafts, and drafts leave prompts half of
   // what they would have without: a step full of drafts would let them wait until a row ends.
@@ -114,16 +143,41 @@ bool Engine::plan_batch() {
   }
 }
 
+// Of the decoding requests that are due only so many go on, those that wait the longest: micro-
+// batches of one size keep all stages busy. Of a step's equals the more urgent ones.
+void Engine::take_share(int32_t share, int64_t& decode) {
+  std::nth_element(decode_steps_.begin(), decode_steps_.begin() + share - 1, decode_steps_.end());
+  decodes_due_ = decode_steps_[share - 1];
+  const auto before = [&](uint64_t step) { return step < decodes_due_; };
+  ties_ = share -
+          static_cast<int32_t>(std::count_if(decode_steps_.begin(), decode_steps_.end(), before));
+  decode = 0;
+  int32_t ties = ties_;
+  for (const int32_t slot : running_) {
+    const Request& running = request(slot);
+    if (running.num_launched < running.prefill_target) continue;
+    const int32_t tokens = decode_tokens(running);
+    if (tokens > 0 && in_share(running, ties)) decode += tokens;
+  }
+}
+
+// Whether a decoding request goes on; `ties` counts those down that may of the last step's.
+bool Engine::in_share(const Request& decoding, int32_t& ties) const {
+  if (decoding.last_step != decodes_due_) return decoding.last_step < decodes_due_;
+  return ties-- > 0;
+}
+
 void Engine::plan_running(int32_t slot, size_t place) {
   Request& running = request(slot);
-  touched_ = slot;
   const bool prefill = running.num_launched < running.prefill_target;
+  if (prefill && running.last_step > due_) return;
+  touched_ = slot;
   int32_t& budget = prefill ? prefill_budget_ : decode_budget_;
   const int32_t wanted =
       prefill ? running.prefill_target - running.num_launched : decode_tokens(running);
   int32_t tokens = std::min(wanted, budget);
   if (prefill) tokens = scorable_tokens(running, tokens);
-  if (tokens <= 0) return;
+  if (tokens <= 0 || (!prefill && !in_share(running, ties_))) return;
   tokens = cover(running, tokens, place);
   if (tokens <= 0) return;
   budget -= tokens;

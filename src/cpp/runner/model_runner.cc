@@ -561,6 +561,7 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShap
     wait(slot);
     waited_ns_ += nanoseconds_since(start);
     if (!slot.delivered) keep_output(slot);
+    log_step(slot);
   }
   const uint64_t adopt = adopt_through(entries);
   const uint64_t step = next_step_++;
@@ -571,6 +572,9 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShap
   slot.error.clear();
   slot.injected = injected;
   slot.alone = false;
+  slot.time = {};
+  for (const BatchEntry& entry : entries) slot.time.tokens += entry.num_tokens;
+  slot.time.requests = static_cast<int32_t>(entries.size());
   slot.marks.clear();
   slot.num_logprobs.clear();
   slot.scored.assign(scored.begin(), scored.end());

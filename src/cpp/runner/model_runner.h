@@ -22,6 +22,7 @@
 #include "runner/row_table.h"
 #include "runner/runner_config.h"
 #include "runner/step.h"
+#include "runner/step_log.h"
 #include "runner/token_logprobs.h"
 #include "state/infer_param_view.h"
 #include "state/output_ring.h"
@@ -237,6 +238,13 @@ class ModelRunner {
   const MemoryPlan& memory_plan() const { return memory_plan_; }
   const KvLayout& kv_layout() const { return kv_layout_; }
 
+  // Whether all ranks note down what each of their steps takes, from the next one on. As
+  // take_step_log(), once no step is in flight.
+  void log_steps(bool on);
+  // The steps of a rank, in order, since log_steps() or the last call: those without a batch, which
+  // only change rows, too, but none that failed.
+  std::vector<StepTime> take_step_log(int rank);
+
   // Fills the KV cache with random values (program/kv_store.h): timing without a prefill.
   void fill_kv_random(uint64_t seed);
 
@@ -264,6 +272,7 @@ class ModelRunner {
     std::string error;                  // set by the stream when the step failed
     std::string injected;               // test failure
     bool alone = false;                 // other ranks do not have it
+    StepTime time;                      // requests and tokens, for the log
   };
 
   static void check_limits(const Program& program, const RunnerConfig& config);
@@ -297,6 +306,7 @@ class ModelRunner {
   void send_changes();
   void wait(const Slot& slot) const;
   void keep_output(Slot& slot);
+  void log_step(const Slot& slot);
   void read_output(const Slot& slot, StepOutput& output);
   // What a result says of rows that speculate: num_computed at each mark, -1 where the row was
   // masked.
@@ -341,6 +351,7 @@ class ModelRunner {
   StepSizes newest_sizes_;
   int32_t newest_entries_ = 0;
   RunnerStats stats_;
+  StepLog log_;
   mutable std::mutex side_mutex_;  // of stats_, injected_failure_ and the ladder's miss
   std::string injected_failure_;
   bool fails_alone_ = false;
