@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 
 from mrv1 import bench, shapes
@@ -19,7 +21,7 @@ from mrv1.bench_profile import (
 )
 from mrv1.config import ModelConfig
 from mrv1.errors import InternalError
-from mrv1.loader import wire_model
+from mrv1.loader import RunnerOptions, wire_model, wire_ranks
 
 CONFIG = ModelConfig.from_values(shapes.shape_config("qwen3-0.6b", 2)[1])
 
@@ -86,6 +88,17 @@ def test_kernels_are_assigned_by_their_place() -> None:
     assert kernel_kind("merge_kernel") is None
 
 
+def test_what_ranks_send_each_other_is_an_op() -> None:
+    options = RunnerOptions(tensor_parallel_size=2)
+    ops = step_ops(wire_ranks(CONFIG, "bfloat16", options)[0])
+    names = [*FRONT, "embedding_kernel", "one_shot_kernel"]
+    for _ in range(2):
+        names += [*LAYER[:6], "one_shot_kernel", *LAYER[6:], "two_shot_kernel"]
+    names += [*BACK[:3], "gather_packets_kernel", *BACK[3:]]
+    counts = collections.Counter(assign(ops, names))
+    assert (counts["all_reduce"], counts["all_gather"], counts["o_proj"]) == (5, 1, 2)
+
+
 def test_a_product_of_several_kernels_is_one_op() -> None:
     ops = step_ops(wire_model(CONFIG, "bfloat16"))
     place = NAMES.index("linear_skinny_kernel")
@@ -109,7 +122,7 @@ def test_an_op_without_a_kernel_is_passed_over() -> None:
 
 
 def kernel(name: str, start: int, end: int, launch: int, node: int, graph: int = 1) -> Kernel:
-    return Kernel(name, start, end, launch, graph, node, (1, 1, 1), (32, 1, 1))
+    return Kernel(name, start, end, launch, graph, node, (1, 1, 1), (32, 1, 1), 0)
 
 
 def test_times_add_up_to_the_step() -> None:

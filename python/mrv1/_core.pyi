@@ -1450,7 +1450,7 @@ class CollectiveProbe:
         batch_invariant: Whether the order of sums may depend on nothing.
         delay: Seconds that a rank waits before a call at most, at random.
         kernels: Of GPUs: "auto", "one_shot", "two_shot" or "nccl".
-        nccl: Names to open NCCL by, in order; without any it is not used.
+        nccl: Names to open NCCL by, in order, for kernels="nccl".
         timeout: Seconds that a rank waits for others before the group ends.
 
     Raises:

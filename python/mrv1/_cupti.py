@@ -88,6 +88,7 @@ class Kernel(NamedTuple):
     node: int
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
+    device: int  # ordinal
 
 
 _RequestBuffer = ctypes.CFUNCTYPE(
@@ -154,6 +155,7 @@ def _kernel(front: KernelFront) -> Kernel:
         node=front.graph_node_id,
         grid=tuple(front.grid),
         block=tuple(front.block),
+        device=front.device_id,
     )
 
 

@@ -394,6 +394,16 @@ def attention_cost(
     return OpCost("attention", read_bytes, cached * 4 * heads * dim)
 
 
+def share_costs(costs: Sequence[OpCost], ranks: int) -> list[OpCost]:
+    """What one of several ranks must do of the costs of a whole model."""
+    return [
+        dataclasses.replace(
+            cost, read_bytes=cost.read_bytes // ranks, operations=cost.operations // ranks
+        )
+        for cost in costs
+    ]
+
+
 def floor_ms(costs: Iterable[OpCost], rates: Rates) -> float:
     """The sum over ops of max(bytes / read bandwidth, operations / arithmetic rate)."""
     return 1e3 * sum(
@@ -417,12 +427,7 @@ def make_record(
 
     `costs` are those of the whole model, `rates` of one device: `ranks` of them share the work.
     """
-    costs = [
-        dataclasses.replace(
-            cost, read_bytes=cost.read_bytes // ranks, operations=cost.operations // ranks
-        )
-        for cost in costs
-    ]
+    costs = share_costs(costs, ranks)
     seconds = timing.step_ms / 1e3
     tokens = timing.batch if timing.tokens is None else timing.tokens
     record: Record = {

@@ -839,7 +839,6 @@ def _kv_caches(
 def _profile_records(options: argparse.Namespace) -> list[Record]:
     from mrv1 import _cupti, bench, bench_decode, bench_profile
 
-    _refuse_ranks(options)
     if options.device != "cuda":
         raise DeviceError("[bench] a profile is of kernels on a GPU: pass --device cuda")
     _cupti.open_cupti()  # before minutes go into what cannot be traced
@@ -865,7 +864,8 @@ def _profile_records(options: argparse.Namespace) -> list[Record]:
         mean = context + options.steps + (options.steps - 1) / 2
         costs = bench.decode_costs(model.config, model.dtype, batch, mean, _cache(model))
         print(f"{shape}, batch {batch}, context {round(mean)}, {device}:")
-        print(bench_profile.format_profile(profile, costs, rates))
+        shared = bench.share_costs(costs, model.tensor_parallel_size)
+        print(bench_profile.format_profile(profile, shared, rates))
         by_label = bench_profile.costs_by_label(costs)
         for op in profile.ops:
             record = bench.make_record(
@@ -877,6 +877,7 @@ def _profile_records(options: argparse.Namespace) -> list[Record]:
                 bench_profile.label_costs(op.label, by_label),
                 rates,
                 _cache(model),
+                model.tensor_parallel_size,
             )
             record["op"] = op.label
             record["kernels"] = round(op.kernels)

@@ -20,9 +20,9 @@ from mrv1.llm import peak_memory_mb
 KERNELS: Final = ("auto", "one_shot", "two_shot", "nccl")
 _MAX_RANKS: Final = 8
 # Bytes of the values of a graph, and calls of it: enough that its start does not count.
-_GRAPH_BYTES: Final = 128 << 20
+_GRAPH_BYTES: Final = 64 << 20
 _MOST_CALLS: Final = 100
-_LEAST_CALLS: Final = 4
+_LEAST_CALLS: Final = 2
 # A GPU that did nothing for a while comes back to its clocks in the course of milliseconds.
 _WARM_SECONDS: Final = 0.2
 
@@ -81,8 +81,10 @@ def measure_all_reduce(
         if not on_gpus:
             calls = _LEAST_CALLS
         cols = max(count // size, 1)
-        values = np.random.default_rng(0).integers(-most, most, (len(devices), calls, 1, cols))
+        shape = (len(devices), calls, 1, cols)
+        values = np.random.default_rng(0).integers(-most, most, shape, np.int16)
         parts = values.astype(np.float32)
+        sums = parts.sum(axis=0)
         for name in kernels:
             probe = _core.CollectiveProbe(
                 list(devices),
@@ -92,7 +94,7 @@ def measure_all_reduce(
                 calls=calls,
                 dtype=dtype,
                 kernels=name,
-                nccl=_libraries.nccl_names() if on_gpus else [],
+                nccl=_libraries.nccl_names() if name == "nccl" else [],
             )
             try:
                 for rank, part in enumerate(parts):
@@ -103,8 +105,7 @@ def measure_all_reduce(
                     probe.run()
                 seconds = statistics.median(probe.time(repeats, 10 if on_gpus else 1))
                 right = all(
-                    np.array_equal(probe.result(rank), parts.sum(axis=0))
-                    for rank in range(len(devices))
+                    np.array_equal(probe.result(rank), sums) for rank in range(len(devices))
                 )
             finally:
                 probe.close()

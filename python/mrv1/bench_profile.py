@@ -31,6 +31,8 @@ _KINDS: Final = (
     ("plan_attention", r"plan"),
     ("sample", r"^sample|^scan_kernel|^no_tokens"),
     ("advance", r"^advance"),
+    ("all_reduce", r"^one_shot|^two_shot|^meeting|AllReduce"),
+    ("all_gather", r"^gather_packets|^gather_bulk|AllGather"),
     ("embedding", r"embedding"),
     ("norm", r"rms_norm"),
     ("qkv_prepare", r"qkv_prepare|^cache_"),
@@ -256,7 +258,7 @@ def take_apart(ops: Sequence[StepOp], kernels: Sequence[Kernel], plain_ms: float
 
 
 def measure_profile(model: LoadedModel, batch: int, context: int, steps: int) -> Profile:
-    """Traces decode steps of one batch size at one context length.
+    """Traces decode steps of one batch size at one context length, on rank 0 of several.
 
     Args:
         model: Made with `decode_options`, on a GPU.
@@ -276,7 +278,8 @@ def measure_profile(model: LoadedModel, batch: int, context: int, steps: int) ->
             model.device.synchronize()
         if trace.dropped:
             raise InternalError(f"CUPTI had no room for {trace.dropped} records")
-        return take_apart(step_ops(model.runner.program), trace.kernels, statistics.median(plain))
+        own = [kernel for kernel in trace.kernels if kernel.device == model.device.ordinal]
+        return take_apart(step_ops(model.runner.program), own, statistics.median(plain))
     finally:
         run.close()
 

@@ -207,8 +207,8 @@ NCCL: Final = EnvVar[str | None](
     default=None,
     default_text="found",
     allowed="a name or path of the library, or none",
-    help="NCCL to use between GPUs, instead of the one that the loader or a wheel has; `none` runs "
-    "without it.",
+    help="NCCL that `mrv1 bench all_reduce` compares with, instead of the one that the loader or a "
+    "wheel has; `none` is without.",
     parse=str,
 )
 TUNE: Final = EnvVar[bool](

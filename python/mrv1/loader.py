@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
-from mrv1 import _core, _libraries, envs, parallel, tuning
+from mrv1 import _core, envs, parallel, tuning
 from mrv1._streams import Stream
 from mrv1.builder import Builder
 from mrv1.config import ModelConfig, model_root
@@ -511,8 +511,6 @@ def make_runner(
     native.block_size = _positive("block_size", options.block_size, RunnerOptions.block_size)
     native.kv_cache_dtype = resolve_kv_cache_dtype(options.kv_cache_dtype)
     native.num_ranks, native.num_stages = len(ranks.programs), len(ranks.stages)
-    if kind == "cuda" and native.num_ranks > 1:
-        native.rank_libraries = _libraries.nccl_names()
     native.pad_requests = _integer("pad_requests", options.pad_requests, 0, native.max_num_seqs)
     native.pad_tokens = _integer("pad_tokens", options.pad_tokens, 0, native.max_num_batched_tokens)
     for field in ("infer_param_view", "keep_hidden_states", "force_tokens"):

@@ -57,8 +57,21 @@ int wide_tile_tokens(int tile_rows);
 // How many clusters of so many blocks run at once on the current device.
 int wide_clusters(int blocks);
 
-// Stores one output of a token. Device code.
 #if defined(__CUDACC__)
+// How the second cache keeps weights. A step streams many times what the cache holds: those that it
+// reads once leave first, so as not to drive out what it reads again and again, which is small
+// arrays, and the code of its kernels. Device code, like all below.
+__device__ __forceinline__ uint64_t weight_policy(bool read_once) {
+  uint64_t policy;
+  if (read_once) {
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  } else {
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  }
+  return policy;
+}
+
+// Stores one output of a token.
 __device__ __forceinline__ void skinny_store(const SkinnyArgs& args, int token, int col,
                                              float value) {
   const int64_t at = int64_t{token} * args.out_cols + col;

@@ -34,6 +34,15 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool v
                : "memory");
 }
 
+// The same by a policy of the second cache.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid,
+                                           uint64_t policy) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to),
+      "l"(from), "r"(valid ? 16 : 0), "l"(policy)
+      : "memory");
+}
+
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>
@@ -135,6 +144,7 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
   const int half_stride = args.gated() ? args.out_cols : 8;
   const int tile_stride = args.gated() ? kRows / 2 : kRows;
 
+  const uint64_t policy = weight_policy(gridDim.y == 1);
   const auto load_weight = [&](const Walk& at, uint32_t stage) {
     const int col = at.group * kGroup + load_col;
     const int first = at.tile * tile_stride + load_row;
@@ -145,7 +155,7 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
       const int row = in_half + i / 2 % 2 * half_stride;
       const bool valid = col < args.k && (args.gated() ? in_half < args.out_cols : row < args.n);
       copy_async(stage + load_to + i * 4 * kRowBytes,
-                 valid ? source + int64_t{row} * args.stride : args.weight, valid);
+                 valid ? source + int64_t{row} * args.stride : args.weight, valid, policy);
     }
   };
   const auto load_x = [&](const Walk& at, uint32_t stage) {

@@ -94,13 +94,14 @@ __global__ void __launch_bounds__(WideShape<kTokens, kRows>::kThreads, 1)
   float sums[Shape::kParts][Shape::kPartRows / 2];
   if (threadIdx.x >= kConsumers) {
     const auto column = [&](int group) { return (first_group + group) * kGroup; };
+    const uint64_t policy = weight_policy(gridDim.y == 1);
     const auto load_weight = [&](int group, int stage) {
       char* to = ring + stage * Shape::kStageBytes + Shape::kXBytes;
       barrier_expect(&full[stage], Shape::kWeightBytes + cut.part_tokens * cut.share * kRowBytes);
       if (args.gated()) {
-        load_pair_tile(to, weight_map, &full[stage], column(group), first_row / 16);
+        load_pair_tile(to, weight_map, &full[stage], column(group), first_row / 16, policy);
       } else {
-        load_tile(to, weight_map, &full[stage], column(group), first_row);
+        load_tile(to, weight_map, &full[stage], column(group), first_row, policy);
       }
     };
     const auto load_x = [&](int group, int stage) {

@@ -82,6 +82,16 @@ __device__ __forceinline__ void load_tile(void* to, const CUtensorMap& map, uint
       : "memory");
 }
 
+// load_tile() by a policy of the second cache.
+__device__ __forceinline__ void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier,
+                                          int col, int row, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row), "l"(policy)
+      : "memory");
+}
+
 // load_tile() to the same place in every block of the cluster whose bit is set in `blocks`, each
 // of which is told by its own barrier.
 __device__ __forceinline__ void load_tile_of_many(void* to, const CUtensorMap& map,
@@ -100,11 +110,11 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 
 // [pieces of 8 + 8 rows][gate, up][8 rows][columns]
 __device__ __forceinline__ void load_pair_tile(void* to, const CUtensorMap& map, uint64_t* barrier,
-                                               int col, int piece) {
+                                               int col, int piece, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, "
-      "{%3, %4, %4, %5}], [%2];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(0), "r"(piece)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(0), "r"(piece), "l"(policy)
       : "memory");
 }
 

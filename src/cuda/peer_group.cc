@@ -16,17 +16,16 @@ namespace {
 
 constexpr std::string_view kWhere = "ranks";
 
-// What a rank receives of large messages at a time; longer ones take several launches.
-constexpr int64_t kBulkBytes = int64_t{8} << 20;
-// Sums from which NCCL is faster, where it gives the same bits.
-constexpr int64_t kNcclSumBytes = int64_t{32} << 20;
+// What a rank receives of large messages at a time, at most and at least; longer ones take several
+// launches.
+constexpr int64_t kMostBulkBytes = int64_t{32} << 20, kLeastBulkBytes = int64_t{8} << 20;
 // How often the watcher looks whether a device has given up.
 constexpr std::chrono::milliseconds kWatchInterval{20};
 
 // The largest messages that travel in packets. They cost twice the bytes to every peer, and save a
 // trip and its fences.
 int64_t packet_bytes(int size) {
-  if (size <= 2) return int64_t{512} << 10;
+  if (size <= 2) return int64_t{1} << 20;
   if (size <= 4) return int64_t{192} << 10;
   return int64_t{64} << 10;
 }
@@ -35,12 +34,12 @@ struct AreaLayout {
   int64_t packet_pieces, bulk_pieces, bulk_offset, bytes;
 };
 
-AreaLayout area_layout(int size, bool has_values) {
+AreaLayout area_layout(int size, int64_t max_bytes, bool has_values) {
   AreaLayout layout{};
   layout.bytes = sizeof(PeerHeader);
   if (!has_values) return layout;
   layout.packet_pieces = packet_bytes(size) / kPieceBytes;
-  layout.bulk_pieces = kBulkBytes / kPieceBytes;
+  layout.bulk_pieces = std::clamp(max_bytes, kLeastBulkBytes, kMostBulkBytes) / kPieceBytes;
   layout.bulk_offset = layout.bytes + 2 * size * layout.packet_pieces * 2 * kPieceBytes;
   layout.bytes = layout.bulk_offset + 4 * layout.bulk_pieces * kPieceBytes;
   return layout;
@@ -72,9 +71,8 @@ PeerGroup::PeerGroup(std::span<const std::shared_ptr<Device>> devices, const Gro
   check(options.timeout.count() > 0, kWhere, "timeout is ", options.timeout.count(),
         " ms; it must be positive");
   enable_peers();
-  allocate_areas(options.timeout);
-  const bool needs_nccl = !reach_each_other_ || kernels_ == CollectiveKernels::kNccl;
-  if (needs_nccl || !options.nccl.empty()) open_nccl_group(options.nccl);
+  allocate_areas(options);
+  if (kernels_ == CollectiveKernels::kNccl) open_nccl_group(options.nccl);
   for (const std::shared_ptr<Device>& device : devices_) {
     const CurrentDevice current(device->ordinal(), kWhere);
     load_all_reduce(size());
@@ -117,7 +115,7 @@ void PeerGroup::enable_peers() {
       if (can == 0) {
         fail(ErrorKind::kDevice, kWhere, "GPU ", device->ordinal(),
              " cannot reach the memory of GPU ", peer->ordinal(),
-             "; choose GPUs that can (`nvidia-smi topo -p2p rw`), or let NCCL carry everything");
+             "; choose GPUs that can (`nvidia-smi topo -p2p rw`)");
       }
       const cudaError_t status = cudaDeviceEnablePeerAccess(peer->ordinal(), 0);
       if (status == cudaErrorPeerAccessAlreadyEnabled) {
@@ -129,8 +127,8 @@ void PeerGroup::enable_peers() {
   }
 }
 
-void PeerGroup::allocate_areas(std::chrono::milliseconds timeout) {
-  const AreaLayout layout = area_layout(size(), reach_each_other_);
+void PeerGroup::allocate_areas(const GroupOptions& options) {
+  const AreaLayout layout = area_layout(size(), options.max_bytes, reach_each_other_);
   for (const std::shared_ptr<Device>& device : devices_) {
     states_.push_back(device->allocate(sizeof(PeerState), "ranks"));
     reports_.push_back(device->allocate_mapped(sizeof(PeerReport), "ranks"));
@@ -151,7 +149,7 @@ void PeerGroup::allocate_areas(std::chrono::milliseconds timeout) {
     view.bulk_pieces = layout.bulk_pieces;
     view.bulk_offset = layout.bulk_offset;
     view.timeout = static_cast<uint64_t>(
-        std::chrono::duration_cast<std::chrono::nanoseconds>(timeout).count());
+        std::chrono::duration_cast<std::chrono::nanoseconds>(options.timeout).count());
     views_.push_back(view);
   }
 }
@@ -159,15 +157,7 @@ void PeerGroup::allocate_areas(std::chrono::milliseconds timeout) {
 void PeerGroup::open_nccl_group(const std::vector<std::string>& libraries) {
   std::vector<int> ordinals;
   for (const std::shared_ptr<Device>& device : devices_) ordinals.push_back(device->ordinal());
-  const Nccl* library = nullptr;
-  try {
-    library = &open_nccl(libraries);
-  } catch (const Error&) {
-    // It is faster for long prompts, no more.
-    if (kernels_ == CollectiveKernels::kNccl) throw;
-    return;
-  }
-  nccl_ = std::make_unique<NcclGroup>(*library, ordinals);
+  nccl_ = std::make_unique<NcclGroup>(open_nccl(libraries), ordinals);
 }
 
 void PeerGroup::try_out() {
@@ -252,10 +242,7 @@ CollectiveKernels CudaCommunicator::choose_sum(int64_t bytes, bool nccl_can) con
     return CollectiveKernels::kNccl;
   }
   if (group_->kernels() != CollectiveKernels::kAuto) return group_->kernels();
-  if (bytes <= packet_bytes(size())) return CollectiveKernels::kOneShot;
-  const bool takes_nccl = nccl_can && size() == 2 && group_->nccl() != nullptr;
-  return takes_nccl && bytes >= kNcclSumBytes ? CollectiveKernels::kNccl
-                                              : CollectiveKernels::kTwoShot;
+  return bytes <= packet_bytes(size()) ? CollectiveKernels::kOneShot : CollectiveKernels::kTwoShot;
 }
 
 CollectiveKernels CudaCommunicator::choose_gather(int64_t bytes, int64_t rows) const {
@@ -292,7 +279,7 @@ std::vector<std::unique_ptr<Communicator>> make_group(
 
 int64_t group_bytes(int size, const GroupOptions& options) {
   const bool has_values = options.kernels != CollectiveKernels::kNccl;
-  return area_layout(size, has_values).bytes;
+  return area_layout(size, options.max_bytes, has_values).bytes;
 }
 
 }  // namespace mrv1::cuda

@@ -41,7 +41,7 @@ class PeerGroup {
  private:
   PeerReport* report(int rank) const { return static_cast<PeerReport*>(reports_[rank].host()); }
   void enable_peers();
-  void allocate_areas(std::chrono::milliseconds timeout);
+  void allocate_areas(const GroupOptions& options);
   void open_nccl_group(const std::vector<std::string>& libraries);
   // Lets all ranks meet once: an address that cannot be reached after all shows here.
   void try_out();
@@ -69,9 +69,8 @@ class CudaCommunicator final : public Communicator {
 
   const PeerView& view() const { return group_->view(rank()); }
 
-  // Which kernels carry a sum of `bytes`, and columns of `rows` rows of `bytes` in all. NCCL only
-  // where it gives the same result: it adds no bias, keeps the dtype, and rounds in between where
-  // there are more than two ranks.
+  // Which kernels carry a sum of `bytes`, and columns of `rows` rows of `bytes` in all. Where NCCL
+  // is to carry everything, sums that it cannot are refused.
   CollectiveKernels choose_sum(int64_t bytes, bool nccl_can) const;
   CollectiveKernels choose_gather(int64_t bytes, int64_t rows) const;
 

@@ -20,7 +20,7 @@ namespace mrv1::cuda {
 // says. Every call hears from every rank before it ends; so when a rank is in call n + 2, all have
 // begun n + 1, hence ended n, and no half is overwritten that somebody still reads.
 
-constexpr int kPeerBlocks = 32;  // thread blocks of a collective at most
+constexpr int kPeerBlocks = 64;  // thread blocks of a collective at most
 constexpr int64_t kPieceBytes = 16;
 
 // What a rank may wait for; peer_wait_text() has the words.

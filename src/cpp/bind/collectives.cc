@@ -74,7 +74,7 @@ void bind_collectives(nb::module_& m) {
       "    batch_invariant: Whether the order of sums may depend on nothing.\n"
       "    delay: Seconds that a rank waits before a call at most, at random.\n"
       "    kernels: Of GPUs: \"auto\", \"one_shot\", \"two_shot\" or \"nccl\".\n"
-      "    nccl: Names to open NCCL by, in order; without any it is not used.\n"
+      "    nccl: Names to open NCCL by, in order, for kernels=\"nccl\".\n"
       "    timeout: Seconds that a rank waits for others before the group ends.\n\n"
       "Raises:\n"
       "    InvalidArgumentError: something is not what it must be.\n"

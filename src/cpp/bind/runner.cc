@@ -180,8 +180,6 @@ void bind_runner(nb::module_& m) {
               "stage, then those of the next.")
       .def_rw("num_stages", &RunnerConfig::num_stages,
               "Stages of a pipeline that the ranks form, of as many ranks each.")
-      .def_rw("rank_libraries", &RunnerConfig::rank_libraries,
-              "Names to open NCCL by, in order; without any it is not used.")
       .def_prop_rw(
           "rank_timeout_ms",
           [](const RunnerConfig& self) { return static_cast<int64_t>(self.rank_timeout.count()); },

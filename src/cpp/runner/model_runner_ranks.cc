@@ -26,7 +26,6 @@ GroupOptions group_options(const Program& program, const RunnerConfig& config) {
   GroupOptions options;
   options.num_stages = config.num_stages;
   options.timeout = config.rank_timeout;
-  options.nccl = config.rank_libraries;
   for (const Op& op : program.ops()) {
     if (op.kind != OpKind::kAllReduce && op.kind != OpKind::kAllGather) continue;
     options.max_bytes =

@@ -50,7 +50,6 @@ struct RunnerConfig {
   int32_t num_ranks = 1;
   int32_t num_stages = 1;
   std::chrono::milliseconds rank_timeout{8000};
-  std::vector<std::string> rank_libraries;  // see GroupOptions::nccl
 };
 
 // A request as the runner sees it.
