@@ -499,13 +499,6 @@ class RunnerConfig:
     def num_stages(self, arg: int, /) -> None: ...
 
     @property
-    def rank_libraries(self) -> list[str]:
-        """Names to open NCCL by, in order; without any it is not used."""
-
-    @rank_libraries.setter
-    def rank_libraries(self, arg: Sequence[str], /) -> None: ...
-
-    @property
     def rank_timeout_ms(self) -> int:
         """How long a rank waits for the others before they all end."""
 
