@@ -4,9 +4,14 @@
 // memory by way of shared memory, so that a warp writes whole lines, which travel over the bus in
 // one piece. After a barrier one thread stores the sequence number that the host waits for, with a
 // release over everything that the block has written.
+//
+// On the last stage of a pipeline the same goes to the memory of the GPUs before it, and there
+// first: they may wait for it, and the way to the host is longer.
 #include <atomic>
+#include <type_traits>
 
 #include "launch.h"
+#include "stage_wait.cuh"
 #include "staged_record.h"
 #include "state/output_ring.h"
 
@@ -22,26 +27,84 @@ static_assert(sizeof(std::atomic<uint64_t>) == sizeof(uint64_t) &&
 constexpr int32_t kEntryWords = sizeof(OutputEntry) / sizeof(int4);
 constexpr int32_t kMostTokens = 1 + kMaxSpeculativeTokens;  // of an entry
 
-__device__ void store_release(std::atomic<uint64_t>* target, uint64_t value) {
-  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(target), "l"(value) : "memory");
+struct NoStages {};
+
+// Where a step's outputs go: a slot of a ring.
+struct OutputPlace {
+  OutputHeader* slot;
+
+  // Entries from `first` on and their tokens, by the whole block.
+  __device__ void store(const OutputEntry* tile, const int32_t* token_tile, int32_t first,
+                        int32_t count, int32_t stride, int32_t max_requests) const {
+    auto* entries = reinterpret_cast<int4*>(output_entries(slot) + first);
+    for (int32_t word = threadIdx.x; word < count * kEntryWords; word += kThreads) {
+      entries[word] = reinterpret_cast<const int4*>(tile)[word];
+    }
+    int32_t* tokens = output_tokens(slot, max_requests) + first * stride;
+    for (int32_t word = threadIdx.x; word < count * stride; word += kThreads) {
+      tokens[word] = token_tile[word];
+    }
+  }
+
+  // After a barrier.
+  __device__ void publish(uint64_t step, int32_t num_entries) const {
+    slot->step = step;
+    slot->num_entries = num_entries;
+    cuda::store_flag(reinterpret_cast<uint64_t*>(&slot->sequence), step + 1);
+  }
+};
+
+__device__ OutputPlace stage_place(const StageLink& link, int stage, uint64_t step) {
+  const auto slot = static_cast<int64_t>(step % static_cast<uint64_t>(link.num_slots));
+  return {reinterpret_cast<OutputHeader*>(link.stage_outputs[stage] + slot * link.outputs_bytes)};
 }
 
+// Waits until the stages before the last have adopted what the step's outputs are written over. By
+// a whole warp; false if the group has ended.
+__device__ bool await_places(const cuda::StageView& view, uint64_t step) {
+  const StageLink& link = view.link;
+  const auto num_slots = static_cast<uint64_t>(link.num_slots);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  cuda::StageWait wait{};
+  if (lane < link.stage && step > num_slots) {
+    wait = {&link.port->adopted[lane], step - num_slots, cuda::PeerWait::kOutputsAdopted,
+            view.rank_at(lane), step - num_slots};
+  }
+  return cuda::await_stages(view, wait, true);
+}
+
+// `Stages` is NoStages, or the rank's view of its pipeline.
+template <typename Stages>
 __global__ void __launch_bounds__(kThreads)
-    advance_kernel(StepRings rings, RowState state, InferParams infer) {
+    advance_kernel(StepRings rings, RowState state, InferParams infer,
+                   const __grid_constant__ Stages stages) {
+  constexpr bool kHasStages = std::is_same_v<Stages, cuda::StageView>;
   __shared__ __align__(16) OutputEntry tile[kThreads];
   __shared__ int32_t token_tile[kThreads * kMostTokens];
   cuda::launch_next();
   cuda::wait_for_previous();
   const auto* staged = reinterpret_cast<const cuda::StagedRecord*>(rings.staged);
   const BatchEntry* entries = cuda::staged_entries(staged);
-  const int32_t num_entries = staged->header.num_entries;
   const uint64_t step = staged->header.step;
   const uint64_t begin_ns = staged->begin_ns;
-  OutputHeader* slot = rings.output_slot();
-  OutputEntry* out = output_entries(slot);
-  int32_t* out_tokens = output_tokens(slot, infer.max_requests);
+  const OutputPlace host{rings.output_slot()};
   const int32_t stride = 1 + state.max_drafts;
-  for (int32_t first = 0; first < num_entries; first += kThreads) {
+  int32_t num_entries = staged->header.num_entries;
+  int num_others = 0;  // stages that get the outputs, too
+  if constexpr (kHasStages) {
+    bool is_open = true;
+    if (!stages.link.is_last()) {
+      num_entries = 0;
+    } else if (threadIdx.x < 32) {
+      // What a rank has after the end is nobody's to write to.
+      const bool has_ended = cuda::has_ended(stages);
+      is_open = await_places(stages, step) && !has_ended;
+    }
+    if (__syncthreads_and(is_open) != 0) num_others = stages.link.is_last() ? stages.link.stage : 0;
+  }
+  // Once, without entries, for steps that have none.
+  int32_t first = 0;
+  do {
     const int32_t count = min(kThreads, num_entries - first);
     const int32_t i = first + static_cast<int32_t>(threadIdx.x);
     if (i < num_entries) {
@@ -54,29 +117,52 @@ __global__ void __launch_bounds__(kThreads)
           advance_row(state, entry, start < 0 ? nullptr : infer.sampled + start, tokens);
     }
     __syncthreads();
-    for (int32_t word = threadIdx.x; word < count * kEntryWords; word += kThreads) {
-      reinterpret_cast<int4*>(out + first)[word] = reinterpret_cast<const int4*>(tile)[word];
+    if constexpr (kHasStages) {
+      const StageLink& link = stages.link;
+      for (int stage = 0; stage < num_others; ++stage) {
+        stage_place(link, stage, step)
+            .store(tile, token_tile, first, count, stride, infer.max_requests);
+      }
+      if (first + kThreads >= num_entries) {
+        __syncthreads();
+        const int stage = static_cast<int>(threadIdx.x);
+        if (stage < num_others) stage_place(link, stage, step).publish(step, num_entries);
+      }
     }
-    for (int32_t word = threadIdx.x; word < count * stride; word += kThreads) {
-      out_tokens[first * stride + word] = token_tile[word];
-    }
+    host.store(tile, token_tile, first, count, stride, infer.max_requests);
     __syncthreads();  // `tile` may be written again
-  }
+    first += kThreads;
+  } while (first < num_entries);
   if (threadIdx.x != 0) return;
   *rings.step = step + 1;
-  slot->step = step;
-  slot->num_entries = num_entries;
+  uint64_t waited_ns = 0;
+  if constexpr (kHasStages) waited_ns = stages.link.counters->waited_ns;
+  OutputHeader* slot = host.slot;
   slot->begin_ns = begin_ns;
   slot->end_ns = cuda::device_clock_ns();
-  store_release(&slot->sequence, step + 1);
+  slot->waited_ns = waited_ns;
+  host.publish(step, num_entries);
 }
 
 }  // namespace
 
+namespace cuda {
+
+void load_advance() { load_kernel(kOp, advance_kernel<StageView>); }
+
+}  // namespace cuda
+
 void advance_cuda(const StepContext& ctx) {
   check_internal(ctx.rings.staged != nullptr && ctx.rings.step != nullptr, kOp,
                  "the step's rings are not set up");
-  cuda::launch(kOp, ctx, advance_kernel, 1, kThreads, 0, ctx.rings, ctx.rows, ctx.infer);
+  const auto launch = [&](auto* kernel, const auto& stages) {
+    cuda::launch(kOp, ctx, kernel, 1, kThreads, 0, ctx.rings, ctx.rows, ctx.infer, stages);
+  };
+  if (ctx.communicator == nullptr || ctx.communicator->stage_link() == nullptr) {
+    launch(advance_kernel<NoStages>, NoStages{});
+  } else {
+    launch(advance_kernel<cuda::StageView>, cuda::stage_view(kOp, ctx));
+  }
 }
 
 }  // namespace mrv1

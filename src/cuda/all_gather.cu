@@ -174,11 +174,7 @@ namespace cuda {
 void load_all_gather() {
   for (const DType dtype : {DType::kBF16, DType::kF32}) {
     const GatherKernels kernels = choose_kernels(dtype);
-    cudaFuncAttributes attributes;
-    for (const Kernel kernel : {kernels.packets, kernels.bulk}) {
-      check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), kOp,
-                 "cudaFuncGetAttributes");
-    }
+    for (const Kernel kernel : {kernels.packets, kernels.bulk}) load_kernel(kOp, kernel);
   }
 }
 

@@ -312,11 +312,7 @@ void load_all_reduce(int size) {
        {std::pair(DType::kBF16, DType::kBF16), std::pair(DType::kF32, DType::kBF16),
         std::pair(DType::kF32, DType::kF32)}) {
     const RangeKernels kernels = choose_kernels(dtype, out_dtype, size);
-    cudaFuncAttributes attributes;
-    for (const Kernel kernel : {kernels.one_shot, kernels.two_shot}) {
-      check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), kOp,
-                 "cudaFuncGetAttributes");
-    }
+    for (const Kernel kernel : {kernels.one_shot, kernels.two_shot}) load_kernel(kOp, kernel);
   }
 }
 

@@ -86,6 +86,15 @@ void launch(std::string_view op, const StepContext& ctx, void (*kernel)(Params..
   check_kernel(op, ctx, status, grid, block, shared_bytes);
 }
 
+// Loads a kernel on the current GPU, where its first launch would do so: that may wait for kernels
+// that run, and those for it.
+template <typename Kernel>
+void load_kernel(std::string_view op, Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), op,
+             "cudaFuncGetAttributes");
+}
+
 // Allows a kernel `bytes` of dynamic shared memory; the driver remembers it.
 template <typename Kernel>
 void allow_shared_memory(std::string_view op, Kernel* kernel, size_t bytes) {

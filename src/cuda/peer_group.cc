@@ -10,6 +10,7 @@
 #include "check.h"
 #include "core/error.h"
 #include "current_device.h"
+#include "stage_view.h"
 
 namespace mrv1::cuda {
 namespace {
@@ -37,7 +38,7 @@ struct AreaLayout {
 AreaLayout area_layout(int size, int64_t max_bytes, bool has_values) {
   AreaLayout layout{};
   layout.bytes = sizeof(PeerHeader);
-  if (!has_values) return layout;
+  if (!has_values || size == 1) return layout;
   layout.packet_pieces = packet_bytes(size) / kPieceBytes;
   layout.bulk_pieces = std::clamp(max_bytes, kLeastBulkBytes, kMostBulkBytes) / kPieceBytes;
   layout.bulk_offset = layout.bytes + 2 * size * layout.packet_pieces * 2 * kPieceBytes;
@@ -45,6 +46,15 @@ AreaLayout area_layout(int size, int64_t max_bytes, bool has_values) {
   return layout;
 }
 
+// What a rank of a pipeline keeps for the stages.
+struct StageMemory {
+  StagePort port;
+  StageCounters counters;
+};
+
+bool is_between_stages(PeerWait wait) { return wait >= PeerWait::kValues; }
+
+// What a rank waited for, or what the other one has not done.
 std::string_view wait_text(PeerWait wait) {
   switch (wait) {
     case PeerWait::kPartialSums:
@@ -55,6 +65,16 @@ std::string_view wait_text(PeerWait wait) {
       return "the columns of all_gather";
     case PeerWait::kStart:
       return "the start of a collective";
+    case PeerWait::kTrial:
+      return "its first word";
+    case PeerWait::kValues:
+      return "send the values of";
+    case PeerWait::kValuesTaken:
+      return "let go of the values before";
+    case PeerWait::kOutputs:
+      return "publish the outputs of";
+    case PeerWait::kOutputsAdopted:
+      return "adopt the outputs of";
   }
   return "?";
 }
@@ -62,7 +82,10 @@ std::string_view wait_text(PeerWait wait) {
 }  // namespace
 
 PeerGroup::PeerGroup(std::span<const std::shared_ptr<Device>> devices, const GroupOptions& options)
-    : devices_(devices.begin(), devices.end()), kernels_(options.kernels) {
+    : devices_(devices.begin(), devices.end()),
+      num_stages_(options.num_stages),
+      kernels_(options.kernels),
+      reach_each_other_(kernels_ != CollectiveKernels::kNccl) {
   std::set<int> ordinals;
   for (const std::shared_ptr<Device>& device : devices_) {
     check(ordinals.insert(device->ordinal()).second, kWhere, "GPU ", device->ordinal(),
@@ -72,15 +95,23 @@ PeerGroup::PeerGroup(std::span<const std::shared_ptr<Device>> devices, const Gro
         " ms; it must be positive");
   enable_peers();
   allocate_areas(options);
-  if (kernels_ == CollectiveKernels::kNccl) open_nccl_group(options.nccl);
+  if (size() > 1 && kernels_ == CollectiveKernels::kNccl) open_nccl_groups(options.nccl);
   for (const std::shared_ptr<Device>& device : devices_) {
     const CurrentDevice current(device->ordinal(), kWhere);
-    load_all_reduce(size());
-    load_all_gather();
     load_meeting();
+    if (size() > 1) {
+      load_all_reduce(size());
+      load_all_gather();
+    }
+    if (num_stages_ > 1) {
+      load_stage_send();
+      load_stage_receive();
+      load_adopt();
+      load_advance();
+    }
   }
   try_out();
-  if (nccl_ != nullptr) watcher_ = std::thread([this] { watch(); });
+  if (!nccl_.empty()) watcher_ = std::thread([this] { watch(); });
 }
 
 PeerGroup::~PeerGroup() {
@@ -93,31 +124,46 @@ PeerGroup::~PeerGroup() {
     watcher_.join();
   }
   // Nothing that still runs may write to an area that is gone.
-  for (int rank = 0; rank < size(); ++rank) {
-    std::atomic_ref(report(rank)->stop).store(1, std::memory_order_release);
+  for (int rank = 0; rank < num_ranks(); ++rank) {
+    std::atomic_ref(report(rank).stop).store(1, std::memory_order_release);
   }
   for (const std::shared_ptr<Device>& device : devices_) device->settle();
-  nccl_.reset();
+  nccl_.clear();
+}
+
+StagePort* PeerGroup::stage_port(int rank) const {
+  return stages_.empty() ? nullptr : &static_cast<StageMemory*>(stages_[rank].data())->port;
+}
+
+StageCounters* PeerGroup::stage_counters(int rank) const {
+  return stages_.empty() ? nullptr : &static_cast<StageMemory*>(stages_[rank].data())->counters;
+}
+
+// All ranks of a stage, and those of one place in their stages: neighbours, and the last stage and
+// all others.
+bool PeerGroup::writes_to(int rank, int peer) const {
+  const int stage = rank / size(), other = peer / size();
+  if (stage == other) return rank != peer && reach_each_other_;
+  const int last = num_stages_ - 1;
+  return rank % size() == peer % size() &&
+         (std::abs(stage - other) == 1 || stage == last || other == last);
 }
 
 void PeerGroup::enable_peers() {
-  if (kernels_ == CollectiveKernels::kNccl) {
-    reach_each_other_ = false;
-    return;
-  }
-  for (const std::shared_ptr<Device>& device : devices_) {
-    const CurrentDevice current(device->ordinal(), kWhere);
-    for (const std::shared_ptr<Device>& peer : devices_) {
-      if (peer == device) continue;
+  for (int rank = 0; rank < num_ranks(); ++rank) {
+    const int ordinal = devices_[rank]->ordinal();
+    const CurrentDevice current(ordinal, kWhere);
+    for (int other = 0; other < num_ranks(); ++other) {
+      if (!writes_to(rank, other)) continue;
+      const int peer = devices_[other]->ordinal();
       int can = 0;
-      check_cuda(cudaDeviceCanAccessPeer(&can, device->ordinal(), peer->ordinal()), kWhere,
-                 "cudaDeviceCanAccessPeer");
+      check_cuda(cudaDeviceCanAccessPeer(&can, ordinal, peer), kWhere, "cudaDeviceCanAccessPeer");
       if (can == 0) {
-        fail(ErrorKind::kDevice, kWhere, "GPU ", device->ordinal(),
-             " cannot reach the memory of GPU ", peer->ordinal(),
+        fail(ErrorKind::kDevice, kWhere, "GPU ", ordinal, " of ", name_of(rank),
+             " cannot reach the memory of GPU ", peer, " of ", name_of(other),
              "; choose GPUs that can (`nvidia-smi topo -p2p rw`)");
       }
-      const cudaError_t status = cudaDeviceEnablePeerAccess(peer->ordinal(), 0);
+      const cudaError_t status = cudaDeviceEnablePeerAccess(peer, 0);
       if (status == cudaErrorPeerAccessAlreadyEnabled) {
         cudaGetLastError();
         continue;
@@ -129,45 +175,59 @@ void PeerGroup::enable_peers() {
 
 void PeerGroup::allocate_areas(const GroupOptions& options) {
   const AreaLayout layout = area_layout(size(), options.max_bytes, reach_each_other_);
+  reports_ =
+      devices_[0]->allocate_mapped(static_cast<size_t>(num_ranks()) * sizeof(PeerReport), "ranks");
   for (const std::shared_ptr<Device>& device : devices_) {
     states_.push_back(device->allocate(sizeof(PeerState), "ranks"));
-    reports_.push_back(device->allocate_mapped(sizeof(PeerReport), "ranks"));
     const auto bytes = static_cast<size_t>(layout.bytes);
     areas_.push_back(reach_each_other_ ? device->allocate(bytes, "ranks")
                                        : device->allocate_mapped(bytes, "ranks"));
+    if (num_stages_ > 1) stages_.push_back(device->allocate(sizeof(StageMemory), "ranks"));
   }
-  for (int rank = 0; rank < size(); ++rank) {
+  for (int rank = 0; rank < num_ranks(); ++rank) {
     PeerView view{};
-    view.rank = rank;
+    view.rank = rank % size();
     view.size = size();
-    view.state = static_cast<PeerState*>(states_[rank].data());
-    view.report = static_cast<PeerReport*>(reports_[rank].data());
+    view.watch.rank = rank;
+    view.watch.num_ranks = num_ranks();
+    view.watch.state = static_cast<PeerState*>(states_[rank].data());
+    view.watch.reports = static_cast<PeerReport*>(reports_.data());
+    view.watch.timeout = static_cast<uint64_t>(
+        std::chrono::duration_cast<std::chrono::nanoseconds>(options.timeout).count());
+    const int first = rank - view.rank;
     for (int peer = 0; peer < size(); ++peer) {
-      view.areas[peer] = static_cast<char*>(areas_[peer].data());
+      view.areas[peer] = static_cast<char*>(areas_[first + peer].data());
     }
     view.packet_pieces = layout.packet_pieces;
     view.bulk_pieces = layout.bulk_pieces;
     view.bulk_offset = layout.bulk_offset;
-    view.timeout = static_cast<uint64_t>(
-        std::chrono::duration_cast<std::chrono::nanoseconds>(options.timeout).count());
     views_.push_back(view);
   }
 }
 
-void PeerGroup::open_nccl_group(const std::vector<std::string>& libraries) {
-  std::vector<int> ordinals;
-  for (const std::shared_ptr<Device>& device : devices_) ordinals.push_back(device->ordinal());
-  nccl_ = std::make_unique<NcclGroup>(open_nccl(libraries), ordinals);
+void PeerGroup::open_nccl_groups(const std::vector<std::string>& libraries) {
+  const Nccl& library = open_nccl(libraries);
+  for (int stage = 0; stage < num_stages_; ++stage) {
+    std::vector<int> ordinals;
+    for (int rank = 0; rank < size(); ++rank) {
+      ordinals.push_back(devices_[stage * size() + rank]->ordinal());
+    }
+    nccl_.push_back(std::make_unique<NcclGroup>(library, ordinals));
+  }
 }
 
 void PeerGroup::try_out() {
-  for (int rank = 0; rank < size(); ++rank) {
+  for (int rank = 0; rank < num_ranks(); ++rank) {
     Device& device = *devices_[rank];
     const CurrentDevice current(device.ordinal(), kWhere);
     StepContext ctx;
     ctx.device = &device;
     ctx.stream = device.stream();
-    launch_meeting(views_[rank], ctx);
+    PeerStates peers{};
+    for (int peer = 0; peer < num_ranks(); ++peer) {
+      if (writes_to(rank, peer)) peers.states[peer] = static_cast<PeerState*>(states_[peer].data());
+    }
+    launch_trial(views_[rank].watch, peers, ctx);
   }
   for (const std::shared_ptr<Device>& device : devices_) device->synchronize();
   if (is_aborted()) {
@@ -181,7 +241,7 @@ void PeerGroup::watch() {
   while (!closing_) {
     if (is_aborted()) {
       lock.unlock();
-      nccl_->abort();
+      for (const std::unique_ptr<NcclGroup>& stage : nccl_) stage->abort();
       return;
     }
     changed_.wait_for(lock, kWatchInterval);
@@ -199,16 +259,20 @@ void PeerGroup::abort(std::string_view reason) noexcept {
     }
     aborted_.store(true, std::memory_order_release);
   }
-  for (int rank = 0; rank < size(); ++rank) {
-    std::atomic_ref(report(rank)->stop).store(1, std::memory_order_release);
+  for (int rank = 0; rank < num_ranks(); ++rank) {
+    std::atomic_ref(report(rank).stop).store(1, std::memory_order_release);
   }
   changed_.notify_all();
 }
 
+PeerEnd PeerGroup::end_of(int rank) const noexcept {
+  return std::atomic_ref(report(rank).end).load(std::memory_order_acquire);
+}
+
 bool PeerGroup::is_aborted() const noexcept {
   if (aborted_.load(std::memory_order_acquire)) return true;
-  for (int rank = 0; rank < size(); ++rank) {
-    if (std::atomic_ref(report(rank)->written).load(std::memory_order_acquire) != 0) return true;
+  for (int rank = 0; rank < num_ranks(); ++rank) {
+    if (end_of(rank) == PeerEnd::kOutOfTime) return true;
   }
   return false;
 }
@@ -219,18 +283,32 @@ std::string PeerGroup::abort_reason() const {
     const std::lock_guard lock(mutex_);
     return reason_;
   }
-  for (int rank = 0; rank < size(); ++rank) {
-    PeerReport& found = *report(rank);
-    if (std::atomic_ref(found.written).load(std::memory_order_acquire) == 0) continue;
-    return concat("rank ", found.missing, " did not come within ", views_[rank].timeout / 1000000,
-                  " ms: rank ", rank, " waited for ", wait_text(found.wait), ", collective ",
-                  found.call);
+  int waiter = 0;
+  while (waiter < num_ranks() && end_of(waiter) != PeerEnd::kOutOfTime) ++waiter;
+  if (waiter == num_ranks()) return "";
+  // Whoever was missed may itself have waited for another one. Ranks that wait for each other end
+  // the search, too.
+  for (int i = 1; i < num_ranks(); ++i) {
+    const int next = report(waiter).missing;
+    if (end_of(next) == PeerEnd::kNone) break;
+    waiter = next;
   }
-  return "";
+  const PeerReport& found = report(waiter);
+  const std::string missing = name_of(found.missing);
+  const std::string limit = concat(" within ", views_[waiter].watch.timeout / 1000000, " ms: ");
+  if (is_between_stages(found.wait)) {
+    return concat(missing, " did not ", wait_text(found.wait), " step ", found.call, limit,
+                  name_of(waiter), " waited for it");
+  }
+  const std::string which = found.call == 0 ? "" : concat(", collective ", found.call);
+  return concat(missing, " did not come", limit, name_of(waiter), " waited for ",
+                wait_text(found.wait), which);
 }
 
-CudaCommunicator::CudaCommunicator(int rank, std::shared_ptr<PeerGroup> group)
-    : Communicator(rank, group->size()), group_(std::move(group)) {}
+CudaCommunicator::CudaCommunicator(int global_rank, std::shared_ptr<PeerGroup> group)
+    : Communicator(global_rank % group->size(), group->size(), global_rank / group->size(),
+                   group->num_stages()),
+      group_(std::move(group)) {}
 
 CollectiveKernels CudaCommunicator::choose_sum(int64_t bytes, bool nccl_can) const {
   if (!group_->reach_each_other()) {
@@ -258,20 +336,28 @@ CollectiveKernels CudaCommunicator::choose_gather(int64_t bytes, int64_t rows) c
 void CudaCommunicator::sum_by_nccl(const void* x, void* out, int64_t count, DType dtype,
                                    const StepContext& ctx) {
   launch_meeting(view(), ctx);
-  group_->nccl()->sum(rank(), x, out, static_cast<size_t>(count), dtype, stream_of(ctx));
+  group_->nccl(stage())->sum(rank(), x, out, static_cast<size_t>(count), dtype, stream_of(ctx));
 }
 
 void CudaCommunicator::gather_by_nccl(const void* x, void* out, int64_t rows, int64_t cols,
                                       DType dtype, const StepContext& ctx) {
   launch_meeting(view(), ctx);
-  group_->nccl()->gather(rank(), x, out, rows, cols, dtype, stream_of(ctx));
+  group_->nccl(stage())->gather(rank(), x, out, rows, cols, dtype, stream_of(ctx));
+}
+
+StageView stage_view(std::string_view op, const StepContext& ctx) {
+  check_internal(ctx.communicator != nullptr && ctx.communicator->stage_link() != nullptr, op,
+                 "the rank is not linked with other stages");
+  const auto& rank = static_cast<const CudaCommunicator&>(*ctx.communicator);
+  rank.check_alive();
+  return {*rank.stage_link(), rank.view().watch, rank.size(), ctx.rings.step};
 }
 
 std::vector<std::unique_ptr<Communicator>> make_group(
     std::span<const std::shared_ptr<Device>> devices, const GroupOptions& options) {
   const auto group = std::make_shared<PeerGroup>(devices, options);
   std::vector<std::unique_ptr<Communicator>> ranks;
-  for (int rank = 0; rank < group->size(); ++rank) {
+  for (int rank = 0; rank < group->num_ranks(); ++rank) {
     ranks.push_back(std::make_unique<CudaCommunicator>(rank, group));
   }
   return ranks;
@@ -279,7 +365,8 @@ std::vector<std::unique_ptr<Communicator>> make_group(
 
 int64_t group_bytes(int size, const GroupOptions& options) {
   const bool has_values = options.kernels != CollectiveKernels::kNccl;
-  return area_layout(size, options.max_bytes, has_values).bytes;
+  const int64_t stages = options.num_stages > 1 ? int64_t{sizeof(StageMemory)} : 0;
+  return area_layout(size / options.num_stages, options.max_bytes, has_values).bytes + stages;
 }
 
 }  // namespace mrv1::cuda

@@ -19,7 +19,8 @@
 
 namespace mrv1::cuda {
 
-// What the ranks of a group of GPUs share: their areas of memory, NCCL if it is used, and the end.
+// What the ranks of a group of GPUs share: their memory, NCCL if it is used, and the end. Ranks are
+// numbered among all stages.
 class PeerGroup {
  public:
   PeerGroup(std::span<const std::shared_ptr<Device>> devices, const GroupOptions& options);
@@ -27,10 +28,16 @@ class PeerGroup {
   PeerGroup(const PeerGroup&) = delete;
   PeerGroup& operator=(const PeerGroup&) = delete;
 
-  int size() const { return static_cast<int>(devices_.size()); }
+  int num_ranks() const { return static_cast<int>(devices_.size()); }
+  int num_stages() const { return num_stages_; }
+  // Ranks of a stage.
+  int size() const { return num_ranks() / num_stages_; }
   const PeerView& view(int rank) const { return views_[rank]; }
-  // Null if it is not used.
-  NcclGroup* nccl() { return nccl_.get(); }
+  // Null without a pipeline.
+  StagePort* stage_port(int rank) const;
+  StageCounters* stage_counters(int rank) const;
+  // Of a stage; null if it is not used.
+  NcclGroup* nccl(int stage) { return nccl_.empty() ? nullptr : nccl_[stage].get(); }
   bool reach_each_other() const { return reach_each_other_; }
   CollectiveKernels kernels() const { return kernels_; }
 
@@ -39,20 +46,26 @@ class PeerGroup {
   std::string abort_reason() const;
 
  private:
-  PeerReport* report(int rank) const { return static_cast<PeerReport*>(reports_[rank].host()); }
+  PeerReport& report(int rank) const { return static_cast<PeerReport*>(reports_.host())[rank]; }
+  PeerEnd end_of(int rank) const noexcept;
+  std::string name_of(int rank) const { return rank_name(rank, size(), num_stages_); }
+  // Whether a rank writes to the GPU of another one.
+  bool writes_to(int rank, int peer) const;
   void enable_peers();
   void allocate_areas(const GroupOptions& options);
-  void open_nccl_group(const std::vector<std::string>& libraries);
-  // Lets all ranks meet once: an address that cannot be reached after all shows here.
+  void open_nccl_groups(const std::vector<std::string>& libraries);
+  // Lets ranks write to each other once: an address that cannot be reached after all shows here.
   void try_out();
   void watch();
 
   std::vector<std::shared_ptr<Device>> devices_;  // outlive the buffers
+  int num_stages_;
   CollectiveKernels kernels_;
-  bool reach_each_other_ = true;
-  std::vector<Buffer> states_, areas_, reports_;
+  bool reach_each_other_;  // within a stage
+  std::vector<Buffer> states_, areas_, stages_;
+  Buffer reports_;
   std::vector<PeerView> views_;
-  std::unique_ptr<NcclGroup> nccl_;
+  std::vector<std::unique_ptr<NcclGroup>> nccl_;  // by stage
 
   mutable std::mutex mutex_;  // of what follows
   std::condition_variable changed_;
@@ -65,9 +78,9 @@ class PeerGroup {
 // A rank of a group of GPUs.
 class CudaCommunicator final : public Communicator {
  public:
-  CudaCommunicator(int rank, std::shared_ptr<PeerGroup> group);
+  CudaCommunicator(int global_rank, std::shared_ptr<PeerGroup> group);
 
-  const PeerView& view() const { return group_->view(rank()); }
+  const PeerView& view() const { return group_->view(global_rank()); }
 
   // Which kernels carry a sum of `bytes`, and columns of `rows` rows of `bytes` in all. Where NCCL
   // is to carry everything, sums that it cannot are refused.
@@ -83,6 +96,9 @@ class CudaCommunicator final : public Communicator {
   bool is_aborted() const noexcept override { return group_->is_aborted(); }
   std::string abort_reason() const override { return group_->abort_reason(); }
 
+  StagePort* stage_port() override { return group_->stage_port(global_rank()); }
+  StageCounters* stage_counters() override { return group_->stage_counters(global_rank()); }
+
  private:
   std::shared_ptr<PeerGroup> group_;
 };
@@ -93,7 +109,9 @@ void load_all_reduce(int size);
 void load_all_gather();
 void load_meeting();
 
-// Waits, in the rank's stream, until all ranks are there.
+// Waits, in the rank's stream, until all ranks of the stage are there.
 void launch_meeting(const PeerView& peers, const StepContext& ctx);
+// The same for all ranks that it can reach, before anything else.
+void launch_trial(const PeerWatch& watch, const PeerStates& peers, const StepContext& ctx);
 
 }  // namespace mrv1::cuda

@@ -19,16 +19,34 @@ __global__ void __launch_bounds__(kThreads) meeting_kernel(const __grid_constant
   await_signals(peers, PeerWait::kStart, 0, call);
 }
 
+// A lane for each rank that can be reached: tells it, and waits to be told.
+__global__ void __launch_bounds__(kThreads) trial_kernel(const __grid_constant__ PeerWatch watch,
+                                                         const __grid_constant__ PeerStates peers) {
+  launch_next();
+  wait_for_previous();
+  constexpr int kLooksPerClock = 256;
+  const int rank = static_cast<int>(threadIdx.x);
+  if (rank >= watch.num_ranks || peers.states[rank] == nullptr) return;
+  store_word(&peers.states[rank]->met[watch.rank], 1);
+  uint64_t start = 0;
+  for (int looks = 1; load_word(&watch.state->met[rank]) == 0; ++looks) {
+    if (looks % kLooksPerClock == 0 && gives_up(watch, PeerWait::kTrial, 0, rank, &start)) return;
+  }
+}
+
 }  // namespace
 
 void load_meeting() {
-  cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, meeting_kernel), "meeting",
-             "cudaFuncGetAttributes");
+  load_kernel("meeting", meeting_kernel);
+  load_kernel("trial", trial_kernel);
 }
 
 void launch_meeting(const PeerView& peers, const StepContext& ctx) {
   launch("meeting", ctx, meeting_kernel, dim3(1), dim3(kThreads), 0, peers);
+}
+
+void launch_trial(const PeerWatch& watch, const PeerStates& peers, const StepContext& ctx) {
+  launch("trial", ctx, trial_kernel, dim3(1), dim3(kThreads), 0, watch, peers);
 }
 
 }  // namespace mrv1::cuda

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "clock.cuh"
 #include "peer_memory.h"
 #include "vector.cuh"
 
@@ -127,8 +128,9 @@ __device__ __forceinline__ char* gather_of(const PeerView& peers, int rank, uint
 // wait_for_previous().
 __device__ __forceinline__ uint64_t begin_call(const PeerView& peers) {
   uint64_t calls;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(calls) : "l"(&peers.state->calls));
-  const uint32_t ended = load_word(&header_of(peers, peers.rank)->ended);
+  const PeerState* state = peers.watch.state;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(calls) : "l"(&state->calls));
+  const uint32_t ended = load_word(&state->ended);
   // Shares of blocks that were faster do not add up to a unit before the last one's.
   return ended != 0 ? 0 : calls / kCallUnit + 1;
 }
@@ -138,30 +140,36 @@ __device__ __forceinline__ void count_call(const PeerView& peers) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   const uint64_t share = blockIdx.x == 0 ? kCallUnit - (gridDim.x - 1) : 1;
-  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(&peers.state->calls), "l"(share)
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(&peers.watch.state->calls),
+               "l"(share)
                : "memory");
 }
 
-// From inside a wait that takes long: whether it has to end. `start` is 0 before the first call.
-inline __device__ __noinline__ bool gives_up(const PeerView& peers, PeerWait wait, uint64_t call,
+// From inside a wait that takes long: whether it has to end. `start` is 0 before the first call. A
+// rank that is told to stop says what it waited for, too: the one that nobody has heard of is to
+// blame for all waits.
+inline __device__ __noinline__ bool gives_up(const PeerWatch& watch, PeerWait wait, uint64_t call,
                                              int missing, uint64_t* start) {
-  uint64_t now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  constexpr uint64_t kHearing = 200'000;  // nanoseconds until others have seen that they must stop
+  const uint64_t now = device_clock_ns();
   if (*start == 0) *start = now;
-  uint32_t* ended = &header_of(peers, peers.rank)->ended;
-  if (load_word(ended) != 0) return true;
-  if (load_word(&peers.report->stop) == 0) {
-    if (now - *start < peers.timeout) return false;
-    if (atomicCAS(&peers.state->reported, 0u, 1u) == 0u) {
-      peers.report->wait = wait;
-      peers.report->missing = missing;
-      peers.report->call = call;
-      __threadfence_system();
-      store_word(&peers.report->written, 1);
-      for (int rank = 0; rank < peers.size; ++rank) store_word(&header_of(peers, rank)->ended, 1);
+  if (load_word(&watch.state->ended) != 0) return true;
+  PeerReport& report = watch.reports[watch.rank];
+  const bool is_told = load_word(&report.stop) != 0;
+  if (!is_told && now - *start < watch.timeout) return false;
+  if (atomicCAS(&watch.state->reported, 0u, 1u) == 0u) {
+    report.wait = wait;
+    report.missing = missing;
+    report.call = call;
+    if (!is_told) {
+      for (int rank = 0; rank < watch.num_ranks; ++rank) store_word(&watch.reports[rank].stop, 1);
+      while (device_clock_ns() - now < kHearing) __nanosleep(1000);
     }
+    __threadfence_system();
+    store_word(reinterpret_cast<uint32_t*>(&report.end),
+               static_cast<uint32_t>(is_told ? PeerEnd::kTold : PeerEnd::kOutOfTime));
   }
-  store_word(ended, 1);  // later calls do not wait for the time limit again
+  store_word(&watch.state->ended, 1);  // later calls do not wait for the time limit again
   return true;
 }
 
@@ -175,7 +183,9 @@ __device__ __forceinline__ bool wait_for_peers(const PeerView& peers, PeerWait w
   for (int looks = 1;; ++looks) {
     const int rank = missing();
     if (rank < 0) return true;
-    if (looks % kLooksPerClock == 0 && gives_up(peers, wait, call, rank, &start)) return false;
+    if (looks % kLooksPerClock != 0) continue;
+    const PeerWatch& watch = peers.watch;
+    if (gives_up(watch, wait, call, watch.rank - peers.rank + rank, &start)) return false;
   }
 }
 

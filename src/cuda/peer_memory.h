@@ -8,7 +8,7 @@
 
 namespace mrv1::cuda {
 
-// Memory through which the GPUs of one host exchange values. Every rank has an area of one layout,
+// Memory through which the GPUs of one stage exchange values. Every rank has an area of one layout,
 // which the others write and only it reads, as writes to a peer are faster than reads from it:
 //
 //   PeerHeader                                    flags of blocks
@@ -23,11 +23,21 @@ namespace mrv1::cuda {
 constexpr int kPeerBlocks = 64;  // thread blocks of a collective at most
 constexpr int64_t kPieceBytes = 16;
 
-// What a rank may wait for; peer_wait_text() has the words.
-enum class PeerWait : uint32_t { kPartialSums, kSums, kColumns, kStart };
+// What a rank may wait for: in a collective, or of another stage (PeerGroup::abort_reason has the
+// words).
+enum class PeerWait : uint32_t {
+  kPartialSums,
+  kSums,
+  kColumns,
+  kStart,
+  kTrial,
+  kValues,  // from here on of another stage, in a step
+  kValuesTaken,
+  kOutputs,
+  kOutputsAdopted,
+};
 
 struct PeerHeader {
-  uint32_t ended;  // not 0 once the group has ended
   // The last call that the rank's block has told of: what it sent before [0], and after [1] the
   // sum.
   alignas(256) uint64_t flags[2][kMaxRanks][kPeerBlocks];
@@ -35,29 +45,46 @@ struct PeerHeader {
 
 // A rank's own counters, in its device memory.
 struct PeerState {
-  uint64_t calls;     // kCallUnit for each collective that all blocks have begun
-  uint32_t reported;  // whether a thread of this rank has written the report
+  uint64_t calls;           // kCallUnit for each collective that all blocks have begun
+  uint32_t ended;           // not 0 once the group has ended
+  uint32_t reported;        // whether a thread of this rank has written the report
+  uint32_t sent_blocks;     // of the stage_send that runs, those that have written their share
+  uint32_t met[kMaxRanks];  // not 0 once the rank, among all, has written here
 };
 constexpr uint64_t kCallUnit = uint64_t{1} << 16;
 
-// In host memory that kernels can address.
-struct PeerReport {
-  uint32_t stop;     // written by the host: ends every wait
-  uint32_t written;  // not 0 once what follows is there
-  PeerWait wait;     // what did not come
-  int32_t missing;   // from which rank
-  uint64_t call;     // in which collective, counted from 1
+// Of all ranks; null where one is not reached.
+struct PeerStates {
+  PeerState* states[kMaxRanks];
 };
 
-// A rank's view of its group, as kernels get it.
+// Why a rank has ended its wait.
+enum class PeerEnd : uint32_t { kNone = 0, kTold, kOutOfTime };
+
+// In host memory that all kernels can address, one a rank.
+struct alignas(128) PeerReport {
+  uint32_t stop;    // ends every wait; by the host, or by a rank whose time is over
+  PeerEnd end;      // what follows is there if it is not kNone
+  PeerWait wait;    // what did not come
+  int32_t missing;  // from which rank, among all
+  uint64_t call;    // in which collective, counted from 1; between stages, in which step
+};
+
+// How kernels that wait learn that the group has ended, and end it. Ranks are those of all stages.
+struct PeerWatch {
+  int32_t rank, num_ranks;
+  PeerState* state;     // of this rank
+  PeerReport* reports;  // by rank
+  uint64_t timeout;     // nanoseconds
+};
+
+// A rank's view of the ranks that it has collectives with, those of its stage, as kernels get it.
 struct PeerView {
   int32_t rank, size;
-  PeerState* state;
-  PeerReport* report;
+  PeerWatch watch;
   char* areas[kMaxRanks];  // by rank
   int64_t packet_pieces, bulk_pieces;
   int64_t bulk_offset;  // of the scatter halves in an area
-  uint64_t timeout;     // nanoseconds
 };
 
 }  // namespace mrv1::cuda

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "clock.cuh"
 #include "state/control_record.h"
 
 namespace mrv1::cuda {
@@ -19,12 +20,6 @@ static_assert(sizeof(BatchEntry) == 16, "an entry moves with one load and one st
 
 __device__ __forceinline__ const BatchEntry* staged_entries(const StagedRecord* staged) {
   return record_array<BatchEntry>(&staged->header, kStagedEntries);
-}
-
-__device__ __forceinline__ uint64_t device_clock_ns() {
-  uint64_t ns;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
-  return ns;
 }
 
 }  // namespace mrv1::cuda

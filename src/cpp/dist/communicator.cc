@@ -6,15 +6,15 @@
 
 namespace mrv1 {
 
+std::string rank_name(int global_rank, int size, int num_stages) {
+  if (num_stages == 1) return concat("rank ", global_rank);
+  return concat("rank ", global_rank, " (stage ", global_rank / size, ")");
+}
+
 Communicator::Communicator(int rank, int size, int stage, int num_stages)
     : rank_(rank), size_(size), stage_(stage), num_stages_(num_stages) {}
 
 Communicator::~Communicator() = default;
-
-std::string Communicator::name_of(int global_rank) const {
-  if (num_stages_ == 1) return concat("rank ", global_rank);
-  return concat("rank ", global_rank, " (stage ", global_rank / size_, ")");
-}
 
 void Communicator::check_alive() const {
   if (is_aborted()) [[unlikely]]

@@ -35,6 +35,9 @@ struct GroupOptions {
 };
 
 class Communicator;
+// How errors name a rank of a group: with its stage where there are several, of `size` ranks each.
+std::string rank_name(int global_rank, int size, int num_stages);
+
 struct StageBuffers;   // dist/stage_link.h
 struct StageCounters;  // dist/stage_link.h
 struct StageLink;      // dist/stage_link.h
@@ -62,8 +65,7 @@ class Communicator {
   // Among all, as errors name it.
   int global_rank() const { return stage_ * size_ + rank_; }
   bool is_last_stage() const { return stage_ + 1 == num_stages_; }
-  // How errors name a rank of the group: with its stage where there are several.
-  std::string name_of(int global_rank) const;
+  std::string name_of(int global_rank) const { return rank_name(global_rank, size_, num_stages_); }
   std::string name() const { return name_of(global_rank()); }
 
   // Ends the group; the first reason stays. Any thread of any rank.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "core/portable.h"
 #include "dist/communicator.h"
 
 namespace mrv1 {
@@ -68,7 +69,7 @@ struct StageLink {
   int64_t outputs_bytes = 0;
   int32_t num_slots = 0;
 
-  bool is_last() const { return stage + 1 == num_stages; }
+  MRV1_HD bool is_last() const { return stage + 1 == num_stages; }
 };
 
 // Links the ranks of a pipeline, given in the order of make_group(), each with its buffers. Before

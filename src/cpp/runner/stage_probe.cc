@@ -388,9 +388,18 @@ void StageProbe::run(std::span<const ProbeStep> steps, int absent, uint64_t from
 bool StageProbe::collect(Rank& rank, uint64_t step) {
   auto* slot = reinterpret_cast<OutputHeader*>(
       rank.host_output + static_cast<int64_t>(step % options_.num_slots) * output_bytes_);
-  while (!rank.device->wait_sequence_until(slot->sequence, step + 1,
-                                           std::chrono::steady_clock::now() + kLook)) {
+  const auto is_written = [&] {
+    return rank.device->wait_sequence_until(slot->sequence, step + 1,
+                                            std::chrono::steady_clock::now() + kLook);
+  };
+  try {
+    while (!is_written()) {
+      if (rank.communicator->is_aborted()) return false;
+    }
+  } catch (const Error&) {
+    // Steps that the group's end has kept from being launched never write it.
     if (rank.communicator->is_aborted()) return false;
+    throw;
   }
   const OutputEntry* entries = output_entries(slot);
   const int32_t* tokens = output_tokens(slot, options_.num_rows);
