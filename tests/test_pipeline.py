@@ -18,7 +18,7 @@ from golden_data import GOLDEN_NAMES, load_golden
 from mrv1 import LLM, _core, cli
 from mrv1.config import ModelConfig
 from mrv1.engine import Engine
-from mrv1.errors import DeviceError, InvalidArgumentError
+from mrv1.errors import DeviceError, InvalidArgumentError, OutOfMemoryError
 from mrv1.loader import RunnerOptions, load_model, wire_model, wire_ranks
 from mrv1.runner import ModelRunner
 from mrv1.tokenizer import Tokenizer
@@ -271,6 +271,9 @@ def test_blocks_are_as_many_as_fit_the_fullest_stage(device: str, deep: Path) ->
 
     assert blocks([1, 4]) == blocks([4, 1]) == 40
     assert blocks([3, 2]) == 53
+    budget //= 40
+    with pytest.raises(OutOfMemoryError, match=r"rank 1 \(stage 1\): the KV cache may take"):
+        blocks([1, 4])
 
 
 def test_the_log_says_what_each_stage_has(

@@ -338,6 +338,13 @@ class WiredRanks:
         """The stage that a rank is in."""
         return rank // self.ranks_per_stage
 
+    def name(self, rank: int) -> str:
+        """How a sentence about a rank begins; not at all where there is one."""
+        if len(self.programs) == 1:
+            return ""
+        where = f" (stage {self.stage_of(rank)})" if len(self.stages) > 1 else ""
+        return f"rank {rank}{where}: "
+
     @property
     def ranks_per_stage(self) -> int:
         """Ranks that compute each layer together."""
@@ -533,7 +540,7 @@ def make_runner(
     native.attention_backend = _BACKENDS[backend]
     native.batch_invariant = resolve_batch_invariant(options)
     configs = [_of_rank(native, kv_scales, ranks, rank) for rank in range(native.num_ranks)]
-    native.num_blocks = _num_blocks(ranks.programs, configs, devices, options)
+    native.num_blocks = _num_blocks(ranks, configs, devices, options)
     if options.max_model_len is None:
         native.max_model_len = min(
             native.max_model_len, (native.num_blocks - 1) * native.block_size
@@ -689,7 +696,7 @@ def _positive(field: str, value: int | None, default: int) -> int:
 
 
 def _num_blocks(
-    programs: Sequence[_core.Program],
+    ranks: WiredRanks,
     configs: Sequence[_core.RunnerConfig],
     devices: Sequence[_core.Device],
     options: RunnerOptions,
@@ -721,15 +728,15 @@ def _num_blocks(
         return blocks
     plans = [
         _core.ModelRunner.plan_memory(*each)
-        for each in zip(programs, configs, devices, strict=True)
+        for each in zip(ranks.programs, configs, devices, strict=True)
     ]
     memory = [device.memory() for device in devices]
     if devices[0].kind == "cpu":  # they share the host's
         memory = [(free // len(devices), total) for free, total in memory]
     native = configs[0]
     usable = min(
-        _usable_blocks(plan, *each, native, devices[0].kind, budget, share)
-        for plan, each in zip(plans, memory, strict=True)
+        _usable_blocks(ranks.name(rank), plan, *free, native, devices[0].kind, budget, share)
+        for rank, (plan, free) in enumerate(zip(plans, memory, strict=True))
     )
     per_request = -(-native.max_model_len // native.block_size)
     most = min(native.max_num_seqs * per_request, 2**31 // native.block_size - 2)
@@ -737,6 +744,7 @@ def _num_blocks(
 
 
 def _usable_blocks(
+    name: str,
     plan: dict[str, int],
     free: int,
     total: int,
@@ -753,9 +761,9 @@ def _usable_blocks(
     )
     if others > free:
         raise OutOfMemoryError(
-            f"{needs} need more than the {free / 1e6:.0f} MB that are free; activations grow with "
-            f"max_num_batched_tokens = {native.max_num_batched_tokens}, state with max_num_seqs = "
-            f"{native.max_num_seqs} and max_model_len = {native.max_model_len}"
+            f"{name}{needs} need more than the {free / 1e6:.0f} MB that are free; activations grow "
+            f"with max_num_batched_tokens = {native.max_num_batched_tokens}, state with "
+            f"max_num_seqs = {native.max_num_seqs} and max_model_len = {native.max_model_len}"
         )
     if budget is None and kind == "cuda":
         graphs = len(native.capture_sizes) + len(native.piecewise_sizes)
@@ -768,8 +776,8 @@ def _usable_blocks(
     usable = budget // per_block - 1
     if usable < 1:
         raise OutOfMemoryError(
-            f"the KV cache may take {budget / 1e6:.1f} MB, but the null block and one block of "
-            f"{native.block_size} tokens need {2 * per_block / 1e6:.1f} MB "
+            f"{name}the KV cache may take {budget / 1e6:.1f} MB, but the null block and one block "
+            f"of {native.block_size} tokens need {2 * per_block / 1e6:.1f} MB "
             f"({free / 1e6:.0f} MB are free; {needs})"
         )
     return usable

@@ -404,6 +404,7 @@ bool Engine::launch(EventBatch& out) {
     throw;
   } catch (const std::exception& error) {
     fail_touched(error.what(), out);
+    end_with_ranks(out);
     return false;
   }
 }

@@ -364,6 +364,7 @@ class ModelRunner {
   uint64_t waited_ns_ = 0;
   MemoryPlan memory_plan_;
   size_t control_slot_bytes_ = 0, output_slot_bytes_ = 0;
+  mutable bool given_up_ = false;             // on steps of a group that has ended
   std::unique_ptr<RankFollowers> followers_;  // of the leader, where there are others
 };
 

@@ -127,7 +127,8 @@ void ModelRunner::wait_among_ranks(const Slot& slot) const {
     if (device_->wait_sequence_until(slot.output->sequence, slot.step + 1, now + kRankLook)) return;
     if (communicator_->is_aborted()) {
       if (give_up == kNever) give_up = now + kRankGrace;
-      if (now > give_up) {
+      if (now > give_up || given_up_) {
+        given_up_ = true;  // what comes after a step that does not end does not either
         fail(ErrorKind::kDevice, "ranks", communicator_->name(), " does not end step ", slot.step,
              ": ", communicator_->abort_reason());
       }
