@@ -3,14 +3,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from mrv1 import _core, bench
-from mrv1.bench_trace import stage_waits, wait_share, write_trace
+from mrv1 import _core, bench, cli, shapes
+from mrv1.bench_mix import MixRequest, measure_mix, mix_options
+from mrv1.bench_trace import StepLogs, stage_waits, wait_share, write_trace
+from mrv1.config import ModelConfig
+from mrv1.engine import Engine
 from mrv1.errors import InvalidArgumentError
+from mrv1.random_model import byte_tokenizer, random_runner
+from mrv1.tokenizer import Tokenizer
+from serving_tools import need_ranks
+from test_bench import SMALL, check_record
 
 
 def step_time(step: int, begin: int, end: int, waited: int, rows: int) -> _core.StepTime:
@@ -59,3 +67,54 @@ def test_costs_of_ranks_and_stages_by_hand() -> None:
     (once, _) = bench.shared_costs([weight, attention], 2, 3, once=True)
     assert once == bench.OpCost("logits", 200, 400)
     assert bench.shared_costs([weight, attention], 1, 1) == [weight, attention]
+
+
+def test_decode_over_stages(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need_ranks(device, 2)
+    monkeypatch.setitem(shapes._CONFIGS, "qwen3-0.6b", SMALL)
+    path, trace = tmp_path / "out.json", tmp_path / "trace.json"
+    arguments = ["bench", "decode", "--shape", "qwen3-0.6b", "--device", device, "--batch", "1,3"]
+    arguments += ["--context", "20", "--steps", "6", "--read-mb", "4"]
+    arguments += ["--pipeline-parallel-size", "2", "--json", str(path), "--trace", str(trace)]
+    assert cli.main(arguments) == 0
+    records = json.loads(path.read_text())
+    assert [(record["batch"], record["pp"]) for record in records] == [(1, 2), (3, 2)]
+    for record in records:
+        check_record(record)
+        assert "tp" not in record
+        shares = [float(share) for share in record["stage_waits"].split(",")]
+        assert len(shares) == 2
+        # How much it is follows from when threads run, but the last stage waits for values.
+        assert 0 <= shares[0] < 1
+        assert 0 < shares[1] < 1
+    # A step has two micro-batches, of two rows and of one.
+    events = json.loads(trace.read_text())["traceEvents"]
+    steps = 6 if device == "cpu" else 500
+    for rank in (0, 1):
+        rows = [e["args"]["requests"] for e in events if e["ph"] == "X" and e["tid"] == rank]
+        assert rows == [2, 1] * steps
+
+
+def test_mix_over_stages(device: str) -> None:
+    need_ranks(device, 2)
+    requests = [MixRequest([7] * (20 + index), 3 + index) for index in range(6)]
+    options = dataclasses.replace(
+        mix_options(device, "bfloat16", requests, max_num_seqs=4), pipeline_parallel_size=2
+    )
+    model = random_runner(ModelConfig.from_values(SMALL), options)
+    logs: StepLogs = []
+    with Engine.from_model(model, Tokenizer(byte_tokenizer())) as engine:
+        timing = measure_mix(engine, requests, logs)
+    assert len(timing.stage_waits) == len(logs) == 2
+    first, last = ([(step.step, step.tokens) for step in steps] for steps in logs)
+    assert first == last
+    # The last token of an output is never computed.
+    tokens = sum(len(request.prompt_token_ids) + request.max_tokens - 1 for request in requests)
+    assert sum(step.tokens for step in logs[0]) >= tokens - 6 * model.block_size
+    assert max(step.requests for step in logs[0]) <= 4
+
+
+def test_figures_of_one_device_refuse_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "op", "--shape", "qwen3-0.6b", "--device", "cpu"]
+    assert cli.main([*arguments, "--pipeline-parallel-size", "2"]) != 0
+    assert "--pipeline-parallel-size" in capsys.readouterr().err

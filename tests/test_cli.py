@@ -197,7 +197,7 @@ def test_temperature_comes_from_the_model_unless_given(model: str, tmp_path: Pat
         (["bench", "prefill", "--model", "MODEL", "--context", "1000000"], "max_model_len"),
         (["bench", "prefill", "--model", "MODEL", "--requests", "2"], "--requests"),
         (["bench", "mix", "--shape", "qwen3-0.6b", "--steps", "1"], "--steps"),
-        (["bench", "mix", "--shape", "qwen3-0.6b", "--requests", "257"], "[1, 256]"),
+        (["bench", "mix", "--shape", "qwen3-0.6b", "--requests", "4097"], "[1, 4096]"),
         (["bench", "mix", "--shape", "demo", "--requests", "1"], "max_model_len"),
     ],
 )
