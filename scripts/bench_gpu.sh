@@ -21,6 +21,12 @@
 #   kv-write                           writes to a paged KV cache
 #   kv-attention kv-attention-uneven   decode attention by itself, over caches of all formats
 #   load-0.6b load-8b                  a model directory from the disk, twice
+#
+# and only where they are named, on a host with two GPUs:
+#
+#   mix-1024-8b                        1,024 requests on one GPU, to compare with
+#   pp2-decode-8b pp2-prefill-8b pp2-mix-8b pp2-mix-1024-8b     the same on two stages; mixes leave
+#                                      PART.trace.json for https://ui.perfetto.dev
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -95,13 +101,28 @@ PYTHON
   return ${status}
 }
 
+# run_mix PART [OPTION ...]: as many requests as the part's name says.
+run_mix() {
+  local part=$1 requests=256
+  shift
+  [[ ${part} == *-1024-* ]] && requests=1024
+  bench "${part}" mix --shape "$(shape_of "${part}")" --requests "${requests}" "$@"
+}
+
 run_part() {
-  local part=$1 shape
+  local part=$1 shape figure
   shape=$(shape_of "${part}")
   case ${part} in
+    pp2-mix-*)
+      run_mix "${part}" --pipeline-parallel-size 2 --trace "${out}/${part}.trace.json"
+      ;;
+    pp2-*)
+      figure=${part#pp2-}
+      bench "${part}" "${figure%%-*}" --shape "${shape}" --pipeline-parallel-size 2
+      ;;
     decode-*) bench "${part}" decode --shape "${shape}" ;;
     prefill-*) bench "${part}" prefill --shape "${shape}" ;;
-    mix-*) bench "${part}" mix --shape "${shape}" ;;
+    mix-*) run_mix "${part}" ;;
     linear-*)
       bench "${part}" op --shape "${shape}" --ops qkv_proj,o_proj,gate_up_proj,down_proj,logits
       ;;

@@ -11,6 +11,7 @@ import pytest
 
 from mrv1 import _core, bench, cli, shapes
 from mrv1.bench_mix import MixRequest, measure_mix, mix_options
+from mrv1.bench_peers import PeerFigure, add_peers
 from mrv1.bench_trace import StepLogs, stage_waits, wait_share, write_trace
 from mrv1.config import ModelConfig
 from mrv1.engine import Engine
@@ -82,6 +83,10 @@ def test_decode_over_stages(device: str, tmp_path: Path, monkeypatch: pytest.Mon
     for record in records:
         check_record(record)
         assert "tp" not in record
+        # Figures of other engines are of one device.
+        same = (record["shape"], record["batch"], record["context"], record["dtype"], "auto")
+        add_peers([record], [PeerFigure("other", record["device"], "decode", *same, step_ms=1.0)])
+        assert "peer_name" not in record
         shares = [float(share) for share in record["stage_waits"].split(",")]
         assert len(shares) == 2
         # How much it is follows from when threads run, but the last stage waits for values.

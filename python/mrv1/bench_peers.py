@@ -88,7 +88,7 @@ def _is_same(record: Record, peer: PeerFigure) -> bool:
     # Figures of others are of one GPU.
     return (
         peer.device in record["device"]
-        and "tp" not in record
+        and not {"tp", "pp"} & record.keys()
         and all(mine.get(name) == getattr(peer, name) for name in names)
     )
 
