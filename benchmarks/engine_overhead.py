@@ -3,8 +3,9 @@
 
     python benchmarks/engine_overhead.py --shape qwen3-8b --device cuda --json overhead.json
 
-- step: CPU time of the engine's thread for a decode step with --running requests, the time it waits
-  for the device left out. Outputs are taken by another thread meanwhile, as a server does.
+- step: CPU time of the engine's thread for a decode step with --running requests (of a pipeline, of
+  a micro-batch of them), the time it waits for the device left out. Outputs are taken by another
+  thread meanwhile, as a server does.
 - add: CPU time of adding a request whose token ids are native already, by blocks of its prompt: the
   median of 200. The engine takes it over at once, in the same thread.
 - first_token: milliseconds from adding a request of --shared + --new tokens to its first token,
@@ -113,6 +114,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="steps measured (default: 500)")
     parser.add_argument("--shared", type=int, default=8192, help="tokens (default: 8192)")
     parser.add_argument("--new", type=int, default=64, help="tokens (default: 64)")
+    for kind, text in (("tensor", "devices of each layer"), ("pipeline", "stages")):
+        parser.add_argument(
+            f"--{kind}-parallel-size", type=int, default=1, help=f"{text} (default: 1)"
+        )
     parser.add_argument("--json", help="write the record")
     parser.add_argument("--commit", help="what the record names, outside of a checkout")
     arguments = parser.parse_args()
@@ -130,14 +135,15 @@ def main() -> None:
         max_num_seqs=arguments.running,
         max_model_len=length,
         num_kv_blocks=blocks + 1,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        pipeline_parallel_size=arguments.pipeline_parallel_size,
     )
     model = random_runner(ModelConfig.from_values(config), options)
     step_us = measure_step(model, arguments.running, arguments.steps)
     add_us = {blocks: measure_add(model, blocks) for blocks in ADDED_BLOCKS}
     cold_ms, cached_ms = measure_first_token(model, arguments.shared, arguments.new)
     device = bench.describe_device(model.device)
-    model.runner.close()
-    model.device.close()
+    model.close()
     record = {
         "figure": "engine_overhead",
         "shape": shape,
@@ -154,6 +160,10 @@ def main() -> None:
         "first_token_cold_ms": round(cold_ms, 3),
         "first_token_cached_ms": round(cached_ms, 3),
     }
+    if arguments.tensor_parallel_size > 1:
+        record["tp"] = arguments.tensor_parallel_size
+    if arguments.pipeline_parallel_size > 1:
+        record["pp"] = arguments.pipeline_parallel_size
     text = json.dumps([record], indent=2)
     print(text)
     if arguments.json is not None:

@@ -157,6 +157,7 @@ TEST_CASE("a rank of a pipeline that fails ends all requests, with its name and 
       continue;
     }
     check_end(engine, start, concat("rank ", rank, " (stage ", rank, ") failed in step "));
+    engine.check_idle();
   }
 }
 
