@@ -94,6 +94,9 @@ __global__ void __launch_bounds__(kThreads)
   if constexpr (kHasStages) {
     bool is_open = true;
     if (!stages.link.is_last()) {
+      for (auto i = static_cast<int32_t>(threadIdx.x); i < num_entries; i += kThreads) {
+        advance_unfinished(state, entries[i]);
+      }
       num_entries = 0;
     } else if (threadIdx.x < 32) {
       // What a rank has after the end is nobody's to write to.

@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
@@ -300,17 +301,24 @@ bool has(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
-// A row with blocks for all that it may hold, decoded greedily.
+// Blocks for all that a row may hold.
+std::vector<std::vector<int32_t>> simple_blocks(int32_t row) {
+  std::vector<std::vector<int32_t>> blocks;
+  for (int32_t group = 0; group < 2; ++group) {
+    std::vector<int32_t>& ids = blocks.emplace_back(kBlocksEach);
+    std::iota(ids.begin(), ids.end(), 1 + (row * 2 + group) * kBlocksEach);
+  }
+  return blocks;
+}
+
+// Decoded greedily.
 RowHandle add_simple_row(ModelRunner& runner, int32_t row, int32_t max_tokens) {
   RowSpec spec;
   spec.token_ids = {5, 6, 7 + row};
   spec.prompt_len = 3;
   spec.temperature = 0.0f;
   spec.max_tokens = max_tokens;
-  for (int32_t group = 0; group < 2; ++group) {
-    std::vector<int32_t>& ids = spec.block_ids.emplace_back(kBlocksEach);
-    std::iota(ids.begin(), ids.end(), 1 + (row * 2 + group) * kBlocksEach);
-  }
+  spec.block_ids = simple_blocks(row);
   return runner.add_row(spec);
 }
 
@@ -407,6 +415,39 @@ TEST_CASE("a pipeline runs ahead of its outputs, with micro-batches and with one
       if (expected.empty()) expected = tokens;
       CHECK(tokens == expected);
     }
+  }
+}
+
+TEST_CASE("pieces of a prompt follow each other without news from the last stage") {
+  std::vector<std::vector<int32_t>> expected;
+  for (const bool held : {false, true}) {
+    Pipeline pipeline({1, 2, 1}, 1, life_config(), kWindows);
+    ModelRunner& runner = *pipeline.runner;
+    RowSpec spec;
+    for (int32_t token = 5; token < 20; ++token) spec.token_ids.push_back(token);
+    spec.prompt_len = static_cast<int32_t>(spec.token_ids.size());
+    spec.temperature = 0.0f;
+    spec.max_tokens = 10;
+    spec.block_ids = simple_blocks(0);
+    const RowHandle row = runner.add_row(spec);
+    std::optional<Hold> hold;
+    if (held) hold.emplace(*pipeline.devices[2]);
+    std::vector<uint64_t> steps;
+    for (const int32_t tokens : {6, 5, 4, 1}) {
+      steps.push_back(runner.execute(std::vector<BatchItem>{{row.row, tokens}}));
+      if (!held || steps.size() != 2) continue;
+      // The first stage ends both steps.
+      while (runner.rank_runner(0).stats().steps < runner.stats().steps) std::this_thread::yield();
+      pipeline.devices[0]->synchronize();
+      CHECK_NOTHROW(runner.check_ranks());
+      CHECK(!runner.ready(steps[0]));
+      hold->let_go();
+    }
+    std::vector<std::vector<int32_t>> tokens;
+    for (const uint64_t step : steps) tokens.push_back(said(runner.result(step)).tokens[0]);
+    if (expected.empty()) expected = tokens;
+    CHECK(tokens == expected);
+    CHECK(tokens[2].size() == 1);
   }
 }
 

@@ -541,14 +541,14 @@ void ModelRunner::send_changes() {
 }
 
 // The stages of a pipeline may be several steps apart. A row's next step needs what its last one
-// gave, and a slot is written again only once all have read it.
+// drew, and a slot is written again only once all have read it.
 uint64_t ModelRunner::adopt_through(std::span<const BatchEntry> entries) const {
   if (config_.num_stages == 1) return 0;
   const uint64_t step = next_step_;
   const auto slots = static_cast<uint64_t>(slots_.size());
   uint64_t newest = step >= slots ? step - slots + 1 : 0;
   for (const BatchEntry& entry : entries) {
-    newest = std::max(newest, rows_->last_step({entry.row}));
+    newest = std::max(newest, rows_->last_draw(entry.row));
   }
   return newest;
 }

@@ -87,6 +87,11 @@ class RowTable {
     return rows_[row];
   }
   uint64_t last_step(RowHandle row) const;
+  // The newest step that drew for the row; 0 = none.
+  uint64_t last_draw(int32_t row) const {
+    const HostRow& host = rows_[row];
+    return host.num_launched < host.prefill_target ? 0 : host.last_step;
+  }
   int32_t free_rows() const { return static_cast<int32_t>(free_rows_.size()); }
 
   // A step takes the row along. check_tokens() comes before.

@@ -10,11 +10,12 @@ namespace mrv1 {
 
 // What a stage of a pipeline learns of a row from the last stage's output of a step: after it the
 // row is as advance_row() has left it there, and the new tokens are in its history. A row that was
-// freed since is left alone.
+// freed since is left alone, and so is one that drew nothing: see advance_unfinished().
 MRV1_HD void adopt_row(const RowState& state, const OutputEntry& entry, const int32_t* tokens) {
   Row row = state.rows[entry.row];
   const bool is_gone = row.generation != entry.generation || row.phase == RowPhase::kFree;
-  if (entry.masked != 0 || is_gone) return;
+  const bool drew = entry.num_tokens > 0 || entry.finish_reason != FinishReason::kNone;
+  if (entry.masked != 0 || is_gone || !drew) return;
   int32_t* history = state.tokens + int64_t{entry.row} * state.max_model_len;
   for (int32_t i = 0; i < entry.num_tokens; ++i) {
     history[entry.total_len - entry.num_tokens + i] = tokens[i];
@@ -23,13 +24,7 @@ MRV1_HD void adopt_row(const RowState& state, const OutputEntry& entry, const in
   row.num_computed = entry.num_computed;
   row.total_len = entry.total_len;
   row.finish_reason = entry.finish_reason;
-  if (entry.finish_reason != FinishReason::kNone) {
-    row.phase = RowPhase::kFinished;
-  } else if (entry.num_tokens == 0 && entry.num_computed < entry.total_len) {
-    row.phase = RowPhase::kExtend;
-  } else {
-    row.phase = RowPhase::kDecode;
-  }
+  row.phase = entry.finish_reason == FinishReason::kNone ? RowPhase::kDecode : RowPhase::kFinished;
   state.rows[entry.row] = row;
 }
 

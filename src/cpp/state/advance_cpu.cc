@@ -52,8 +52,12 @@ void advance_cpu(const StepContext& ctx) {
   const StageLink* link = group == nullptr ? nullptr : group->stage_link();
   OutputHeader* slot = ctx.rings.output_slot();
   slot->step = record.step;
-  slot->num_entries = link == nullptr || link->is_last() ? record.num_entries : 0;
+  const bool draws = link == nullptr || link->is_last();
+  slot->num_entries = draws ? record.num_entries : 0;
   const auto* entries = record_array<BatchEntry>(&record, record.entries_offset);
+  for (int32_t i = 0; !draws && i < record.num_entries; ++i) {
+    advance_unfinished(ctx.rows, entries[i]);
+  }
   OutputEntry* out = output_entries(slot);
   int32_t* tokens = output_tokens(slot, infer.max_requests);
   for (int32_t i = 0; i < slot->num_entries; ++i) {

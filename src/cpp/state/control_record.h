@@ -14,7 +14,7 @@ namespace mrv1 {
 struct ControlHeader {
   uint64_t step;
   // In a pipeline: the newest step whose outputs the stages before the last must know before this
-  // one, as it takes up rows of that step. Below `step`; 0 = none.
+  // one, as it takes up rows that drew in that step. Below `step`; 0 = none.
   uint64_t adopt_through;
   int32_t num_freed, num_new_rows, num_token_writes, num_block_writes, num_word_writes;
   // Batch of this step: entries in the host's order, and the padded sizes that launches are made

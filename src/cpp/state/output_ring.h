@@ -155,10 +155,16 @@ MRV1_HD OutputEntry advance_row(const RowState& state, const BatchEntry& entry,
   return out;
 }
 
+// The same on a stage of a pipeline before the last, for entries that draw nothing: it need not be
+// told how far a piece of a prompt has brought its row, so the next piece waits for nobody.
+MRV1_HD void advance_unfinished(const RowState& state, const BatchEntry& entry) {
+  if (entry.samples == 0) advance_row(state, entry, nullptr, nullptr);
+}
+
 // Advances every row of the batch, writes the output slot, its sequence number last, and counts the
 // step up. In a pipeline the last stage does so, and writes the slot, but for its logprobs, to the
 // stages before it too (StageLink::stage_outputs), each once it has adopted what was there; those
-// advance no row and write a slot without entries.
+// advance the rows that draw nothing, and write a slot without entries.
 void advance_cpu(const StepContext& ctx);
 void advance_cuda(const StepContext& ctx);
 
