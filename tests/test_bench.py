@@ -511,24 +511,6 @@ def test_cache_writes(device: str, tmp_path: Path, capsys: pytest.CaptureFixture
         assert cli.main(["bench", "kv_write", "--device", device, *wrong]) != 0
 
 
-def test_sums_over_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "out.json"
-    arguments = ["bench", "all_reduce", "--device", "cpu", "--json", str(path), "--ranks", "4"]
-    assert cli.main([*arguments, "--message-kb", "1,8", "--steps", "2"]) == 0
-    records = json.loads(path.read_text())
-    assert [record["message_bytes"] for record in records] == [1024, 8192]
-    for record in records:
-        check_record(record)
-        assert (record["tp"], record["shape"], record["backend"]) == (4, "4 ranks", "auto")
-        assert "fault" not in record
-        assert record["gb_s"] == pytest.approx(
-            record["message_bytes"] / record["us"] / 1e3, rel=0.02, abs=0.01
-        )
-    check_table(capsys.readouterr().out, records)
-    for wrong in (["--kernels", "nccl"], ["--ranks", "1"], ["--ranks", "9"], ["--shape", "demo"]):
-        assert cli.main(["bench", "all_reduce", "--device", "cpu", *wrong]) != 0
-
-
 def test_decode_attention(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.json"
     arguments = ["bench", "decode_attention", "--device", device, "--json", str(path)]

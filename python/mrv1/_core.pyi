@@ -1483,6 +1483,44 @@ class CacheWriteProbe:
 
     def close(self) -> None: ...
 
+class StageSendProbe:
+    """
+    Values on their way through the stages of a pipeline by themselves: a graph of several
+    messages on every rank. A message ends when the next stage has let go of it, and the next
+    one begins.
+
+    Args:
+        devices: One a stage, all of one kind; GPUs are distinct.
+        rows: Of a message.
+        cols: Of a message.
+        calls: Messages of a graph.
+        dtype: "float32" or "bfloat16".
+        copies: Whether devices copy to the next one's buffer instead, which tells nobody.
+
+    Raises:
+        InvalidArgumentError: something is not what it must be.
+        DeviceError: GPUs do not reach each other's memory.
+    """
+
+    def __init__(self, devices: Sequence[Device], *, rows: int, cols: int, calls: int = 1, dtype: str = 'bfloat16', copies: bool = False) -> None: ...
+
+    def set_values(self, values: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None:
+        """Sets what the first stage sends, [calls, rows, cols]."""
+
+    def run(self, launches: int = 1) -> None:
+        """Runs the graph of every rank, `launches` times."""
+
+    def received(self, rank: int) -> NDArray[numpy.float32]:
+        """What has come last to a stage after the first: [rows, cols]."""
+
+    def time(self, repeats: int, launches: int) -> list[float]:
+        """
+        Seconds of a message on the slowest rank, in each of `repeats` runs of `launches`
+        graphs; by the clock of a GPU, else of the host.
+        """
+
+    def close(self) -> None: ...
+
 class CollectiveProbe:
     """
     Collectives of a group of devices by themselves: a graph of several calls on every rank,

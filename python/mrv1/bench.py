@@ -32,6 +32,7 @@ Figure = Literal[
     "kv_write",
     "decode_attention",
     "all_reduce",
+    "stage_send",
     "sampler",
 ]
 

@@ -143,6 +143,7 @@ _DEFAULTS: dict[Figure, dict[str, object]] = {
         "message_kb": [8, 64, 1024],
         "kernels": ["auto"],
     },
+    "stage_send": {"steps": 9, "ranks": None, "message_kb": [8, 64, 1024]},
     "sampler": {
         "batch": [1, 8],
         "steps": 9,
@@ -156,6 +157,7 @@ _WITHOUT_MODEL: tuple[Figure, ...] = (
     "kv_write",
     "decode_attention",
     "all_reduce",
+    "stage_send",
     "sampler",
 )
 # What differs on a GPU.
@@ -171,6 +173,7 @@ _GPU_DEFAULTS: dict[Figure, dict[str, object]] = {
         "message_kb": [8, 16, 64, 256, 1024, 16384, 65536],
         "kernels": list(KERNELS),
     },
+    "stage_send": {"message_kb": [8, 16, 64, 256, 1024, 2048, 16384, 65536]},
     "sampler": {"batch": [1, 32, 256], "steps": 20},
 }
 _OPTIONS = (
@@ -221,7 +224,8 @@ def add_bench(
         "lengths from first to last token; op: single ops of a decode step; profile: where the "
         "time of a decode step on a GPU goes; kv_write: writes to a paged KV cache; "
         "decode_attention: decode attention over one, by itself; all_reduce: sums over ranks, by "
-        "themselves; sampler: the draw of a token for each row, by itself",
+        "themselves; stage_send: values from stage to stage, by themselves; sampler: the draw of "
+        "a token for each row, by itself",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", metavar="MODEL", help="a directory, or a name in the local cache")
@@ -246,8 +250,8 @@ def add_bench(
         type=_positive,
         metavar="N",
         help="decode, prefill, op, profile: steps that count (default: 32; decode on a GPU: 128; "
-        "prefill: 3; profile: 20); kv_write, decode_attention, all_reduce, sampler: runs "
-        "(default: 9; decode_attention, sampler on a GPU: 20)",
+        "prefill: 3; profile: 20); kv_write, decode_attention, all_reduce, stage_send, "
+        "sampler: runs (default: 9; decode_attention, sampler on a GPU: 20)",
     )
     parser.add_argument(
         "--requests",
@@ -382,14 +386,15 @@ def _add_rank_options(parser: argparse.ArgumentParser) -> None:
         "--ranks",
         type=_positive,
         metavar="N",
-        help="all_reduce: of the group (default: all GPUs; 2 of the CPU)",
+        help="all_reduce: of the group; stage_send: of as many stages (default: all GPUs; 2 of the "
+        "CPU)",
     )
     parser.add_argument(
         "--message-kb",
         type=_positive_list,
         metavar="N[,N]",
-        help="all_reduce: KiB that a rank gives to a sum (default: 8,64,1024; on a GPU "
-        "8,16,64,256,1024,16384,65536)",
+        help="all_reduce: KiB that a rank gives to a sum; stage_send: of a message (default: "
+        "8,64,1024; on a GPU 8,16,64,256,1024,16384,65536; stage_send: 2048, too)",
     )
     parser.add_argument(
         "--kernels",
@@ -418,7 +423,8 @@ def _run_bench(options: argparse.Namespace) -> int:
         "profile": _profile_records,
         "kv_write": _kv_write_records,
         "decode_attention": _decode_attention_records,
-        "all_reduce": _all_reduce_records,
+        "all_reduce": _rank_records,
+        "stage_send": _rank_records,
         "sampler": _sampler_records,
     }[options.figure](options)
     if options.commit is not None:
@@ -801,27 +807,29 @@ def _decode_attention_records(options: argparse.Namespace) -> list[Record]:
     return records
 
 
-def _all_reduce_records(options: argparse.Namespace) -> list[Record]:
+def _rank_records(options: argparse.Namespace) -> list[Record]:
+    """What passes between ranks: the figures `all_reduce` and `stage_send`."""
     from mrv1 import bench_collectives
 
-    if options.device == "cpu" and options.kernels != ["auto"]:
+    kernels = options.kernels
+    if options.device == "cpu" and kernels not in (None, ["auto"]):
         raise InvalidArgumentError(
-            field="--kernels", value=",".join(options.kernels), allowed="auto on the cpu"
+            field="--kernels", value=",".join(kernels), allowed="auto on the cpu"
         )
     if options.kv_cache_dtype != "auto":
         raise InvalidArgumentError(
             field="--kv-cache-dtype",
             value=options.kv_cache_dtype,
-            allowed="left out for the figure all_reduce, which has no cache",
+            allowed=f"left out for the figure {options.figure}, which has no cache",
         )
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
     devices = bench_collectives.open_ranks(options.device, options.ranks)
     try:
         sizes = [count << 10 for count in options.message_kb]
+        if options.figure == "stage_send":
+            return list(bench_collectives.measure_stage_send(devices, dtype, sizes, options.steps))
         return list(
-            bench_collectives.measure_all_reduce(
-                devices, dtype, sizes, options.kernels, options.steps
-            )
+            bench_collectives.measure_all_reduce(devices, dtype, sizes, kernels, options.steps)
         )
     finally:
         for device in devices:

@@ -1,5 +1,5 @@
 # Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
-"""The figure `all_reduce`: sums over ranks by themselves."""
+"""The figures `all_reduce` and `stage_send`: what passes between ranks, by itself."""
 
 from __future__ import annotations
 
@@ -118,4 +118,67 @@ def measure_all_reduce(
             record["gb_s"] = round(cols * size / seconds / 1e9, 2)
             if not right:
                 record["counts"], record["fault"] = False, f"a sum by {name} was wrong"
+            yield record
+
+
+def measure_stage_send(
+    devices: Sequence[_core.Device],
+    dtype: str,
+    message_bytes: Sequence[int],
+    repeats: int,
+) -> Iterator[Record]:
+    """Times messages from stage to stage, several in one graph, and copies of as many bytes.
+
+    Args:
+        devices: One a stage.
+        dtype: "float32" or "bfloat16".
+        message_bytes: Of a message.
+        repeats: Runs; their median is the time.
+
+    Yields:
+        Two records for each size, of the backends `stage_send` and `copy`.
+    """
+    size = bench.element_size(dtype)
+    on_gpus = devices[0].kind == "cuda"
+    for count in message_bytes:
+        calls = min(_MOST_CALLS, max(_LEAST_CALLS, _GRAPH_BYTES // count))
+        if not on_gpus:
+            calls = _LEAST_CALLS
+        cols = max(count // size, 1)
+        # Small integers, which either dtype holds.
+        drawn = np.random.default_rng(0).integers(-256, 256, (calls, 1, cols), np.int16)
+        values = drawn.astype(np.float32)
+        for backend in ("stage_send", "copy"):
+            probe = _core.StageSendProbe(
+                list(devices),
+                rows=1,
+                cols=cols,
+                calls=calls,
+                dtype=dtype,
+                copies=backend == "copy",
+            )
+            try:
+                probe.set_values(values)
+                end = time.monotonic() + (_WARM_SECONDS if on_gpus else 0.0)
+                probe.run()
+                while time.monotonic() < end:
+                    probe.run()
+                seconds = statistics.median(probe.time(repeats, 10 if on_gpus else 1))
+                # Copies of several stages wait for nobody, so that only the first one's is known.
+                last = len(devices) if backend == "stage_send" else 2
+                right = all(
+                    np.array_equal(probe.received(rank), values[-1]) for rank in range(1, last)
+                )
+            finally:
+                probe.close()
+            timing = Timing(1, 0, 1e3 * seconds, None, peak_memory_mb())
+            device = bench.describe_device(devices[0])
+            shape = f"{len(devices)} stages"
+            record = bench.make_record("stage_send", shape, device, dtype, timing)
+            record["pp"], record["message_bytes"] = len(devices), cols * size
+            record["backend"] = backend
+            record["us"] = round(1e6 * seconds, 4)
+            record["gb_s"] = round(cols * size / seconds / 1e9, 2)
+            if not right:
+                record["counts"], record["fault"] = False, "a message was wrong"
             yield record

@@ -11,6 +11,7 @@
 
 #include "bind/bind.h"
 #include "dist/collective_probe.h"
+#include "dist/stage_send_probe.h"
 
 namespace mrv1 {
 namespace {
@@ -18,6 +19,10 @@ namespace {
 constexpr std::string_view kWhere = "collective_probe";
 
 struct CollectiveProbeHandle : Handle<CollectiveProbe> {
+  using Handle::Handle;
+};
+
+struct StageSendProbeHandle : Handle<StageSendProbe> {
   using Handle::Handle;
 };
 
@@ -41,6 +46,12 @@ std::chrono::microseconds micros(double seconds, const char* name) {
   return std::chrono::microseconds(static_cast<int64_t>(1e6 * seconds));
 }
 
+std::vector<std::shared_ptr<Device>> shared(const std::vector<const DeviceHandle*>& devices) {
+  std::vector<std::shared_ptr<Device>> all;
+  for (const DeviceHandle* device : devices) all.push_back(device->share());
+  return all;
+}
+
 nb::ndarray<nb::numpy, float> result(const CollectiveProbeHandle& self, int rank) {
   const std::shared_ptr<CollectiveProbe> probe = self.share();
   std::vector<float> values;
@@ -53,9 +64,77 @@ nb::ndarray<nb::numpy, float> result(const CollectiveProbeHandle& self, int rank
                            static_cast<size_t>(probe->out_cols())});
 }
 
+nb::ndarray<nb::numpy, float> received(const StageSendProbeHandle& self, int rank) {
+  const std::shared_ptr<StageSendProbe> probe = self.share();
+  std::vector<float> values;
+  {
+    nb::gil_scoped_release release;
+    values = probe->received(rank);
+  }
+  const StageSendProbe::Options& options = probe->options();
+  return to_numpy(values, {static_cast<size_t>(options.rows), static_cast<size_t>(options.cols)});
+}
+
+void bind_stage_send(nb::module_& m) {
+  nb::class_<StageSendProbeHandle>(
+      m, "StageSendProbe",
+      "Values on their way through the stages of a pipeline by themselves: a graph of several\n"
+      "messages on every rank. A message ends when the next stage has let go of it, and the next\n"
+      "one begins.\n\n"
+      "Args:\n"
+      "    devices: One a stage, all of one kind; GPUs are distinct.\n"
+      "    rows: Of a message.\n"
+      "    cols: Of a message.\n"
+      "    calls: Messages of a graph.\n"
+      "    dtype: \"float32\" or \"bfloat16\".\n"
+      "    copies: Whether devices copy to the next one's buffer instead, which tells nobody.\n\n"
+      "Raises:\n"
+      "    InvalidArgumentError: something is not what it must be.\n"
+      "    DeviceError: GPUs do not reach each other's memory.")
+      .def(
+          "__init__",
+          [](StageSendProbeHandle* self, const std::vector<const DeviceHandle*>& devices,
+             int32_t rows, int64_t cols, int32_t calls, const std::string& dtype, bool copies) {
+            const StageSendProbe::Options options{.dtype = dtype_from_name(dtype),
+                                                  .rows = rows,
+                                                  .cols = cols,
+                                                  .calls = calls,
+                                                  .copies = copies};
+            std::vector<std::shared_ptr<Device>> ranks = shared(devices);
+            nb::gil_scoped_release release;
+            new (self) StageSendProbeHandle(
+                std::make_shared<StageSendProbe>(std::move(ranks), GroupOptions{}, options),
+                "stage send probe");
+          },
+          nb::arg("devices"), nb::kw_only(), nb::arg("rows"), nb::arg("cols"), nb::arg("calls") = 1,
+          nb::arg("dtype") = "bfloat16", nb::arg("copies") = false)
+      .def(
+          "set_values",
+          [](const StageSendProbeHandle& self, const FloatArray& values) {
+            self->set_values({values.data(), values.size()});
+          },
+          nb::arg("values"), "Sets what the first stage sends, [calls, rows, cols].")
+      .def(
+          "run", [](const StageSendProbeHandle& self, int32_t launches) { self->run(launches); },
+          nb::arg("launches") = 1, nb::call_guard<nb::gil_scoped_release>(),
+          "Runs the graph of every rank, `launches` times.")
+      .def("received", &received, nb::arg("rank"),
+           "What has come last to a stage after the first: [rows, cols].")
+      .def(
+          "time",
+          [](const StageSendProbeHandle& self, int32_t repeats, int32_t launches) {
+            return self->time(repeats, launches);
+          },
+          nb::arg("repeats"), nb::arg("launches"), nb::call_guard<nb::gil_scoped_release>(),
+          "Seconds of a message on the slowest rank, in each of `repeats` runs of `launches`\n"
+          "graphs; by the clock of a GPU, else of the host.")
+      .def("close", &StageSendProbeHandle::close, nb::call_guard<nb::gil_scoped_release>());
+}
+
 }  // namespace
 
 void bind_collectives(nb::module_& m) {
+  bind_stage_send(m);
   nb::class_<CollectiveProbeHandle>(
       m, "CollectiveProbe",
       "Collectives of a group of devices by themselves: a graph of several calls on every rank,\n"
@@ -105,11 +184,10 @@ void bind_collectives(nb::module_& m) {
                 std::chrono::duration_cast<std::chrono::milliseconds>(micros(timeout, "timeout"));
             group.kernels = kernels_named(kernels);
             group.nccl = nccl;
-            std::vector<std::shared_ptr<Device>> shared;
-            for (const DeviceHandle* device : devices) shared.push_back(device->share());
+            std::vector<std::shared_ptr<Device>> ranks = shared(devices);
             nb::gil_scoped_release release;
             new (self) CollectiveProbeHandle(
-                std::make_shared<CollectiveProbe>(std::move(shared), group, options),
+                std::make_shared<CollectiveProbe>(std::move(ranks), group, options),
                 "collective probe");
           },
           nb::arg("devices"), nb::arg("op"), nb::kw_only(), nb::arg("rows"), nb::arg("cols"),

@@ -1,12 +1,10 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include "dist/collective_probe.h"
 
-#include <algorithm>
 #include <chrono>
 #include <random>
 
 #include "core/error.h"
-#include "core/probes.h"
 #include "dist/probe_support.h"
 #include "ops/kernels.h"
 
@@ -138,13 +136,8 @@ void CollectiveProbe::launch_calls(Rank& rank) {
 
 void CollectiveProbe::capture() {
   if (ranks_[0].graph != nullptr) return;
-  // Once before, as a step does: what is made at a first launch cannot be captured.
-  each_rank(-1, [this](Rank& rank) { run_on_stream(*rank.device, [&] { launch_calls(rank); }); });
-  each_rank(-1, [this](Rank& rank) {
-    run_on_stream(*rank.device, [&] {
-      rank.graph = rank.device->capture([this, &rank] { launch_calls(rank); });
-    });
-  });
+  capture_graphs(ranks_, [this](Rank& rank) { launch_calls(rank); });
+  ranks_[0].communicator->check_alive();
 }
 
 void CollectiveProbe::run(int32_t launches, int absent) {
@@ -170,33 +163,11 @@ std::vector<float> CollectiveProbe::result(int rank) {
 }
 
 std::vector<double> CollectiveProbe::time(int32_t repeats, int32_t launches) {
-  check(repeats > 0 && launches > 0, kWhere, "repeats is ", repeats, " and launches ", launches,
-        "; both must be positive");
   run(launches);  // warms up
-  std::vector<double> slowest;
-  for (int32_t repeat = 0; repeat < repeats; ++repeat) {
-    std::vector<double> seconds(ranks_.size());
-    each_rank(-1, [&](Rank& rank) {
-      run_on_stream(*rank.device, [&] {
-        const auto launch_all = [&] {
-          for (int32_t i = 0; i < launches; ++i) rank.device->launch(*rank.graph);
-        };
-        double& spent = seconds[rank.communicator->rank()];
-        if (rank.device->type() == DeviceType::kCuda) {
-          // Ranks that have met once are in step; whoever came first would count its wait.
-          rank.device->launch(*rank.graph);
-          spent = cuda::time_launches(*rank.device, launch_all);
-          return;
-        }
-        const auto start = std::chrono::steady_clock::now();
-        launch_all();
-        spent = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-      });
-    });
-    slowest.push_back(*std::max_element(seconds.begin(), seconds.end()) / launches /
-                      options_.calls);
-  }
-  return slowest;
+  std::vector<double> seconds = time_graphs(ranks_, repeats, launches);
+  for (double& spent : seconds) spent /= options_.calls;
+  ranks_[0].communicator->check_alive();
+  return seconds;
 }
 
 }  // namespace mrv1

@@ -1,6 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
@@ -11,6 +12,7 @@
 
 #include "core/device.h"
 #include "core/dtype.h"
+#include "core/error.h"
 #include "core/probes.h"
 
 namespace mrv1 {
@@ -34,6 +36,56 @@ void run_ranks(int count, int absent, const Fn& fn) {
   for (const std::exception_ptr& error : errors) {
     if (error) std::rethrow_exception(error);
   }
+}
+
+// A graph of what launch(rank) launches, on every rank: each has a `device` and a `graph`.
+template <typename Ranks, typename Launch>
+void capture_graphs(Ranks& ranks, const Launch& launch) {
+  const int count = static_cast<int>(ranks.size());
+  // Once before, as a step does: what is made at a first launch cannot be captured.
+  run_ranks(count, -1, [&](int i) {
+    auto& rank = ranks[static_cast<size_t>(i)];
+    run_on_stream(*rank.device, [&] { launch(rank); });
+  });
+  run_ranks(count, -1, [&](int i) {
+    auto& rank = ranks[static_cast<size_t>(i)];
+    // A device without graphs keeps the function.
+    run_on_stream(*rank.device, [&rank, launch] {
+      rank.graph = rank.device->capture([&rank, launch] { launch(rank); });
+    });
+  });
+}
+
+// Seconds of a graph on the slowest rank, in each of `repeats` runs of `launches`. By the clock of
+// a GPU, else of the host.
+template <typename Ranks>
+std::vector<double> time_graphs(Ranks& ranks, int32_t repeats, int32_t launches) {
+  check(repeats > 0 && launches > 0, "probe", "repeats is ", repeats, " and launches ", launches,
+        "; both must be positive");
+  std::vector<double> slowest;
+  for (int32_t repeat = 0; repeat < repeats; ++repeat) {
+    std::vector<double> seconds(ranks.size());
+    run_ranks(static_cast<int>(ranks.size()), -1, [&](int i) {
+      auto& rank = ranks[static_cast<size_t>(i)];
+      double& spent = seconds[static_cast<size_t>(i)];
+      run_on_stream(*rank.device, [&] {
+        const auto launch_all = [&] {
+          for (int32_t launch = 0; launch < launches; ++launch) rank.device->launch(*rank.graph);
+        };
+        if (rank.device->type() == DeviceType::kCuda) {
+          // Ranks that have met once are in step; whoever came first would count its wait.
+          rank.device->launch(*rank.graph);
+          spent = cuda::time_launches(*rank.device, launch_all);
+          return;
+        }
+        const auto start = std::chrono::steady_clock::now();
+        launch_all();
+        spent = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      });
+    });
+    slowest.push_back(*std::max_element(seconds.begin(), seconds.end()) / launches);
+  }
+  return slowest;
 }
 
 // Keeps a device's stream from going on for so long. From inside a task of the stream.

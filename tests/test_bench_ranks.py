@@ -1,0 +1,50 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""Benchmarks of what passes between ranks, on ranks of the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mrv1 import cli
+from test_bench import check_record, check_table
+
+
+def test_sums_over_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["bench", "all_reduce", "--device", "cpu", "--json", str(path), "--ranks", "4"]
+    assert cli.main([*arguments, "--message-kb", "1,8", "--steps", "2"]) == 0
+    records = json.loads(path.read_text())
+    assert [record["message_bytes"] for record in records] == [1024, 8192]
+    for record in records:
+        check_record(record)
+        assert (record["tp"], record["shape"], record["backend"]) == (4, "4 ranks", "auto")
+        assert "fault" not in record
+        assert record["gb_s"] == pytest.approx(
+            record["message_bytes"] / record["us"] / 1e3, rel=0.02, abs=0.01
+        )
+    check_table(capsys.readouterr().out, records)
+    for wrong in (["--kernels", "nccl"], ["--ranks", "1"], ["--ranks", "9"], ["--shape", "demo"]):
+        assert cli.main(["bench", "all_reduce", "--device", "cpu", *wrong]) != 0
+
+
+def test_messages_between_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["bench", "stage_send", "--device", "cpu", "--json", str(path), "--ranks", "3"]
+    assert cli.main([*arguments, "--message-kb", "1,8", "--steps", "2"]) == 0
+    records = json.loads(path.read_text())
+    assert [(record["message_bytes"], record["backend"]) for record in records] == [
+        (count, backend) for count in (1024, 8192) for backend in ("stage_send", "copy")
+    ]
+    for record in records:
+        check_record(record)
+        assert (record["pp"], record["shape"]) == (3, "3 stages")
+        assert "fault" not in record
+        assert record["gb_s"] == pytest.approx(
+            record["message_bytes"] / record["us"] / 1e3, rel=0.02, abs=0.01
+        )
+    check_table(capsys.readouterr().out, records)
+    for wrong in (["--kernels", "auto"], ["--ranks", "1"], ["--shape", "demo"]):
+        assert cli.main(["bench", "stage_send", "--device", "cpu", *wrong]) != 0
