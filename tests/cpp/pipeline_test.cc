@@ -83,8 +83,14 @@ Ints without_draws(Ints params) {
   return params;
 }
 
+// What has happened in random lives, so that a test knows that it did.
+struct Seen {
+  int masked = 0, accepted = 0, cuts = 0, forks = 0, pieces_in_row = 0, reused = 0, scored = 0;
+};
+
 // What a runner has shown in the course of random lives.
 struct Trace {
+  Seen seen;
   std::vector<Said> steps;
   std::vector<std::vector<float>> logits;
   std::vector<Ints> params;
@@ -128,6 +134,7 @@ class Lives {
     int32_t set = 0;       // of blocks
     int32_t launched = 0;  // of the prompt
     int32_t decodes = 0;   // steps
+    uint64_t piece = 0;    // newest step that left the prompt unfinished
     bool ended = false;
   };
 
@@ -164,7 +171,7 @@ class Lives {
     spec.temperature = chance(50) ? 0.0f : 0.9f;
     spec.top_k = chance(30) ? 10 : 0;
     spec.seed = random_();
-    spec.stop_ids = {below(kVocab), below(kVocab)};
+    for (int32_t id = below(12); id < kVocab; id += 12) spec.stop_ids.push_back(id);
     if (chance(30)) spec.repetition_penalty = 1.2f;
     if (chance(30)) spec.num_logprobs = below(3);
     if (chance(20)) spec.grammar = true;
@@ -182,6 +189,11 @@ class Lives {
     life.handle = runner_.add_row(spec);
     const int32_t row = life.handle.row;
     life.set = life.handle.generation % 2;
+    const auto before = used_until_.find({row, 1 - life.set});
+    if (before != used_until_.end() && !unread_.empty() && unread_.front() <= before->second) {
+      ++trace_.seen.reused;
+    }
+    trace_.seen.forks += source != nullptr;
     // Blocks are free once the steps of whoever had them have retired.
     while (!unread_.empty() && unread_.front() <= used_until_[{row, life.set}]) read();
     std::vector<BlockCopy> copies;
@@ -229,7 +241,13 @@ class Lives {
     }
     if (batch.empty()) return;
     const uint64_t step = runner_.execute(batch);
+    for (Life& life : rows_) {
+      if (runner_.last_step(life.handle) != step || life.decodes > 0) continue;
+      trace_.seen.pieces_in_row += life.piece != 0 && life.piece + 1 == step;
+      life.piece = life.launched < life.spec.prompt_len ? step : 0;
+    }
     if (runner_.cut_step() != 0) {
+      ++trace_.seen.cuts;
       runner_.wait_masks();
       for (size_t i = 0; i < runner_.masked_items().size(); ++i) {
         for (uint32_t& word : runner_.masks().mask(runner_.masked_row(i))) {
@@ -258,7 +276,10 @@ class Lives {
     const StepOutput output = runner_.result(unread_.front());
     unread_.erase(unread_.begin());
     trace_.steps.push_back(said(output));
+    trace_.seen.scored += static_cast<int>(output.prompt_scores.size());
     for (const OutputEntry& entry : output.entries) {
+      trace_.seen.masked += entry.masked;
+      trace_.seen.accepted += entry.num_accepted;
       for (Life& life : rows_) {
         if (life.handle.row != entry.row || life.handle.generation != entry.generation) continue;
         life.ended |= entry.finish_reason != FinishReason::kNone;
@@ -341,22 +362,26 @@ TEST_CASE("stages give the bits of one device, whatever rows live through") {
     CAPTURE(drafts);
     for (const int stage_ranks : {1, 2}) {
       CAPTURE(stage_ranks);
-      std::map<std::pair<size_t, bool>, Trace> expected;
+      std::map<size_t, Trace> expected;  // by how far it runs ahead
       const std::vector<std::vector<int32_t>> cuts =
           stage_ranks == 2 ? std::vector<std::vector<int32_t>>{{4}, {1, 3}}
                            : std::vector<std::vector<int32_t>>{{4}, {2, 2}, {1, 2, 1}};
       for (const std::vector<int32_t>& layers : cuts) {
         CAPTURE(layers.size());
         for (const size_t ahead : {size_t{1}, size_t{4}}) {
-          for (const bool looks : {true, false}) {
-            if (looks != (ahead == 1)) continue;
-            CAPTURE(ahead);
-            Pipeline pipeline(layers, stage_ranks, life_config(drafts), kWindows);
-            const uint32_t seed = 7 + static_cast<uint32_t>(drafts);
-            const Trace trace = Lives(*pipeline.runner, seed, ahead).run(looks ? 40 : 150, looks);
-            const auto [known, is_first] = expected.try_emplace({ahead, looks}, trace);
-            if (!is_first) check_same(trace, known->second);
+          const bool looks = ahead == 1;
+          CAPTURE(ahead);
+          Pipeline pipeline(layers, stage_ranks, life_config(drafts), kWindows);
+          const uint32_t seed = 7 + static_cast<uint32_t>(drafts);
+          const Trace trace = Lives(*pipeline.runner, seed, ahead).run(looks ? 40 : 150, looks);
+          if (ahead > 1) {
+            const Seen& seen = trace.seen;
+            CHECK(seen.masked * seen.cuts * seen.forks * seen.scored > 0);
+            CHECK(seen.pieces_in_row * seen.reused > 0);
+            CHECK((seen.accepted > 0) == (drafts > 0));
           }
+          const auto [known, is_first] = expected.try_emplace(ahead, trace);
+          if (!is_first) check_same(trace, known->second);
         }
       }
     }
