@@ -296,7 +296,7 @@ std::vector<StageProbe::ProbeStep> StageProbe::random_steps(int32_t count, uint6
     int32_t generation = 0, prompt_len = 0, num_drafts = 0, length = 0;
     int32_t num_computed = 0;  // of the prompt
     int32_t num_draws = 0;     // steps that have drawn for it
-    uint64_t last_step = 0;
+    uint64_t last_draw = 0;
   };
   std::mt19937_64 random(seed);
   const auto draw = [&](int64_t first, int64_t last) {
@@ -341,8 +341,8 @@ std::vector<StageProbe::ProbeStep> StageProbe::random_steps(int32_t count, uint6
       if (life.num_computed < life.prompt_len) life.num_computed += entry.num_tokens;
       room -= entry.num_tokens;
       life.num_draws += entry.samples > 0 ? 1 : 0;
-      needs = std::max(needs, life.last_step);
-      life.last_step = number;
+      needs = std::max(needs, life.last_draw);
+      if (entry.samples > 0) life.last_draw = number;
       step.entries.push_back(entry);
     }
     std::shuffle(step.entries.begin(), step.entries.end(), random);
