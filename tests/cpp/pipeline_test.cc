@@ -20,6 +20,7 @@
 
 #include "allocations.h"
 #include "core/error.h"
+#include "error_text.h"
 #include "pipeline.h"
 
 namespace mrv1 {
@@ -308,19 +309,6 @@ struct Layout {
   std::vector<int32_t> layers;
   int stage_ranks;
 };
-
-std::string message_of(const auto& fn) {
-  try {
-    fn();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "";
-}
-
-bool has(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
 
 // Blocks for all that a row may hold.
 std::vector<std::vector<int32_t>> simple_blocks(int32_t row) {

@@ -18,6 +18,7 @@
 #include "core/error.h"
 #include "dist/cpu_communicator.h"
 #include "engine/engine_thread.h"
+#include "error_text.h"
 #include "runner/rank_followers.h"
 #include "small_model.h"
 
@@ -38,19 +39,6 @@ std::vector<std::unique_ptr<Communicator>> group_of(int size, milliseconds timeo
 
 CpuCommunicator& cpu(const std::unique_ptr<Communicator>& rank) {
   return static_cast<CpuCommunicator&>(*rank);
-}
-
-std::string message_of(const auto& fn) {
-  try {
-    fn();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "";
-}
-
-bool has(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
 }
 
 // Threads of this process whose names begin so.

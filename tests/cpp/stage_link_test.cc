@@ -19,6 +19,7 @@
 #include "core/thread_pool.h"
 #include "dist/cpu_communicator.h"
 #include "dist/stage_link.h"
+#include "error_text.h"
 #include "ops/kernels.h"
 
 namespace mrv1 {
@@ -115,19 +116,6 @@ class Pipeline {
   ThreadPool pool_;
   std::vector<std::unique_ptr<Rank>> ranks_;
 };
-
-std::string message_of(const auto& fn) {
-  try {
-    fn();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "";
-}
-
-bool has(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
 
 float value_of(uint64_t step, int rank, int64_t value, int64_t i) {
   return static_cast<float>(step * 1000 + static_cast<uint64_t>(rank * 100 + value * 50 + i));
