@@ -538,7 +538,7 @@ def outlier_keys(model: LoadedModel, outliers: int, seed: int) -> None:
                     file.write((matrix * scale).astype(BF16).tobytes())
         if not tensors:
             raise SystemExit("the model has no k_proj.weight and q_proj.weight")
-        model.runner.load_tensors(_core.MappedFile(str(path)), tensors, lambda _: None)
+        model.runner.load_tensors(_core.MappedFile(str(path)), [tensors], lambda _: None)
         model.device.synchronize()
 
 
