@@ -8,6 +8,7 @@
 #include <random>
 #include <thread>
 
+#include "core/device.h"
 #include "core/error.h"
 #include "core/probes.h"
 #include "ops/kernels.h"
