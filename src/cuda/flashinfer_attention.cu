@@ -23,6 +23,7 @@
 #include "attention_backends.h"
 #include "block.cuh"
 #include "check.h"
+#include "core/device.h"
 #include "flashinfer_kernels.h"
 #include "launch.h"
 

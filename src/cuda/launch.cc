@@ -1,6 +1,8 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include "launch.h"
 
+#include "core/device.h"
+
 namespace mrv1::cuda {
 namespace {
 
@@ -9,6 +11,14 @@ std::string extent_text(dim3 extent) {
 }
 
 }  // namespace
+
+bool may_overlap(const StepContext& ctx) {
+  return ctx.overlap_launches && ctx.device != nullptr && ctx.device->overlaps_launches();
+}
+
+void count_launch(const StepContext& ctx) {
+  if (ctx.device != nullptr) ++ctx.device->counters().kernel_launches;
+}
 
 void check_kernel(std::string_view op, const StepContext& ctx, cudaError_t status, dim3 grid,
                   dim3 block, size_t shared_bytes) {

@@ -8,7 +8,6 @@
 #include <utility>
 
 #include "check.h"
-#include "core/device.h"
 #include "state/step_context.h"
 
 namespace mrv1::cuda {
@@ -40,9 +39,10 @@ __device__ __forceinline__ void launch_next() {
 }
 
 // Whether what is launched next may start before its predecessor has ended.
-inline bool may_overlap(const StepContext& ctx) {
-  return ctx.overlap_launches && ctx.device != nullptr && ctx.device->overlaps_launches();
-}
+bool may_overlap(const StepContext& ctx);
+
+// Counts a launch among those of the step's device.
+void count_launch(const StepContext& ctx);
 
 // A range on the timeline of profilers; costs nothing when none is attached.
 class OpRange {
@@ -82,7 +82,7 @@ void launch(std::string_view op, const StepContext& ctx, void (*kernel)(Params..
   config.numAttrs = may_overlap(ctx) ? 1 : 0;
   const cudaError_t status =
       cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...);
-  if (ctx.device != nullptr) ++ctx.device->counters().kernel_launches;
+  count_launch(ctx);
   check_kernel(op, ctx, status, grid, block, shared_bytes);
 }
 

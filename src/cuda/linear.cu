@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "activation.cuh"
+#include "core/device.h"
 #include "launch.h"
 #include "linear_context.h"
 #include "linear_tiled.h"

@@ -224,7 +224,7 @@ void LinearContext::multiply(const LinearParams& params, const LinearPlan& plan,
     }
   }
   library_->check_status(status, "cublasLtMatmul");
-  if (ctx.device != nullptr) ++ctx.device->counters().kernel_launches;
+  count_launch(ctx);
   if (ctx.sync_launches) check_kernel(kProductOp, ctx, cudaSuccess, dim3(), dim3(), 0);
 }
 

@@ -427,7 +427,7 @@ void launch_cluster(const StepContext& ctx, void (*kernel)(Params...), dim3 grid
   config.attrs = attributes;
   config.numAttrs = may_overlap(ctx) ? 2 : 1;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args...);
-  if (ctx.device != nullptr) ++ctx.device->counters().kernel_launches;
+  count_launch(ctx);
   check_kernel(kSkinnyOp, ctx, status, grid, block, shared_bytes);
 }
 

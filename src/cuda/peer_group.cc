@@ -8,6 +8,7 @@
 #include <set>
 
 #include "check.h"
+#include "core/device.h"
 #include "core/error.h"
 #include "current_device.h"
 #include "stage_view.h"

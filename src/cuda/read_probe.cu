@@ -6,6 +6,7 @@
 
 #include "block.cuh"
 #include "check.h"
+#include "core/device.h"
 #include "core/probes.h"
 
 namespace mrv1::cuda {

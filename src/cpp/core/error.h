@@ -1,10 +1,11 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <sstream>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 namespace mrv1 {
 
@@ -31,11 +32,32 @@ class Error : public std::runtime_error {
   ErrorKind kind_;
 };
 
+// Append a part of a message as a stream prints it by default. Not a stream: every file includes
+// this header, and <sstream> takes a compiler longer than most of them.
+void append_part(std::string& out, std::string_view text);
+void append_part(std::string& out, int64_t value);
+void append_part(std::string& out, uint64_t value);
+void append_part(std::string& out, double value);
+
+template <typename T>
+void append_any(std::string& out, const T& part) {
+  if constexpr (std::is_same_v<T, char>) {
+    out += part;
+  } else if constexpr (std::is_floating_point_v<T>) {
+    append_part(out, static_cast<double>(part));
+  } else if constexpr (std::is_integral_v<T>) {
+    static_assert(sizeof(T) > 1 || std::is_same_v<T, bool>, "is it a number or a character?");
+    append_part(out, static_cast<std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>(part));
+  } else {
+    append_part(out, std::string_view(part));
+  }
+}
+
 template <typename... Parts>
 std::string concat(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
+  std::string out;
+  (append_any(out, parts), ...);
+  return out;
 }
 
 template <typename... Parts>

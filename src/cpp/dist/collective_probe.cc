@@ -4,6 +4,7 @@
 #include <chrono>
 #include <random>
 
+#include "core/device.h"
 #include "core/error.h"
 #include "dist/probe_support.h"
 #include "ops/kernels.h"

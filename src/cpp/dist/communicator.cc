@@ -1,6 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include "dist/communicator.h"
 
+#include "core/device.h"
 #include "core/error.h"
 #include "dist/stage_link.h"
 

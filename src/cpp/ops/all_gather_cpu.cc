@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "core/thread_pool.h"
 #include "dist/cpu_communicator.h"
 
 namespace mrv1 {

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstring>
 
+#include "core/thread_pool.h"
 #include "dist/cpu_communicator.h"
 
 namespace mrv1 {

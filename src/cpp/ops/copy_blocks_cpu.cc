@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "core/thread_pool.h"
 #include "state/step_context.h"
 
 namespace mrv1 {

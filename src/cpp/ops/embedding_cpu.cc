@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "core/error.h"
+#include "core/thread_pool.h"
 
 namespace mrv1 {
 namespace {

@@ -2,6 +2,7 @@
 #include "ops/fill_random.h"
 
 #include "core/error.h"
+#include "core/thread_pool.h"
 #include "state/step_context.h"
 
 namespace mrv1 {

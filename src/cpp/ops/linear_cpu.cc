@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "core/thread_pool.h"
 #include "dist/communicator.h"
 #include "ops/cpu_isa.h"
 #include "ops/vector_ops.h"

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "core/error.h"
+#include "core/thread_pool.h"
 #include "ops/linear.h"
 
 namespace mrv1 {

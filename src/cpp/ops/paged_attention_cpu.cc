@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "core/thread_pool.h"
 #include "ops/vector_ops.h"
 #include "ops/workspace_cpu.h"
 

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "core/error.h"
+#include "core/thread_pool.h"
 #include "ops/cache_head_cpu.h"
 #include "ops/cache_write.h"
 #include "ops/vector_ops.h"

@@ -2,6 +2,7 @@
 #include "ops/rms_norm.h"
 
 #include "core/error.h"
+#include "core/thread_pool.h"
 #include "ops/vector_ops.h"
 
 namespace mrv1 {

@@ -1,5 +1,6 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include "core/error.h"
+#include "core/thread_pool.h"
 #include "ops/token_map.h"
 
 namespace mrv1 {

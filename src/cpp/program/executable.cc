@@ -5,6 +5,7 @@
 #include <cmath>
 #include <string>
 
+#include "core/device.h"
 #include "core/error.h"
 #include "dist/communicator.h"
 

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <memory>
 
+#include "core/device.h"
 #include "core/probes.h"
 
 namespace mrv1 {

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <limits>
 
+#include "core/device.h"
 #include "core/error.h"
 #include "core/probes.h"
 

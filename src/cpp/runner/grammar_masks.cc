@@ -1,6 +1,8 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include "runner/grammar_masks.h"
 
+#include "core/device.h"
+
 #include <algorithm>
 
 namespace mrv1 {

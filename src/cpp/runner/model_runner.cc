@@ -8,6 +8,7 @@
 #include <limits>
 #include <utility>
 
+#include "core/device.h"
 #include "core/error.h"
 #include "runner/rank_followers.h"
 #include "sampling/math.h"

@@ -6,6 +6,7 @@
 #include <limits>
 #include <tuple>
 
+#include "core/device.h"
 #include "core/error.h"
 #include "ops/kernels.h"
 

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <random>
 
+#include "core/device.h"
 #include "core/error.h"
 #include "core/probes.h"
 #include "ops/kernels.h"

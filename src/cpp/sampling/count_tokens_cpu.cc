@@ -1,4 +1,5 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include "core/thread_pool.h"
 #include "sampling/penalties.h"
 #include "sampling/processors.h"
 #include "state/step_context.h"

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "core/thread_pool.h"
 #include "ops/cpu_isa.h"
 #include "sampling/processors.h"
 #include "sampling/sample_cpu.h"

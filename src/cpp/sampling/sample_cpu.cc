@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "core/thread_pool.h"
 #include "ops/cpu_isa.h"
 #include "ops/kernels.h"
 #include "sampling/edits_cpu.h"

@@ -4,14 +4,16 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "core/device.h"
+#include "core/portable.h"
 #include "state/infer_params.h"
 #include "state/row_state.h"
 
 namespace mrv1 {
 
 class Communicator;   // dist/communicator.h
+class Device;         // core/device.h
 struct OutputHeader;  // state/output_ring.h
+class ThreadPool;     // core/thread_pool.h
 
 // Sizes a step is launched for: the batch's own, or those of the bucket that it is padded to.
 struct StepSizes {
