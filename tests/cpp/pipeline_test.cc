@@ -614,6 +614,50 @@ TEST_CASE("a rank of a pipeline that hangs ends the group, wherever the others w
   }
 }
 
+TEST_CASE("no rank goes on before all have allocated what a row needs") {
+  RunnerConfig config = life_config();
+  config.sampling_words = 64;
+  for (const bool grammar : {false, true}) {
+    CAPTURE(grammar);
+    // Two ranks have masks.
+    Pipeline pipeline({3, 1}, 2, config, kWindows);
+    ModelRunner& runner = *pipeline.runner;
+    RowSpec spec;
+    spec.token_ids = {5, 6, 7};
+    spec.prompt_len = 3;
+    spec.grammar = grammar;
+    if (!grammar) spec.bad_words.assign(40, {1, 2, 3});
+    for (int i = 0; i < 3; ++i) {
+      runner.add_row(spec);
+      if (grammar && i > 0) continue;
+      for (int rank = 0; rank < 4; ++rank) {
+        CAPTURE(rank);
+        CHECK(runner.rank_runner(rank).free_rows() == runner.free_rows());
+      }
+    }
+  }
+}
+
+TEST_CASE("rows are given back at once when the group has ended, whoever is stuck") {
+  RunnerConfig config = life_config();
+  config.rank_timeout = milliseconds(100);
+  Pipeline pipeline({3, 1}, 1, config, kWindows);
+  ModelRunner& runner = *pipeline.runner;
+  // The rank's device takes no more work, so that its thread hangs too.
+  Hold hold(*pipeline.devices[0]);
+  for (int i = 0; i < 63; ++i) pipeline.devices[0]->submit([](void*) {}, nullptr);
+  const RowHandle row = add_simple_row(runner, 0, 40);
+  const uint64_t step = runner.execute(std::vector<BatchItem>{{0, 3}});
+  CHECK(has(runner.result(step).error, "rank 0 (stage 0) did not "));
+  runner.free_row(row);
+  // More than a rank that is stuck has places for.
+  const std::string error = message_of([&] {
+    for (int i = 0; i < 200; ++i) runner.free_row(add_simple_row(runner, 0, 40));
+  });
+  CHECK(error == "");
+  hold.let_go();
+}
+
 TEST_CASE("a last stage that hangs alone is missed by whoever waits for its outputs") {
   RunnerConfig config = life_config();
   config.rank_timeout = milliseconds(250);
