@@ -271,6 +271,21 @@ def test_a_stage_that_stops_is_named_and_all_end(stages: Stages) -> None:
             assert str(again.value) == str(error.value)
 
 
+def test_a_long_way_through_steps_that_end_is_no_failure(stages: Stages) -> None:
+    """All others wait longer than the limit for the first stage, which ends a step now and then."""
+    with stages.probe(num_slots=7, delay=0.03, slow_rank=0, timeout=0.12) as probe:
+        model = Model(probe)
+        step = probe.next_step + 1
+        steps = [_prompt([1, 2], 30), (step - 1, [], [], [(0, 1, 1, 1)])]
+        steps += [(step - 1, [], [], [])] * 5  # in which the other stages do not need it
+        steps += [(step, [], [], [(0, 1, 1, 1)])]
+        probe.run(steps)
+        last = stages.num_stages - 1
+        assert _check_lives(model, steps, probe.outputs(last))[1] == 3
+        waited = [output["waited_ns"] for output in probe.outputs(last)]
+        assert waited[-1] - waited[-2] > 0.12e9
+
+
 def test_an_abort_ends_whoever_waits(stages: Stages) -> None:
     with stages.probe(timeout=60.0) as probe:
         steps = probe.random_steps(60, seed=1)

@@ -139,7 +139,10 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x != 0) return;
   *rings.step = step + 1;
   uint64_t waited_ns = 0;
-  if constexpr (kHasStages) waited_ns = stages.link.counters->waited_ns;
+  if constexpr (kHasStages) {
+    waited_ns = stages.link.counters->waited_ns;
+    cuda::store_relaxed(&stages.watch.reports[stages.watch.rank].step, step);
+  }
   OutputHeader* slot = host.slot;
   slot->begin_ns = begin_ns;
   slot->end_ns = cuda::device_clock_ns();

@@ -28,9 +28,10 @@ __global__ void __launch_bounds__(kThreads) trial_kernel(const __grid_constant__
   const int rank = static_cast<int>(threadIdx.x);
   if (rank >= watch.num_ranks || peers.states[rank] == nullptr) return;
   store_word(&peers.states[rank]->met[watch.rank], 1);
-  uint64_t start = 0;
+  PeerPatience patience;
   for (int looks = 1; load_word(&watch.state->met[rank]) == 0; ++looks) {
-    if (looks % kLooksPerClock == 0 && gives_up(watch, PeerWait::kTrial, 0, rank, &start)) return;
+    if (looks % kLooksPerClock != 0) continue;
+    if (gives_up(watch, PeerWait::kTrial, 0, rank, &patience)) return;
   }
 }
 

@@ -73,6 +73,16 @@ __device__ __forceinline__ void store_word(uint32_t* to, uint32_t word) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
 }
 
+__device__ __forceinline__ uint64_t load_relaxed(const uint64_t* from) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_relaxed(uint64_t* to, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+
 // What the block wrote before a barrier is there for whoever finds the flag.
 __device__ __forceinline__ void store_flag(uint64_t* to, uint64_t call) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(to), "l"(call) : "memory");
@@ -145,18 +155,36 @@ __device__ __forceinline__ void count_call(const PeerView& peers) {
                : "memory");
 }
 
-// From inside a wait that takes long: whether it has to end. `start` is 0 before the first call. A
-// rank that is told to stop says what it waited for, too: the one that nobody has heard of is to
-// blame for all waits.
+// What a wait remembers between calls of gives_up(): since when its limit runs, when it looks next
+// how far the pipeline is, and what it saw there.
+struct PeerPatience {
+  uint64_t start = 0, next_look = 0, steps = 0;
+};
+
+// From inside a wait that takes long: whether it has to end. A rank that is told to stop says what
+// it waited for, too: the one that nobody has heard of is to blame for all waits.
+//
+// What a stage waits for may have to pass all others first, a long step in each, so its limit runs
+// anew while any rank ends steps.
 inline __device__ __noinline__ bool gives_up(const PeerWatch& watch, PeerWait wait, uint64_t call,
-                                             int missing, uint64_t* start) {
+                                             int missing, PeerPatience* patience) {
   constexpr uint64_t kHearing = 200'000;  // nanoseconds until others have seen that they must stop
+  constexpr uint64_t kLooks = 16;         // within the limit
   const uint64_t now = device_clock_ns();
-  if (*start == 0) *start = now;
+  if (patience->start == 0) patience->start = now;
   if (load_word(&watch.state->ended) != 0) return true;
   PeerReport& report = watch.reports[watch.rank];
   const bool is_told = load_word(&report.stop) != 0;
-  if (!is_told && now - *start < watch.timeout) return false;
+  if (wait >= PeerWait::kValues && now >= patience->next_look) {
+    uint64_t steps = 0;
+    for (int rank = 0; rank < watch.num_ranks; ++rank) {
+      steps += load_relaxed(&watch.reports[rank].step);
+    }
+    if (steps != patience->steps) patience->start = now;
+    patience->steps = steps;
+    patience->next_look = now + watch.timeout / kLooks;
+  }
+  if (!is_told && now - patience->start < watch.timeout) return false;
   if (atomicCAS(&watch.state->reported, 0u, 1u) == 0u) {
     report.wait = wait;
     report.missing = missing;
@@ -179,13 +207,13 @@ template <typename Missing>
 __device__ __forceinline__ bool wait_for_peers(const PeerView& peers, PeerWait wait, uint64_t call,
                                                const Missing& missing) {
   constexpr int kLooksPerClock = 256;
-  uint64_t start = 0;
+  PeerPatience patience;
   for (int looks = 1;; ++looks) {
     const int rank = missing();
     if (rank < 0) return true;
     if (looks % kLooksPerClock != 0) continue;
     const PeerWatch& watch = peers.watch;
-    if (gives_up(watch, wait, call, watch.rank - peers.rank + rank, &start)) return false;
+    if (gives_up(watch, wait, call, watch.rank - peers.rank + rank, &patience)) return false;
   }
 }
 

@@ -68,6 +68,7 @@ struct alignas(128) PeerReport {
   PeerWait wait;    // what did not come
   int32_t missing;  // from which rank, among all
   uint64_t call;    // in which collective, counted from 1; between stages, in which step
+  uint64_t step;    // that the rank has ended last, in a pipeline
 };
 
 // How kernels that wait learn that the group has ended, and end it. Ranks are those of all stages.

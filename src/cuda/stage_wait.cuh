@@ -42,11 +42,11 @@ __device__ __forceinline__ bool await_stages(const StageView& view, const StageW
   bool arrived = is_there();
   if (__all_sync(kAllLanes, arrived)) return true;
   const uint64_t begin = device_clock_ns();
-  uint64_t start = 0;
+  PeerPatience patience;
   for (int looks = 1; !arrived; ++looks) {
     if (looks % kLooksPerClock == 0) {
       const uint64_t step = wait.step != 0 ? wait.step : *view.step;
-      if (gives_up(view.watch, wait.what, step, wait.rank, &start)) break;
+      if (gives_up(view.watch, wait.what, step, wait.rank, &patience)) break;
     }
     __nanosleep(kNap);
     arrived = is_there();

@@ -87,7 +87,7 @@ class Communicator {
 
   // Ranks of the CPU are as slow as their host; one that does something does not hang. So a rank
   // says that it has begun something, and a wait has no limit while anybody of the group does.
-  // Without an effect on GPUs. Any thread.
+  // Without an effect on GPUs, whose steps are such signs to other stages. Any thread.
   virtual void show_life() noexcept {}
   virtual uint64_t signs_of_life() const noexcept { return 0; }
 

@@ -65,6 +65,7 @@ class Engine {
     int32_t slot, tokens;
     RowHandle handle;
     bool decode;  // drafts may be among its tokens
+    bool draws;   // not so a chunk of a prompt that is not its last
 
     // Tokens that are computed for certain, unless the row stops.
     int32_t least() const { return decode ? 1 : tokens; }
@@ -202,11 +203,11 @@ class Engine {
   int32_t decode_budget_ = 0, prefill_budget_ = 0;
   int64_t score_budget_ = 0;  // bytes of logprobs of prompts
   bool drafts_fit_ = true;
-  // Of the running requests, those may take part whose last step is none after this one. Of the
-  // decoding ones those up to decodes_due_, and of them the first ties_ of that very step.
+  // Of the decoding requests, those may take part whose last step is none after this one. Of these,
+  // if they are more than their share, those up to decodes_due_, and the first ties_ of that step.
   uint64_t due_ = 0, decodes_due_ = 0;
   int32_t ties_ = 0;
-  uint64_t longest_ago_ = 0;            // least last step of those that have something to compute
+  uint64_t longest_ago_ = 0;            // least last step of those that decode
   std::vector<uint64_t> decode_steps_;  // scratch
   int32_t promised_ = 0;       // blocks that running requests need for tokens known at admission
   int32_t touched_ = -1;       // slot that is worked on, in the batch or not yet

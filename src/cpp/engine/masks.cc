@@ -31,9 +31,9 @@ void Engine::finish_cut_step() {
   }
 }
 
-// Reads the steps in flight up to the last one that has a row whose mask is to be written, if only
-// for whom the row was before: no step that may still run then reads the mask. What comes of them
-// waits until the device has its work. Returns how many they are.
+// Reads the steps in flight up to the last one that draws for a row whose mask is to be written, if
+// only for whom the row was before: no step that may still run then reads the mask. What comes of
+// them waits until the device has its work. Returns how many they are.
 size_t Engine::read_for_masks(const InFlight& cut) {
   const size_t rows = runner_->config().max_num_seqs;
   row_is_masked_.assign(rows, 0);
@@ -41,8 +41,10 @@ size_t Engine::read_for_masks(const InFlight& cut) {
     row_is_masked_[cut.requests[item].handle.row] = 1;
   }
   size_t count = num_in_flight_ - 1;
-  const auto is_masked = [&](const Planned& each) { return row_is_masked_[each.handle.row] != 0; };
-  while (count > 0 && std::ranges::none_of(in_flight(count - 1).requests, is_masked)) --count;
+  const auto counts = [&](const Planned& each) {
+    return each.draws && row_is_masked_[each.handle.row] != 0;
+  };
+  while (count > 0 && std::ranges::none_of(in_flight(count - 1).requests, counts)) --count;
   read_entries_.assign(count * rows, -1);
   for (size_t place = 0; place < count; ++place) {
     InFlight& step = in_flight(place);

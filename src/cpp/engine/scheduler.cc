@@ -57,7 +57,8 @@ int32_t Engine::decode_tokens(const Request& running) const {
 // when they have been taken in.
 //
 // A step of a pipeline with P stages waits in its first one for the tokens that its rows drew last,
-// so it takes none of the P - 1 newest steps' rows if others can run. With one stage all are due.
+// so of those that decode it takes none of the P - 1 newest steps' if others can run. With one
+// stage all are due. Chunks of prompts wait for nothing.
 bool Engine::plan_batch() {
   due_ = micro_batches_ == 1 ? kEverybody : launched_before(micro_batches_ - 1);
   for (;;) {
@@ -68,8 +69,9 @@ bool Engine::plan_batch() {
   }
 }
 
-// One pass over the requests that are due and waiting ones, the most urgent first, so that whoever
-// lacks blocks takes them from requests that the pass has not come to. False as plan_batch().
+// One pass over prompts, decoding requests that are due, and waiting ones, the most urgent first,
+// so that whoever lacks blocks takes them from requests that the pass has not come to. False as
+// plan_batch().
 bool Engine::plan_due() {
   batch_.clear();
   planned_.clear();
@@ -92,15 +94,13 @@ bool Engine::plan_due() {
   for (size_t place = 0; place < running_.size(); ++place) {
     if (place + kPrefetch < running_.size()) prefetch(running_[place + kPrefetch]);
     const Request& running = request(running_[place]);
-    const bool is_due = running.last_step <= due_;
     if (running.num_launched < running.prefill_target) {
-      longest_ago_ = std::min(longest_ago_, running.last_step);
       promised_ += missing_blocks(running);
-      prompts |= is_due;
+      prompts = true;
     } else if (const int32_t tokens = decode_tokens(running); tokens > 0) {
       longest_ago_ = std::min(longest_ago_, running.last_step);
       ++decoding;
-      if (!is_due) continue;
+      if (running.last_step > due_) continue;
       decode += tokens;
       ++least;
       if (micro_batches_ > 1) decode_steps_.push_back(running.last_step);
@@ -170,7 +170,6 @@ bool Engine::in_share(const Request& decoding, int32_t& ties) const {
 void Engine::plan_running(int32_t slot, size_t place) {
   Request& running = request(slot);
   const bool prefill = running.num_launched < running.prefill_target;
-  if (prefill && running.last_step > due_) return;
   touched_ = slot;
   int32_t& budget = prefill ? prefill_budget_ : decode_budget_;
   const int32_t wanted =
@@ -182,7 +181,8 @@ void Engine::plan_running(int32_t slot, size_t place) {
   if (tokens <= 0) return;
   budget -= tokens;
   if (prefill) score_budget_ -= score_bytes(running, tokens);
-  planned_.push_back({slot, tokens, running.handle, !prefill});
+  const bool draws = running.num_launched + tokens >= running.prefill_target;
+  planned_.push_back({slot, tokens, running.handle, !prefill, draws});
   batch_.push_back({running.handle.row, tokens, running.handle.generation});
 }
 

@@ -333,7 +333,10 @@ void ModelRunner::allocate_state() {
 
   rows_ = std::make_unique<RowTable>(
       config_, state.vocab_size, kv_layout_.groups, masks_, [this] { send_changes(); },
-      [this](int64_t words) { return state_array<int32_t>(words, "sampling lists"); });
+      [this](int64_t words) {
+        begin_allocation();
+        return state_array<int32_t>(words, "sampling lists");
+      });
   entries_.reserve(rows);
 }
 
@@ -372,15 +375,20 @@ void ModelRunner::allocate_rings() {
 
 RowHandle ModelRunner::add_row(const RowSpec& spec) {
   check_no_cut("add_row");
+  const auto allocated = [&] { return static_cast<int64_t>(masks_.bytes()) + rows_->list_words(); };
+  const int64_t before = allocated();
   if (spec.grammar && has_logits() && masks_.bytes() == 0) {
+    begin_allocation();
     masks_.allocate(*device_);
     std::lock_guard lock(side_mutex_);
     stats_.mask_bytes = masks_.bytes();
   }
   // A long prompt takes several steps, which in a pipeline wait for the other stages.
-  return rows_->add(spec, [&](RowHandle made) {
-    if (followers_ != nullptr) followers_->add_row(spec, made);
+  const RowHandle made = rows_->add(spec, [&](RowHandle handle) {
+    if (followers_ != nullptr) followers_->add_row(spec, handle);
   });
+  if (allocated() != before) end_allocation();
+  return made;
 }
 
 void ModelRunner::append_blocks(RowHandle row, int32_t group, std::span<const int32_t> block_ids,

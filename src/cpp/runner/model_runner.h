@@ -293,6 +293,8 @@ class ModelRunner {
   void wait_before(uint64_t step) const;
   void fail_step(Slot& slot, const char* what) noexcept;
   void warm_up(const StepShape& shape);
+  void begin_allocation();
+  void end_allocation();
   void allocate_state();
   void allocate_rings();
   uint64_t execute(std::span<const BatchItem> batch, const std::string& injected);

@@ -53,6 +53,22 @@ ModelRunner& ModelRunner::rank_runner(int rank) {
   return followers_->runner(rank);
 }
 
+// A GPU may have to be idle, and with it those that reach its memory, before memory can be had. So
+// while a rank allocates no device may wait for a step that another has not launched: the leader
+// allocates when all have launched what it has, and launches more when all have allocated.
+void ModelRunner::begin_allocation() {
+  if (followers_ != nullptr) followers_->join();
+}
+
+void ModelRunner::end_allocation() {
+  if (followers_ == nullptr) return;
+  try {
+    followers_->join();
+  } catch (const Error&) {
+    // The group has ended: execute() says so.
+  }
+}
+
 StageBuffers ModelRunner::stage_buffers() const {
   StageBuffers buffers;
   buffers.sends = program_.sent().schema;

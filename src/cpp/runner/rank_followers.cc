@@ -23,10 +23,6 @@ constexpr std::chrono::microseconds kLook{100};
 // What a group that has ended needs to come back from where it waits.
 constexpr std::chrono::seconds kGrace{1};
 
-void copy_spec(const RowSpec& spec, std::shared_ptr<const RowSpec>& target) {
-  target = std::make_shared<const RowSpec>(spec);
-}
-
 }  // namespace
 
 RankFollowers::RankFollowers(std::vector<std::unique_ptr<ModelRunner>> runners, int leader)
@@ -48,8 +44,7 @@ RankFollowers::RankFollowers(std::vector<std::unique_ptr<ModelRunner>> runners, 
       pthread_setname_np(follower->thread.native_handle(), "mrv1-rank");
     }
   } catch (const std::system_error& error) {
-    next().kind = Kind::kStop;
-    post();
+    post(Kind::kStop, [](Command&) {});
     for (const std::unique_ptr<Follower>& follower : followers_) {
       if (follower->thread.joinable()) follower->thread.join();
     }
@@ -58,12 +53,8 @@ RankFollowers::RankFollowers(std::vector<std::unique_ptr<ModelRunner>> runners, 
 }
 
 RankFollowers::~RankFollowers() {
-  try {
-    next().kind = Kind::kStop;
-    post();
-  } catch (const Error&) {
-    // A thread that is stuck: make_runner's caller has left it alone before it comes to this.
-  }
+  // A thread that is stuck is left alone, with its runner, by whoever ends the group.
+  post(Kind::kStop, [](Command&) {});
   for (const std::unique_ptr<Follower>& follower : followers_) follower->thread.join();
 }
 
@@ -89,101 +80,90 @@ void RankFollowers::wait_for(const Fn& fn) const {
   }
 }
 
-RankFollowers::Command& RankFollowers::next() {
+// Once the group has ended nothing that followers do matters any more, and whoever calls has to go
+// on without waiting for a thread that may be stuck: rows are still to be given back.
+template <typename Fill>
+void RankFollowers::post(Kind kind, const Fill& fill) {
+  const Communicator& group = *followers_[0]->runner->communicator();
   const uint64_t posted = posted_.load(std::memory_order_relaxed);
-  if (posted >= kCommands) {
-    wait_for([&] { return all_done(posted + 1 - kCommands); });
+  while (posted >= kCommands && !all_done(posted + 1 - kCommands)) {
+    if (group.is_aborted() && kind != Kind::kStop) return;
+    std::this_thread::sleep_for(kLook);
   }
-  return commands_[posted % kCommands];
-}
-
-void RankFollowers::post() {
+  Command& command = commands_[posted % kCommands];
+  command.kind = kind;
+  fill(command);
   posted_.fetch_add(1, std::memory_order_release);
   posted_.notify_all();
 }
 
 void RankFollowers::add_row(const RowSpec& spec, RowHandle made) {
-  Command& command = next();
-  command.kind = Kind::kAddRow;
-  command.row = made;
-  copy_spec(spec, command.spec);
-  post();
+  post(Kind::kAddRow, [&](Command& command) {
+    command.row = made;
+    command.spec = std::make_shared<const RowSpec>(spec);
+  });
 }
 
 void RankFollowers::append_blocks(RowHandle row, int32_t group,
                                   std::span<const int32_t> block_ids) {
-  Command& command = next();
-  command.kind = Kind::kAppendBlocks;
-  command.row = row;
-  command.group = group;
-  command.ids.assign(block_ids.begin(), block_ids.end());
-  post();
+  post(Kind::kAppendBlocks, [&](Command& command) {
+    command.row = row;
+    command.group = group;
+    command.ids.assign(block_ids.begin(), block_ids.end());
+  });
 }
 
 void RankFollowers::drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t count) {
-  Command& command = next();
-  command.kind = Kind::kDropBlocks;
-  command.row = row;
-  command.group = group;
-  command.first = first;
-  command.count = count;
-  post();
+  post(Kind::kDropBlocks, [&](Command& command) {
+    command.row = row;
+    command.group = group;
+    command.first = first;
+    command.count = count;
+  });
 }
 
 void RankFollowers::free_row(RowHandle row) {
-  Command& command = next();
-  command.kind = Kind::kFreeRow;
-  command.row = row;
-  post();
+  post(Kind::kFreeRow, [&](Command& command) { command.row = row; });
 }
 
 void RankFollowers::copy_blocks(std::span<const BlockCopy> copies) {
-  Command& command = next();
-  command.kind = Kind::kCopyBlocks;
-  command.copies.assign(copies.begin(), copies.end());
-  post();
+  post(Kind::kCopyBlocks,
+       [&](Command& command) { command.copies.assign(copies.begin(), copies.end()); });
 }
 
 void RankFollowers::execute(std::span<const BatchItem> batch, const std::string& injected) {
-  Command& command = next();
-  command.kind = Kind::kExecute;
-  command.batch.assign(batch.begin(), batch.end());
-  command.injected = injected;
-  post();
+  post(Kind::kExecute, [&](Command& command) {
+    command.batch.assign(batch.begin(), batch.end());
+    command.injected = injected;
+  });
 }
 
 void RankFollowers::finish_step(std::span<const int32_t> rows, const uint32_t* masks,
                                 int64_t words) {
-  Command& command = next();
-  command.kind = Kind::kFinishStep;
-  command.ids.assign(rows.begin(), rows.end());
-  command.words = words;
-  command.masks.clear();
-  for (const int32_t row : rows) {
-    command.masks.insert(command.masks.end(), masks + row * words, masks + (row + 1) * words);
-  }
-  post();
+  post(Kind::kFinishStep, [&](Command& command) {
+    command.ids.assign(rows.begin(), rows.end());
+    command.words = words;
+    command.masks.clear();
+    for (const int32_t row : rows) {
+      command.masks.insert(command.masks.end(), masks + row * words, masks + (row + 1) * words);
+    }
+  });
 }
 
 void RankFollowers::retire_rows(std::span<const RowTable::Mark> marks,
                                 std::span<const int32_t> num_computed) {
-  Command& command = next();
-  command.kind = Kind::kRetireRows;
-  command.marks.assign(marks.begin(), marks.end());
-  command.ids.assign(num_computed.begin(), num_computed.end());
-  post();
+  post(Kind::kRetireRows, [&](Command& command) {
+    command.marks.assign(marks.begin(), marks.end());
+    command.ids.assign(num_computed.begin(), num_computed.end());
+  });
 }
 
 void RankFollowers::capture_graphs() {
-  next().kind = Kind::kCapture;
-  post();
+  post(Kind::kCapture, [](Command&) {});
 }
 
 void RankFollowers::fill_kv_random(uint64_t seed) {
-  Command& command = next();
-  command.kind = Kind::kFillKv;
-  command.seed = seed;
-  post();
+  post(Kind::kFillKv, [&](Command& command) { command.seed = seed; });
 }
 
 void RankFollowers::join() {

@@ -45,7 +45,7 @@ class RankFollowers {
   void capture_graphs();
   void fill_kv_random(uint64_t seed);
 
-  // Waits until everything that was posted is done, or the group has ended.
+  // Waits until everything that was posted is done; kDevice if the group ends before that.
   void join();
   // Whether all of them have ended a step. Any thread.
   bool has_retired(uint64_t step) const;
@@ -88,9 +88,10 @@ class RankFollowers {
   };
   static constexpr uint64_t kCommands = 256;
 
-  // The place of the next command, once no follower reads it any more.
-  Command& next();
-  void post();
+  // Fills in the next command, once no follower reads what is in its place; drops it if the group
+  // ends before that.
+  template <typename Fill>
+  void post(Kind kind, const Fill& fill);
   void run(Follower& follower);
   void carry_out(Follower& follower, const Command& command);
   bool all_done(uint64_t posted) const;

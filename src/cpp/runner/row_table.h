@@ -92,6 +92,8 @@ class RowTable {
     const HostRow& host = rows_[row];
     return host.num_launched < host.prefill_target ? 0 : host.last_step;
   }
+  // Words of device memory for the lists of rows, used or not.
+  int64_t list_words() const { return words_.capacity(); }
   int32_t free_rows() const { return static_cast<int32_t>(free_rows_.size()); }
 
   // A step takes the row along. check_tokens() comes before.

@@ -50,6 +50,7 @@ void advance_cpu(const StepContext& ctx) {
   const InferParams& infer = ctx.infer;
   auto* group = static_cast<CpuCommunicator*>(ctx.communicator);
   const StageLink* link = group == nullptr ? nullptr : group->stage_link();
+  if (group != nullptr) group->show_life();
   OutputHeader* slot = ctx.rings.output_slot();
   slot->step = record.step;
   const bool draws = link == nullptr || link->is_last();
