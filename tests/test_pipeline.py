@@ -16,6 +16,7 @@ import pytest
 
 from golden_data import GOLDEN_NAMES, load_golden
 from mrv1 import LLM, _core, cli
+from mrv1.builder import Builder
 from mrv1.config import ModelConfig
 from mrv1.engine import Engine
 from mrv1.errors import DeviceError, InvalidArgumentError, OutOfMemoryError
@@ -405,6 +406,14 @@ def test_layers_are_shared_out_as_asked() -> None:
     whole = wire_ranks(config, "bfloat16", RunnerOptions(pipeline_layers=[24]))
     assert whole.stages == ((0, 24),)
     assert not whole.programs[0].sent
+
+
+def test_a_model_that_marks_no_layers_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Builder, "layer", lambda self, _, prefix: self.scope(prefix))
+    config = _published("Qwen2.5-0.5B")
+    assert wire_ranks(config, "bfloat16", RunnerOptions()).stages == ((0, 24),)
+    with pytest.raises(InvalidArgumentError, match="does not mark its layers"):
+        wire_ranks(config, "bfloat16", RunnerOptions(pipeline_parallel_size=2))
 
 
 # --- failures ------------------------------------------------------------------------------------

@@ -79,6 +79,16 @@ def stage_ranges(
         InvalidArgumentError: There are fewer layers than stages, or `layers` does not fit them.
     """
     count = program.num_layers
+    if size == 1 and layers is None:
+        # Whether the wiring marks its layers or not.
+        return [(0, max(count, len(program.kv_layout[1])))]
+    if count == 0:
+        raise InvalidArgumentError(
+            "the model's wiring does not mark its layers (Builder.layer)",
+            field="pipeline_parallel_size",
+            value=size,
+            allowed="1, without pipeline_layers",
+        )
     if size > count:
         raise InvalidArgumentError(
             field="pipeline_parallel_size",

@@ -464,19 +464,15 @@ TEST_CASE("pieces of a prompt follow each other without news from the last stage
   }
 }
 
-TEST_CASE("a prompt of more records than the rings hold reaches every stage") {
+TEST_CASE("a row that takes more records than the rings hold reaches every stage") {
   RunnerConfig config = small_config();
-  config.max_num_seqs = 1;
-  config.max_model_len = 1 << 18;
-  config.force_tokens = true;
-  config.num_blocks = 2;
+  config.sampling_words = 1 << 19;
   Pipeline pipeline({1, 1}, 1, config, {0, 0});
   ModelRunner& runner = *pipeline.runner;
   RowSpec spec;
-  spec.token_ids.assign(static_cast<size_t>(config.max_model_len) - 1, 7);
-  spec.prompt_len = 8;
-  spec.max_tokens = config.max_model_len;
-  spec.forced_token_ids.assign(static_cast<size_t>(config.max_model_len) - 8, 9);
+  spec.token_ids = {5};
+  spec.prompt_len = 1;
+  spec.bad_words.assign(8, std::vector<int32_t>(60000, 7));
   const uint64_t before = runner.stats().steps;
   runner.add_row(spec);
   CHECK(runner.stats().steps - before > static_cast<uint64_t>(runner.num_slots()) + 1);
