@@ -209,6 +209,36 @@ def test_row_parallel_sums_are_those_of_eight_parts(
     assert np.all(np.abs(got - exact) <= bound * 1e-5 + np.abs(exact) * 2.0**-8)
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_rows_that_a_rank_has_are_those_of_the_whole_weight(
+    native_device: _core.Device, ranks: int
+) -> None:
+    """However few they are, columns are summed in the same order: here a GPU splits them."""
+    rng = np.random.default_rng(ranks)
+    outputs, cols = 3072, 1024
+    x = _rounded(rng.standard_normal((3, cols), np.float32), "bfloat16")
+    weight = _rounded(rng.standard_normal((outputs, cols), np.float32), "bfloat16")
+
+    def run(weight: np.ndarray) -> np.ndarray:
+        program = _core.Program("bfloat16")
+        value = program.input("x", cols)
+        own = [("w", len(weight))]
+        matrix = program.weight("w", False, cols, own, whole_rows=outputs)
+        out = program.linear(value, matrix, wide=True)
+        program.output(out)
+        session = _core.ProgramSession(native_device, program, max_tokens=3)
+        session.set_options(batch_invariant=True)
+        session.load_weight(matrix, weight)
+        session.set_value(value, x)
+        session.run(1, 3)
+        result = session.value(out, 3)
+        session.close()
+        return result
+
+    own = [run(part) for part in np.split(weight, ranks)]
+    np.testing.assert_array_equal(np.concatenate(own, axis=1), run(weight))
+
+
 def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "float32":
         return values

@@ -149,12 +149,13 @@ class Program:
 
     def __init__(self, dtype: str) -> None: ...
 
-    def weight(self, name: str, is_vector: bool, cols: int, segments: Sequence[tuple[str, int]], offset: float = 0.0, slices: Sequence[tuple[int, int, int, int]] = ()) -> int:
+    def weight(self, name: str, is_vector: bool, cols: int, segments: Sequence[tuple[str, int]], offset: float = 0.0, slices: Sequence[tuple[int, int, int, int]] = (), whole_rows: int = 0) -> int:
         """
         Declares a weight [sum of segment rows, cols]; segments are (tensor name, rows).
         `offset` is added to the values of a vector when they are loaded. `slices` say for each
         segment which part of its tensor it is: (rows of the tensor, first row, columns of the
-        tensor, first column); without them segments are whole tensors.
+        tensor, first column); without them segments are whole tensors. `whole_rows`: of all
+        ranks together, where they share it out by rows.
         """
 
     def input(self, name: str, cols: int, logits_rows: bool = False) -> int: ...

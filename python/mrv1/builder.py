@@ -189,7 +189,8 @@ class Builder:
             named.append((name, rows))
             slices.append((total, first, cols, first_col))
         label = "+".join(dict.fromkeys(name for name, _ in named))
-        index = self.program.weight(label, is_vector, own_cols, named, offset, slices)
+        whole_rows = shape[0] if split == "rows" else 0
+        index = self.program.weight(label, is_vector, own_cols, named, offset, slices, whole_rows)
         return Weight(index, split, shape)
 
     def embedding(self, table: Weight, *, scale: float = 1.0) -> Value:

@@ -168,7 +168,8 @@ void run_parts(const LinearParams& params, int num_parts, int64_t rows, const St
       each.out = static_cast<float*>(ctx.workspace) + part * count * out_cols;
       each.out_dtype = DType::kF32;
       if (skinny_supports(each, count)) {
-        linear_skinny(each, skinny_invariant(out_cols, part_cols, false, count), count, cols, ctx);
+        linear_skinny(each, skinny_invariant(out_cols, part_cols, out_cols, count), count, cols,
+                      ctx);
       } else {
         linear_tiled(each, count, cols, ctx);
       }

@@ -122,11 +122,15 @@ LinearPlan LinearContext::plan(const LinearParams& params, int64_t rows, const S
       static_cast<uint8_t>((params.gated() ? kGated : 0) | (params.bias != nullptr ? kBias : 0) |
                            (ctx.batch_invariant ? kInvariant : 0));
   key.alignment = static_cast<uint8_t>(alignment);
-  const std::lock_guard lock(mutex_);
-  if (const Entry& found = slot(entries_, key); found.key.rows != 0) return found.plan;
   const LinearShape shape = {weight.rows,           weight.cols,      key.rows,
                              params.dtype,          params.out_dtype, params.gated(),
                              params.bias != nullptr};
+  // The key has no room for the rows of all ranks, and there is nothing to look for.
+  if (ctx.batch_invariant && params.whole_rows > weight.rows) {
+    return choose(params, shape, planned, alignment, ctx);
+  }
+  const std::lock_guard lock(mutex_);
+  if (const Entry& found = slot(entries_, key); found.key.rows != 0) return found.plan;
   const LinearPlan plan = choose(params, shape, planned, alignment, ctx);
   insert(key, plan);
   return plan;
@@ -138,8 +142,9 @@ LinearPlan LinearContext::choose(const LinearParams& params, const LinearShape& 
   const bool skinny = skinny_supports(params, rows);
   if (ctx.batch_invariant) {
     if (skinny) {
+      const int64_t whole_n = std::max(params.whole_rows, shape.n);
       plan.kind = LinearKind::kSkinny;
-      plan.skinny = skinny_invariant(shape.n, shape.k, shape.gated, rows);
+      plan.skinny = skinny_invariant(shape.n, shape.k, whole_n, rows);
     }
     return plan;
   }

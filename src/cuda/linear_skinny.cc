@@ -208,10 +208,10 @@ SkinnyConfig skinny_default(int64_t rows, int64_t n, int64_t k, bool gated) {
   return wgmma_config(rows, n, k, split, limits.sms);
 }
 
-SkinnyConfig skinny_invariant(int64_t n, int64_t k, bool gated, int64_t rows) {
+SkinnyConfig skinny_invariant(int64_t n, int64_t k, int64_t whole_n, int64_t rows) {
   const DeviceLimits limits = device_limits();
-  if (!limits.wgmma) return mma_config(/*rows=*/1, n, k, limits.sms);
-  return wgmma_config(rows, n, k, wgmma_split(n, limits.sms), limits.sms);
+  if (!limits.wgmma) return mma_config(/*rows=*/1, whole_n, k, limits.sms);
+  return wgmma_config(rows, n, k, wgmma_split(whole_n, limits.sms), limits.sms);
 }
 
 std::vector<SkinnyConfig> skinny_configs(int64_t rows, int64_t n, int64_t k, bool gated) {

@@ -44,8 +44,9 @@ bool skinny_offers(const SkinnyConfig& config, int64_t rows, int64_t n, int64_t 
 SkinnyConfig skinny_default(int64_t rows, int64_t n, int64_t k, bool gated);
 
 // The config for a weight when a row's result must not depend on the number of rows at all: what
-// decides the order of sums is the same for all `rows`.
-SkinnyConfig skinny_invariant(int64_t n, int64_t k, bool gated, int64_t rows = 64);
+// decides the order of sums is the same for all `rows`. Nor on the number of ranks that have n of a
+// weight's `whole_n` rows: it follows from those.
+SkinnyConfig skinny_invariant(int64_t n, int64_t k, int64_t whole_n, int64_t rows);
 
 // Bytes of ctx.workspace that linear_skinny uses: none.
 int64_t skinny_workspace_bytes(const SkinnyConfig& config, int64_t rows, int64_t n, int64_t k);

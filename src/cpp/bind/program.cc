@@ -47,10 +47,11 @@ void bind_program(nb::module_& m) {
           "weight",
           [](Program& self, const std::string& name, bool is_vector, int64_t cols,
              const std::vector<std::pair<std::string, int64_t>>& segments, float offset,
-             const std::vector<SliceTuple>& slices) {
+             const std::vector<SliceTuple>& slices, int64_t whole_rows) {
             WeightSpec spec;
             spec.name = name;
             spec.offset = offset;
+            spec.whole_rows = whole_rows;
             spec.kind = is_vector ? WeightKind::kVector : WeightKind::kMatrix;
             spec.cols = cols;
             for (const auto& [tensor, rows] : segments) {
@@ -72,14 +73,16 @@ void bind_program(nb::module_& m) {
           },
           nb::arg("name"), nb::arg("is_vector"), nb::arg("cols"), nb::arg("segments"),
           nb::arg("offset") = 0.0f, nb::arg("slices") = std::vector<SliceTuple>(),
+          nb::arg("whole_rows") = 0,
           nb::sig("def weight(self, name: str, is_vector: bool, cols: int, "
                   "segments: Sequence[tuple[str, int]], offset: float = 0.0, "
-                  "slices: Sequence[tuple[int, int, int, int]] = ()) -> int"),
+                  "slices: Sequence[tuple[int, int, int, int]] = (), whole_rows: int = 0) -> int"),
           "Declares a weight [sum of segment rows, cols]; segments are (tensor name, rows).\n"
           "`offset` is added to the values of a vector when they are loaded. `slices` say for "
           "each\n"
           "segment which part of its tensor it is: (rows of the tensor, first row, columns of the\n"
-          "tensor, first column); without them segments are whole tensors.")
+          "tensor, first column); without them segments are whole tensors. `whole_rows`: of all\n"
+          "ranks together, where they share it out by rows.")
       .def(
           "input",
           [](Program& self, const std::string& name, int64_t cols, bool logits_rows) {

@@ -27,6 +27,9 @@ struct LinearParams {
   Activation activation;  // but kNone: weight.rows / 2 must be a multiple of 16
   bool logits_rows;       // rows are the step's logits rows instead of its tokens
   bool row_parallel;      // not with an activation
+  // Of the weight that ranks share out by rows, else 0: in a batch-invariant step it says in which
+  // order columns are summed, as the rows of one rank would for that rank alone.
+  int64_t whole_rows = 0;
 
   bool gated() const { return activation != Activation::kNone; }
   int64_t out_cols() const { return gated() ? weight.rows / 2 : weight.rows; }

@@ -152,7 +152,8 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
                           result->dtype,
                           op.activation,
                           logits_rows,
-                          op.row_parallel};
+                          op.row_parallel,
+                          program.weights()[op.weights[0]].whole_rows};
     case OpKind::kGatedMul:
       return GatedMulParams{in(0), out(0), result->cols, dtype, op.activation};
     case OpKind::kSoftCap:

@@ -106,7 +106,8 @@ struct WeightSpec {
   int64_t rows = 0;
   int64_t cols = 1;
   std::vector<WeightSegment> segments;
-  float offset = 0.0f;  // of a vector: added to its values when they are loaded
+  float offset = 0.0f;     // of a vector: added to its values when they are loaded
+  int64_t whole_rows = 0;  // of all ranks together, where they share it out by rows; else 0
 };
 
 // Rotary angles: position p turns pair i by p * inv_freq[i]; cos and sin are multiplied by factor.
