@@ -19,6 +19,7 @@ from mrv1 import LLM, cli, parallel
 from mrv1.config import ModelConfig
 from mrv1.errors import DeviceError, InvalidArgumentError, Mrv1Error, OutOfMemoryError
 from mrv1.loader import RunnerOptions, wire_ranks
+from mrv1.random_model import save_random_model
 from mrv1.runner import ModelRunner
 from mrv1.structured_outputs_params import StructuredOutputsParams
 from serving_tools import (
@@ -110,6 +111,32 @@ def test_invariant_ranks_give_the_bits_of_one(
 
     for one, several in zip(logits(1), logits(ranks), strict=True):
         np.testing.assert_array_equal(one, several)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_invariant_ranks_give_the_bits_of_one_where_a_gpu_splits_columns(
+    device: str, tmp_path: Path, ranks: int
+) -> None:
+    """Into how many parts follows from a weight's rows: 3072 here, of which ranks have some."""
+    need_ranks(device, ranks)
+    values = json.loads((LLAMA / "config.json").read_text())
+    values |= {
+        "hidden_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 1536,
+        "vocab_size": 3072,
+    }
+    directory = save_random_model(tmp_path / "model", values)
+
+    def logits(size: int) -> np.ndarray:
+        options = {"batch_invariant": True, "max_num_seqs": 2, "tensor_parallel_size": size}
+        with ModelRunner(directory, device=device, **options) as runner:
+            return forced(runner, make_prompt(20, 3), 20)
+
+    np.testing.assert_array_equal(logits(1), logits(ranks))
 
 
 @pytest.mark.parametrize("graph_mode", ["eager", "piecewise", "full"])
