@@ -267,25 +267,40 @@ TEST_CASE("a rank that hangs ends the engine, and nobody waits for it") {
 }
 
 TEST_CASE("a steady step of several ranks allocates nothing") {
-  Group group(2);
-  ModelRunner& runner = *group.runner;
-  RowSpec spec = request("a").spec.row;
-  spec.max_tokens = 230;
-  for (int32_t block = 1; block <= 16; ++block) {
-    if (spec.block_ids.empty()) spec.block_ids.emplace_back();
-    spec.block_ids[0].push_back(block);
+  for (const bool grammar : {false, true}) {
+    CAPTURE(grammar);
+    Group group(2);
+    ModelRunner& runner = *group.runner;
+    RowSpec spec = request("a").spec.row;
+    spec.max_tokens = 230;
+    spec.grammar = grammar;
+    for (int32_t block = 1; block <= 16; ++block) {
+      if (spec.block_ids.empty()) spec.block_ids.emplace_back();
+      spec.block_ids[0].push_back(block);
+    }
+    const RowHandle row = runner.add_row(spec);
+    StepOutput output;
+    const auto run = [&](const std::vector<BatchItem>& batch) {
+      const uint64_t step = runner.execute(batch);
+      if (runner.cut_step() != 0) {
+        runner.wait_masks();
+        runner.masks().allow_all(row.row);
+        runner.finish_step();
+      }
+      runner.result(step, output);
+    };
+    run({{row.row, spec.prompt_len}});
+    const std::vector<BatchItem> batch{{row.row, 1}};
+    for (int i = 0; i < 10; ++i) run(batch);
+    REQUIRE(runner.settles(Clock::now() + seconds(5)));
+    const int64_t before = count_allocations();
+    for (int i = 0; i < 40; ++i) run(batch);
+    while (runner.rank_runner(1).stats().batches < runner.stats().batches) {
+      std::this_thread::yield();
+    }
+    CHECK(count_allocations() == before);
+    CHECK(output.error.empty());
   }
-  const RowHandle row = runner.add_row(spec);
-  const std::vector<BatchItem> batch{{row.row, 1}};
-  runner.result(runner.execute(std::vector<BatchItem>{{row.row, spec.prompt_len}}));
-  StepOutput output;
-  for (int i = 0; i < 10; ++i) runner.result(runner.execute(batch), output);
-  REQUIRE(runner.settles(Clock::now() + seconds(5)));
-  const int64_t before = count_allocations();
-  for (int i = 0; i < 40; ++i) runner.result(runner.execute(batch), output);
-  while (runner.rank_runner(1).stats().batches < runner.stats().batches) std::this_thread::yield();
-  CHECK(count_allocations() == before);
-  CHECK(output.error.empty());
 }
 
 TEST_CASE("ranks that do not fit each other are refused") {
@@ -299,8 +314,10 @@ TEST_CASE("ranks that do not fit each other are refused") {
   config.num_ranks = 3;
   CHECK_THROWS_WITH_AS(make(2), doctest::Contains("num_ranks"), Error);
   config.num_ranks = 2;
-  config.rank_timeout = milliseconds(0);
-  CHECK_THROWS_WITH_AS(make(2), doctest::Contains("rank_timeout"), Error);
+  for (const milliseconds timeout : {milliseconds(0), milliseconds::max()}) {
+    config.rank_timeout = timeout;
+    CHECK_THROWS_WITH_AS(make(2), doctest::Contains("rank_timeout"), Error);
+  }
 }
 
 }  // namespace mrv1

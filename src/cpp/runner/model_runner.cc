@@ -17,6 +17,7 @@ namespace mrv1 {
 namespace {
 
 constexpr int64_t kSlotAlignment = 256;
+constexpr std::chrono::hours kLongestTimeout{24};
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -167,7 +168,8 @@ void ModelRunner::check_limits(const Program& program, const RunnerConfig& confi
   }
   check(config.num_ranks >= 1 && config.num_ranks <= kMaxRanks, "runner",
         "num_ranks must be in [1, ", kMaxRanks, "], not ", config.num_ranks);
-  check(config.rank_timeout.count() > 0, "runner", "rank_timeout must be positive");
+  check(config.rank_timeout.count() > 0 && config.rank_timeout <= kLongestTimeout, "runner",
+        "rank_timeout must be 1 ms to 1 day, not ", config.rank_timeout.count(), " ms");
   check(config.num_stages >= 1 && config.num_ranks % config.num_stages == 0, "runner",
         "num_stages must be a divisor of num_ranks = ", config.num_ranks, ", not ",
         config.num_stages);

@@ -28,6 +28,7 @@ constexpr std::chrono::seconds kGrace{1};
 RankFollowers::RankFollowers(std::vector<std::unique_ptr<ModelRunner>> runners, int leader)
     : leader_(leader) {
   for (std::unique_ptr<ModelRunner>& runner : runners) {
+    any_draws_ |= runner->has_logits();
     followers_.push_back(std::make_unique<Follower>());
     followers_.back()->runner = std::move(runner);
   }
@@ -35,7 +36,7 @@ RankFollowers::RankFollowers(std::vector<std::unique_ptr<ModelRunner>> runners, 
   const int32_t retiring = config.num_speculative_tokens > 0 ? config.max_num_seqs : 0;
   for (Command& command : commands_) {
     command.batch.reserve(config.max_num_seqs);
-    command.ids.reserve(retiring);
+    command.ids.reserve(config.max_num_seqs);
     command.marks.reserve(retiring);
   }
   try {
@@ -82,12 +83,21 @@ void RankFollowers::wait_for(const Fn& fn) const {
 
 // Once the group has ended nothing that followers do matters any more, and whoever calls has to go
 // on without waiting for a thread that may be stuck: rows are still to be given back.
+bool RankFollowers::await_done(uint64_t count) const {
+  const Communicator& group = *followers_[0]->runner->communicator();
+  while (!all_done(count)) {
+    if (group.is_aborted()) return false;
+    std::this_thread::sleep_for(kLook);
+  }
+  return true;
+}
+
 template <typename Fill>
 void RankFollowers::post(Kind kind, const Fill& fill) {
-  const Communicator& group = *followers_[0]->runner->communicator();
   const uint64_t posted = posted_.load(std::memory_order_relaxed);
-  while (posted >= kCommands && !all_done(posted + 1 - kCommands)) {
-    if (group.is_aborted() && kind != Kind::kStop) return;
+  const uint64_t read = posted < kCommands ? 0 : posted + 1 - kCommands;
+  while (!await_done(read)) {
+    if (kind != Kind::kStop) return;
     std::this_thread::sleep_for(kLook);
   }
   Command& command = commands_[posted % kCommands];
@@ -140,14 +150,19 @@ void RankFollowers::execute(std::span<const BatchItem> batch, const std::string&
 
 void RankFollowers::finish_step(std::span<const int32_t> rows, const uint32_t* masks,
                                 int64_t words) {
+  if (!any_draws_) return;  // what draws nothing is not cut
+  MaskSet& set = mask_sets_[num_masked_++ % mask_sets_.size()];
+  if (!await_done(set.until)) return;
+  set.masks.clear();
+  for (const int32_t row : rows) {
+    set.masks.insert(set.masks.end(), masks + row * words, masks + (row + 1) * words);
+  }
   post(Kind::kFinishStep, [&](Command& command) {
     command.ids.assign(rows.begin(), rows.end());
     command.words = words;
-    command.masks.clear();
-    for (const int32_t row : rows) {
-      command.masks.insert(command.masks.end(), masks + row * words, masks + (row + 1) * words);
-    }
+    command.masks = &set.masks;
   });
+  set.until = posted_.load(std::memory_order_relaxed);
 }
 
 void RankFollowers::retire_rows(std::span<const RowTable::Mark> marks,
@@ -226,10 +241,10 @@ void RankFollowers::carry_out(Follower& follower, const Command& command) {
       runner.execute(command.batch, command.injected);
       return;
     case Kind::kFinishStep:
-      if (!runner.has_logits()) return;  // what draws nothing is not cut
+      if (!runner.has_logits()) return;
       runner.wait_masks();
       for (size_t i = 0; i < command.ids.size(); ++i) {
-        std::copy_n(command.masks.data() + i * command.words, command.words,
+        std::copy_n(command.masks->data() + i * command.words, command.words,
                     runner.masks().mask(command.ids[i]).data());
       }
       return runner.finish_step();

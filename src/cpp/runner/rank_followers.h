@@ -1,6 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -73,13 +74,18 @@ class RankFollowers {
     int32_t group = 0, first = 0, count = 0;
     uint64_t seed = 0;
     int64_t words = 0;
+    const std::vector<uint32_t>* masks = nullptr;  // of mask_sets_
     std::vector<int32_t> ids;
-    std::vector<uint32_t> masks;
     std::vector<BatchItem> batch;
     std::vector<BlockCopy> copies;
     std::vector<RowTable::Mark> marks;
     std::string injected;
     std::shared_ptr<const RowSpec> spec;
+  };
+  // Masks take much more memory than all else, so not every command has room for some.
+  struct MaskSet {
+    std::vector<uint32_t> masks;
+    uint64_t until = 0;  // as many commands are done, nobody reads it any more
   };
   struct Follower {
     std::unique_ptr<ModelRunner> runner;
@@ -92,6 +98,8 @@ class RankFollowers {
   // ends before that.
   template <typename Fill>
   void post(Kind kind, const Fill& fill);
+  // False if the group ends before so many commands are done.
+  bool await_done(uint64_t count) const;
   void run(Follower& follower);
   void carry_out(Follower& follower, const Command& command);
   bool all_done(uint64_t posted) const;
@@ -102,6 +110,9 @@ class RankFollowers {
   const int leader_;
   std::vector<std::unique_ptr<Follower>> followers_;
   std::vector<Command> commands_{kCommands};  // a ring
+  std::array<MaskSet, 4> mask_sets_;          // a ring
+  uint64_t num_masked_ = 0;                   // steps that had masks
+  bool any_draws_ = false;                    // a follower, as it has logits
   std::atomic<uint64_t> posted_{0};
 };
 
