@@ -119,14 +119,18 @@ void ModelRunner::abort_ranks(const Slot& slot, const char* what) noexcept {
 
 bool ModelRunner::settles(std::chrono::steady_clock::time_point until) {
   if (followers_ != nullptr && !followers_->settles(until)) return false;
-  std::unique_ptr<Fence> fence = device_->make_fence();
-  fence->record(nullptr);
-  while (!fence->passed()) {
-    if (std::chrono::steady_clock::now() > until) {
-      fence.release();  // the device may still pass it
-      return false;
+  try {
+    std::unique_ptr<Fence> fence = device_->make_fence();
+    fence->record(nullptr);
+    while (!fence->passed()) {
+      if (std::chrono::steady_clock::now() > until) {
+        fence.release();  // the device may still pass it
+        return false;
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  } catch (const Error&) {
+    // A device that failed has no work left. Those of other ranks may have.
   }
   return true;
 }

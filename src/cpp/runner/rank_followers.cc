@@ -274,12 +274,7 @@ constexpr std::chrono::milliseconds kProgressInterval{20};
 void release(ModelRunner* leader) {
   auto until = Clock::now() + kLastWait;
   if (!leader->communicator()->is_aborted()) until += leader->config().rank_timeout;
-  try {
-    if (!leader->settles(until)) return;
-  } catch (const Error&) {
-    // A device that failed has no work left.
-  }
-  delete leader;
+  if (leader->settles(until)) delete leader;
 }
 
 }  // namespace
