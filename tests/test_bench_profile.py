@@ -90,7 +90,7 @@ def test_kernels_are_assigned_by_their_place() -> None:
 
 def test_what_ranks_send_each_other_is_an_op() -> None:
     options = RunnerOptions(tensor_parallel_size=2)
-    ops = step_ops(wire_ranks(CONFIG, "bfloat16", options)[0])
+    ops = step_ops(wire_ranks(CONFIG, "bfloat16", options).programs[0])
     names = [*FRONT, "embedding_kernel", "one_shot_kernel"]
     for _ in range(2):
         names += [*LAYER[:6], "one_shot_kernel", *LAYER[6:], "two_shot_kernel"]
