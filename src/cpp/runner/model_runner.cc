@@ -875,7 +875,7 @@ void ModelRunner::wait_newest() const {
 
 std::vector<int32_t> ModelRunner::read_ints(const int32_t* data, int64_t count) {
   std::vector<int32_t> values(static_cast<size_t>(count));
-  device_->copy_out(values.data(), data, values.size() * sizeof(int32_t));
+  if (count > 0) device_->copy_out(values.data(), data, values.size() * sizeof(int32_t));
   return values;
 }
 
