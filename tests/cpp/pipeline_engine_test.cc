@@ -5,7 +5,6 @@
 #include <doctest/doctest.h>
 
 #include <chrono>
-#include <future>
 #include <iterator>
 #include <map>
 #include <string>
@@ -14,6 +13,7 @@
 
 #include "core/error.h"
 #include "engine/engine_thread.h"
+#include "hold.h"
 #include "pipeline.h"
 
 namespace mrv1 {
@@ -69,18 +69,6 @@ std::vector<RequestOutput> run_out(EngineThread& engine) {
   }
   return all;
 }
-
-// Keeps a device's stream from going on until it is let go.
-class Hold {
- public:
-  explicit Hold(Device& device) {
-    device.submit([](void* arg) { static_cast<Hold*>(arg)->let_go_.get_future().wait(); }, this);
-  }
-  void let_go() { let_go_.set_value(); }
-
- private:
-  std::promise<void> let_go_;
-};
 
 // Everybody is told the same, in time, and nobody is taken any more.
 void check_end(EngineThread& engine, Clock::time_point start, const std::string& reason) {

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <future>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -21,6 +20,7 @@
 #include "allocations.h"
 #include "core/error.h"
 #include "error_text.h"
+#include "hold.h"
 #include "pipeline.h"
 
 namespace mrv1 {
@@ -330,18 +330,6 @@ RowHandle add_simple_row(ModelRunner& runner, int32_t row, int32_t max_tokens) {
   spec.block_ids = simple_blocks(row);
   return runner.add_row(spec);
 }
-
-// Keeps a device's stream from going on until it is let go.
-class Hold {
- public:
-  explicit Hold(Device& device) {
-    device.submit([](void* arg) { static_cast<Hold*>(arg)->let_go_.get_future().wait(); }, this);
-  }
-  void let_go() { let_go_.set_value(); }
-
- private:
-  std::promise<void> let_go_;
-};
 
 }  // namespace
 

@@ -6,7 +6,6 @@
 #include <chrono>
 #include <filesystem>
 #include <fstream>
-#include <future>
 #include <iterator>
 #include <memory>
 #include <string>
@@ -19,6 +18,7 @@
 #include "dist/cpu_communicator.h"
 #include "engine/engine_thread.h"
 #include "error_text.h"
+#include "hold.h"
 #include "runner/rank_followers.h"
 #include "small_model.h"
 
@@ -75,18 +75,6 @@ struct Group {
       weights.check_complete();
     }
   }
-};
-
-// Keeps a device's stream from going on until it is let go.
-class Hold {
- public:
-  explicit Hold(Device& device) {
-    device.submit([](void* arg) { static_cast<Hold*>(arg)->let_go_.get_future().wait(); }, this);
-  }
-  void let_go() { let_go_.set_value(); }
-
- private:
-  std::promise<void> let_go_;
 };
 
 NamedRequest request(const std::string& id) {
