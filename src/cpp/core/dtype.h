@@ -11,8 +11,9 @@
 
 namespace mrv1 {
 
-// The two of eight bits are storage of KV caches (core/float8.h), never of activations.
-enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kE4M3, kE5M2 };
+// The two of eight bits are storage of KV caches (core/float8.h), the one of four, two to a byte,
+// of weights in NVFP4; none is of activations.
+enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kE4M3, kE5M2, kE2M1 };
 
 // Storage types. Arithmetic is always done in float.
 struct BFloat16 {
@@ -26,8 +27,9 @@ MRV1_HD constexpr bool is_float8(DType dtype) {
   return dtype == DType::kE4M3 || dtype == DType::kE5M2;
 }
 
+// Bytes of an element; of kE2M1, those of a pair.
 constexpr size_t dtype_size(DType dtype) {
-  if (is_float8(dtype)) return 1;
+  if (is_float8(dtype) || dtype == DType::kE2M1) return 1;
   return dtype == DType::kF32 || dtype == DType::kI32 ? 4 : 2;
 }
 
@@ -45,6 +47,8 @@ constexpr std::string_view dtype_name(DType dtype) {
       return "float8_e4m3fn";
     case DType::kE5M2:
       return "float8_e5m2";
+    case DType::kE2M1:
+      return "float4_e2m1fn";
   }
   return "?";
 }

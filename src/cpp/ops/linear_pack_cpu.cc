@@ -89,6 +89,7 @@ void pack_panels(const WeightView& weight, void* data, const void* source, DType
       case DType::kI32:
       case DType::kE4M3:
       case DType::kE5M2:
+      case DType::kE2M1:
         fail(ErrorKind::kInvalidArgument, kOp, "source dtype is ", dtype_name(source_dtype),
              ", must be float32, bfloat16 or float16");
     }

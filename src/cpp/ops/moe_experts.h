@@ -1,0 +1,45 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "ops/activation.h"
+#include "ops/weight_view.h"
+#include "state/step_context.h"
+
+namespace mrv1 {
+
+// Gated MLPs of which each row goes through some:
+//   out = sum over j of weights[j] * down_e (activation(gate_e x) * (up_e x)), e = experts[j].
+// Experts -1, and those outside of [first_expert, first_expert + gate_up.matrices), which other
+// ranks have, add nothing. Roundings are those of the parts: gate, up, their product and what comes
+// of each down are rounded to dtype; the weighted sum is made in float32, by ascending j, and
+// rounded once. How many rows an expert gets is known to the device alone; a row's result does not
+// depend on the others, on a GPU in batch-invariant steps.
+struct MoeExpertsParams {
+  const void* x;           // [rows, hidden] of dtype
+  const int32_t* experts;  // [rows, top_k] among the experts of all ranks, no id twice in a row
+  const float* weights;    // [rows, top_k]
+  WeightView gate_up;      // matrices [2 * intermediate, hidden], gate over up
+  WeightView down;         // as many matrices [hidden, intermediate]
+  void* out;               // [rows, hidden] of out_dtype; zeros where a row has no expert here
+  DType dtype;             // float32 or bfloat16
+  DType out_dtype;         // dtype, or float32
+  Activation activation;   // not kNone
+  int32_t top_k;
+  int32_t first_expert;
+  // Rows are the step's tokens; or, with regions, what each of several ranks has sent: `regions`
+  // times `region_rows`, of which the first counts[r] of region r count. The rest is not read, nor
+  // written.
+  int32_t regions = 0;
+  int64_t region_rows = 0;
+  const int32_t* counts = nullptr;  // [regions], device memory
+
+  int64_t hidden() const { return down.rows / down.matrices; }
+  int64_t intermediate() const { return down.cols; }
+};
+
+void moe_experts_cpu(const MoeExpertsParams& params, const StepContext& ctx);
+void moe_experts_cuda(const MoeExpertsParams& params, const StepContext& ctx);
+
+}  // namespace mrv1
