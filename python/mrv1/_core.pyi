@@ -149,16 +149,17 @@ class Program:
 
     def __init__(self, dtype: str) -> None: ...
 
-    def weight(self, name: str, is_vector: bool, cols: int, segments: Sequence[tuple[str, int]], offset: float = 0.0, slices: Sequence[tuple[int, int, int, int]] = (), whole_rows: int = 0) -> int:
+    def weight(self, name: str, is_vector: bool, cols: int, segments: Sequence[tuple[str, int]], offset: float = 0.0, slices: Sequence[tuple[int, int, int, int]] = (), whole_rows: int = 0, matrices: int = 1) -> int:
         """
         Declares a weight [sum of segment rows, cols]; segments are (tensor name, rows).
         `offset` is added to the values of a vector when they are loaded. `slices` say for each
         segment which part of its tensor it is: (rows of the tensor, first row, columns of the
         tensor, first column); without them segments are whole tensors. `whole_rows`: of all
-        ranks together, where they share it out by rows.
+        ranks together, where they share it out by rows. `matrices`: the rows are those of as
+        many equal matrices.
         """
 
-    def input(self, name: str, cols: int, logits_rows: bool = False) -> int: ...
+    def input(self, name: str, cols: int, logits_rows: bool = False, dtype: str | None = None) -> int: ...
 
     def output(self, value: int) -> None: ...
 
@@ -180,6 +181,16 @@ class Program:
     def silu_mul(self, x: int) -> int: ...
 
     def gelu_mul(self, x: int) -> int: ...
+
+    def moe_route(self, logits: int, *, top_k: int, bias: int = -1, scores: str = 'softmax', renormalize: bool = True, min_sum: float = 0.0, scale: float = 1.0) -> tuple[int, int]:
+        """
+        The experts of each token, int32, and their weights, float32: [tokens, top_k].
+        """
+
+    def moe_experts(self, x: int, experts: int, weights: int, gate_up: int, down: int, *, activation: str = 'silu', first_expert: int = 0, row_parallel: bool = False, wide: bool = False) -> int:
+        """
+        The weighted sum of what the tokens' experts make of x, [tokens, cols].
+        """
 
     def rope_table(self, inv_freq: Sequence[float], factor: float = 1.0, interleaved: bool = False) -> int: ...
 
@@ -216,6 +227,10 @@ class Program:
     @property
     def weights(self) -> list[tuple[str, bool, int, list[tuple[str, int]]]]:
         """(name, is_vector, cols, [(tensor, rows)]) of each weight."""
+
+    @property
+    def weight_matrices(self) -> list[int]:
+        """How many equal matrices the rows of each weight are."""
 
     @property
     def weight_slices(self) -> list[list[tuple[int, int, int, int]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
@@ -38,11 +39,13 @@ class Weight:
         index: Of the program.
         split: Along what ranks share it out: "rows", "cols", or None if each has all of it.
         shape: [rows, cols] of the whole weight.
+        matrices: How many equal matrices these rows are, on all ranks together.
     """
 
     index: int
     split: Split = None
     shape: tuple[int, int] = (0, 0)
+    matrices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +150,20 @@ class Builder:
         """
         return self._weight(False, cols, segments, split)
 
+    def matrices(
+        self, cols: int, *matrices: Sequence[tuple[str, int] | Part], split: Split = None
+    ) -> Weight:
+        """Matrices of equal sizes in one weight: those of the experts of a layer.
+
+        Args:
+            cols: Of each.
+            matrices: The tensors, or parts, that each is stacked from, as for `fused`.
+            split: Along what ranks share out each of them.
+        """
+        return self._weight(
+            False, cols, list(itertools.chain(*matrices)), split, matrices=len(matrices)
+        )
+
     def vector(self, name: str, size: int, *, offset: float = 0.0) -> Weight:
         """A weight [size] of the tensor `name`, in float32.
 
@@ -168,6 +185,7 @@ class Builder:
         segments: Sequence[tuple[str, int] | Part],
         split: Split,
         offset: float = 0.0,
+        matrices: int = 1,
     ) -> Weight:
         parts = [each if isinstance(each, Part) else Part(*each) for each in segments]
         shape = (sum(part.rows for part in parts), cols)
@@ -188,10 +206,13 @@ class Builder:
                 continue
             named.append((name, rows))
             slices.append((total, first, cols, first_col))
-        label = "+".join(dict.fromkeys(name for name, _ in named))
-        whole_rows = shape[0] if split == "rows" else 0
-        index = self.program.weight(label, is_vector, own_cols, named, offset, slices, whole_rows)
-        return Weight(index, split, shape)
+        names = list(dict.fromkeys(name for name, _ in named))
+        label = "+".join(names) if matrices == 1 else f"{names[0]} and {len(names) - 1} others"
+        whole_rows = shape[0] if split == "rows" and matrices == 1 else 0
+        index = self.program.weight(
+            label, is_vector, own_cols, named, offset, slices, whole_rows, matrices
+        )
+        return Weight(index, split, shape, matrices)
 
     def embedding(self, table: Weight, *, scale: float = 1.0) -> Value:
         """Rows of `table` [vocab, hidden] for the step's token ids, times scale: [tokens, hidden].
@@ -229,6 +250,7 @@ class Builder:
         bias: Weight | None = None,
         residual: Value | None = None,
         row_parallel: bool = False,
+        wide: bool = False,
     ) -> Value:
         """x weight^T (+ bias) (+ residual): [rows, in] -> [rows, out].
 
@@ -240,7 +262,15 @@ class Builder:
             row_parallel: Marks a projection back into the residual stream, whose output is a sum
                 over ranks when the model is sharded: a place where the program can be cut. Its
                 weight is split by columns then.
+            wide: Leaves the result in float32, as a router's; without a residual, and not
+                row-parallel.
         """
+        if wide and row_parallel:
+            raise InvalidArgumentError(
+                "linear: a row-parallel result is rounded after its sum over ranks",
+                field="wide",
+                value=wide,
+            )
         if self.shard.size > 1 and row_parallel:
             self._expect_split(weight, "cols", "linear")
             partial = self.program.linear(
@@ -257,8 +287,72 @@ class Builder:
                 bias=-1 if bias is None else bias.index,
                 residual=-1 if residual is None else residual.index,
                 row_parallel=row_parallel,
+                wide=wide,
             )
         )
+
+    def experts(
+        self,
+        x: Value,
+        router_logits: Value,
+        gate_up: Weight,
+        down: Weight,
+        *,
+        top_k: int,
+        scores: Literal["softmax", "sigmoid"] = "softmax",
+        bias: Weight | None = None,
+        renormalize: bool = True,
+        min_sum: float = 0.0,
+        scale: float = 1.0,
+        activation: Literal["silu", "gelu_tanh"] = "silu",
+    ) -> Value:
+        """A mixture of experts: of each token the weighted sum of `top_k` gated MLPs.
+
+        The experts of a token are those of largest score + bias; ties go to lower ones. What they
+        make of x, down (activation(gate x) * (up x)), is added with the scores as weights. Where
+        ranks share the model, each has a part of every expert, and the sum is made over ranks.
+
+        Args:
+            x: [tokens, hidden].
+            router_logits: [tokens, experts] in float32: a `linear` with `wide`.
+            gate_up: Of each expert gate over up, [2 * intermediate, hidden]: `matrices` split by
+                rows.
+            down: Of each expert [hidden, intermediate]: `matrices` split by columns.
+            top_k: Experts a token has.
+            scores: What a router's logits become: their softmax, or the sigmoid of each.
+            bias: [experts], added to scores for the choice alone (DeepSeek-V3's
+                e_score_correction_bias).
+            renormalize: Whether a token's weights are divided by their sum.
+            min_sum: What they are divided by at least.
+            scale: Of the weights, after that.
+            activation: Of gate.
+        """
+        is_shared = self.shard.size > 1
+        if is_shared:
+            self._expect_split(gate_up, "rows", "experts")
+            self._expect_split(down, "cols", "experts")
+        experts, weights = self.program.moe_route(
+            router_logits.index,
+            top_k=top_k,
+            bias=-1 if bias is None else bias.index,
+            scores=scores,
+            renormalize=renormalize,
+            min_sum=min_sum,
+            scale=scale,
+        )
+        total = Value(
+            self.program.moe_experts(
+                x.index,
+                experts,
+                weights,
+                gate_up.index,
+                down.index,
+                activation=activation,
+                row_parallel=True,
+                wide=is_shared and self._wide_sums,
+            )
+        )
+        return self._all_reduce(total) if is_shared else total
 
     def add(self, a: Value, b: Value) -> Value:
         """a + b, [tokens, n] each."""

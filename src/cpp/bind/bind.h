@@ -33,6 +33,9 @@ nb::ndarray<nb::numpy, T> to_numpy(const std::vector<T>& values, std::vector<siz
 }
 
 DType dtype_from_name(const std::string& name);
+// "silu" or "gelu_tanh"; "softmax" or "sigmoid". kInvalidArgument naming `op`.
+Activation activation_from_name(const std::string& name, const char* op);
+RouterScores router_scores_from_name(const std::string& name, const char* op);
 
 void bind_device(nb::module_& m);
 void bind_device_array(nb::module_& m);

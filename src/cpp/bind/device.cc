@@ -21,6 +21,18 @@ DType dtype_from_name(const std::string& name) {
        "' is not one of float32, bfloat16, float16");
 }
 
+Activation activation_from_name(const std::string& name, const char* op) {
+  if (name == "silu") return Activation::kSilu;
+  check(name == "gelu_tanh", op, "activation = '", name, "': must be silu or gelu_tanh");
+  return Activation::kGeluTanh;
+}
+
+RouterScores router_scores_from_name(const std::string& name, const char* op) {
+  if (name == "softmax") return RouterScores::kSoftmax;
+  check(name == "sigmoid", op, "scores = '", name, "': must be softmax or sigmoid");
+  return RouterScores::kSigmoid;
+}
+
 namespace {
 
 // Lets a device hold what its stream belongs to.

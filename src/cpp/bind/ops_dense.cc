@@ -90,16 +90,10 @@ nb::object add_rms_norm(const OpsHandle& self, nb::handle x_array, nb::handle re
   return nb::make_tuple(call.result(out), call.result(sum));
 }
 
-Activation activation_of(const std::string& name, const char* op) {
-  if (name == "silu") return Activation::kSilu;
-  check(name == "gelu_tanh", op, "activation = '", name, "': must be silu or gelu_tanh");
-  return Activation::kGeluTanh;
-}
-
 nb::object gated_mul(const OpsHandle& self, nb::handle x_array, const std::string& activation,
                      nb::handle out_array, nb::handle stream) {
   const auto context = self.share();
-  const Activation gate = activation_of(activation, "gated_mul");
+  const Activation gate = activation_from_name(activation, "gated_mul");
   OpCall call(*context, gate == Activation::kSilu ? "silu_mul" : "gelu_mul", stream);
   const Operand x = call.input("x", x_array);
   const DType dtype = call.matrix(x);
@@ -234,7 +228,8 @@ nb::object linear(const OpsHandle& self, nb::handle x_array, nb::handle weight_o
                   nb::handle stream) {
   const auto context = self.share();
   OpCall call(*context, "linear", stream);
-  const Activation gate = activation ? activation_of(*activation, "linear") : Activation::kNone;
+  const Activation gate =
+      activation ? activation_from_name(*activation, "linear") : Activation::kNone;
   const Operand x = call.input("x", x_array);
   const DType dtype = call.matrix(x);
   WeightView weight;

@@ -1,10 +1,12 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -47,9 +49,10 @@ void bind_program(nb::module_& m) {
           "weight",
           [](Program& self, const std::string& name, bool is_vector, int64_t cols,
              const std::vector<std::pair<std::string, int64_t>>& segments, float offset,
-             const std::vector<SliceTuple>& slices, int64_t whole_rows) {
+             const std::vector<SliceTuple>& slices, int64_t whole_rows, int64_t matrices) {
             WeightSpec spec;
             spec.name = name;
+            spec.matrices = matrices;
             spec.offset = offset;
             spec.whole_rows = whole_rows;
             spec.kind = is_vector ? WeightKind::kVector : WeightKind::kMatrix;
@@ -73,22 +76,27 @@ void bind_program(nb::module_& m) {
           },
           nb::arg("name"), nb::arg("is_vector"), nb::arg("cols"), nb::arg("segments"),
           nb::arg("offset") = 0.0f, nb::arg("slices") = std::vector<SliceTuple>(),
-          nb::arg("whole_rows") = 0,
+          nb::arg("whole_rows") = 0, nb::arg("matrices") = 1,
           nb::sig("def weight(self, name: str, is_vector: bool, cols: int, "
                   "segments: Sequence[tuple[str, int]], offset: float = 0.0, "
-                  "slices: Sequence[tuple[int, int, int, int]] = (), whole_rows: int = 0) -> int"),
+                  "slices: Sequence[tuple[int, int, int, int]] = (), whole_rows: int = 0, "
+                  "matrices: int = 1) -> int"),
           "Declares a weight [sum of segment rows, cols]; segments are (tensor name, rows).\n"
           "`offset` is added to the values of a vector when they are loaded. `slices` say for "
           "each\n"
           "segment which part of its tensor it is: (rows of the tensor, first row, columns of the\n"
           "tensor, first column); without them segments are whole tensors. `whole_rows`: of all\n"
-          "ranks together, where they share it out by rows.")
+          "ranks together, where they share it out by rows. `matrices`: the rows are those of as\n"
+          "many equal matrices.")
       .def(
           "input",
-          [](Program& self, const std::string& name, int64_t cols, bool logits_rows) {
-            return self.input(name, cols, logits_rows ? RowSpace::kLogits : RowSpace::kTokens);
+          [](Program& self, const std::string& name, int64_t cols, bool logits_rows,
+             const std::optional<std::string>& dtype) {
+            return self.input(name, cols, logits_rows ? RowSpace::kLogits : RowSpace::kTokens,
+                              dtype ? dtype_from_name(*dtype) : self.dtype());
           },
-          nb::arg("name"), nb::arg("cols"), nb::arg("logits_rows") = false)
+          nb::arg("name"), nb::arg("cols"), nb::arg("logits_rows") = false,
+          nb::arg("dtype") = nb::none())
       .def("output", &Program::output, nb::arg("value"))
       .def("embedding", &Program::embedding, nb::arg("table"), nb::arg("scale") = 1.0f,
            nb::arg("first_row") = 0,
@@ -107,6 +115,31 @@ void bind_program(nb::module_& m) {
           "gelu_mul",
           [](Program& self, int32_t x) { return self.gated_mul(x, Activation::kGeluTanh); },
           nb::arg("x"))
+      .def(
+          "moe_route",
+          [](Program& self, int32_t logits, int32_t top_k, int32_t bias, const std::string& scores,
+             bool renormalize, float min_sum, float scale) {
+            return self.moe_route(
+                logits, bias,
+                {top_k, router_scores_from_name(scores, "moe_route"), renormalize, min_sum, scale});
+          },
+          nb::arg("logits"), nb::kw_only(), nb::arg("top_k"), nb::arg("bias") = -1,
+          nb::arg("scores") = "softmax", nb::arg("renormalize") = true, nb::arg("min_sum") = 0.0f,
+          nb::arg("scale") = 1.0f,
+          "The experts of each token, int32, and their weights, float32: [tokens, top_k].")
+      .def(
+          "moe_experts",
+          [](Program& self, int32_t x, int32_t experts, int32_t weights, int32_t gate_up,
+             int32_t down, const std::string& activation, int32_t first_expert, bool row_parallel,
+             bool wide) {
+            return self.moe_experts(x, experts, weights, gate_up, down,
+                                    {activation_from_name(activation, "moe_experts"), first_expert,
+                                     row_parallel, wide});
+          },
+          nb::arg("x"), nb::arg("experts"), nb::arg("weights"), nb::arg("gate_up"), nb::arg("down"),
+          nb::kw_only(), nb::arg("activation") = "silu", nb::arg("first_expert") = 0,
+          nb::arg("row_parallel") = false, nb::arg("wide") = false,
+          "The weighted sum of what the tokens' experts make of x, [tokens, cols].")
       .def(
           "rope_table",
           [](Program& self, std::vector<float> inv_freq, float factor, bool interleaved) {
@@ -170,6 +203,14 @@ void bind_program(nb::module_& m) {
             return all;
           },
           "(name, is_vector, cols, [(tensor, rows)]) of each weight.")
+      .def_prop_ro(
+          "weight_matrices",
+          [](const Program& self) {
+            std::vector<int64_t> counts;
+            for (const WeightSpec& spec : self.weights()) counts.push_back(spec.matrices);
+            return counts;
+          },
+          "How many equal matrices the rows of each weight are.")
       .def_prop_ro(
           "weight_slices",
           [](const Program& self) {

@@ -27,11 +27,14 @@ std::vector<WeightView> stored_weights(const Program& program, WeightLayout line
   for (const WeightSpec& spec : program.weights()) {
     weights.push_back({.dtype = spec.kind == WeightKind::kVector ? DType::kF32 : program.dtype(),
                        .rows = spec.rows,
-                       .cols = spec.cols});
+                       .cols = spec.cols,
+                       .matrices = spec.matrices});
   }
   for (const Op& op : program.ops()) {
     if (op.kind == OpKind::kLinear || op.kind == OpKind::kLinearGatedMul) {
       weights[op.weights[0]].layout = linear_layout;
+    } else if (op.kind == OpKind::kMoeExperts) {
+      for (const int32_t id : op.weights) weights[id].layout = linear_layout;
     }
   }
   return weights;

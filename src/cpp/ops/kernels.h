@@ -10,6 +10,8 @@
 #include "ops/fill_random.h"
 #include "ops/gather_blocks.h"
 #include "ops/linear.h"
+#include "ops/moe_experts.h"
+#include "ops/moe_route.h"
 #include "ops/ngram_propose.h"
 #include "ops/paged_attention.h"
 #include "ops/qkv_prepare.h"
@@ -39,6 +41,9 @@ struct WorkspaceLimits {
   int64_t gated_rows;   // weight rows of the largest linear with an activation, 0 if there is none
   int64_t float8_keys;  // positions that prompts may read from an E4M3 cache; 0 for other caches
   int64_t float8_kv_heads;  // of the layer that has most
+  // Of moe_experts, 0 if there is none: rows times top_k, a matrix's sizes, matrices, and the bytes
+  // of an element of x; each the largest of any layer.
+  int64_t moe_rows, moe_hidden, moe_intermediate, moe_experts, moe_element_bytes;
   int num_threads;
 };
 
@@ -52,6 +57,8 @@ struct Kernels {
   void (*gated_mul)(const GatedMulParams&, const StepContext&);
   void (*soft_cap)(const SoftCapParams&, const StepContext&);
   void (*gather_rows)(const GatherRowsParams&, const StepContext&);
+  void (*moe_route)(const MoeRouteParams&, const StepContext&);
+  void (*moe_experts)(const MoeExpertsParams&, const StepContext&);
   void (*qkv_prepare)(const QkvPrepareParams&, const StepContext&);
   void (*cache_write)(const CacheWriteParams&, const StepContext&);
   void (*plan_attention)(const AttentionPlan&, const StepContext&);

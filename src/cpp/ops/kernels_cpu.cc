@@ -9,7 +9,8 @@ namespace mrv1 {
 namespace {
 
 int64_t workspace_bytes_cpu(const WorkspaceLimits& limits) {
-  return std::max(paged_attention_workspace_cpu(limits), sample_workspace_cpu(limits));
+  return std::max({paged_attention_workspace_cpu(limits), sample_workspace_cpu(limits),
+                   moe_experts_workspace_cpu(limits)});
 }
 
 }  // namespace
@@ -23,6 +24,8 @@ const Kernels& cpu_kernels() {
       .gated_mul = gated_mul_cpu,
       .soft_cap = soft_cap_cpu,
       .gather_rows = gather_rows_cpu,
+      .moe_route = moe_route_cpu,
+      .moe_experts = moe_experts_cpu,
       .qkv_prepare = qkv_prepare_cpu,
       .cache_write = cache_write_cpu,
       .plan_attention = [](const AttentionPlan&, const StepContext&) {},

@@ -48,9 +48,9 @@ constexpr bool has_invariant_parts(int64_t cols, int ranks) {
 void linear_cpu(const LinearParams& params, const StepContext& ctx);
 void linear_cuda(const LinearParams& params, const StepContext& ctx);
 
-// Writes rows [row_start, row_start + num_rows) of a kPanel16 weight from row-major source rows of
-// float32, bfloat16 or float16. row_start is a multiple of 16, or the rows before it in the same
-// panel have been written. Padding must have been zeroed by the allocator.
+// Writes rows [row_start, row_start + num_rows) of a kPanel16 weight, of any of its matrices, from
+// row-major source rows of float32, bfloat16 or float16. row_start is a multiple of 16, or the rows
+// before it in the same panel have been written. Padding must have been zeroed by the allocator.
 void pack_panels(const WeightView& weight, void* data, const void* source, DType source_dtype,
                  int64_t row_start, int64_t num_rows, ThreadPool& pool);
 

@@ -77,6 +77,21 @@ void pack_panels(const WeightView& weight, void* data, const void* source, DType
   check(row_start >= 0 && num_rows >= 0 && row_start + num_rows <= weight.rows, kOp, "rows [",
         row_start, ", ", row_start + num_rows, ") must lie in [0, ", weight.rows, ")");
   if (num_rows == 0) return;
+  if (weight.matrices > 1) {
+    const int64_t rows = weight.rows / weight.matrices;
+    const int64_t row_bytes = weight.cols * static_cast<int64_t>(dtype_size(source_dtype));
+    for (int64_t done = 0; done < num_rows;) {
+      const int64_t index = (row_start + done) / rows;
+      const int64_t first = (row_start + done) % rows;
+      const int64_t count = std::min(num_rows - done, rows - first);
+      const WeightView one = matrix(weight, index);
+      pack_panels(one, static_cast<char*>(data) + index * weight_bytes(one),
+                  static_cast<const char*>(source) + done * row_bytes, source_dtype, first, count,
+                  pool);
+      done += count;
+    }
+    return;
+  }
   dispatch_activation(weight.dtype, kOp, [&](auto to) {
     using To = typename decltype(to)::type;
     switch (source_dtype) {

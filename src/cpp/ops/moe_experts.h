@@ -37,6 +37,9 @@ struct MoeExpertsParams {
 
   int64_t hidden() const { return down.rows / down.matrices; }
   int64_t intermediate() const { return down.cols; }
+  int64_t num_rows(const StepContext& ctx) const {
+    return regions > 0 ? regions * region_rows : ctx.sizes.num_tokens;
+  }
 };
 
 void moe_experts_cpu(const MoeExpertsParams& params, const StepContext& ctx);

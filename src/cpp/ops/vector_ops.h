@@ -88,6 +88,8 @@ struct TypedVectorOps {
                         int64_t n);
   void (*soft_cap_row)(const void* x, float cap, void* out, int64_t n);
   void (*add_row)(const void* a, const void* b, void* out, int64_t n);
+  // sums += scale * x, each a fused multiply-add.
+  void (*add_scaled_row)(const void* x, float scale, float* sums, int64_t n);
   void (*norm_row)(const NormRow& row);
   // The first 2 * pairs elements of a head; cos_sin holds a cosine for each pair, then the sines.
   // Pairs are (i, i + pairs), or (2 i, 2 i + 1) if interleaved.

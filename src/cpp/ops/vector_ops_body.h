@@ -362,6 +362,15 @@ void add_row(const void* a, const void* b, void* out, int64_t n) {
 }
 
 template <typename T>
+void add_scaled_row(const void* x, float scale, float* sums, int64_t n) {
+  const T* from = static_cast<const T*>(x);
+  for_each_vec(n, [&](int64_t i, int lanes) {
+    const Vec sum = fma(load_up_to(from + i, lanes), set1(scale), load_up_to(sums + i, lanes));
+    store_up_to(sums + i, sum, lanes);
+  });
+}
+
+template <typename T>
 void norm_row(const NormRow& row) {
   const T* x = static_cast<const T*>(row.x);
   T* out = static_cast<T*>(row.out);
@@ -431,8 +440,9 @@ namespace {
 
 template <typename T>
 constexpr TypedVectorOps typed_vector_ops() {
-  return {linear<T>,  store_row<T>, store_gated_mul_row<T>, gated_mul_row<T>, soft_cap_row<T>,
-          add_row<T>, norm_row<T>,  rope_head<T>,           attention<T, T>};
+  return {linear<T>,       store_row<T>,   store_gated_mul_row<T>, gated_mul_row<T>,
+          soft_cap_row<T>, add_row<T>,     add_scaled_row<T>,      norm_row<T>,
+          rope_head<T>,    attention<T, T>};
 }
 
 }  // namespace

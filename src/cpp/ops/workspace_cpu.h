@@ -7,7 +7,8 @@
 
 namespace mrv1 {
 
-// Bytes of StepContext::workspace that paged_attention_cpu needs.
+// Bytes of StepContext::workspace that an op needs.
+int64_t moe_experts_workspace_cpu(const WorkspaceLimits& limits);
 int64_t paged_attention_workspace_cpu(const WorkspaceLimits& limits);
 
 }  // namespace mrv1

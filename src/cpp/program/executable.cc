@@ -76,8 +76,17 @@ WorkspaceLimits Executable::workspace_limits(const Program& program, const PlanL
     sizes.float8_kv_heads = std::max<int64_t>(sizes.float8_kv_heads, heads.num_kv_heads);
   }
   for (const Op& op : program.ops()) {
-    if (op.kind != OpKind::kLinearGatedMul) continue;
-    sizes.gated_rows = std::max(sizes.gated_rows, program.weights()[op.weights[0]].rows);
+    if (op.kind == OpKind::kLinearGatedMul) {
+      sizes.gated_rows = std::max(sizes.gated_rows, program.weights()[op.weights[0]].rows);
+    } else if (op.kind == OpKind::kMoeExperts) {
+      const WeightSpec& down = program.weights()[op.weights[1]];
+      const int64_t top_k = program.values()[op.inputs[1]].cols;
+      sizes.moe_rows = std::max(sizes.moe_rows, limits.max_tokens * top_k);
+      sizes.moe_hidden = std::max(sizes.moe_hidden, down.rows / down.matrices);
+      sizes.moe_intermediate = std::max(sizes.moe_intermediate, down.cols);
+      sizes.moe_experts = std::max(sizes.moe_experts, down.matrices);
+      sizes.moe_element_bytes = static_cast<int64_t>(dtype_size(program.dtype()));
+    }
   }
   sizes.float8_keys = limits.float8_keys;
   sizes.max_tokens = limits.max_tokens;
@@ -161,6 +170,30 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
                            result->cols, op.softcap};
     case OpKind::kGatherRows:
       return GatherRowsParams{in(0), out(0), result->cols, dtype};
+    case OpKind::kMoeRoute:
+      return MoeRouteParams{
+          .logits = static_cast<const float*>(in(0)),
+          .bias = op.weights.empty() ? nullptr : vector(0),
+          .experts = static_cast<int32_t*>(out(0)),
+          .weights = static_cast<float*>(out(1)),
+          .num_experts = static_cast<int32_t>(program.values()[op.inputs[0]].cols),
+          .top_k = op.route.top_k,
+          .scores = op.route.scores,
+          .renormalize = op.route.renormalize,
+          .min_sum = op.route.min_sum,
+          .scale = op.route.scale};
+    case OpKind::kMoeExperts:
+      return MoeExpertsParams{.x = in(0),
+                              .experts = static_cast<const int32_t*>(in(1)),
+                              .weights = static_cast<const float*>(in(2)),
+                              .gate_up = weights[op.weights[0]],
+                              .down = weights[op.weights[1]],
+                              .out = out(0),
+                              .dtype = dtype,
+                              .out_dtype = result->dtype,
+                              .activation = op.activation,
+                              .top_k = static_cast<int32_t>(program.values()[op.inputs[1]].cols),
+                              .first_expert = op.first_expert};
     case OpKind::kAllReduce:
       return AllReduceParams{in(0),        op.weights.empty() ? nullptr : vector(0), out(0),
                              result->cols, program.values()[op.inputs[0]].dtype,     result->dtype,
@@ -264,6 +297,8 @@ void Executable::run(const StepContext& ctx, size_t first, size_t last) const {
     void operator()(const GatedMulParams& params) const { kernels.gated_mul(params, ctx); }
     void operator()(const SoftCapParams& params) const { kernels.soft_cap(params, ctx); }
     void operator()(const GatherRowsParams& params) const { kernels.gather_rows(params, ctx); }
+    void operator()(const MoeRouteParams& params) const { kernels.moe_route(params, ctx); }
+    void operator()(const MoeExpertsParams& params) const { kernels.moe_experts(params, ctx); }
     void operator()(const QkvPrepareParams& params) const { kernels.qkv_prepare(params, ctx); }
     void operator()(const CacheWriteParams& params) const { kernels.cache_write(params, ctx); }
     void operator()(const PagedAttentionParams& params) const {

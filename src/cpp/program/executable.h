@@ -47,10 +47,11 @@ class Executable {
   // Ops without parameters.
   struct StageReceive {};
   struct StageRelease {};
-  using Call = std::variant<EmbeddingParams, RmsNormParams, LinearParams, AddParams, GatedMulParams,
-                            SoftCapParams, GatherRowsParams, QkvPrepareParams, CacheWriteParams,
-                            PagedAttentionParams, AllReduceParams, AllGatherParams, StageSendParams,
-                            StageReceive, StageRelease>;
+  using Call =
+      std::variant<EmbeddingParams, RmsNormParams, LinearParams, AddParams, GatedMulParams,
+                   SoftCapParams, GatherRowsParams, MoeRouteParams, MoeExpertsParams,
+                   QkvPrepareParams, CacheWriteParams, PagedAttentionParams, AllReduceParams,
+                   AllGatherParams, StageSendParams, StageReceive, StageRelease>;
   Call bind(const Program& program, const Op& op, std::span<const WeightView> weights,
             std::span<const KvCacheLayer> kv) const;
   const AttentionPlan* plan_of(const Op& op) const;

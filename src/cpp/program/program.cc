@@ -35,6 +35,10 @@ std::string_view op_name(const Op& op) {
       return "gather_rows";
     case OpKind::kSoftCap:
       return "soft_cap";
+    case OpKind::kMoeRoute:
+      return "moe_route";
+    case OpKind::kMoeExperts:
+      return "moe_experts";
     case OpKind::kAllReduce:
       return "all_reduce";
     case OpKind::kAllGather:
@@ -90,6 +94,7 @@ void Program::check_matrix(int32_t weight, int64_t cols, std::string_view op) co
   const WeightSpec& spec = weight_spec(weight, op);
   check(spec.kind == WeightKind::kMatrix && spec.cols == cols, op, "weight '", spec.name, "' has ",
         spec.cols, " columns, x has ", cols);
+  check(spec.matrices == 1, op, "weight '", spec.name, "' must be one matrix, not ", spec.matrices);
 }
 
 // The kernel adds rows of tokens in the program's dtype.
@@ -113,6 +118,10 @@ int32_t Program::weight(WeightSpec spec) {
         spec.offset);
   check(spec.kind == WeightKind::kVector || spec.offset == 0.0f, "weight", "'", spec.name,
         "' is a matrix and must have offset 0, not ", spec.offset);
+  check(spec.matrices >= 1 && spec.rows % spec.matrices == 0 &&
+            (spec.matrices == 1 || spec.kind == WeightKind::kMatrix),
+        "weight", "the ", spec.rows, " rows of '", spec.name, "' are not those of ", spec.matrices,
+        " equal matrices");
   int64_t row = 0;
   for (WeightSegment& segment : spec.segments) {
     check(segment.row_start == row && segment.rows > 0 && segment.rows <= spec.rows - row, "weight",
@@ -146,9 +155,12 @@ int32_t Program::emit(Op op, RowSpace space, int64_t cols, DType dtype) {
   return id;
 }
 
-int32_t Program::input(std::string name, int64_t cols, RowSpace space) {
+int32_t Program::input(std::string name, int64_t cols, RowSpace space, std::optional<DType> dtype) {
   check(cols > 0 && cols <= kMaxExtent, "input", "cols must be in [1, 2^31], not ", cols);
-  const int32_t id = add_value(std::move(name), space, cols, dtype_);
+  const DType type = dtype.value_or(dtype_);
+  check(type == dtype_ || type == DType::kF32 || type == DType::kI32, "input",
+        "dtype must be float32, int32 or ", dtype_name(dtype_), ", not ", dtype_name(type));
+  const int32_t id = add_value(std::move(name), space, cols, type);
   inputs_.push_back(id);
   return id;
 }
@@ -223,6 +235,67 @@ int32_t Program::gated_mul(int32_t x, Activation activation) {
   check(in.cols % 2 == 0, op_name(op), "x needs an even number of columns, has ", in.cols);
   check(in.space == RowSpace::kTokens, op_name(op), "x must have one row a token");
   return emit(std::move(op), in.space, in.cols / 2, dtype_);
+}
+
+std::pair<int32_t, int32_t> Program::moe_route(int32_t logits, int32_t bias,
+                                               const RouteSpec& spec) {
+  constexpr std::string_view kOp = "moe_route";
+  const Value in = value(logits, kOp);
+  check(in.space == RowSpace::kTokens && in.dtype == DType::kF32, kOp,
+        "logits must be float32, one row a token");
+  check(in.cols <= kMaxExperts, kOp, "there are ", in.cols, " experts, at most ", kMaxExperts,
+        " are allowed");
+  check(spec.top_k >= 1 && spec.top_k <= in.cols, kOp, "top_k must be in [1, ", in.cols, "], not ",
+        spec.top_k);
+  check(std::isfinite(spec.min_sum) && spec.min_sum >= 0.0f, kOp,
+        "min_sum must be finite and not negative, not ", spec.min_sum);
+  check(std::isfinite(spec.scale), kOp, "scale must be finite, not ", spec.scale);
+  Op op{.kind = OpKind::kMoeRoute, .inputs = {logits}, .layer = layer_, .route = spec};
+  if (bias >= 0) {
+    check_vector(bias, in.cols, kOp);
+    op.weights.push_back(bias);
+  }
+  const int32_t experts = add_value("", in.space, spec.top_k, DType::kI32);
+  const int32_t weights = add_value("", in.space, spec.top_k, DType::kF32);
+  op.outputs = {experts, weights};
+  ops_.push_back(std::move(op));
+  return {experts, weights};
+}
+
+int32_t Program::moe_experts(int32_t x, int32_t experts, int32_t weights, int32_t gate_up,
+                             int32_t down, const ExpertsSpec& spec) {
+  constexpr std::string_view kOp = "moe_experts";
+  const Value in = value(x, kOp);
+  const Value ids = value(experts, kOp);
+  const Value shares = value(weights, kOp);
+  check(in.dtype == dtype_ && in.space == RowSpace::kTokens, kOp, "x must be ", dtype_name(dtype_),
+        ", one row a token");
+  check(ids.dtype == DType::kI32 && shares.dtype == DType::kF32 && ids.cols == shares.cols &&
+            ids.space == in.space && shares.space == in.space,
+        kOp, "experts must be int32 and weights float32, of as many rows and columns");
+  const WeightSpec& first = weight_spec(gate_up, kOp);
+  const WeightSpec& second = weight_spec(down, kOp);
+  const int64_t count = first.matrices;
+  check(first.kind == WeightKind::kMatrix && second.kind == WeightKind::kMatrix &&
+            count == second.matrices && count <= kMaxExperts,
+        kOp, "'", first.name, "' has ", count, " matrices and '", second.name, "' ",
+        second.matrices, ", must be as many, at most ", kMaxExperts);
+  check(first.cols == in.cols && first.rows / count == 2 * second.cols &&
+            second.rows / count == in.cols,
+        kOp, "matrices of '", first.name, "' are [", first.rows / count, ", ", first.cols,
+        "] and those of '", second.name, "' [", second.rows / count, ", ", second.cols,
+        "]; for x of ", in.cols, " columns they must be [2 n, ", in.cols, "] and [", in.cols,
+        ", n]");
+  check(spec.activation != Activation::kNone, kOp, "there is no activation");
+  check(spec.first_expert >= 0 && spec.first_expert <= kMaxExperts - count, kOp,
+        "first_expert must be in [0, ", kMaxExperts - count, "], not ", spec.first_expert);
+  return emit({.kind = OpKind::kMoeExperts,
+               .inputs = {x, experts, weights},
+               .weights = {gate_up, down},
+               .activation = spec.activation,
+               .row_parallel = spec.row_parallel,
+               .first_expert = spec.first_expert},
+              in.space, in.cols, spec.wide ? DType::kF32 : dtype_);
 }
 
 int32_t Program::rope_table(RopeSpec spec) {

@@ -13,6 +13,7 @@
 #include "dist/stage_link.h"
 #include "ops/activation.h"
 #include "ops/kv_cache.h"
+#include "ops/moe_route.h"
 #include "program/kv_layout.h"
 
 namespace mrv1 {
@@ -41,6 +42,8 @@ enum class OpKind {
   kPagedAttention,
   kGatherRows,
   kSoftCap,
+  kMoeRoute,    // outputs: experts, weights
+  kMoeExperts,  // inputs: x, experts, weights; weights: gate_up, down
   kAllReduce,
   kAllGather,
   // Made by Program::stage() only.
@@ -51,6 +54,15 @@ enum class OpKind {
   kAddRmsNorm,  // outputs: sum, normed
   kQkvPrepare,  // QK-norm (optional), RoPE and cache write in one
   kLinearGatedMul,
+};
+
+// How a router chooses: MoeRouteParams.
+struct RouteSpec {
+  int32_t top_k = 1;
+  RouterScores scores = RouterScores::kSoftmax;
+  bool renormalize = true;
+  float min_sum = 0.0f;
+  float scale = 1.0f;
 };
 
 // One op: operands by index into the program's values and weights, and its attributes. Attributes
@@ -65,12 +77,15 @@ struct Op {
   float scale = 0.0f;                         // attention, embedding
   int32_t window = 0;                         // attention; 0 = none
   float softcap = 0.0f;                       // attention, soft_cap; 0 = none
-  Activation activation = Activation::kNone;  // gated_mul, linear_gated_mul
+  Activation activation = Activation::kNone;  // gated_mul, linear_gated_mul, moe_experts
   int32_t kv_layer = -1;                      // cache_write, attention
   int32_t rope = -1;                          // index of a rope table
   int32_t layer = -1;                         // decoder layer the op belongs to, -1 outside
-  bool row_parallel = false;  // linear: its output is a partial sum under tensor parallelism
-  int64_t first_row = 0;      // embedding: the token id of the table's first row
+  // linear, moe_experts: the output is a partial sum where ranks share the model.
+  bool row_parallel = false;
+  int64_t first_row = 0;     // embedding: the token id of the table's first row
+  RouteSpec route = {};      // moe_route
+  int32_t first_expert = 0;  // moe_experts: the expert of its first matrices
 };
 // The name of its kind, with the activation in it: silu_mul, linear_gelu_mul.
 std::string_view op_name(const Op& op);
@@ -108,6 +123,7 @@ struct WeightSpec {
   std::vector<WeightSegment> segments;
   float offset = 0.0f;     // of a vector: added to its values when they are loaded
   int64_t whole_rows = 0;  // of all ranks together, where they share it out by rows; else 0
+  int64_t matrices = 1;    // the rows are those of as many equal matrices (WeightView::matrices)
 };
 
 // Rotary angles: position p turns pair i by p * inv_freq[i]; cos and sin are multiplied by factor.
@@ -145,7 +161,8 @@ class Program {
   int32_t weight(WeightSpec spec);
 
   // --- wiring: values are returned by index ----------------------------------------------------
-  int32_t input(std::string name, int64_t cols, RowSpace space);  // set by the caller, for tests
+  // Set by the caller, for tests; of the program's dtype, or float32 or int32.
+  int32_t input(std::string name, int64_t cols, RowSpace space, std::optional<DType> dtype = {});
   // `first_row` is the token id of the table's first row: other ids outside of it give zeros.
   int32_t embedding(int32_t table, float scale, int64_t first_row = 0);
   int32_t rms_norm(int32_t x, int32_t weight, float eps);
@@ -156,6 +173,19 @@ class Program {
   // The sum over the ranks, in the program's dtype; x may be wider.
   int32_t all_reduce(int32_t x, int32_t bias);
   int32_t gated_mul(int32_t x, Activation activation);
+  // The experts of each token, int32, and their weights, float32: [tokens, top_k]. `bias` is a
+  // vector or -1.
+  std::pair<int32_t, int32_t> moe_route(int32_t logits, int32_t bias, const RouteSpec& spec);
+  // The weighted sum of what the tokens' experts make of x. gate_up and down have the matrices of
+  // experts [first_expert, first_expert + matrices); others add nothing.
+  struct ExpertsSpec {
+    Activation activation = Activation::kSilu;
+    int32_t first_expert = 0;
+    bool row_parallel = false;  // a part of the sum, for an all_reduce
+    bool wide = false;          // in float32
+  };
+  int32_t moe_experts(int32_t x, int32_t experts, int32_t weights, int32_t gate_up, int32_t down,
+                      const ExpertsSpec& spec);
   int32_t rope_table(RopeSpec spec);
   struct AttentionSpec {
     HeadShape heads;

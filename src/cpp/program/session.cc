@@ -105,6 +105,10 @@ void ProgramSession::write_floats(void* target, int64_t count, const std::vector
                                   DType dtype) {
   check(static_cast<int64_t>(data.size()) <= count, "session", data.size(),
         " values do not fit the ", count, " of the buffer");
+  if (dtype == DType::kI32) {
+    const std::vector<int32_t> whole(data.begin(), data.end());
+    return device_->copy_in(target, whole.data(), whole.size() * sizeof(int32_t));
+  }
   dispatch_cache(dtype, "session", [&](auto type) {
     using T = typename decltype(type)::type;
     std::vector<T> rounded(data.size());
@@ -115,6 +119,12 @@ void ProgramSession::write_floats(void* target, int64_t count, const std::vector
 
 std::vector<float> ProgramSession::read_floats(const void* source, int64_t count, DType dtype) {
   std::vector<float> values(static_cast<size_t>(count));
+  if (dtype == DType::kI32) {
+    std::vector<int32_t> whole(values.size());
+    device_->copy_out(whole.data(), source, whole.size() * sizeof(int32_t));
+    std::copy(whole.begin(), whole.end(), values.begin());
+    return values;
+  }
   dispatch_cache(dtype, "session", [&](auto type) {
     using T = typename decltype(type)::type;
     std::vector<T> raw(values.size());

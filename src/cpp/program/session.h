@@ -17,8 +17,8 @@
 namespace mrv1 {
 
 // Runs a program over inputs, infer_params and a KV cache that the caller sets by hand: how a
-// single op or a fused form is tested on either backend. Float values cross as float32 and are
-// rounded to the program's dtype.
+// single op or a fused form is tested on either backend. Values cross as float32 and are converted
+// to their dtype.
 class ProgramSession {
  public:
   struct Limits {

@@ -51,22 +51,26 @@ MRV1_HD float weight_exponent(float logit, float reference, float scale) {
   return fmaf(distance, scale, -1.0f);
 }
 
-// 2^(exponent + 1) as a float with a relative error below 2^-23, for exponents in [-inf, -1]: 1 for
-// an exponent of -1; about 2^-47 below -48 and for NaN. Never decreases when the exponent grows
-// (checked over all floats). 2^(n + f) = 2^n P(f), n = exponent + 1 rounded to an integer,
-// |f| <= 1/2; P is of degree 6 with P(0) = 1, fitted for the least relative error, 2^-28.9.
-MRV1_HD float exp2_float(float exponent) {
-  constexpr float kLowest = -48.0f;
-  constexpr float kRounder = 12582913.0f;  // 1.5 * 2^23 + 1: adding it rounds to an integer, plus 1
-  const float x = exponent > kLowest ? exponent : kLowest;
-  const float rounded = x + kRounder;
-  const float f = x - (rounded - kRounder);
+// 2^f for |f| <= 1/2: a polynomial of degree 6 with P(0) = 1, fitted for the least relative error,
+// 2^-28.9.
+MRV1_HD float exp2_fraction(float f) {
   float power = fmaf(0x1.41fbbcp-13f, f, 0x1.5f3e52p-10f);
   power = fmaf(power, f, 0x1.3b2d4cp-7f);
   power = fmaf(power, f, 0x1.c6aee8p-5f);
   power = fmaf(power, f, 0x1.ebfbdcp-3f);
   power = fmaf(power, f, 0x1.62e43p-1f);
-  power = fmaf(power, f, 1.0f);
+  return fmaf(power, f, 1.0f);
+}
+
+// 2^(exponent + 1) as a float with a relative error below 2^-23, for exponents in [-inf, -1]: 1 for
+// an exponent of -1; about 2^-47 below -48 and for NaN. Never decreases when the exponent grows
+// (checked over all floats). It is 2^n 2^f, n = exponent + 1 rounded to an integer.
+MRV1_HD float exp2_float(float exponent) {
+  constexpr float kLowest = -48.0f;
+  constexpr float kRounder = 12582913.0f;  // 1.5 * 2^23 + 1: adding it rounds to an integer, plus 1
+  const float x = exponent > kLowest ? exponent : kLowest;
+  const float rounded = x + kRounder;
+  const float power = exp2_fraction(x - (rounded - kRounder));
   // The low bits of `rounded` are those of n, which is added to the exponent of the power.
   return bits_to_float(float_to_bits(power) + (float_to_bits(rounded) << 23));
 }
