@@ -17,11 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrv1 import _core, tuning
+from mrv1.builder import Builder, Part, Value
 from mrv1.errors import InvalidArgumentError
+from mrv1.parallel import Shard
 
 Array = np.ndarray
 DTYPES = ("float32", "bfloat16")
 ROW_COUNTS = (1, 2, 3, 8, 17, 40)
+GATE_UP = ("gate", "up")
 
 
 def rounded(values: Array, dtype: str) -> Array:
@@ -213,7 +216,7 @@ class Experts:
         count, hidden, intermediate = self.down.shape
         program = _core.Program(self.dtype)
         # Gate and up are tensors of their own, as checkpoints have them.
-        halves = [(f"{e}.{half}", intermediate) for e in range(count) for half in ("gate", "up")]
+        halves = [(f"{e}.{half}", intermediate) for e in range(count) for half in GATE_UP]
         gate_up = program.weight("gate_up", False, hidden, halves, matrices=count)
         rows = [(f"{e}.down", hidden) for e in range(count)]
         down = program.weight("down", False, intermediate, rows, matrices=count)
@@ -440,3 +443,63 @@ def test_program_refuses_what_does_not_fit() -> None:
     assert program.op_names == ["moe_route", "moe_experts"]
     assert program.cuts == [("collective", 2)]
     assert "moe_experts(%0, %" in program.dump()
+
+
+# --- the builder ------------------------------------------------------------------------------
+
+
+def wire(shard: Shard, experts: int = 5, *, stacked: bool = False) -> _core.Program:
+    """A program of one layer of experts, as a rank has it; of one tensor for all, or of many."""
+    hidden, intermediate = 16, 32
+    builder = Builder("float32", shard=shard)
+    x = Value(builder.program.input("x", hidden))
+    if stacked:
+        gates = [
+            [Part("gate_up", 2 * intermediate, e * 2 * intermediate, experts * 2 * intermediate, 2)]
+            for e in range(experts)
+        ]
+        downs = [[Part("down", hidden, e * hidden, experts * hidden)] for e in range(experts)]
+    else:
+        gates = [[(f"{e}.gate", intermediate), (f"{e}.up", intermediate)] for e in range(experts)]
+        downs = [[(f"{e}.down", hidden)] for e in range(experts)]
+    logits = builder.linear(x, builder.matrix("router", experts, hidden), wide=True)
+    out = builder.experts(
+        x,
+        logits,
+        builder.matrices(hidden, *gates, split="rows"),
+        builder.matrices(intermediate, *downs, split="cols"),
+        top_k=2,
+    )
+    builder.program.output(out.index)
+    return builder.program
+
+
+def test_one_rank_has_all_experts() -> None:
+    program = wire(Shard())
+    assert program.op_names == ["linear", "moe_route", "moe_experts"]
+    assert program.weight_matrices == [1, 5, 5]
+    name, _, cols, segments = program.weights[1]
+    assert (name, cols, len(segments)) == ("0.gate and 9 others", 16, 10)
+    # Rows that follow each other in a tensor are one segment.
+    assert wire(Shard(), stacked=True).weights[1][3] == [("gate_up", 5 * 64)]
+
+
+def test_ranks_have_a_part_of_each_expert() -> None:
+    program = wire(Shard(1, 2))
+    assert program.op_names == ["linear", "moe_route", "moe_experts", "all_reduce"]
+    assert program.weight_matrices == [1, 5, 5]
+    assert program.weights[1][2:] == (16, [(f"{e}.{h}", 16) for e in range(5) for h in GATE_UP])
+    assert program.weights[2][2:] == (16, [(f"{e}.down", 16) for e in range(5)])
+    assert program.weight_slices[1] == [(32, 16, 16, 0)] * 10
+    assert program.weight_slices[2] == [(16, 0, 32, 16)] * 5
+
+
+def test_ranks_have_experts_of_their_own() -> None:
+    for rank, own in enumerate([range(0, 2), range(2, 4), range(4, 5)]):
+        program = wire(Shard(rank, 3, expert_parallel=True))
+        assert program.op_names == ["linear", "moe_route", "moe_experts", "all_reduce"]
+        assert program.weight_matrices == [1, len(own), len(own)]
+        assert program.weights[1][3] == [(f"{e}.{half}", 32) for e in own for half in GATE_UP]
+        assert program.weights[2][2:] == (32, [(f"{e}.down", 16) for e in own])
+    with pytest.raises(InvalidArgumentError, match="5 experts cannot be shared out among 6 ranks"):
+        wire(Shard(0, 6, expert_parallel=True))

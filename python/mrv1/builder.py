@@ -158,11 +158,16 @@ class Builder:
         Args:
             cols: Of each.
             matrices: The tensors, or parts, that each is stacked from, as for `fused`.
-            split: Along what ranks share out each of them.
+            split: Along what ranks share out each of them. In expert parallelism they do not:
+                each rank has some of the matrices.
         """
-        return self._weight(
-            False, cols, list(itertools.chain(*matrices)), split, matrices=len(matrices)
-        )
+        own = [matrices[index] for index in self.shard.own_experts(len(matrices))]
+        segments = list(itertools.chain(*own))
+        if not self.shard.expert_parallel:
+            return self._weight(False, cols, segments, split, matrices=len(own))
+        weight = self._weight(False, cols, segments, None, matrices=len(own))
+        rows = weight.shape[0] // len(own) * len(matrices)
+        return Weight(weight.index, split, (rows, cols), len(matrices))
 
     def vector(self, name: str, size: int, *, offset: float = 0.0) -> Weight:
         """A weight [size] of the tensor `name`, in float32.
@@ -310,7 +315,8 @@ class Builder:
 
         The experts of a token are those of largest score + bias; ties go to lower ones. What they
         make of x, down (activation(gate x) * (up x)), is added with the scores as weights. Where
-        ranks share the model, each has a part of every expert, and the sum is made over ranks.
+        ranks share the model, each has a part of every expert or some of the experts, and the sum
+        is made over ranks.
 
         Args:
             x: [tokens, hidden].
@@ -348,6 +354,7 @@ class Builder:
                 gate_up.index,
                 down.index,
                 activation=activation,
+                first_expert=self.shard.own_experts(gate_up.matrices).start,
                 row_parallel=True,
                 wide=is_shared and self._wide_sums,
             )

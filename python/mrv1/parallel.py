@@ -38,10 +38,12 @@ class Shard:
     Attributes:
         rank: In [0, size).
         size: Ranks.
+        expert_parallel: Each rank has whole experts of its own, instead of a part of each.
     """
 
     rank: int = 0
     size: int = 1
+    expert_parallel: bool = False
 
     def cut(self, units: int) -> tuple[int, int]:
         """The first of the rank's units, and how many it has.
@@ -61,6 +63,28 @@ class Shard:
             field="tensor_parallel_size",
             value=self.size,
         )
+
+    def own_experts(self, experts: int) -> range:
+        """The experts that the rank has, of each all or a part.
+
+        In expert parallelism each rank has as many, but for the first ones, which have one more
+        where the number does not divide.
+
+        Raises:
+            InvalidArgumentError: There are fewer experts than ranks that should have some.
+        """
+        if not self.expert_parallel:
+            return range(experts)
+        if experts < self.size:
+            raise InvalidArgumentError(
+                f"{experts} experts cannot be shared out among {self.size} ranks",
+                field="expert_parallel",
+                value=self.expert_parallel,
+                allowed="False",
+            )
+        each, more = divmod(experts, self.size)
+        first = self.rank * each + min(self.rank, more)
+        return range(first, first + each + (self.rank < more))
 
 
 def stage_ranges(
