@@ -1,0 +1,222 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// Rows are sorted by expert on the device, each expert multiplies its own, and their weighted sums
+// are gathered by row. A step of more pairs of a row and an expert than the workspace holds takes
+// several passes.
+#include "moe_experts.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "launch.h"
+#include "moe_schedule.h"
+#include "ops/moe_route.h"
+#include "vector.cuh"
+
+namespace mrv1 {
+namespace cuda {
+namespace {
+
+// Pairs of a pass at most: beyond, experts have rows enough to be worth reading again.
+constexpr int64_t kMaxPassPairs = int64_t{1} << 17;
+constexpr int kSumThreads = 256;
+constexpr int kAtOnce = 8;  // choices whose loads are in flight together
+constexpr int64_t kAlignment = 128;
+
+// The least rows of a group's tile among the kernels; the most groups follow from it.
+constexpr int64_t kMinTileRows = 16;
+
+// The scratch of a pass.
+struct PassMemory {
+  MoeSchedule schedule;
+  void* inner;   // [pairs, intermediate] of dtype: activation(gate) * up, by place
+  void* result;  // [pairs, hidden] of dtype: what comes of down, by place
+};
+
+// Lays the scratch out from `base` on; returns how many bytes it takes.
+int64_t place_memory(PassMemory& memory, char* base, int64_t pairs, int64_t experts,
+                     int64_t inner_bytes, int64_t result_bytes) {
+  int64_t used = 0;
+  const auto take = [&](auto*& part, int64_t bytes) {
+    part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(base + used);
+    used += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  };
+  take(memory.schedule.place, pairs * 4);
+  take(memory.schedule.row, pairs * 4);
+  take(memory.schedule.groups,
+       moe_max_groups(pairs, experts, kMinTileRows) * static_cast<int64_t>(sizeof(MoeGroup)));
+  take(memory.schedule.num_groups, 4);
+  take(memory.schedule.block_counts, moe_schedule_blocks(pairs) * experts * 4);
+  take(memory.inner, pairs * inner_bytes);
+  take(memory.result, pairs * result_bytes);
+  return used;
+}
+
+// out[row] = sum over the row's choices, in their order. A thread has kCount columns.
+template <typename T, typename Out, int kCount>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_kernel(MoeRows rows, const int32_t* place, const float* weights, const T* result, Out* out,
+               int32_t hidden) {
+  launch_next();
+  wait_for_previous();
+  const int32_t col = (blockIdx.y * kSumThreads + threadIdx.x) * kCount;
+  const int32_t number = blockIdx.x;
+  if (col >= hidden || number >= moe_live_rows(rows)) return;
+  const int32_t row = moe_row_at(rows, number);
+  place += int64_t{number} * rows.top_k;
+  weights += int64_t{row} * rows.top_k;
+  float sums[kCount] = {};
+  for (int first = 0; first < rows.top_k; first += kAtOnce) {
+    float values[kAtOnce][kCount];
+    float factor[kAtOnce];
+    bool here[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int j = first + i;
+      const int32_t at = j < rows.top_k ? place[j] : -1;
+      here[i] = at >= 0;
+      factor[i] = here[i] ? weights[j] : 0.0f;
+      if (!here[i]) continue;
+      const T* from = result + int64_t{at} * hidden + col;
+      if constexpr (kCount == 1) {
+        values[i][0] = to_float(*from);
+      } else {
+        load_values(from, values[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (!here[i]) continue;
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) sums[c] = fmaf(factor[i], values[i][c], sums[c]);
+    }
+  }
+  out += int64_t{row} * hidden + col;
+  if constexpr (kCount == 1) {
+    *out = from_float<Out>(sums[0]);
+  } else {
+    store_values(out, sums);
+  }
+}
+
+template <typename T, typename Out>
+void sum_rows(const MoeExpertsParams& params, const MoeRows& rows, const PassMemory& memory,
+              const StepContext& ctx) {
+  constexpr int kWide = 8;
+  const int64_t hidden = params.hidden();
+  const bool wide = hidden % kWide == 0 && is_vector_aligned(params.out);
+  const int64_t threads = wide ? hidden / kWide : hidden;
+  const dim3 grid(static_cast<unsigned>(rows.num_rows),
+                  static_cast<unsigned>((threads + kSumThreads - 1) / kSumThreads));
+  launch(kMoeOp, ctx, wide ? sum_kernel<T, Out, kWide> : sum_kernel<T, Out, 1>, grid, kSumThreads,
+         0, rows, memory.schedule.place, params.weights, static_cast<const T*>(memory.result),
+         static_cast<Out*>(params.out), static_cast<int32_t>(hidden));
+}
+
+void sum_rows_of(const MoeExpertsParams& params, const MoeRows& rows, const PassMemory& memory,
+                 const StepContext& ctx) {
+  dispatch_activation(params.dtype, kMoeOp, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (params.out_dtype == params.dtype) {
+      sum_rows<T, T>(params, rows, memory, ctx);
+    } else {
+      sum_rows<T, float>(params, rows, memory, ctx);
+    }
+  });
+}
+
+void check_params(const MoeExpertsParams& params) {
+  const WeightView& gate_up = params.gate_up;
+  const WeightView& down = params.down;
+  check(gate_up.matrices > 0 && gate_up.matrices <= kMaxExperts &&
+            gate_up.matrices == down.matrices && gate_up.rows % gate_up.matrices == 0 &&
+            down.rows % down.matrices == 0,
+        kMoeOp, "gate_up has ", gate_up.matrices, " matrices and down ", down.matrices,
+        ", must be as many, from 1 to ", kMaxExperts);
+  check(gate_up.cols == params.hidden() &&
+            gate_up.rows == 2 * gate_up.matrices * params.intermediate() && params.hidden() > 0 &&
+            params.intermediate() > 0 && gate_up.rows / gate_up.matrices <= INT32_MAX &&
+            params.hidden() <= INT32_MAX,
+        kMoeOp, "matrices of gate_up are [", gate_up.rows / gate_up.matrices, ", ", gate_up.cols,
+        "], must be [", 2 * params.intermediate(), ", ", params.hidden(), "] for down's of [",
+        params.hidden(), ", ", params.intermediate(), "]");
+  check(gate_up.layout == WeightLayout::kRowMajor && down.layout == WeightLayout::kRowMajor, kMoeOp,
+        "weights must be row-major on CUDA");
+  check(gate_up.dtype == params.dtype && down.dtype == params.dtype, kMoeOp, "gate_up is ",
+        dtype_name(gate_up.dtype), ", down ", dtype_name(down.dtype), " and x ",
+        dtype_name(params.dtype), ", must be equal");
+  check(params.out_dtype == params.dtype || params.out_dtype == DType::kF32, kMoeOp,
+        "out dtype is ", dtype_name(params.out_dtype), ", must be float32 or ",
+        dtype_name(params.dtype));
+  check(params.top_k > 0 && params.top_k <= kMaxExperts, kMoeOp, "top_k is ", params.top_k,
+        ", must be in [1, ", kMaxExperts, "]");
+  check(params.activation != Activation::kNone, kMoeOp, "there is no activation");
+}
+
+void run_pass(const MoeExpertsParams& params, const MoeRows& rows, const PassMemory& memory,
+              const StepContext& ctx) {
+  const int64_t pairs = int64_t{rows.num_rows} * rows.top_k;
+  const MoeProduct gate_up{.x = params.x,
+                           .row = memory.schedule.row,
+                           .weight = params.gate_up,
+                           .out = memory.inner,
+                           .dtype = params.dtype,
+                           .activation = params.activation,
+                           .groups = memory.schedule.groups,
+                           .num_groups = memory.schedule.num_groups,
+                           .max_groups = moe_max_groups(pairs, rows.num_experts, kMoeTiledRows)};
+  MoeProduct down = gate_up;
+  down.x = memory.inner;
+  down.row = nullptr;
+  down.weight = params.down;
+  down.out = memory.result;
+  down.activation = Activation::kNone;
+  moe_schedule(rows, memory.schedule, kMoeTiledRows, ctx);
+  moe_tiled(gate_up, ctx);
+  moe_tiled(down, ctx);
+  sum_rows_of(params, rows, memory, ctx);
+}
+
+}  // namespace
+}  // namespace cuda
+
+int64_t moe_experts_workspace_cuda(const WorkspaceLimits& limits) {
+  if (limits.moe_rows == 0) return 0;
+  cuda::PassMemory memory{};
+  return cuda::place_memory(memory, nullptr, std::min(limits.moe_rows, cuda::kMaxPassPairs),
+                            limits.moe_experts, limits.moe_intermediate * limits.moe_element_bytes,
+                            limits.moe_hidden * limits.moe_element_bytes);
+}
+
+void moe_experts_cuda(const MoeExpertsParams& params, const StepContext& ctx) {
+  using cuda::kMoeOp;
+  cuda::check_params(params);
+  const int64_t all_rows =
+      params.regions > 0 ? params.regions * params.region_rows : ctx.sizes.num_tokens;
+  if (all_rows == 0) return;
+  check(all_rows * params.top_k <= INT32_MAX, kMoeOp, all_rows, " rows of ", params.top_k,
+        " choices, at most ", INT32_MAX, " choices are possible");
+  const auto size = static_cast<int64_t>(dtype_size(params.dtype));
+  const int64_t pass_rows =
+      std::min(all_rows, std::max<int64_t>(cuda::kMaxPassPairs / params.top_k, 1));
+  cuda::PassMemory memory{};
+  const int64_t used = cuda::place_memory(
+      memory, static_cast<char*>(ctx.workspace), pass_rows * params.top_k, params.gate_up.matrices,
+      params.intermediate() * size, params.hidden() * size);
+  check_internal(used <= static_cast<int64_t>(ctx.workspace_bytes), kMoeOp, "workspace has ",
+                 ctx.workspace_bytes, " bytes, of which ", used, " are needed");
+  cuda::MoeRows rows{.experts = params.experts,
+                     .counts = params.regions > 0 ? params.counts : nullptr,
+                     .regions = params.regions,
+                     .region_rows = static_cast<int32_t>(params.region_rows),
+                     .top_k = params.top_k,
+                     .first_expert = params.first_expert,
+                     .num_experts = static_cast<int32_t>(params.gate_up.matrices)};
+  for (int64_t first = 0; first < all_rows; first += pass_rows) {
+    rows.first_row = static_cast<int32_t>(first);
+    rows.num_rows = static_cast<int32_t>(std::min(pass_rows, all_rows - first));
+    cuda::run_pass(params, rows, memory, ctx);
+  }
+}
+
+}  // namespace mrv1
