@@ -156,24 +156,32 @@ void check_params(const MoeExpertsParams& params) {
 void run_pass(const MoeExpertsParams& params, const MoeRows& rows, const PassMemory& memory,
               const StepContext& ctx) {
   const int64_t pairs = int64_t{rows.num_rows} * rows.top_k;
-  const MoeProduct gate_up{.x = params.x,
-                           .row = memory.schedule.row,
-                           .weight = params.gate_up,
-                           .out = memory.inner,
-                           .dtype = params.dtype,
-                           .activation = params.activation,
-                           .groups = memory.schedule.groups,
-                           .num_groups = memory.schedule.num_groups,
-                           .max_groups = moe_max_groups(pairs, rows.num_experts, kMoeTiledRows)};
+  MoeProduct gate_up{.x = params.x,
+                     .row = memory.schedule.row,
+                     .weight = params.gate_up,
+                     .out = memory.inner,
+                     .dtype = params.dtype,
+                     .activation = params.activation,
+                     .groups = memory.schedule.groups,
+                     .num_groups = memory.schedule.num_groups};
   MoeProduct down = gate_up;
   down.x = memory.inner;
   down.row = nullptr;
   down.weight = params.down;
   down.out = memory.result;
   down.activation = Activation::kNone;
-  moe_schedule(rows, memory.schedule, kMoeTiledRows, ctx);
-  moe_tiled(gate_up, ctx);
-  moe_tiled(down, ctx);
+  const bool wgmma = moe_wgmma_supports(gate_up) && moe_wgmma_supports(down);
+  const int32_t tile_rows =
+      wgmma ? moe_wgmma_tile_rows(rows.num_rows, pairs, rows.num_experts) : kMoeTiledRows;
+  gate_up.max_groups = down.max_groups = moe_max_groups(pairs, rows.num_experts, tile_rows);
+  moe_schedule(rows, memory.schedule, tile_rows, ctx);
+  if (wgmma) {
+    moe_wgmma(gate_up, tile_rows, /*weights_first=*/false, ctx);
+    moe_wgmma(down, tile_rows, /*weights_first=*/true, ctx);
+  } else {
+    moe_tiled(gate_up, ctx);
+    moe_tiled(down, ctx);
+  }
   sum_rows_of(params, rows, memory, ctx);
 }
 

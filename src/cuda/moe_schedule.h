@@ -79,6 +79,16 @@ struct MoeProduct {
 constexpr int32_t kMoeTiledRows = 64;
 void moe_tiled(const MoeProduct& product, const StepContext& ctx);
 
+// The product on tensor cores, if it is of bfloat16, sizes are multiples of 8 and the GPU is a
+// Hopper. Groups have at most tile_rows rows, one of those that moe_wgmma_tile_rows gives for a
+// pass of so many rows and pairs of a row and an expert. weights_first: this kernel may read the
+// groups and request weights before the kernel before it has ended; that must be another product of
+// the same groups by moe_wgmma.
+bool moe_wgmma_supports(const MoeProduct& product);
+int32_t moe_wgmma_tile_rows(int64_t rows, int64_t pairs, int64_t num_experts);
+void moe_wgmma(const MoeProduct& product, int32_t tile_rows, bool weights_first,
+               const StepContext& ctx);
+
 #if defined(__CUDACC__)
 // How many rows the pass has.
 __device__ __forceinline__ int32_t moe_live_rows(const MoeRows& rows) {

@@ -1,0 +1,429 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// Products of moe_experts with wgmma, for Hopper. Weight rows are the 64-high side of the product
+// and the rows of a group its other side, which may be any multiple of 8: so the same kernel
+// streams each expert's weights once past the few rows of a decode step, and multiplies tiles of
+// 128 by 256 for prompts.
+//
+// Blocks stay and take tile after tile, (group, weight rows), in turns. In a block one warp or
+// warpgroup fills a ring of stages of 64 columns, weights by TMA and rows of x, which lie where
+// they like, by cp.async; it runs ahead across tiles, so the memory stays busy while a tile ends.
+// The other warpgroups multiply 64 weight rows each. Sums run over the columns in ascending order,
+// whatever the group and the tile: a row's result does not depend on the batch.
+//
+// With an activation each 16 rows of a tile are 8 of gate and the 8 of up that go with them, so a
+// thread has both of an output.
+#include <algorithm>
+
+#include "linear_wgmma.cuh"
+#include "moe_schedule.h"
+
+namespace mrv1::cuda {
+namespace {
+
+// What a block needs besides its ring: barriers, and room to align the ring.
+constexpr size_t kReservedBytes = 2048;
+
+struct MoeWgmmaArgs {
+  const BFloat16* x;
+  const int32_t* row;
+  BFloat16* out;
+  const MoeGroup* groups;
+  const int32_t* num_groups;
+  int k, out_cols;
+  int row_tiles;  // tiles of weight rows of an expert
+  int stages;
+  Activation activation;
+  bool weights_first;  // weights may be requested before the kernel before this one has ended
+  bool read_once;
+};
+
+// Tiles of kRows weight rows and at most kTokens rows.
+template <int kRows, int kTokens>
+struct MoeWgmmaShape {
+  static constexpr int kConsumers = kRows * 2;                 // threads
+  static constexpr int kLoaders = kTokens <= 64 ? 32 : 128;    // threads
+  static constexpr int kThreads = kConsumers + kLoaders;
+  static constexpr int kBlocks = kRows == 64 ? 2 : 1;          // on a multiprocessor
+  static constexpr int kWeightBytes = kRows * kRowBytes;
+  static constexpr int kStageBytes = kWeightBytes + kTokens * kRowBytes;
+  static int stages(size_t block_bytes) {
+    const auto room = static_cast<int>((block_bytes - kReservedBytes) / kStageBytes);
+    return std::clamp(room, kMinStages, kMaxStages);
+  }
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// Past the first cache, whose lines another kernel may have filled.
+__device__ __forceinline__ MoeGroup load_group(const MoeGroup* groups, int32_t index) {
+  const int4 value = __ldcg(reinterpret_cast<const int4*>(groups) + index);
+  return {value.x, value.y, value.z, value.w};
+}
+
+// Copies 16 bytes, or writes zeros.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// Arrives at the barrier once all copies of this thread have, as one of the arrivals it counts.
+__device__ __forceinline__ void barrier_arrive_copied(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
+                   shared_address(barrier))
+               : "memory");
+}
+
+// Makes what cp.async has written visible to wgmma.
+__device__ __forceinline__ void proxy_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void load_expert_tile(void* to, const CUtensorMap& map,
+                                                 uint64_t* barrier, int col, int row, int expert,
+                                                 uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row), "r"(expert), "l"(policy)
+      : "memory");
+}
+
+// [pieces of 8 + 8 rows][gate, up][8 rows][columns]
+__device__ __forceinline__ void load_expert_pair_tile(void* to, const CUtensorMap& map,
+                                                      uint64_t* barrier, int col, int piece,
+                                                      int expert, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(0), "r"(piece), "r"(expert),
+      "l"(policy)
+      : "memory");
+}
+
+// A warp's 8 x 8 matrix of two bytes an element, transposed: each lane has two neighbours of a row.
+__device__ __forceinline__ uint32_t transpose(uint32_t pair) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// Where a ring's next stage is.
+struct RingPlace {
+  int stage = 0;
+  int parity = 0;
+  __device__ void next(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The part of a block that multiplies: a warpgroup.
+struct Consumer {
+  const MoeWgmmaArgs& args;
+  uint32_t ring;
+  int stage_bytes, weight_bytes, tile_outputs;
+  uint64_t* full;
+  uint64_t* empty;
+  RingPlace place{};
+
+  // A tile of a group of at most kCount rows.
+  template <int kCount, bool kGated>
+  __device__ __forceinline__ void tile(const MoeGroup& group, int row_tile) {
+    constexpr int kParts = kCount > 128 ? 2 : 1;
+    constexpr int kPartRows = kCount / kParts;
+    const int warpgroup = threadIdx.x / 128;
+    const int groups = (args.k + kGroup - 1) / kGroup;
+    float sums[kParts][kPartRows / 2];
+#pragma unroll
+    for (auto& part : sums) {
+#pragma unroll
+      for (float& sum : part) sum = 0.0f;
+    }
+    int previous = -1;
+    for (int i = 0; i < groups; ++i) {
+      barrier_wait(&full[place.stage], place.parity);
+      proxy_fence();
+      const uint32_t at = ring + place.stage * stage_bytes;
+      const uint64_t a = tile_descriptor(at + warpgroup * 64 * kRowBytes);
+      const uint64_t b = tile_descriptor(at + weight_bytes);
+      multiply_fence();
+#pragma unroll
+      for (int k = 0; k < kGroup / 16; ++k) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          multiply(sums[part], a + k * 2, b + part * kPartRows * kRowBytes / 16 + k * 2);
+        }
+      }
+      multiply_commit();
+      if (previous >= 0) {
+        multiply_wait<1>();
+        if (threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
+      }
+      previous = place.stage;
+      place.next(args.stages);
+    }
+    multiply_wait<0>();
+    if (threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
+
+    // A warp has 16 weight rows: with an activation 8 of gate and 8 of up.
+    const int lane = threadIdx.x % 32;
+    const int first_col = row_tile * tile_outputs + threadIdx.x / 32 * (kGated ? 8 : 16);
+    BFloat16* out = args.out + int64_t{group.first_place} * args.out_cols + first_col + lane % 4 * 2;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < kPartRows / 8; ++i) {
+        const int first_row = part * kPartRows + i * 8;
+        if (first_row >= group.count) break;
+        const float(&sum)[kPartRows / 2] = sums[part];
+        const int row = first_row + lane / 4;
+        BFloat16* to = out + int64_t{row} * args.out_cols;
+        if constexpr (kGated) {
+          const uint32_t pair = transpose(
+              pack_pair(skinny_gated_mul(args.activation, sum[i * 4], sum[i * 4 + 2]),
+                        skinny_gated_mul(args.activation, sum[i * 4 + 1], sum[i * 4 + 3])));
+          if (row < group.count && first_col < args.out_cols) {
+            *reinterpret_cast<uint32_t*>(to) = pair;
+          }
+        } else {
+          const uint32_t low = transpose(pack_pair(sum[i * 4], sum[i * 4 + 1]));
+          const uint32_t high = transpose(pack_pair(sum[i * 4 + 2], sum[i * 4 + 3]));
+          if (row < group.count) {
+            if (first_col < args.out_cols) *reinterpret_cast<uint32_t*>(to) = low;
+            if (first_col + 8 < args.out_cols) *reinterpret_cast<uint32_t*>(to + 8) = high;
+          }
+        }
+      }
+    }
+  }
+};
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+template <int kRows, int kTokens, bool kGated>
+__global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens>::kThreads,
+                                  MoeWgmmaShape<kRows, kTokens>::kBlocks)
+    moe_wgmma_kernel(const __grid_constant__ CUtensorMap weight_map,
+                     const __grid_constant__ MoeWgmmaArgs args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Shape = MoeWgmmaShape<kRows, kTokens>;
+  constexpr int kOutputs = kGated ? kRows / 2 : kRows;
+  extern __shared__ char unaligned[];
+  char* ring =
+      unaligned + (kSwizzleBytes - shared_address(unaligned) % kSwizzleBytes) % kSwizzleBytes;
+  __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < args.stages; ++s) {
+      barrier_init(&full[s], 1 + Shape::kLoaders);
+      barrier_init(&empty[s], kRows / 64);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  const int groups = (args.k + kGroup - 1) / kGroup;
+
+  if (threadIdx.x >= Shape::kConsumers) {
+    constexpr int kPerTurn = Shape::kLoaders / 8;  // rows that the threads copy at a time
+    constexpr int kTurns = kTokens / kPerTurn;
+    const int thread = threadIdx.x - Shape::kConsumers;
+    const int chunk = thread % 8;  // 16 bytes of a row
+    const int first_row = thread / 8;
+    const uint64_t policy = weight_policy(args.read_once);
+    const auto load_weight = [&](int expert, int row_tile, int group, int stage) {
+      char* to = ring + stage * Shape::kStageBytes;
+      barrier_expect(&full[stage], Shape::kWeightBytes);
+      if constexpr (kGated) {
+        load_expert_pair_tile(to, weight_map, &full[stage], group * kGroup, row_tile * kRows / 16,
+                              expert, policy);
+      } else {
+        load_expert_tile(to, weight_map, &full[stage], group * kGroup, row_tile * kRows, expert,
+                         policy);
+      }
+    };
+    const auto num_tiles = [&] { return __ldcg(args.num_groups) * args.row_tiles; };
+    int ahead = 0;  // stages whose weights were requested early
+    if (thread == 0) {
+      prefetch_map(weight_map);
+      // The groups are those of a kernel that ended before the one before this was past its own
+      // wait, and that one lets this start only then.
+      if (args.weights_first && static_cast<int>(blockIdx.x) < num_tiles()) {
+        const MoeGroup group = load_group(args.groups, blockIdx.x / args.row_tiles);
+        ahead = min(args.stages, groups);
+        for (int s = 0; s < ahead; ++s) {
+          load_weight(group.expert, blockIdx.x % args.row_tiles, s, s);
+        }
+      }
+    }
+    __syncwarp();
+    wait_for_previous();
+    const int tiles = num_tiles();
+    RingPlace place;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      const MoeGroup group = load_group(args.groups, tile / args.row_tiles);
+      const BFloat16* source[kTurns];
+#pragma unroll
+      for (int i = 0; i < kTurns; ++i) {
+        const int row = first_row + i * kPerTurn;
+        const int at = group.first_place + min(row, group.count - 1);
+        source[i] =
+            args.x + int64_t{args.row != nullptr ? __ldcg(args.row + at) : at} * args.k + chunk * 8;
+      }
+      for (int i = 0; i < groups; ++i) {
+        barrier_wait(&empty[place.stage], place.parity ^ 1);
+        if (thread == 0) {
+          if (ahead > 0) {
+            --ahead;
+          } else {
+            load_weight(group.expert, tile % args.row_tiles, i, place.stage);
+          }
+        }
+        const bool in_cols = i * kGroup + chunk * 8 < args.k;
+        const uint32_t to =
+            shared_address(ring) + place.stage * Shape::kStageBytes + Shape::kWeightBytes;
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+          const int row = first_row + turn * kPerTurn;
+          if (row >= group.count) break;
+          copy_async(to + row * kRowBytes + (chunk ^ (row & 7)) * 16,
+                     in_cols ? source[turn] + i * kGroup : args.x, in_cols);
+        }
+        barrier_arrive_copied(&full[place.stage]);
+        place.next(args.stages);
+      }
+    }
+    // Only now: next blocks that come sooner take room and bandwidth from this kernel's last loads.
+    launch_next();
+  } else {
+    wait_for_previous();
+    Consumer consumer{args,
+                      shared_address(ring),
+                      Shape::kStageBytes,
+                      Shape::kWeightBytes,
+                      kOutputs,
+                      full,
+                      empty};
+    const int tiles = __ldcg(args.num_groups) * args.row_tiles;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      const MoeGroup group = load_group(args.groups, tile / args.row_tiles);
+      const int row_tile = tile % args.row_tiles;
+      if (kTokens == 16 || group.count <= 16) {
+        consumer.tile<16, kGated>(group, row_tile);
+      } else if (kTokens == 32 || group.count <= 32) {
+        consumer.tile<32, kGated>(group, row_tile);
+      } else if (kTokens == 64 || group.count <= 64) {
+        if constexpr (kTokens >= 64) consumer.tile<64, kGated>(group, row_tile);
+      } else if (group.count <= 96) {
+        if constexpr (kTokens >= 96) consumer.tile<96, kGated>(group, row_tile);
+      } else if (kTokens == 128 || group.count <= 128) {
+        if constexpr (kTokens >= 128) consumer.tile<128, kGated>(group, row_tile);
+      } else if (group.count <= 192) {
+        if constexpr (kTokens >= 192) consumer.tile<192, kGated>(group, row_tile);
+      } else {
+        if constexpr (kTokens >= 256) consumer.tile<256, kGated>(group, row_tile);
+      }
+    }
+  }
+#endif
+}
+
+template <int kRows, int kTokens, bool kGated>
+void launch_tiles(const MoeProduct& product, const DeviceLimits& limits, bool weights_first,
+                  const StepContext& ctx) {
+  using Shape = MoeWgmmaShape<kRows, kTokens>;
+  const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
+  const WeightView& weight = product.weight;
+  const cuuint64_t row_bytes = size(weight.cols) * 2;
+  const cuuint64_t expert_bytes = row_bytes * size(product.weight_rows());
+  CUtensorMap map;
+  if constexpr (kGated) {
+    map = tensor_map<5>(
+        weight.data,
+        {size(weight.cols), 8, 2, size(product.out_cols()) / 8, size(weight.matrices)},
+        {row_bytes, row_bytes * size(product.out_cols()), row_bytes * 8, expert_bytes},
+        {kGroup, 8, 2, kRows / 16, 1});
+  } else {
+    map = tensor_map<3>(weight.data,
+                        {size(weight.cols), size(product.weight_rows()), size(weight.matrices)},
+                        {row_bytes, expert_bytes}, {kGroup, kRows, 1});
+  }
+  constexpr int kOutputs = kGated ? kRows / 2 : kRows;
+  MoeWgmmaArgs args{};
+  args.x = static_cast<const BFloat16*>(product.x);
+  args.row = product.row;
+  args.out = static_cast<BFloat16*>(product.out);
+  args.groups = product.groups;
+  args.num_groups = product.num_groups;
+  args.k = static_cast<int>(weight.cols);
+  args.out_cols = static_cast<int>(product.out_cols());
+  args.row_tiles = (args.out_cols + kOutputs - 1) / kOutputs;
+  args.stages = Shape::stages(limits.shared_bytes / Shape::kBlocks);
+  args.activation = product.activation;
+  args.weights_first = weights_first;
+  args.read_once = kTokens <= 64;
+  const size_t shared_bytes = static_cast<size_t>(args.stages) * Shape::kStageBytes + kSwizzleBytes;
+  auto* kernel = moe_wgmma_kernel<kRows, kTokens, kGated>;
+  allow_shared_memory(kMoeOp, kernel, shared_bytes);
+  const int64_t blocks = std::min(product.max_groups * args.row_tiles,
+                                  int64_t{limits.sms} * Shape::kBlocks);
+  launch(kMoeOp, ctx, kernel, static_cast<unsigned>(blocks), Shape::kThreads, shared_bytes, map,
+         args);
+}
+
+template <int kRows, int kTokens>
+void launch_tiles(const MoeProduct& product, const DeviceLimits& limits, bool weights_first,
+                  const StepContext& ctx) {
+  if (product.gated()) {
+    launch_tiles<kRows, kTokens, true>(product, limits, weights_first, ctx);
+  } else {
+    launch_tiles<kRows, kTokens, false>(product, limits, weights_first, ctx);
+  }
+}
+
+}  // namespace
+
+bool moe_wgmma_supports(const MoeProduct& product) {
+  const auto aligned = [](const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  };
+  const WeightView& weight = product.weight;
+  return product.dtype == DType::kBF16 && weight.dtype == DType::kBF16 && weight.cols % 8 == 0 &&
+         product.out_cols() % 8 == 0 && aligned(product.x) && aligned(weight.data) &&
+         aligned(product.out) && device_limits().wgmma;
+}
+
+int32_t moe_wgmma_tile_rows(int64_t rows, int64_t pairs, int64_t num_experts) {
+  if (rows <= 16) return 16;  // a row goes through an expert once
+  const int64_t each = pairs / num_experts;
+  if (each <= 4) return 32;
+  if (each <= 24) return 64;
+  return each <= 96 ? 128 : 256;
+}
+
+void moe_wgmma(const MoeProduct& product, int32_t tile_rows, bool weights_first,
+               const StepContext& ctx) {
+  const DeviceLimits limits = device_limits();
+  switch (tile_rows) {
+    case 16:
+      return launch_tiles<64, 16>(product, limits, weights_first, ctx);
+    case 32:
+      return launch_tiles<128, 32>(product, limits, weights_first, ctx);
+    case 64:
+      return launch_tiles<128, 64>(product, limits, weights_first, ctx);
+    case 128:
+      return launch_tiles<128, 128>(product, limits, weights_first, ctx);
+    default:
+      return launch_tiles<128, 256>(product, limits, weights_first, ctx);
+  }
+}
+
+}  // namespace mrv1::cuda
