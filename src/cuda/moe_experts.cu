@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "block.cuh"
 #include "launch.h"
 #include "moe_schedule.h"
 #include "ops/moe_route.h"
@@ -52,13 +53,20 @@ int64_t place_memory(PassMemory& memory, char* base, int64_t pairs, int64_t expe
   return used;
 }
 
-// out[row] = sum over the row's choices, in their order. A thread has kCount columns.
+// out[row] = sum over the row's choices, in their order. A thread has kCount columns. Without
+// `place` the block finds the places of few pairs.
 template <typename T, typename Out, int kCount>
 __global__ void __launch_bounds__(kSumThreads)
     sum_kernel(MoeRows rows, const int32_t* place, const float* weights, const T* result, Out* out,
                int32_t hidden) {
+  __shared__ MoeFewPairs few;
   launch_next();
   wait_for_previous();
+  if (place == nullptr) {
+    if (threadIdx.x < kWarpSize) moe_schedule_few(rows, &few);
+    __syncthreads();
+    place = few.place;
+  }
   const int32_t col = (blockIdx.y * kSumThreads + threadIdx.x) * kCount;
   const int32_t number = blockIdx.x;
   if (col >= hidden || number >= moe_live_rows(rows)) return;
@@ -101,7 +109,7 @@ __global__ void __launch_bounds__(kSumThreads)
 
 template <typename T, typename Out>
 void sum_rows(const MoeExpertsParams& params, const MoeRows& rows, const PassMemory& memory,
-              const StepContext& ctx) {
+              bool few, const StepContext& ctx) {
   constexpr int kWide = 8;
   const int64_t hidden = params.hidden();
   const bool wide = hidden % kWide == 0 && is_vector_aligned(params.out);
@@ -109,18 +117,18 @@ void sum_rows(const MoeExpertsParams& params, const MoeRows& rows, const PassMem
   const dim3 grid(static_cast<unsigned>(rows.num_rows),
                   static_cast<unsigned>((threads + kSumThreads - 1) / kSumThreads));
   launch(kMoeOp, ctx, wide ? sum_kernel<T, Out, kWide> : sum_kernel<T, Out, 1>, grid, kSumThreads,
-         0, rows, memory.schedule.place, params.weights, static_cast<const T*>(memory.result),
+         0, rows, few ? nullptr : memory.schedule.place, params.weights, static_cast<const T*>(memory.result),
          static_cast<Out*>(params.out), static_cast<int32_t>(hidden));
 }
 
 void sum_rows_of(const MoeExpertsParams& params, const MoeRows& rows, const PassMemory& memory,
-                 const StepContext& ctx) {
+                 bool few, const StepContext& ctx) {
   dispatch_activation(params.dtype, kMoeOp, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (params.out_dtype == params.dtype) {
-      sum_rows<T, T>(params, rows, memory, ctx);
+      sum_rows<T, T>(params, rows, memory, few, ctx);
     } else {
-      sum_rows<T, float>(params, rows, memory, ctx);
+      sum_rows<T, float>(params, rows, memory, few, ctx);
     }
   });
 }
@@ -157,16 +165,16 @@ void run_pass(const MoeExpertsParams& params, const MoeRows& rows, const PassMem
               const StepContext& ctx) {
   const int64_t pairs = int64_t{rows.num_rows} * rows.top_k;
   MoeProduct gate_up{.x = params.x,
-                     .row = memory.schedule.row,
+                     .sorted = false,
                      .weight = params.gate_up,
                      .out = memory.inner,
                      .dtype = params.dtype,
                      .activation = params.activation,
-                     .groups = memory.schedule.groups,
-                     .num_groups = memory.schedule.num_groups};
+                     .rows = rows,
+                     .schedule = memory.schedule};
   MoeProduct down = gate_up;
   down.x = memory.inner;
-  down.row = nullptr;
+  down.sorted = true;
   down.weight = params.down;
   down.out = memory.result;
   down.activation = Activation::kNone;
@@ -174,7 +182,8 @@ void run_pass(const MoeExpertsParams& params, const MoeRows& rows, const PassMem
   const int32_t tile_rows =
       wgmma ? moe_wgmma_tile_rows(rows.num_rows, pairs, rows.num_experts) : kMoeTiledRows;
   gate_up.max_groups = down.max_groups = moe_max_groups(pairs, rows.num_experts, tile_rows);
-  moe_schedule(rows, memory.schedule, tile_rows, ctx);
+  gate_up.few = down.few = wgmma && pairs <= kMoeFewPairs;
+  if (!gate_up.few) moe_schedule(rows, memory.schedule, tile_rows, ctx);
   if (wgmma) {
     moe_wgmma(gate_up, tile_rows, /*weights_first=*/false, ctx);
     moe_wgmma(down, tile_rows, /*weights_first=*/true, ctx);
@@ -182,7 +191,7 @@ void run_pass(const MoeExpertsParams& params, const MoeRows& rows, const PassMem
     moe_tiled(gate_up, ctx);
     moe_tiled(down, ctx);
   }
-  sum_rows_of(params, rows, memory, ctx);
+  sum_rows_of(params, rows, memory, gate_up.few, ctx);
 }
 
 }  // namespace

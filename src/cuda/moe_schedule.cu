@@ -17,14 +17,6 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kPerThread = kMoePairsPerBlock / kThreads;
 static_assert(kMaxExperts <= kThreads, "a thread for each expert");
 
-// The expert of pair `pair` of the pass among those of this rank, or -1.
-__device__ __forceinline__ int32_t expert_of(const MoeRows& rows, int32_t pair) {
-  const int32_t row = moe_row_at(rows, pair / rows.top_k);
-  const int32_t expert =
-      rows.experts[int64_t{row} * rows.top_k + pair % rows.top_k] - rows.first_expert;
-  return expert >= 0 && expert < rows.num_experts ? expert : -1;
-}
-
 __global__ void __launch_bounds__(kThreads) count_kernel(MoeRows rows, MoeSchedule schedule) {
   extern __shared__ int32_t counts[];  // [num_experts]
   launch_next();
@@ -37,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(MoeRows rows, MoeSchedu
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int32_t pair = first + i * kThreads + threadIdx.x;
-    const int32_t expert = pair < pairs ? expert_of(rows, pair) : -1;
+    const int32_t expert = pair < pairs ? moe_expert_of(rows, pair) : -1;
     if (expert >= 0) atomicAdd(&counts[expert], 1);
   }
   __syncthreads();
@@ -64,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int32_t pair = first + i * kThreads + threadIdx.x;
-    expert[i] = pair < pairs ? expert_of(rows, pair) : -1;
+    expert[i] = pair < pairs ? moe_expert_of(rows, pair) : -1;
     if (gridDim.x == 1 && expert[i] >= 0) atomicAdd(&next_place[expert[i]], 1);
   }
   __syncthreads();

@@ -41,13 +41,16 @@ struct MoeSchedule {
   int32_t* block_counts;  // scratch: [schedule_blocks][num_experts]
 };
 
+// So few pairs each block of the kernels sorts for itself, which saves a launch.
+constexpr int32_t kMoeFewPairs = 32;
+
 // Blocks that sort so many pairs.
 constexpr int64_t kMoePairsPerBlock = 2048;
 constexpr int64_t moe_schedule_blocks(int64_t pairs) {
   return (pairs + kMoePairsPerBlock - 1) / kMoePairsPerBlock;
 }
 
-// A group has at most tile_rows rows.
+// Sorts the pairs of a pass. A group has at most tile_rows rows.
 void moe_schedule(const MoeRows& rows, const MoeSchedule& schedule, int32_t tile_rows,
                   const StepContext& ctx);
 
@@ -61,13 +64,14 @@ constexpr int64_t moe_max_groups(int64_t pairs, int64_t num_experts, int64_t til
 // activation(gate) * up of it.
 struct MoeProduct {
   const void* x;
-  const int32_t* row;  // of x, by place; null: the place itself
+  bool sorted;  // rows of x lie by place, not as those of the pass
   WeightView weight;
   void* out;  // [places, out_cols] of dtype
   DType dtype;
   Activation activation;
-  const MoeGroup* groups;
-  const int32_t* num_groups;
+  MoeRows rows;
+  MoeSchedule schedule;
+  bool few;  // there is no schedule, as each block makes its own; moe_wgmma only
   int64_t max_groups;
 
   MRV1_HD bool gated() const { return activation != Activation::kNone; }
@@ -82,20 +86,23 @@ void moe_tiled(const MoeProduct& product, const StepContext& ctx);
 // The product on tensor cores, if it is of bfloat16, sizes are multiples of 8 and the GPU is a
 // Hopper. Groups have at most tile_rows rows, one of those that moe_wgmma_tile_rows gives for a
 // pass of so many rows and pairs of a row and an expert. weights_first: this kernel may read the
-// groups and request weights before the kernel before it has ended; that must be another product of
-// the same groups by moe_wgmma.
+// choices or the schedule, and request weights, before the kernel before it has ended; that must be
+// another product of the same pass by moe_wgmma.
 bool moe_wgmma_supports(const MoeProduct& product);
 int32_t moe_wgmma_tile_rows(int64_t rows, int64_t pairs, int64_t num_experts);
 void moe_wgmma(const MoeProduct& product, int32_t tile_rows, bool weights_first,
                const StepContext& ctx);
 
 #if defined(__CUDACC__)
+// Device code. All of these read past the first cache, whose lines another kernel may have filled:
+// some kernels read the choices before the kernel before them has ended.
+
 // How many rows the pass has.
 __device__ __forceinline__ int32_t moe_live_rows(const MoeRows& rows) {
   int32_t live = rows.num_rows;
   if (rows.counts != nullptr) {
     int32_t total = -rows.first_row;
-    for (int32_t i = 0; i < rows.regions; ++i) total += rows.counts[i];
+    for (int32_t i = 0; i < rows.regions; ++i) total += __ldcg(rows.counts + i);
     live = min(live, max(total, 0));
   }
   return live;
@@ -106,8 +113,51 @@ __device__ __forceinline__ int32_t moe_row_at(const MoeRows& rows, int32_t i) {
   int32_t row = rows.first_row + i;
   if (rows.counts == nullptr) return row;
   int32_t region = 0;
-  for (; row >= rows.counts[region]; ++region) row -= rows.counts[region];
+  for (int32_t count; row >= (count = __ldcg(rows.counts + region)); ++region) row -= count;
   return region * rows.region_rows + row;
+}
+
+// The expert of pair `pair` of the pass among those of this rank, or -1.
+__device__ __forceinline__ int32_t moe_expert_of(const MoeRows& rows, int32_t pair) {
+  const int32_t row = moe_row_at(rows, pair / rows.top_k);
+  const int32_t expert =
+      __ldcg(rows.experts + int64_t{row} * rows.top_k + pair % rows.top_k) - rows.first_expert;
+  return expert >= 0 && expert < rows.num_experts ? expert : -1;
+}
+
+// A schedule of at most 32 pairs, in shared memory. Its groups lie in the order of their first
+// pairs.
+struct MoeFewPairs {
+  MoeGroup groups[kMoeFewPairs];
+  int32_t row[kMoeFewPairs];
+  int32_t place[kMoeFewPairs];
+  int32_t num_groups;
+};
+
+// Makes it; to be called by a whole warp. A group has all rows of its expert.
+__device__ __forceinline__ void moe_schedule_few(const MoeRows& rows, MoeFewPairs* few) {
+  constexpr unsigned kAll = 0xffffffffu;
+  static_assert(kMoeFewPairs == 32, "a lane for each pair");
+  const int lane = threadIdx.x % 32;
+  const unsigned below = (1u << lane) - 1;
+  const int32_t expert =
+      lane < moe_live_rows(rows) * rows.top_k ? moe_expert_of(rows, lane) : -1;
+  const unsigned alike = __match_any_sync(kAll, expert);
+  const int32_t rank = __popc(alike & below);
+  const bool is_first = expert >= 0 && rank == 0;
+  const unsigned firsts = __ballot_sync(kAll, is_first);
+  const int32_t count = is_first ? __popc(alike) : 0;
+  int32_t end = count;
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int32_t before = __shfl_up_sync(kAll, end, offset);
+    if (lane >= offset) end += before;
+  }
+  const int32_t first_place = __shfl_sync(kAll, end - count, __ffs(alike) - 1);
+  if (is_first) few->groups[__popc(firsts & below)] = {expert, first_place, count, 0};
+  few->place[lane] = expert >= 0 ? first_place + rank : -1;
+  if (expert >= 0) few->row[first_place + rank] = moe_row_at(rows, lane / rows.top_k);
+  if (lane == 0) few->num_groups = __popc(firsts);
+  __syncwarp();
 }
 #endif
 

@@ -38,15 +38,15 @@ __global__ void __launch_bounds__(kThreads) tiled_kernel(MoeProduct product) {
   const int64_t first_out = int64_t{blockIdx.x} * kTile;
   const int thread_row = threadIdx.x / kSide;
   const int thread_col = threadIdx.x % kSide;
-  const int32_t num_groups = *product.num_groups;
+  const int32_t num_groups = *product.schedule.num_groups;
   for (int32_t g = blockIdx.y; g < num_groups; g += gridDim.y) {
-    const MoeGroup group = product.groups[g];
+    const MoeGroup group = product.schedule.groups[g];
     const T* weight = static_cast<const T*>(product.weight.data) +
                       group.expert * product.weight_rows() * cols;
     __syncthreads();
     if (threadIdx.x < kTile) {
       const int32_t place = group.first_place + min(static_cast<int>(threadIdx.x), group.count - 1);
-      source[threadIdx.x] = product.row != nullptr ? product.row[place] : place;
+      source[threadIdx.x] = product.sorted ? place : product.schedule.row[place];
     }
     __syncthreads();
     float sums[kParts][kPerThread][kPerThread] = {};

@@ -26,15 +26,15 @@ constexpr size_t kReservedBytes = 2048;
 
 struct MoeWgmmaArgs {
   const BFloat16* x;
-  const int32_t* row;
   BFloat16* out;
-  const MoeGroup* groups;
-  const int32_t* num_groups;
+  MoeRows rows;
+  MoeSchedule schedule;
   int k, out_cols;
   int row_tiles;  // tiles of weight rows of an expert
   int stages;
   Activation activation;
-  bool weights_first;  // weights may be requested before the kernel before this one has ended
+  bool sorted, few;
+  bool weights_first;
   bool read_once;
 };
 
@@ -55,11 +55,26 @@ struct MoeWgmmaShape {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Past the first cache, whose lines another kernel may have filled.
-__device__ __forceinline__ MoeGroup load_group(const MoeGroup* groups, int32_t index) {
-  const int4 value = __ldcg(reinterpret_cast<const int4*>(groups) + index);
-  return {value.x, value.y, value.z, value.w};
-}
+// The schedule as a block sees it.
+struct BlockSchedule {
+  const MoeWgmmaArgs& args;
+  const MoeFewPairs& few;
+
+  __device__ int num_tiles() const {
+    return (args.few ? few.num_groups : __ldcg(args.schedule.num_groups)) * args.row_tiles;
+  }
+  __device__ MoeGroup group(int tile) const {
+    const int index = tile / args.row_tiles;
+    if (args.few) return few.groups[index];
+    const int4 value = __ldcg(reinterpret_cast<const int4*>(args.schedule.groups) + index);
+    return {value.x, value.y, value.z, value.w};
+  }
+  // The row of x of a place.
+  __device__ int row(int place) const {
+    if (args.sorted) return place;
+    return args.few ? few.row[place] : __ldcg(args.schedule.row + place);
+  }
+};
 
 // Copies 16 bytes, or writes zeros.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
@@ -173,6 +188,12 @@ struct Consumer {
       place.next(args.stages);
     }
     multiply_wait<0>();
+    // Keeps what reads the sums behind the wait.
+#pragma unroll
+    for (auto& part : sums) {
+#pragma unroll
+      for (float& sum : part) asm volatile("" : "+f"(sum)::"memory");
+    }
     if (threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
 
     // A warp has 16 weight rows: with an activation 8 of gate and 8 of up.
@@ -222,6 +243,8 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens>::kThreads,
   char* ring =
       unaligned + (kSwizzleBytes - shared_address(unaligned) % kSwizzleBytes) % kSwizzleBytes;
   __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
+  __shared__ MoeFewPairs few;
+  const BlockSchedule schedule{args, few};
   if (threadIdx.x == 0) {
     for (int s = 0; s < args.stages; ++s) {
       barrier_init(&full[s], 1 + Shape::kLoaders);
@@ -229,6 +252,10 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens>::kThreads,
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+  // Choices that this kernel may read early were made by one that ended before the one before this
+  // was past its own wait, and that one lets this start only then.
+  if (!args.weights_first) wait_for_previous();
+  if (args.few && threadIdx.x < 32) moe_schedule_few(args.rows, &few);
   __syncthreads();
   const int groups = (args.k + kGroup - 1) / kGroup;
 
@@ -250,14 +277,11 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens>::kThreads,
                          policy);
       }
     };
-    const auto num_tiles = [&] { return __ldcg(args.num_groups) * args.row_tiles; };
     int ahead = 0;  // stages whose weights were requested early
     if (thread == 0) {
       prefetch_map(weight_map);
-      // The groups are those of a kernel that ended before the one before this was past its own
-      // wait, and that one lets this start only then.
-      if (args.weights_first && static_cast<int>(blockIdx.x) < num_tiles()) {
-        const MoeGroup group = load_group(args.groups, blockIdx.x / args.row_tiles);
+      if (args.weights_first && static_cast<int>(blockIdx.x) < schedule.num_tiles()) {
+        const MoeGroup group = schedule.group(blockIdx.x);
         ahead = min(args.stages, groups);
         for (int s = 0; s < ahead; ++s) {
           load_weight(group.expert, blockIdx.x % args.row_tiles, s, s);
@@ -266,17 +290,16 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens>::kThreads,
     }
     __syncwarp();
     wait_for_previous();
-    const int tiles = num_tiles();
+    const int tiles = schedule.num_tiles();
     RingPlace place;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const MoeGroup group = load_group(args.groups, tile / args.row_tiles);
+      const MoeGroup group = schedule.group(tile);
       const BFloat16* source[kTurns];
 #pragma unroll
       for (int i = 0; i < kTurns; ++i) {
         const int row = first_row + i * kPerTurn;
-        const int at = group.first_place + min(row, group.count - 1);
-        source[i] =
-            args.x + int64_t{args.row != nullptr ? __ldcg(args.row + at) : at} * args.k + chunk * 8;
+        const int at = schedule.row(group.first_place + min(row, group.count - 1));
+        source[i] = args.x + int64_t{at} * args.k + chunk * 8;
       }
       for (int i = 0; i < groups; ++i) {
         barrier_wait(&empty[place.stage], place.parity ^ 1);
@@ -312,9 +335,9 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens>::kThreads,
                       kOutputs,
                       full,
                       empty};
-    const int tiles = __ldcg(args.num_groups) * args.row_tiles;
+    const int tiles = schedule.num_tiles();
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const MoeGroup group = load_group(args.groups, tile / args.row_tiles);
+      const MoeGroup group = schedule.group(tile);
       const int row_tile = tile % args.row_tiles;
       if (kTokens == 16 || group.count <= 16) {
         consumer.tile<16, kGated>(group, row_tile);
@@ -359,10 +382,11 @@ void launch_tiles(const MoeProduct& product, const DeviceLimits& limits, bool we
   constexpr int kOutputs = kGated ? kRows / 2 : kRows;
   MoeWgmmaArgs args{};
   args.x = static_cast<const BFloat16*>(product.x);
-  args.row = product.row;
   args.out = static_cast<BFloat16*>(product.out);
-  args.groups = product.groups;
-  args.num_groups = product.num_groups;
+  args.rows = product.rows;
+  args.schedule = product.schedule;
+  args.sorted = product.sorted;
+  args.few = product.few;
   args.k = static_cast<int>(weight.cols);
   args.out_cols = static_cast<int>(product.out_cols());
   args.row_tiles = (args.out_cols + kOutputs - 1) / kOutputs;
