@@ -21,6 +21,7 @@ namespace {
 // Pairs of a pass at most: beyond, experts have rows enough to be worth reading again.
 constexpr int64_t kMaxPassPairs = int64_t{1} << 17;
 constexpr int kSumThreads = 256;
+constexpr int64_t kMaxSumBlocks = 2048;
 constexpr int kAtOnce = 8;  // choices whose loads are in flight together
 constexpr int64_t kAlignment = 128;
 
@@ -53,39 +54,23 @@ int64_t place_memory(PassMemory& memory, char* base, int64_t pairs, int64_t expe
   return used;
 }
 
-// out[row] = sum over the row's choices, in their order. A thread has kCount columns. Without
-// `place` the block finds the places of few pairs.
+// kCount columns of the sum over a row's choices, in their order.
 template <typename T, typename Out, int kCount>
-__global__ void __launch_bounds__(kSumThreads)
-    sum_kernel(MoeRows rows, const int32_t* place, const float* weights, const T* result, Out* out,
-               int32_t hidden) {
-  __shared__ MoeFewPairs few;
-  launch_next();
-  wait_for_previous();
-  if (place == nullptr) {
-    if (threadIdx.x < kWarpSize) moe_schedule_few(rows, &few);
-    __syncthreads();
-    place = few.place;
-  }
-  const int32_t col = (blockIdx.y * kSumThreads + threadIdx.x) * kCount;
-  const int32_t number = blockIdx.x;
-  if (col >= hidden || number >= moe_live_rows(rows)) return;
-  const int32_t row = moe_row_at(rows, number);
-  place += int64_t{number} * rows.top_k;
-  weights += int64_t{row} * rows.top_k;
+__device__ __forceinline__ void sum_row(int top_k, const int32_t* place, const float* weights,
+                                        const T* result, int32_t hidden, Out* out) {
   float sums[kCount] = {};
-  for (int first = 0; first < rows.top_k; first += kAtOnce) {
+  for (int first = 0; first < top_k; first += kAtOnce) {
     float values[kAtOnce][kCount];
     float factor[kAtOnce];
     bool here[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int j = first + i;
-      const int32_t at = j < rows.top_k ? place[j] : -1;
+      const int32_t at = j < top_k ? place[j] : -1;
       here[i] = at >= 0;
       factor[i] = here[i] ? weights[j] : 0.0f;
       if (!here[i]) continue;
-      const T* from = result + int64_t{at} * hidden + col;
+      const T* from = result + int64_t{at} * hidden;
       if constexpr (kCount == 1) {
         values[i][0] = to_float(*from);
       } else {
@@ -99,7 +84,6 @@ __global__ void __launch_bounds__(kSumThreads)
       for (int c = 0; c < kCount; ++c) sums[c] = fmaf(factor[i], values[i][c], sums[c]);
     }
   }
-  out += int64_t{row} * hidden + col;
   if constexpr (kCount == 1) {
     *out = from_float<Out>(sums[0]);
   } else {
@@ -107,6 +91,30 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
+// out[row] for every row of the pass. A thread has kCount columns. Without `place` the block finds
+// the places of few pairs.
+template <typename T, typename Out, int kCount>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_kernel(MoeRows rows, const int32_t* place, const float* weights, const T* result, Out* out,
+               int32_t hidden) {
+  __shared__ MoeFewPairs few;
+  launch_next();
+  wait_for_previous();
+  if (place == nullptr) {
+    if (threadIdx.x < kWarpSize) moe_schedule_few(rows, &few);
+    __syncthreads();
+    place = few.place;
+  }
+  const int32_t col = (blockIdx.y * kSumThreads + threadIdx.x) * kCount;
+  if (col >= hidden) return;
+  const int32_t live = moe_live_rows(rows);
+  for (int32_t number = blockIdx.x; number < live; number += gridDim.x) {
+    const int32_t row = moe_row_at(rows, number);
+    sum_row<T, Out, kCount>(rows.top_k, place + int64_t{number} * rows.top_k,
+                            weights + int64_t{row} * rows.top_k, result + col, hidden,
+                            out + int64_t{row} * hidden + col);
+  }
+}
 template <typename T, typename Out>
 void sum_rows(const MoeExpertsParams& params, const MoeRows& rows, const PassMemory& memory,
               bool few, const StepContext& ctx) {
@@ -114,11 +122,13 @@ void sum_rows(const MoeExpertsParams& params, const MoeRows& rows, const PassMem
   const int64_t hidden = params.hidden();
   const bool wide = hidden % kWide == 0 && is_vector_aligned(params.out);
   const int64_t threads = wide ? hidden / kWide : hidden;
-  const dim3 grid(static_cast<unsigned>(rows.num_rows),
+  // Of regions most rows may not count.
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(rows.num_rows, kMaxSumBlocks)),
                   static_cast<unsigned>((threads + kSumThreads - 1) / kSumThreads));
   launch(kMoeOp, ctx, wide ? sum_kernel<T, Out, kWide> : sum_kernel<T, Out, 1>, grid, kSumThreads,
-         0, rows, few ? nullptr : memory.schedule.place, params.weights, static_cast<const T*>(memory.result),
-         static_cast<Out*>(params.out), static_cast<int32_t>(hidden));
+         0, rows, few ? nullptr : memory.schedule.place, params.weights,
+         static_cast<const T*>(memory.result), static_cast<Out*>(params.out),
+         static_cast<int32_t>(hidden));
 }
 
 void sum_rows_of(const MoeExpertsParams& params, const MoeRows& rows, const PassMemory& memory,
@@ -179,8 +189,12 @@ void run_pass(const MoeExpertsParams& params, const MoeRows& rows, const PassMem
   down.out = memory.result;
   down.activation = Activation::kNone;
   const bool wgmma = moe_wgmma_supports(gate_up) && moe_wgmma_supports(down);
+  // How many rows of regions count is not known; ranks that have as many tokens as this one and
+  // choose evenly send each other as many.
+  const int64_t likely_rows =
+      params.regions > 0 ? std::min<int64_t>(ctx.sizes.num_tokens, rows.num_rows) : rows.num_rows;
   const int32_t tile_rows =
-      wgmma ? moe_wgmma_tile_rows(rows.num_rows, pairs, rows.num_experts) : kMoeTiledRows;
+      wgmma ? moe_wgmma_tile_rows(likely_rows, rows.top_k, rows.num_experts) : kMoeTiledRows;
   gate_up.max_groups = down.max_groups = moe_max_groups(pairs, rows.num_experts, tile_rows);
   gate_up.few = down.few = wgmma && pairs <= kMoeFewPairs;
   if (!gate_up.few) moe_schedule(rows, memory.schedule, tile_rows, ctx);
@@ -217,9 +231,9 @@ void moe_experts_cuda(const MoeExpertsParams& params, const StepContext& ctx) {
   const int64_t pass_rows =
       std::min(all_rows, std::max<int64_t>(cuda::kMaxPassPairs / params.top_k, 1));
   cuda::PassMemory memory{};
-  const int64_t used = cuda::place_memory(
-      memory, static_cast<char*>(ctx.workspace), pass_rows * params.top_k, params.gate_up.matrices,
-      params.intermediate() * size, params.hidden() * size);
+  const int64_t used = cuda::place_memory(memory, static_cast<char*>(ctx.workspace),
+                                          pass_rows * params.top_k, params.gate_up.matrices,
+                                          params.intermediate() * size, params.hidden() * size);
   check_internal(used <= static_cast<int64_t>(ctx.workspace_bytes), kMoeOp, "workspace has ",
                  ctx.workspace_bytes, " bytes, of which ", used, " are needed");
   cuda::MoeRows rows{.experts = params.experts,

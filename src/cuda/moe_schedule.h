@@ -84,12 +84,12 @@ constexpr int32_t kMoeTiledRows = 64;
 void moe_tiled(const MoeProduct& product, const StepContext& ctx);
 
 // The product on tensor cores, if it is of bfloat16, sizes are multiples of 8 and the GPU is a
-// Hopper. Groups have at most tile_rows rows, one of those that moe_wgmma_tile_rows gives for a
-// pass of so many rows and pairs of a row and an expert. weights_first: this kernel may read the
+// Hopper. Groups have at most tile_rows rows; moe_wgmma_tile_rows says how many suit a pass of so
+// many rows that choose top_k of the experts each. weights_first: this kernel may read the
 // choices or the schedule, and request weights, before the kernel before it has ended; that must be
 // another product of the same pass by moe_wgmma.
 bool moe_wgmma_supports(const MoeProduct& product);
-int32_t moe_wgmma_tile_rows(int64_t rows, int64_t pairs, int64_t num_experts);
+int32_t moe_wgmma_tile_rows(int64_t rows, int64_t top_k, int64_t num_experts);
 void moe_wgmma(const MoeProduct& product, int32_t tile_rows, bool weights_first,
                const StepContext& ctx);
 
@@ -140,8 +140,7 @@ __device__ __forceinline__ void moe_schedule_few(const MoeRows& rows, MoeFewPair
   static_assert(kMoeFewPairs == 32, "a lane for each pair");
   const int lane = threadIdx.x % 32;
   const unsigned below = (1u << lane) - 1;
-  const int32_t expert =
-      lane < moe_live_rows(rows) * rows.top_k ? moe_expert_of(rows, lane) : -1;
+  const int32_t expert = lane < moe_live_rows(rows) * rows.top_k ? moe_expert_of(rows, lane) : -1;
   const unsigned alike = __match_any_sync(kAll, expert);
   const int32_t rank = __popc(alike & below);
   const bool is_first = expert >= 0 && rank == 0;

@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(kThreads) tiled_kernel(MoeProduct product) {
   const int32_t num_groups = *product.schedule.num_groups;
   for (int32_t g = blockIdx.y; g < num_groups; g += gridDim.y) {
     const MoeGroup group = product.schedule.groups[g];
-    const T* weight = static_cast<const T*>(product.weight.data) +
-                      group.expert * product.weight_rows() * cols;
+    const T* weight =
+        static_cast<const T*>(product.weight.data) + group.expert * product.weight_rows() * cols;
     __syncthreads();
     if (threadIdx.x < kTile) {
       const int32_t place = group.first_place + min(static_cast<int>(threadIdx.x), group.count - 1);
@@ -55,9 +55,8 @@ __global__ void __launch_bounds__(kThreads) tiled_kernel(MoeProduct product) {
         const int row = i / kDepth;
         const int64_t col = first_col + i % kDepth;
         const bool in_cols = col < cols;
-        x_tile[i % kDepth][row] = in_cols && row < group.count
-                                      ? to_float(x[int64_t{source[row]} * cols + col])
-                                      : 0.0f;
+        x_tile[i % kDepth][row] =
+            in_cols && row < group.count ? to_float(x[int64_t{source[row]} * cols + col]) : 0.0f;
         for (int part = 0; part < kParts; ++part) {
           const int64_t out_col = first_out + row;
           weight_tile[part][i % kDepth][row] =

@@ -41,10 +41,10 @@ struct MoeWgmmaArgs {
 // Tiles of kRows weight rows and at most kTokens rows.
 template <int kRows, int kTokens>
 struct MoeWgmmaShape {
-  static constexpr int kConsumers = kRows * 2;                 // threads
-  static constexpr int kLoaders = kTokens <= 64 ? 32 : 128;    // threads
+  static constexpr int kConsumers = kRows * 2;               // threads
+  static constexpr int kLoaders = kTokens <= 64 ? 32 : 128;  // threads
   static constexpr int kThreads = kConsumers + kLoaders;
-  static constexpr int kBlocks = kRows == 64 ? 2 : 1;          // on a multiprocessor
+  static constexpr int kBlocks = kRows == 64 ? 2 : 1;  // on a multiprocessor
   static constexpr int kWeightBytes = kRows * kRowBytes;
   static constexpr int kStageBytes = kWeightBytes + kTokens * kRowBytes;
   static int stages(size_t block_bytes) {
@@ -85,8 +85,7 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool v
 
 // Arrives at the barrier once all copies of this thread have, as one of the arrivals it counts.
 __device__ __forceinline__ void barrier_arrive_copied(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
-                   shared_address(barrier))
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
 
@@ -199,14 +198,15 @@ struct Consumer {
     // A warp has 16 weight rows: with an activation 8 of gate and 8 of up.
     const int lane = threadIdx.x % 32;
     const int first_col = row_tile * tile_outputs + threadIdx.x / 32 * (kGated ? 8 : 16);
-    BFloat16* out = args.out + int64_t{group.first_place} * args.out_cols + first_col + lane % 4 * 2;
+    BFloat16* out =
+        args.out + int64_t{group.first_place} * args.out_cols + first_col + lane % 4 * 2;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
       for (int i = 0; i < kPartRows / 8; ++i) {
         const int first_row = part * kPartRows + i * 8;
         if (first_row >= group.count) break;
-        const float(&sum)[kPartRows / 2] = sums[part];
+        const float (&sum)[kPartRows / 2] = sums[part];
         const int row = first_row + lane / 4;
         BFloat16* to = out + int64_t{row} * args.out_cols;
         if constexpr (kGated) {
@@ -328,13 +328,8 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens>::kThreads,
     launch_next();
   } else {
     wait_for_previous();
-    Consumer consumer{args,
-                      shared_address(ring),
-                      Shape::kStageBytes,
-                      Shape::kWeightBytes,
-                      kOutputs,
-                      full,
-                      empty};
+    Consumer consumer{
+        args, shared_address(ring), Shape::kStageBytes, Shape::kWeightBytes, kOutputs, full, empty};
     const int tiles = schedule.num_tiles();
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       const MoeGroup group = schedule.group(tile);
@@ -370,8 +365,7 @@ void launch_tiles(const MoeProduct& product, const DeviceLimits& limits, bool we
   CUtensorMap map;
   if constexpr (kGated) {
     map = tensor_map<5>(
-        weight.data,
-        {size(weight.cols), 8, 2, size(product.out_cols()) / 8, size(weight.matrices)},
+        weight.data, {size(weight.cols), 8, 2, size(product.out_cols()) / 8, size(weight.matrices)},
         {row_bytes, row_bytes * size(product.out_cols()), row_bytes * 8, expert_bytes},
         {kGroup, 8, 2, kRows / 16, 1});
   } else {
@@ -397,8 +391,8 @@ void launch_tiles(const MoeProduct& product, const DeviceLimits& limits, bool we
   const size_t shared_bytes = static_cast<size_t>(args.stages) * Shape::kStageBytes + kSwizzleBytes;
   auto* kernel = moe_wgmma_kernel<kRows, kTokens, kGated>;
   allow_shared_memory(kMoeOp, kernel, shared_bytes);
-  const int64_t blocks = std::min(product.max_groups * args.row_tiles,
-                                  int64_t{limits.sms} * Shape::kBlocks);
+  const int64_t blocks =
+      std::min(product.max_groups * args.row_tiles, int64_t{limits.sms} * Shape::kBlocks);
   launch(kMoeOp, ctx, kernel, static_cast<unsigned>(blocks), Shape::kThreads, shared_bytes, map,
          args);
 }
@@ -425,9 +419,9 @@ bool moe_wgmma_supports(const MoeProduct& product) {
          aligned(product.out) && device_limits().wgmma;
 }
 
-int32_t moe_wgmma_tile_rows(int64_t rows, int64_t pairs, int64_t num_experts) {
+int32_t moe_wgmma_tile_rows(int64_t rows, int64_t top_k, int64_t num_experts) {
   if (rows <= 16) return 16;  // a row goes through an expert once
-  const int64_t each = pairs / num_experts;
+  const int64_t each = rows * top_k / num_experts;
   if (each <= 4) return 32;
   if (each <= 24) return 64;
   return each <= 96 ? 128 : 256;
