@@ -99,9 +99,10 @@ __global__ void __launch_bounds__(kSumThreads)
                int32_t hidden) {
   __shared__ MoeFewPairs few;
   launch_next();
+  // Choices are older than the kernel before this one, which says so by weights_first.
+  if (place == nullptr && threadIdx.x < kWarpSize) moe_schedule_few(rows, &few);
   wait_for_previous();
   if (place == nullptr) {
-    if (threadIdx.x < kWarpSize) moe_schedule_few(rows, &few);
     __syncthreads();
     place = few.place;
   }
