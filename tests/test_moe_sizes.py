@@ -31,10 +31,10 @@ SIZES = (
     Sizes(200, 136, 4, 2, 300, 4),
     Sizes(64, 64, 4, 1, 600, 1),  # all rows to one expert, in several groups
     Sizes(64, 64, 3, 3, 257, 3),  # every expert has every row
-    Sizes(136, 264, 16, 4, 700, 16),  # pairs that two blocks sort
+    Sizes(72, 24, 16, 4, 700, 16),  # pairs that two blocks sort
     Sizes(100, 30, 8, 2, 33, 8),  # no multiples of 8
     Sizes(64, 12, 8, 2, 5, 8),
-    Sizes(16, 8, 1024, 40, 30, 1024),
+    Sizes(16, 8, 1024, 12, 30, 1024),
     Sizes(8, 8, 2, 1, 1, 2),
 )
 
@@ -83,9 +83,7 @@ class Layer:
         """The results of some rows, as a batch of their own."""
         for value, data in zip(self.inputs, (self.x, self.experts, self.weights), strict=True):
             session.set_value(value, data[rows].astype(np.float32))
-        session.set_value(
-            self.out, np.full(len(rows) * self.sizes.hidden, np.nan, np.float32)
-        )
+        session.set_value(self.out, np.full(len(rows) * self.sizes.hidden, np.nan, np.float32))
         session.run(1, len(rows))
         return session.value(self.out, len(rows)).astype(np.float64)
 
@@ -97,6 +95,8 @@ class Layer:
         for j in range(self.sizes.top_k):
             for e in range(self.sizes.experts):
                 rows = np.flatnonzero(self.experts[:, j] == e + self.first)
+                if not rows.size:
+                    continue
                 both = _rounded(x[rows] @ gate_up[e].T, self.dtype)
                 gate, up = both[:, :inter], both[:, inter:]
                 inner = _rounded(gate / (1.0 + np.exp(-gate)) * up, self.dtype)

@@ -5,6 +5,7 @@
 
 #include "attention_backends.h"
 #include "linear_context.h"
+#include "moe_experts.h"
 #include "sample.h"
 
 namespace mrv1 {
@@ -49,7 +50,8 @@ const Kernels& cuda_kernels() {
       .fill_random = fill_random_cuda,
       .workspace_bytes = [](const WorkspaceLimits& limits) -> int64_t {
         return std::max({cuda::linear_workspace_bytes(limits.max_tokens, limits.gated_rows),
-                         sample_workspace_cuda(limits), flashinfer_workspace_bytes(limits)});
+                         sample_workspace_cuda(limits), flashinfer_workspace_bytes(limits),
+                         moe_experts_workspace_cuda(limits)});
       },
       .attention_plan_bytes = attention_plan_bytes_cuda,
       .decode_backend = decode_backend_cuda,

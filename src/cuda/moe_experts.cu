@@ -223,8 +223,7 @@ int64_t moe_experts_workspace_cuda(const WorkspaceLimits& limits) {
 void moe_experts_cuda(const MoeExpertsParams& params, const StepContext& ctx) {
   using cuda::kMoeOp;
   cuda::check_params(params);
-  const int64_t all_rows =
-      params.regions > 0 ? params.regions * params.region_rows : ctx.sizes.num_tokens;
+  const int64_t all_rows = params.num_rows(ctx);
   if (all_rows == 0) return;
   check(all_rows * params.top_k <= INT32_MAX, kMoeOp, all_rows, " rows of ", params.top_k,
         " choices, at most ", INT32_MAX, " choices are possible");
