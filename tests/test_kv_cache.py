@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from device_arrays import Exported, Storage, contiguous, in_stream_of, stored
 from mrv1 import _core, ops
 from mrv1.errors import InvalidArgumentError
+from mrv1.ops._native import forget
 
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -696,7 +697,7 @@ def test_slots_and_scales_are_checked(
     """Always on the CPU, by a switch on a GPU."""
     if device == "cuda":
         monkeypatch.setenv("MRV1_CHECK_SLOTS", "1")
-        ops._forget()
+        forget()
     fit = Refusals(native_device)
     try:
         for message, slots in (
@@ -717,7 +718,7 @@ def test_slots_and_scales_are_checked(
         fit.call(slot_mapping=stored(np.array([11, -1], wide), native_device))
         native_device.synchronize()
     finally:
-        ops._forget()
+        forget()
 
 
 def test_read_only_scales_of_tokens_are_refused() -> None:

@@ -8,6 +8,7 @@ of other ranks, NaN.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -16,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrv1 import _core, tuning
+from device_arrays import Storage, contiguous, in_stream_of, stored
+from mrv1 import _core, ops, tuning
 from mrv1.builder import Builder, Part, Value
 from mrv1.errors import InvalidArgumentError
 from mrv1.parallel import Shard
@@ -495,7 +497,7 @@ def test_ranks_have_a_part_of_each_expert() -> None:
 
 
 def test_ranks_have_experts_of_their_own() -> None:
-    for rank, own in enumerate([range(0, 2), range(2, 4), range(4, 5)]):
+    for rank, own in enumerate([range(2), range(2, 4), range(4, 5)]):
         program = wire(Shard(rank, 3, expert_parallel=True))
         assert program.op_names == ["linear", "moe_route", "moe_experts", "all_reduce"]
         assert program.weight_matrices == [1, len(own), len(own)]
@@ -503,3 +505,145 @@ def test_ranks_have_experts_of_their_own() -> None:
         assert program.weights[2][2:] == (32, [(f"{e}.down", 16) for e in own])
     with pytest.raises(InvalidArgumentError, match="5 experts cannot be shared out among 6 ranks"):
         wire(Shard(0, 6, expert_parallel=True))
+
+
+# --- mrv1.ops ---------------------------------------------------------------------------------
+
+
+def written(
+    device: _core.Device, call: Callable[..., Any], *outs: tuple[str, Array]
+) -> list[Array]:
+    """What a call writes into outputs like these."""
+    storages = [Storage(max(like.nbytes, 1), device) for _, like in outs]
+    for storage in storages:
+        storage.bytes[:] = 0xFF
+    arrays = {
+        name: storage.array(like.shape, contiguous(like.shape), like.dtype)
+        for storage, (name, like) in zip(storages, outs, strict=True)
+    }
+    call(**arrays, **in_stream_of(device))
+    for storage in storages:
+        storage.wait()
+    return [
+        storage.view(like.shape, contiguous(like.shape), like.dtype)
+        for storage, (_, like) in zip(storages, outs, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_route_on_arrays_of_the_caller(native_device: _core.Device, scores: str) -> None:
+    rng = np.random.default_rng(9)
+    route = Route(
+        rng.standard_normal((5, 40)).astype(np.float32), 6, scores=scores, renormalize=False,
+        bias=rng.random(40, np.float32), scale=1.5, token_batch=np.array([0, 1, -1, 2, 3]),
+    )  # fmt: skip
+    expected = route.run(native_device)
+    logits, bias, batch = (
+        stored(array, native_device)
+        for array in (route.logits, route.bias, route.token_batch.astype(np.int32))
+    )
+    got = written(
+        native_device,
+        lambda **options: ops.moe_route(
+            logits, 6, bias=bias, scores=scores, renormalize=False, scale=1.5, token_batch=batch,
+            **options,
+        ),
+        ("experts_out", expected[0]),
+        ("weights_out", expected[1]),
+    )  # fmt: skip
+    for mine, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wide", [False, True])
+def test_experts_on_arrays_of_the_caller(
+    native_device: _core.Device, dtype: str, wide: bool
+) -> None:
+    """The bits of a program's, from arrays and from packed weights."""
+    rng = np.random.default_rng(10)
+    case = make_experts(
+        rng, dtype, rows=7, hidden=48, intermediate=40, count=5, top_k=3, spare=2, wide=wide,
+        first_expert=2, activation="gelu_tanh",
+    )  # fmt: skip
+    kind = np.dtype(np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
+    (expected,) = case.run(native_device)
+    x, experts, weights, gate_up, down = (
+        stored(array.astype(to), native_device)
+        for array, to in (
+            (case.x, kind), (case.experts, np.int32), (case.weights, np.float32),
+            (case.gate_up, kind), (case.down, kind),
+        )
+    )  # fmt: skip
+    packed = [ops.pack_linear(array, **in_stream_of(native_device)) for array in (gate_up, down)]
+    assert [weight.shape for weight in packed] == [(5, 80, 48), (5, 48, 40)]
+    like = np.empty(expected.shape, np.float32 if wide else kind)
+    for matrices in ((gate_up, down), packed):
+        (got,) = written(
+            native_device,
+            lambda matrices=matrices, **options: ops.moe_experts(
+                x, experts, weights, *matrices, activation="gelu_tanh", first_expert=2,
+                out_dtype="float32" if wide else None, **options,
+            ),
+            ("out", like),
+        )  # fmt: skip
+        np.testing.assert_array_equal(got.astype(np.float32), expected)
+
+
+def test_ops_refuse_what_does_not_fit() -> None:
+    x, logits = np.ones((2, 4), np.float32), np.ones((2, 3), np.float32)
+    experts, weights = ops.moe_route(logits, 2)
+    np.testing.assert_array_equal(experts, [[0, 1], [0, 1]])
+    gate_up, down = np.ones((3, 6, 4), np.float32), np.ones((3, 4, 3), np.float32)
+    assert ops.moe_experts(x, experts, weights, gate_up, down).shape == (2, 4)
+    assert ops.moe_experts(x[:0], experts[:0], weights[:0], gate_up, down).shape == (0, 4)
+    one = ops.pack_linear(down[0])
+    calls: list[tuple[Callable[[], object], str]] = [
+        (lambda: ops.moe_route(logits, 4), r"\[moe_route\] top_k = 4: must be in \[1, 3\]"),
+        (lambda: ops.moe_route(x.astype(np.float64), 1), r"\[moe_route\] logits is float64"),
+        (lambda: ops.moe_route(logits, 1, bias=x[0]), r"\[moe_route\] bias has shape \[4\]"),
+        (lambda: ops.moe_route(logits, 1, min_sum=-1.0), r"\[moe_route\] min_sum = -1"),
+        (lambda: ops.moe_route(logits, 1, scale=np.inf), r"\[moe_route\] scale = inf"),
+        (lambda: ops.moe_route(logits, 1, scores="tanh"), r"\[moe_route\] scores = 'tanh'"),
+        (lambda: ops.moe_route(logits, 3, weights_out=logits), r"\[moe_route\] weights_out is log"),
+        (
+            lambda: ops.moe_experts(x, weights, weights, gate_up, down),
+            r"\[moe_experts\] experts is float32; must be int32",
+        ),
+        (
+            lambda: ops.moe_experts(x[:1], experts, weights, gate_up, down),
+            r"\[moe_experts\] experts has shape \[2, 2\]; must be \[1, 2\]",
+        ),
+        (
+            lambda: ops.moe_experts(x, experts, weights, gate_up, down[:2]),
+            r"\[moe_experts\] gate_up has 3 matrices and down 2",
+        ),
+        (
+            lambda: ops.moe_experts(x, experts, weights, down, gate_up),
+            r"\[moe_experts\] matrices of gate_up are \[4, 3\]",
+        ),
+        (
+            lambda: ops.moe_experts(x, experts, weights, gate_up[0], down),
+            r"\[moe_experts\] gate_up has shape \[6, 4\]; must be",
+        ),
+        (
+            lambda: ops.moe_experts(x, experts, weights, gate_up, down, activation="relu"),
+            r"\[moe_experts\] activation = 'relu'",
+        ),
+        (
+            lambda: ops.moe_experts(x, experts, weights, gate_up, down, first_expert=-1),
+            r"\[moe_experts\] first_expert = -1",
+        ),
+        (
+            lambda: ops.moe_experts(x, experts, weights, gate_up, down, out=x),
+            r"\[moe_experts\] out is x",
+        ),
+        (
+            lambda: ops.linear(x, ops.pack_linear(gate_up)),
+            r"\[linear\] weight was packed as 3 matrices",
+        ),
+        (lambda: ops.moe_experts(x, experts, weights, gate_up, one), r"3 matrices and down 1"),
+    ]
+    for call, message in calls:
+        with pytest.raises(InvalidArgumentError, match=message):
+            call()

@@ -1674,6 +1674,8 @@ class Ops:
 
     def __init__(self, host: object, sync_launches: bool = False, check_slots: bool = False) -> None: ...
 
+    def pack_linear(self, weight: object, stream: object | None = None) -> PackedWeight: ...
+
     def add(self, a: object, b: object, out: object | None = None, stream: object | None = None) -> object: ...
 
     def rms_norm(self, x: object, weight: object, eps: float, out: object | None = None, stream: object | None = None) -> object: ...
@@ -1688,9 +1690,11 @@ class Ops:
 
     def embedding(self, token_ids: object, table: object, scale: float = 1.0, dtype: str | None = None, out: object | None = None, stream: object | None = None) -> object: ...
 
-    def pack_linear(self, weight: object, stream: object | None = None) -> PackedWeight: ...
-
     def linear(self, x: object, weight: object, bias: object | None = None, residual: object | None = None, activation: str | None = None, out_dtype: str | None = None, out: object | None = None, stream: object | None = None) -> object: ...
+
+    def moe_route(self, logits: object, top_k: int, bias: object | None = None, scores: str = 'softmax', renormalize: bool = True, min_sum: float = 0.0, scale: float = 1.0, token_batch: object | None = None, experts_out: object | None = None, weights_out: object | None = None, stream: object | None = None) -> object: ...
+
+    def moe_experts(self, x: object, experts: object, weights: object, gate_up: object, down: object, activation: str = 'silu', first_expert: int = 0, out_dtype: str | None = None, out: object | None = None, stream: object | None = None) -> object: ...
 
     def qkv_prepare(self, op: str, qkv: object, num_heads: int, num_kv_heads: int, q_norm: object | None = None, k_norm: object | None = None, eps: float = 0.0, cos_sin: object | None = None, positions: object | None = None, interleaved: bool = False, key_cache: object | None = None, value_cache: object | None = None, slot_mapping: object | None = None, kv_cache_dtype: str = 'auto', k_scale: object | None = None, v_scale: object | None = None, out: object | None = None, stream: object | None = None) -> object: ...
 
@@ -1720,12 +1724,13 @@ class Ops:
 
 class PackedWeight:
     """
-    A matrix in the layout that `linear` of a device reads; made by mrv1.ops.pack_linear.
+    A matrix, or several equal ones, in the layout that `linear` of a device reads; made by
+    mrv1.ops.pack_linear.
     """
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)"""
+    def shape(self) -> tuple[int, ...]:
+        """(out, in) or (matrices, out, in)"""
 
     @property
     def dtype(self) -> str: ...

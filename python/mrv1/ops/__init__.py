@@ -13,13 +13,14 @@ has then launched nothing; DeviceError if the GPU refuses.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-from mrv1 import _core, envs
+from mrv1 import _core
 from mrv1.errors import InvalidArgumentError
-from mrv1.ops._host import Host, check_threads
+from mrv1.ops._moe import moe_experts, moe_route
+from mrv1.ops._native import Array, PackedWeight, set_num_threads
+from mrv1.ops._native import native as _ops
 
 __all__ = [
     "Array",
@@ -36,6 +37,8 @@ __all__ = [
     "gelu_mul",
     "infer_params",
     "linear",
+    "moe_experts",
+    "moe_route",
     "ngram_propose",
     "pack_linear",
     "paged_attention",
@@ -54,9 +57,6 @@ __all__ = [
     "zero_blocks",
 ]
 
-# An array with __dlpack__, or one of NumPy; what a call returns is of its first array's kind.
-Array: TypeAlias = Any
-PackedWeight = _core.PackedWeight
 PlannedAttention = _core.PlannedAttention
 
 
@@ -77,41 +77,6 @@ class BatchParams(NamedTuple):
     slot_mapping: Array
     row: Array
     counts: Array
-
-
-_native: _core.Ops | None = None
-_num_threads = 0
-
-
-def _ops() -> _core.Ops:
-    global _native
-    if _native is None:
-        _native = _core.Ops(
-            Host(_num_threads),
-            sync_launches=envs.SYNC.get(),
-            check_slots=envs.CHECK_SLOTS.get(),
-        )
-    return _native
-
-
-def _forget() -> None:
-    global _native
-    _native = None
-
-
-# Threads and GPUs are the parent's: a child opens its own.
-os.register_at_fork(after_in_child=_forget)
-
-
-def set_num_threads(num_threads: int) -> None:
-    """Sets how many threads later calls use on the CPU; 0 takes the cores this process may use.
-
-    Raises:
-        InvalidArgumentError: It is not in [0, 1024].
-    """
-    global _num_threads
-    _num_threads = check_threads(num_threads)
-    _forget()
 
 
 def embedding(
@@ -270,7 +235,7 @@ def pack_linear(weight: Array, *, stream: object = None) -> PackedWeight:
     result stands for the array itself, and keeps it.
 
     Args:
-        weight: [out, in].
+        weight: [out, in], or for `moe_experts` [matrices, out, in].
         stream: Where it runs on a GPU; docs/ops.md has the default.
 
     Example:

@@ -19,7 +19,9 @@ void bind_ops(nb::module_& m) {
             std::make_shared<OpsContext>(std::move(host), sync_launches, check_slots), "ops");
       },
       nb::arg("host"), nb::arg("sync_launches") = false, nb::arg("check_slots") = false);
-  bind_dense_ops(ops, m);
+  bind_packed_weights(ops, m);
+  bind_dense_ops(ops);
+  bind_moe_ops(ops);
   bind_attention_ops(ops, m);
   bind_block_ops(ops);
   bind_sampling_ops(ops);

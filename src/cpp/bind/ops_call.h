@@ -161,7 +161,9 @@ struct OpsHandle : Handle<OpsContext> {
 };
 
 // Methods of _core.Ops, by topic.
-void bind_dense_ops(nb::class_<OpsHandle>& ops, nb::module_& m);
+void bind_packed_weights(nb::class_<OpsHandle>& ops, nb::module_& m);
+void bind_dense_ops(nb::class_<OpsHandle>& ops);
+void bind_moe_ops(nb::class_<OpsHandle>& ops);
 void bind_attention_ops(nb::class_<OpsHandle>& ops, nb::module_& m);
 void bind_block_ops(nb::class_<OpsHandle>& ops);
 void bind_sampling_ops(nb::class_<OpsHandle>& ops);

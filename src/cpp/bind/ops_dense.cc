@@ -185,42 +185,6 @@ nb::object embedding(const OpsHandle& self, nb::handle ids_array, nb::handle tab
   return call.result(out);
 }
 
-// A weight in the layout that the device's linear reads: packed on the CPU, as it lies on a GPU.
-WeightView pack(OpCall& call, const Operand& array, DType dtype) {
-  const Kernels& kernels = call.device().kernels();
-  WeightView view{nullptr, dtype, kernels.linear_layout, array.rows(), array.cols()};
-  if (view.layout == WeightLayout::kRowMajor) {
-    view.data = array.data;
-    return view;
-  }
-  void* packed = call.scratch(weight_bytes(view), true);
-  view.data = packed;
-  call.launch(0, [&](const Kernels&, const StepContext& ctx) {
-    pack_panels(view, packed, array.data, dtype, 0, array.rows(), *ctx.pool);
-  });
-  return view;
-}
-
-Operand weight_array(OpCall& call, nb::handle array) {
-  Operand weight = call.input("weight", array);
-  call.matrix(call.ndim(weight, 2, "[out, in]"));
-  call.require(weight.rows() > 0, "weight has no rows");
-  return weight;
-}
-
-std::unique_ptr<PackedWeightHandle> pack_linear(const OpsHandle& self, nb::handle array,
-                                                nb::handle stream) {
-  const auto context = self.share();
-  OpCall call(*context, "pack_linear", stream);
-  const Operand weight = weight_array(call, array);
-  auto packed = std::make_shared<PackedWeight>();
-  packed->device = call.shared().device;
-  packed->view = pack(call, weight, call.activation(weight));
-  packed->buffers = call.take_scratch();
-  if (packed->buffers.empty()) packed->array = nb::borrow(array);
-  return std::make_unique<PackedWeightHandle>(std::move(packed), "packed weight");
-}
-
 nb::object linear(const OpsHandle& self, nb::handle x_array, nb::handle weight_object,
                   nb::handle bias_array, nb::handle residual_array,
                   const std::optional<std::string>& activation,
@@ -232,23 +196,9 @@ nb::object linear(const OpsHandle& self, nb::handle x_array, nb::handle weight_o
       activation ? activation_from_name(*activation, "linear") : Activation::kNone;
   const Operand x = call.input("x", x_array);
   const DType dtype = call.matrix(x);
-  WeightView weight;
-  Operand plain;
-  std::shared_ptr<PackedWeight> packed;
-  const bool is_packed = nb::isinstance<PackedWeightHandle>(weight_object);
-  if (is_packed) {
-    packed = nb::cast<const PackedWeightHandle&>(weight_object).share();
-    call.require(packed->device->type() == call.device().type() &&
-                     packed->device->ordinal() == call.device().ordinal(),
-                 "weight was packed for ", packed->device->name(), " and x lies on ",
-                 call.device().name(), "; all arrays of a call must be on one device");
-    // A GPU's weight is the caller's array, which the stream waits for.
-    if (packed->array.ptr() != nullptr) plain = call.input("weight", packed->array);
-    weight = packed->view;
-  } else {
-    plain = weight_array(call, weight_object);
-    weight = {nullptr, call.activation(plain), WeightLayout::kRowMajor, plain.rows(), plain.cols()};
-  }
+  WeightOperand operand = weight_operand(call, "weight", weight_object, false);
+  const WeightView& weight = operand.view;
+  const Operand& plain = operand.plain;
   call.require(weight.dtype == dtype, "weight is ", dtype_name(weight.dtype), " and x is ",
                dtype_name(dtype), "; they must be equal");
   call.require(weight.cols == x.cols(), "x has ", x.cols(), " columns; must be ", weight.cols,
@@ -291,7 +241,8 @@ nb::object linear(const OpsHandle& self, nb::handle x_array, nb::handle weight_o
   if (in_place) {
     params.out = call.scratch(out.size() * static_cast<int64_t>(dtype_size(result_dtype)), false);
   }
-  if (!is_packed) params.weight = pack(call, plain, dtype);
+  pack(call, operand);
+  params.weight = weight;
   set_tokens(call, x);
   WorkspaceLimits limits{};
   limits.max_tokens = x.rows();
@@ -310,22 +261,7 @@ nb::object linear(const OpsHandle& self, nb::handle x_array, nb::handle weight_o
 
 }  // namespace
 
-void bind_dense_ops(nb::class_<OpsHandle>& ops, nb::module_& m) {
-  nb::class_<PackedWeightHandle>(m, "PackedWeight",
-                                 "A matrix in the layout that `linear` of a device reads; made by "
-                                 "mrv1.ops.pack_linear.")
-      .def_prop_ro(
-          "shape",
-          [](const PackedWeightHandle& self) {
-            return nb::make_tuple(self->view.rows, self->view.cols);
-          },
-          nb::sig("def shape(self) -> tuple[int, int]"), "(out, in)")
-      .def_prop_ro(
-          "dtype",
-          [](const PackedWeightHandle& self) { return std::string(dtype_name(self->view.dtype)); })
-      .def_prop_ro(
-          "nbytes", [](const PackedWeightHandle& self) { return weight_bytes(self->view); },
-          "Bytes as stored.");
+void bind_dense_ops(nb::class_<OpsHandle>& ops) {
   const auto none = [](const char* name) { return nb::arg(name) = nb::none(); };
   ops.def("add", &add, nb::arg("a"), nb::arg("b"), none("out"), none("stream"))
       .def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), none("out"),
@@ -339,7 +275,6 @@ void bind_dense_ops(nb::class_<OpsHandle>& ops, nb::module_& m) {
            none("stream"))
       .def("embedding", &embedding, nb::arg("token_ids"), nb::arg("table"), nb::arg("scale") = 1.0f,
            none("dtype"), none("out"), none("stream"))
-      .def("pack_linear", &pack_linear, nb::arg("weight"), none("stream"))
       .def("linear", &linear, nb::arg("x"), nb::arg("weight"), none("bias"), none("residual"),
            none("activation"), none("out_dtype"), none("out"), none("stream"));
 }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bind/bind.h"
+#include "bind/ops_call.h"
 #include "core/device.h"
 #include "ops/weight_view.h"
 
@@ -21,5 +22,18 @@ struct PackedWeight {
 struct PackedWeightHandle : Handle<PackedWeight> {
   using Handle::Handle;
 };
+
+// A weight of a call: an array, or what pack_linear made of one.
+struct WeightOperand {
+  WeightView view;  // an array's has no address before pack()
+  Operand plain;    // the array, where there is one: kernels of a GPU read it as it lies
+  std::shared_ptr<PackedWeight> packed;  // null for an array
+};
+
+// [out, in], or with `is_many` [matrices, out, in].
+WeightOperand weight_operand(OpCall& call, const char* name, nb::handle object, bool is_many);
+// Brings an array into the layout that the device's linear reads, for the length of the call:
+// packed on the CPU, as it lies on a GPU.
+void pack(OpCall& call, WeightOperand& weight);
 
 }  // namespace mrv1
