@@ -63,6 +63,7 @@ FEATURES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("`max_logprobs=-1`", {}, {"max_logprobs": -1}),
     ("`stream=` of the caller", {}, {"stream": 1}),
     ("`MRV1_TUNE=1`", {}, {"environment": {"MRV1_TUNE": "1"}}),
+    ("`MRV1_USE_TBO=1`", {}, {"environment": {"MRV1_USE_TBO": "1"}}),
 )
 
 

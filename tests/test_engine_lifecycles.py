@@ -322,24 +322,27 @@ class EngineLives(RuleBasedStateMachine):
         # In percent of what the longest request needs.
         self.total = max(2, len(self.windows) * num_blocks(LONGEST, block_size) * room // 100)
         self.reference = self.references.of(repeats, windowed, block_size, kv_cache_dtype)
-        self.runner = open_windowed(
-            windowed,
-            open_runner,
-            self.device,
-            self.references.model(repeats),
-            block_size=block_size,
-            max_model_len=64,
-            max_num_seqs=rows,
-            max_num_batched_tokens=budget,
-            num_kv_blocks=self.total + 1,
-            pad_requests=rows if padded else 0,
-            pad_tokens=budget if padded else 0,
-            tensor_parallel_size=self.ranks,
-            pipeline_parallel_size=self.stages,
-            speculative_config=speculative_config if drafts else None,
-            kv_cache_dtype=kv_cache_dtype,
-            graph_mode=graph_mode,
-        )
+        in_halves = self.stages == 1 and budget % 2 == 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MRV1_USE_TBO", "1" if in_halves else "0")
+            self.runner = open_windowed(
+                windowed,
+                open_runner,
+                self.device,
+                self.references.model(repeats),
+                block_size=block_size,
+                max_model_len=64,
+                max_num_seqs=rows,
+                max_num_batched_tokens=budget,
+                num_kv_blocks=self.total + 1,
+                pad_requests=rows if padded else 0,
+                pad_tokens=budget if padded else 0,
+                tensor_parallel_size=self.ranks,
+                pipeline_parallel_size=self.stages,
+                speculative_config=speculative_config if drafts else None,
+                kv_cache_dtype=kv_cache_dtype,
+                graph_mode=graph_mode,
+            )
         assert sorted(self.runner.kv_windows) == sorted(self.windows)
         options = _core.EngineOptions(enable_prefix_caching=caching, background=self.background)
         self.engine = _core.Engine(self.runner.model.runner, options)
@@ -664,6 +667,7 @@ class EngineLives(RuleBasedStateMachine):
             modes = self.runner.stats()
             for mode in ("eager", "piecewise", "full"):
                 self.counters[f"{mode} steps"] += modes[f"steps_{mode}"]
+            self.counters["steps in halves"] += modes["steps_in_halves"]
             self.counters["accepted draft"] += stats["accepted_tokens"]
             self.counters["rejected draft"] += stats["draft_tokens"] - stats["accepted_tokens"]
             self.counters["windowed steps"] += stats["steps"] * (len(self.windows) > 1)
@@ -742,6 +746,7 @@ def test_lives_over_several_devices(
         f"engine lives, {stages} stages of {ranks} ranks: "
         + ", ".join(f"{n} {c}" for n, c in counters.most_common())
     )
+    assert (counters["steps in halves"] > 100) == (stages == 1), counters
     if not background:
         for name in (*RARE, "accepted draft", "rejected draft", "fork", "windowed steps"):
             assert counters[name] >= 3, (name, counters)

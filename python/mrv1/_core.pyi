@@ -467,6 +467,17 @@ class MappedFile:
     @property
     def size(self) -> int: ...
 
+class TwoBatchMode(enum.Enum):
+    """
+    Whether steps run as two halves, each of which computes while the other meets other ranks.
+    """
+
+    OFF = 0
+
+    AUTO = 1
+
+    ON = 2
+
 class StepMode(enum.Enum):
     """How a step reaches the device."""
 
@@ -667,6 +678,16 @@ class RunnerConfig:
 
     @sync_launches.setter
     def sync_launches(self, arg: bool, /) -> None: ...
+
+    @property
+    def two_batch(self) -> tuple[TwoBatchMode, int, int]:
+        """
+        Whether steps run as two halves, and from how many tokens on if that is AUTO: of steps with
+        prompts, and of those without or that run as one graph.
+        """
+
+    @two_batch.setter
+    def two_batch(self, arg: tuple[TwoBatchMode, int, int], /) -> None: ...
 
 class RowSpec:
     def __init__(self) -> None: ...
@@ -976,6 +997,13 @@ class StepTime:
     @mode.setter
     def mode(self, arg: StepMode, /) -> None: ...
 
+    @property
+    def cut_token(self) -> int:
+        """The first token of the second half, where the step ran as two; else 0."""
+
+    @cut_token.setter
+    def cut_token(self, arg: int, /) -> None: ...
+
 class StepOutput:
     """A retired step: entries in the batch's order."""
 
@@ -987,6 +1015,10 @@ class StepOutput:
 
     @property
     def mode(self) -> StepMode: ...
+
+    @property
+    def cut_token(self) -> int:
+        """The first token of the second half, where the step ran as two; else 0."""
 
     @property
     def begin_ns(self) -> int:

@@ -76,6 +76,10 @@ def trace_events(
                 "mode": step.mode.name.lower(),
                 "waited_us": step.waited_ns / 1e3,
             }
+            if step.cut_token > 0:
+                # Tokens of each half; of a padded step the second may have fewer than its share.
+                second = max(0, step.tokens - step.cut_token)
+                arguments["halves"] = f"{step.tokens - second} + {second}"
             events.append(
                 {
                     "ph": "X",

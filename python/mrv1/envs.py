@@ -184,6 +184,32 @@ SYNC: Final = EnvVar[bool](
     "run eagerly.",
     parse=_parse_bool,
 )
+USE_TBO: Final = EnvVar[str](
+    name="MRV1_USE_TBO",
+    default="auto",
+    default_text="`auto`",
+    allowed="0, 1 or auto",
+    help="Whether ranks run a step as two halves, each of which computes while the other meets the "
+    "other ranks ([two-batch overlap](parallel.md#two-batch-overlap)): never, always, or from so "
+    "many tokens on.",
+    parse=_one_of("0", "1", "auto"),
+)
+TBO_MIN_PREFILL_TOKENS: Final = EnvVar[int](
+    name="MRV1_TBO_MIN_PREFILL_TOKENS",
+    default=4096,
+    default_text="`4096`",
+    allowed="an integer in [0, 999999999]",
+    help="Tokens of a step with prompts from which on `MRV1_USE_TBO=auto` runs it as two halves.",
+    parse=_parse_limit,
+)
+TBO_MIN_DECODE_TOKENS: Final = EnvVar[int](
+    name="MRV1_TBO_MIN_DECODE_TOKENS",
+    default=1024,
+    default_text="`1024`",
+    allowed="an integer in [0, 999999999]",
+    help="The same of a step without prompts, or that is captured as one graph.",
+    parse=_parse_limit,
+)
 CHECK_SLOTS: Final = EnvVar[bool](
     name="MRV1_CHECK_SLOTS",
     default=False,
@@ -254,6 +280,9 @@ REGISTRY: Final[Mapping[str, EnvVar[object]]] = MappingProxyType(
         ATTENTION_BACKEND.name: ATTENTION_BACKEND,
         BATCH_INVARIANT.name: BATCH_INVARIANT,
         SYNC.name: SYNC,
+        USE_TBO.name: USE_TBO,
+        TBO_MIN_PREFILL_TOKENS.name: TBO_MIN_PREFILL_TOKENS,
+        TBO_MIN_DECODE_TOKENS.name: TBO_MIN_DECODE_TOKENS,
         CHECK_SLOTS.name: CHECK_SLOTS,
         CUBLASLT.name: CUBLASLT,
         NCCL.name: NCCL,

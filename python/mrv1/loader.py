@@ -46,6 +46,11 @@ _BACKENDS = {
     "native": _core.AttentionBackend.NATIVE,
     "flashinfer": _core.AttentionBackend.FLASHINFER,
 }
+_TWO_BATCH_MODES = {
+    "0": _core.TwoBatchMode.OFF,
+    "1": _core.TwoBatchMode.ON,
+    "auto": _core.TwoBatchMode.AUTO,
+}
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -455,10 +460,16 @@ def _describe_memory(model: LoadedModel, ranks: WiredRanks) -> str:
         each = f"of each of {size} ranks " if size > 1 else ""
         lines.append(
             f"{where}{each}weights {plan['weights'] / 1e6:.0f} MB, activations "
-            f"{plan['activations'] / 1e6:.0f} MB, state {plan['state'] / 1e6:.0f} MB, KV cache "
+            f"{plan['activations'] / 1e6:.0f} MB{_describe_halves(plan)}, state "
+            f"{plan['state'] / 1e6:.0f} MB, KV cache "
             f"{plan['per_block'] * model.num_kv_blocks / 1e6:.0f} MB"
         )
     return "".join(lines)
+
+
+def _describe_halves(plan: dict[str, int]) -> str:
+    halves = plan["two_batch"]
+    return f", halves of steps {halves / 1e6:.0f} MB" if halves > 0 else ""
 
 
 def _describe_cache(model: LoadedModel) -> str:
@@ -539,6 +550,11 @@ def make_runner(
     )
     native.attention_backend = _BACKENDS[backend]
     native.batch_invariant = resolve_batch_invariant(options)
+    native.two_batch = (
+        _TWO_BATCH_MODES[envs.USE_TBO.get()],
+        envs.TBO_MIN_PREFILL_TOKENS.get(),
+        envs.TBO_MIN_DECODE_TOKENS.get(),
+    )
     configs = [_of_rank(native, kv_scales, ranks, rank) for rank in range(native.num_ranks)]
     native.num_blocks = _num_blocks(ranks, configs, devices, options)
     if options.max_model_len is None:
@@ -552,6 +568,7 @@ def make_runner(
     allocated = sum(
         plan["weights"]
         + plan["activations"]
+        + plan["two_batch"]
         + plan["state"]
         + plan["per_block"] * native.num_blocks
         for plan in runner.memory_plans
@@ -754,9 +771,10 @@ def _usable_blocks(
     share: float | None,
 ) -> int:
     """KV blocks beside the null block that a rank has room for, by its plan of memory."""
-    others = plan["weights"] + plan["activations"] + plan["state"]
+    others = plan["weights"] + plan["activations"] + plan["two_batch"] + plan["state"]
     needs = (
-        f"weights {plan['weights'] / 1e6:.0f} MB, activations {plan['activations'] / 1e6:.0f} MB, "
+        f"weights {plan['weights'] / 1e6:.0f} MB, activations "
+        f"{plan['activations'] / 1e6:.0f} MB{_describe_halves(plan)}, "
         f"state {plan['state'] / 1e6:.0f} MB"
     )
     if others > free:

@@ -178,12 +178,14 @@ class Refusal:
         value: What is chosen.
         allowed: What must be.
         reason: Why.
+        sizes: The options that say how many there are.
     """
 
     field: str
     value: Callable[[RunnerOptions], object]
     allowed: object
     reason: str
+    sizes: tuple[str, ...] = ("tensor_parallel_size", "pipeline_parallel_size")
 
 
 REFUSALS: Final = (
@@ -198,6 +200,13 @@ REFUSALS: Final = (
         lambda _: envs.TUNE.get(),
         False,
         "ranks would wait for each other's measurements, and write one table",
+    ),
+    Refusal(
+        envs.USE_TBO.name,
+        lambda _: "1" if envs.USE_TBO.get() == "1" else "0 or auto",
+        "0 or auto",
+        "what stages pass on is that of whole steps",
+        sizes=("pipeline_parallel_size",),
     ),
 )
 
@@ -224,7 +233,7 @@ def check_options(options: RunnerOptions) -> None:
     for refusal in REFUSALS:
         value = refusal.value(options)
         for field, size in sizes.items():
-            if size > 1 and value != refusal.allowed:
+            if field in refusal.sizes and size > 1 and value != refusal.allowed:
                 raise InvalidArgumentError(
                     refusal.reason,
                     field=refusal.field,

@@ -133,7 +133,32 @@ class EventFence final : public Fence {
   std::unique_ptr<Event> event_;
 };
 
+// Called from inside tasks, where the GPU is current.
+class EventMark final : public StreamMark {
+ public:
+  explicit EventMark(cudaStream_t own) : own_(own) {}
+
+  void record(void* stream) override { event_.record(handle_of(stream)); }
+  void wait(void* stream) override {
+    check_cuda(cudaStreamWaitEvent(handle_of(stream), event_.get(), 0), kWhere,
+               "cudaStreamWaitEvent");
+  }
+
+ private:
+  cudaStream_t handle_of(void* stream) const {
+    return stream == nullptr ? own_ : static_cast<cudaStream_t>(stream);
+  }
+
+  cudaStream_t own_;
+  Event event_{false};
+};
+
 }  // namespace
+
+std::unique_ptr<StreamMark> make_mark(int ordinal, cudaStream_t own) {
+  const CurrentDevice current(ordinal, kWhere);
+  return std::make_unique<EventMark>(own);
+}
 
 std::unique_ptr<CopyStream> make_copy_stream(int ordinal) {
   return std::make_unique<CudaCopyStream>(ordinal);

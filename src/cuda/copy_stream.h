@@ -14,6 +14,9 @@ std::unique_ptr<CopyStream> make_copy_stream(int ordinal);
 // `own` is the stream that a null stream stands for.
 std::unique_ptr<Fence> make_fence(int ordinal, cudaStream_t own);
 
+// A mark costs the host two calls; events are made here, so none is in a step.
+std::unique_ptr<StreamMark> make_mark(int ordinal, cudaStream_t own);
+
 void order_streams(int ordinal, cudaStream_t before, cudaStream_t after);
 
 // Throws kInvalidArgument unless steps can run in a stream of somebody else: it must belong to the

@@ -99,6 +99,10 @@ class CudaDevice final : public Device {
   // Errors are left alone here: at the end of a process the driver may be gone already.
   ~CudaDevice() override {
     cudaStreamSynchronize(stream_);
+    if (side_stream_ != nullptr) {
+      cudaStreamSynchronize(side_stream_);
+      cudaStreamDestroy(side_stream_);
+    }
     linear_.reset();
     if (pool_ != nullptr) cudaMemPoolDestroy(pool_);
     if (owns_stream_) cudaStreamDestroy(stream_);
@@ -143,6 +147,20 @@ class CudaDevice final : public Device {
   void order_streams(void* before, void* after) override {
     cuda::order_streams(ordinal_, handle_of(before), handle_of(after));
   }
+
+  void* side_stream() override {
+    if (side_stream_ == nullptr) {
+      CurrentDevice current(ordinal_, kWhere);
+      int least = 0, greatest = 0;
+      cuda::check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), kWhere,
+                       "cudaDeviceGetStreamPriorityRange");
+      cuda::check_cuda(cudaStreamCreateWithPriority(&side_stream_, cudaStreamNonBlocking, greatest),
+                       kWhere, "cudaStreamCreateWithPriority");
+    }
+    return side_stream_;
+  }
+  std::unique_ptr<StreamMark> make_mark() override { return cuda::make_mark(ordinal_, stream_); }
+
   bool overlaps_launches() const override { return overlaps_launches_; }
 
   MemoryInfo memory() const override {
@@ -264,7 +282,9 @@ class CudaDevice final : public Device {
   }
 
   void settle() noexcept override {
-    cudaStreamSynchronize(stream_);  // what it reports is the task's own error, or follows from it
+    // What they report is the task's own error, or follows from it.
+    cudaStreamSynchronize(stream_);
+    if (side_stream_ != nullptr) cudaStreamSynchronize(side_stream_);
   }
 
   void synchronize() override {
@@ -381,6 +401,7 @@ class CudaDevice final : public Device {
   bool overlaps_launches_ = false;
   bool owns_stream_;
   cudaStream_t stream_ = nullptr;
+  cudaStream_t side_stream_ = nullptr;
 };
 
 }  // namespace

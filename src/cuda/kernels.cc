@@ -34,6 +34,7 @@ const Kernels& cuda_kernels() {
       .apply = apply_cuda,
       .propose = propose_cuda,
       .infer_params = infer_params_cuda,
+      .split_params = split_params_cuda,
       .infer_param_view = infer_param_view_cuda,
       .count_tokens = count_tokens_cuda,
       .sample = sample_cuda,

@@ -22,6 +22,9 @@ namespace mrv1::cuda {
 // 3. It calls launch_next() early, at the top or once its weights are requested: the next kernel's
 //    blocks then take their places, and request their own weights, while this one still runs.
 //
+// A kernel that follows an event of another stream, or a copy, is launched without overlap
+// (Executable::run_apart): it then waits for all that comes before it, and later ones for it.
+//
 // Both do nothing on GPUs before Hopper, where launches wait for the kernel before them.
 
 // Waits until all work before this kernel has ended and its writes are visible.

@@ -24,6 +24,7 @@ nb::dict plan_dict(const MemoryPlan& plan) {
   nb::dict dict;
   dict["weights"] = plan.weights;
   dict["activations"] = plan.activations;
+  dict["two_batch"] = plan.two_batch;
   dict["state"] = plan.state;
   dict["per_block"] = plan.per_block;
   return dict;
@@ -153,6 +154,12 @@ void bind_runner(nb::module_& m) {
       .def(nb::init<const std::string&>(), nb::arg("path"))
       .def_prop_ro("size", &MappedFile::size);
 
+  nb::enum_<TwoBatchMode>(
+      m, "TwoBatchMode",
+      "Whether steps run as two halves, each of which computes while the other meets other ranks.")
+      .value("OFF", TwoBatchMode::kOff)
+      .value("AUTO", TwoBatchMode::kAuto)
+      .value("ON", TwoBatchMode::kOn);
   nb::enum_<StepMode>(m, "StepMode", "How a step reaches the device.")
       .value("EAGER", StepMode::kEager)
       .value("PIECEWISE", StepMode::kPiecewise)
@@ -251,7 +258,21 @@ void bind_runner(nb::module_& m) {
               "For testing: rows may carry tokens that take the place of those drawn.")
       .def_rw("keep_hidden_states", &RunnerConfig::keep_hidden_states)
       .def_rw("batch_invariant", &RunnerConfig::batch_invariant)
-      .def_rw("sync_launches", &RunnerConfig::sync_launches);
+      .def_rw("sync_launches", &RunnerConfig::sync_launches)
+      .def_prop_rw(
+          "two_batch",
+          [](const RunnerConfig& self) {
+            const TwoBatchConfig& halves = self.two_batch;
+            return std::make_tuple(halves.mode, halves.min_prefill_tokens,
+                                   halves.min_decode_tokens);
+          },
+          [](RunnerConfig& self, const std::tuple<TwoBatchMode, int32_t, int32_t>& halves) {
+            const auto& [mode, prefill, decode] = halves;
+            self.two_batch = {mode, prefill, decode};
+          },
+          "Whether steps run as two halves, and from how many tokens on if that is AUTO: of steps "
+          "with\n"
+          "prompts, and of those without or that run as one graph.");
 
   nb::class_<RowSpec>(m, "RowSpec")
       .def(nb::init<>())
@@ -334,12 +355,16 @@ void bind_runner(nb::module_& m) {
               "For other stages of a pipeline, since the step before had ended.")
       .def_rw("requests", &StepTime::requests)
       .def_rw("tokens", &StepTime::tokens)
-      .def_rw("mode", &StepTime::mode);
+      .def_rw("mode", &StepTime::mode)
+      .def_rw("cut_token", &StepTime::cut_token,
+              "The first token of the second half, where the step ran as two; else 0.");
 
   nb::class_<StepOutput>(m, "StepOutput", "A retired step: entries in the batch's order.")
       .def_ro("step", &StepOutput::step)
       .def_ro("error", &StepOutput::error)
       .def_ro("mode", &StepOutput::mode)
+      .def_ro("cut_token", &StepOutput::cut_token,
+              "The first token of the second half, where the step ran as two; else 0.")
       .def_ro("begin_ns", &StepOutput::begin_ns, "Device clock when the step began.")
       .def_ro("end_ns", &StepOutput::end_ns, "Device clock when it ended.")
       .def_ro("entries", &StepOutput::entries)
@@ -581,6 +606,7 @@ void bind_runner(nb::module_& m) {
               const std::string name = step_mode_name(static_cast<StepMode>(mode));
               dict[("steps_" + name).c_str()] = stats.steps_by_mode[mode];
             }
+            dict["steps_in_halves"] = stats.steps_in_halves;
             dict["kernel_launches"] = stats.device.kernel_launches;
             dict["graph_launches"] = stats.device.graph_launches;
             dict["waits"] = stats.device.waits;

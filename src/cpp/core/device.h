@@ -161,6 +161,11 @@ class Device {
   // Work queued in stream `after` from now on waits for what is in `before` now; null is the
   // device's own stream.
   virtual void order_streams(void* before, void* after);
+  // A second stream, whose work goes before that of the first where both have some; made at the
+  // first call. Whoever uses it orders the two by marks, and lets the first wait for the second
+  // before a step ends. Null where streams are one thread.
+  virtual void* side_stream() { return nullptr; }
+  virtual std::unique_ptr<StreamMark> make_mark() { return std::make_unique<StreamMark>(); }
 
  private:
   friend class Buffer;

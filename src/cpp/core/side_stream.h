@@ -29,4 +29,16 @@ class Fence {
   virtual void wait() = 0;
 };
 
+// A point in a stream of the device that other streams of it wait for, in steps and in what is
+// captured of them. Used from inside submitted tasks; the device must outlive it. Where streams are
+// one thread, order is there already.
+class StreamMark {
+ public:
+  virtual ~StreamMark() = default;
+  // Marks the work queued so far in `stream`; null is the device's own stream.
+  virtual void record(void*) {}
+  // Work queued in `stream` from now on waits for the last mark.
+  virtual void wait(void*) {}
+};
+
 }  // namespace mrv1

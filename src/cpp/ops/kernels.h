@@ -31,6 +31,7 @@
 #include "state/output_ring.h"
 #include "state/propose.h"
 #include "state/score_rows.h"
+#include "state/split_params.h"
 
 namespace mrv1 {
 
@@ -74,6 +75,7 @@ struct Kernels {
   void (*apply)(const StepContext&);
   void (*propose)(const StepContext&);
   void (*infer_params)(const StepContext&);
+  void (*split_params)(const SplitParams&, const StepContext&);
   void (*infer_param_view)(const InferParamInputs&, const InferParamView&, const StepContext&);
   void (*count_tokens)(const StepContext&);
   void (*sample)(const SampleParams&, const StepContext&);

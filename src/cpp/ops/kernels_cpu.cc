@@ -39,6 +39,7 @@ const Kernels& cpu_kernels() {
       .apply = apply_cpu,
       .propose = propose_cpu,
       .infer_params = infer_params_cpu,
+      .split_params = split_params_cpu,
       .infer_param_view = infer_param_view_cpu,
       .count_tokens = count_tokens_cpu,
       .sample = sample_cpu,

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <utility>
 
 #include "core/device.h"
 #include "core/error.h"
@@ -97,7 +98,7 @@ WorkspaceLimits Executable::workspace_limits(const Program& program, const PlanL
 
 Executable::Executable(const Program& program, const PlanLimits& limits, Device& device,
                        std::span<const WeightView> weights, std::span<const KvCacheLayer> kv,
-                       int64_t max_position)
+                       int64_t max_position, const Executable* tables)
     : device_(&device),
       plan_(plan_buffers(program, limits)),
       kv_layout_(program.kv_layout()),
@@ -105,10 +106,15 @@ Executable::Executable(const Program& program, const PlanLimits& limits, Device&
   check_internal(weights.size() == program.weights().size(), "executable", "weights missing");
   check_internal(kv.size() >= program.kv_layers().size(), "executable", "kv layers missing");
   arena_ = device.allocate(plan_.arena_bytes, "activations");
-  for (const RopeSpec& spec : program.ropes()) {
-    const std::vector<float> table = rope_values(spec, max_position);
-    ropes_.push_back(device.allocate(table.size() * sizeof(float), "rope table"));
-    device.copy_in(ropes_.back().data(), table.data(), table.size() * sizeof(float));
+  if (tables != nullptr) {
+    ropes_ = tables->ropes_;
+  } else {
+    for (const RopeSpec& spec : program.ropes()) {
+      const std::vector<float> table = rope_values(spec, max_position);
+      rope_buffers_.push_back(device.allocate(table.size() * sizeof(float), "rope table"));
+      device.copy_in(rope_buffers_.back().data(), table.data(), table.size() * sizeof(float));
+      ropes_.push_back(static_cast<const float*>(rope_buffers_.back().data()));
+    }
   }
   attention_plans_ = attention_plans(program, limits);
   for (AttentionPlan& plan : attention_plans_) {
@@ -230,7 +236,7 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
         params.eps = op.eps;
       }
       if (op.rope >= 0) {
-        params.rope = static_cast<const float*>(ropes_[op.rope].data());
+        params.rope = ropes_[op.rope];
         params.rope_pairs = static_cast<int32_t>(program.ropes()[op.rope].inv_freq.size());
         params.interleaved = program.ropes()[op.rope].interleaved;
         params.max_position = max_position_;
@@ -283,6 +289,14 @@ void Executable::run(const StepContext& ctx) const {
 
 void Executable::plan_attention(const StepContext& ctx) const {
   for (const AttentionPlan& plan : attention_plans_) device_->kernels().plan_attention(plan, ctx);
+}
+
+void Executable::run_apart(StepContext ctx, size_t first, size_t last) const {
+  if (first == last) return;
+  const bool overlaps = std::exchange(ctx.overlap_launches, false);
+  run(ctx, first, first + 1);
+  ctx.overlap_launches = overlaps;
+  run(ctx, first + 1, last);
 }
 
 void Executable::run(const StepContext& ctx, size_t first, size_t last) const {

@@ -19,12 +19,14 @@ namespace mrv1 {
 class Executable {
  public:
   // `weights` by weight index (matrices as views, vectors as float32 arrays); `kv` by kv layer,
-  // addresses stable, contents may be filled in later. `max_position` rows of rope are computed.
+  // addresses stable, contents may be filled in later. `max_position` rows of rope are computed,
+  // unless `tables` is given: another executable of the program, which outlives this one and whose
+  // rope tables it reads.
   Executable(const Program& program, const PlanLimits& limits, Device& device,
              std::span<const WeightView> weights, std::span<const KvCacheLayer> kv,
-             int64_t max_position);
+             int64_t max_position, const Executable* tables = nullptr);
 
-  // Bytes an executable allocates: arena, rope tables, attention plans.
+  // Bytes an executable allocates: arena, rope tables (none of 0 positions), attention plans.
   static int64_t bytes(const Program& program, const PlanLimits& limits, Device& device,
                        int64_t max_position);
 
@@ -37,6 +39,9 @@ class Executable {
   // The same in parts: plans, then ops [first, last).
   void plan_attention(const StepContext& ctx) const;
   void run(const StepContext& ctx, size_t first, size_t last) const;
+  // The same, whose first op follows what another stream or a copy has written: its kernels do not
+  // start before that has ended.
+  void run_apart(StepContext ctx, size_t first, size_t last) const;
   size_t num_ops() const { return calls_.size(); }
 
   // Device address of a value. Its bytes are reused after its last reader, unless it is an input,
@@ -59,7 +64,8 @@ class Executable {
   Device* device_;
   Plan plan_;
   Buffer arena_;
-  std::vector<Buffer> ropes_;
+  std::vector<Buffer> rope_buffers_;
+  std::vector<const float*> ropes_;
   KvLayout kv_layout_;
   std::vector<AttentionPlan> attention_plans_;  // one for each geometry of attention
   std::vector<Buffer> attention_buffers_;

@@ -87,6 +87,10 @@ struct Op {
   RouteSpec route = {};      // moe_route
   int32_t first_expert = 0;  // moe_experts: the expert of its first matrices
 };
+// Whether ranks meet in an op: it waits for those of the others.
+constexpr bool is_collective(OpKind kind) {
+  return kind == OpKind::kAllReduce || kind == OpKind::kAllGather;
+}
 // The name of its kind, with the activation in it: silu_mul, linear_gelu_mul.
 std::string_view op_name(const Op& op);
 

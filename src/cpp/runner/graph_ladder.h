@@ -37,6 +37,8 @@ struct StepShape {
   StepSizes sizes;
   PrefillWork prefill = {};
   bool cut = false;  // the draw, and what follows it, is launched apart from the rest
+  // The first token of the second half, where the step runs as two (runner/two_batch.h); else 0.
+  int32_t cut_token = 0;
 };
 
 // The sizes that are captured, and which of them a batch runs at: the smallest that holds it.

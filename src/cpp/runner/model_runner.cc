@@ -101,6 +101,7 @@ MemoryPlan ModelRunner::plan_memory(const Program& wired, const RunnerConfig& co
   plan.activations =
       Executable::bytes(program, limits, device, config.max_model_len) +
       device.kernels().workspace_bytes(Executable::workspace_limits(program, limits, device));
+  plan.two_batch = TwoBatch::bytes(program, config, limits, device);
   if (config.num_ranks > 1) {
     plan.activations +=
         group_bytes(device.type(), config.num_ranks, group_options(program, config));
@@ -204,7 +205,7 @@ RunnerConfig ModelRunner::checked_config(const Program& program, RunnerConfig co
     const auto mb = [](int64_t bytes) { return bytes / 1000000; };
     fail(ErrorKind::kOutOfMemory, "runner", "needs ", mb(total), " MB but ", mb(memory.free_bytes),
          " MB are free on ", device.name(), ": weights ", mb(plan.weights), ", activations ",
-         mb(plan.activations), ", state ", mb(plan.state), ", KV cache ",
+         mb(plan.activations + plan.two_batch), ", state ", mb(plan.state), ", KV cache ",
          mb(plan.per_block * config.num_blocks), " (", config.num_blocks, " blocks of ",
          config.block_size, " tokens)");
   }
@@ -227,11 +228,16 @@ ModelRunner::ModelRunner(std::shared_ptr<Device> device, Program program,
   executable_ =
       std::make_unique<Executable>(program_, plan_limits(config_), *device_, weights_.views(),
                                    kv_->layers(), config_.max_model_len);
+  if (TwoBatch::applies(program_, config_)) {
+    halves_ = std::make_unique<TwoBatch>(program_, *executable_, config_, plan_limits(config_),
+                                         *device_, weights_.views(), kv_->layers());
+  }
   ladder_ = GraphLadder(config_.graph_mode, config_.capture_sizes, config_.piecewise_sizes,
                         config_.num_speculative_tokens);
   allocate_state();
   allocate_rings();
   step_ = std::make_unique<Step>(program_, *executable_, *device_, ctx_);
+  step_->set_halves(halves_.get());
   if (view_) step_->set_view(view_inputs_, *view_);
   if (reported_logprobs(program_, config_) >= 0) {
     scorer_ = std::make_unique<PromptScorer>(config_, num_slots(), *device_);
@@ -452,12 +458,13 @@ void ModelRunner::copy_blocks(std::span<const BlockCopy> copies) {
 
 // --- the step ----------------------------------------------------------------------------------
 
-uint64_t ModelRunner::execute(std::span<const BatchItem> batch) {
-  if (followers_ == nullptr) return execute(batch, {});
-  return execute(batch, take_injected(batch));
+uint64_t ModelRunner::execute(std::span<const BatchItem> batch, std::optional<bool> in_halves) {
+  if (followers_ == nullptr) return execute(batch, {}, in_halves);
+  return execute(batch, take_injected(batch), in_halves);
 }
 
-uint64_t ModelRunner::execute(std::span<const BatchItem> batch, const std::string& injected) {
+uint64_t ModelRunner::execute(std::span<const BatchItem> batch, const std::string& injected,
+                              std::optional<bool> in_halves) {
   const auto start = std::chrono::steady_clock::now();
   waited_ns_ = 0;
   check_no_cut("execute");
@@ -500,23 +507,10 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch, const std::strin
                           samples};
     const bool scores = std::any_of(scored_.begin(), scored_.end(),
                                     [](const ScoredTokens& tokens) { return tokens.count > 0; });
-    {
-      std::lock_guard lock(side_mutex_);
-      shape = ladder_.choose(entries_, exact, scores);
-    }
-    shape.prefill = prefill;
-    shape.cut = !masked_items_.empty() && has_logits();
-    // Until there are graphs, the same kernels are launched one by one.
-    if (!captured_) shape.mode = StepMode::kEager;
-    if (shape.mode == StepMode::kEager) {
-      StepSizes& sizes = shape.sizes;
-      sizes.num_requests = std::max(sizes.num_requests, config_.pad_requests);
-      sizes.num_tokens = std::max(sizes.num_tokens, config_.pad_tokens);
-      sizes.num_logits = std::max(sizes.num_logits, config_.pad_requests);
-    }
+    shape = choose_shape(exact, scores, prefill, in_halves);
   }
   // Before this rank's own: it may wait for a step that the others have not launched yet.
-  if (followers_ != nullptr) followers_->execute(batch, injected);
+  if (followers_ != nullptr) followers_->execute(batch, injected, shape.cut_token > 0);
   const uint64_t step = submit(entries_, shape, scored_, injected);
   if (shape.cut) cut_step_ = step;
   for (const BatchItem& item : batch) rows_->launch(item, step);
@@ -530,6 +524,7 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch, const std::strin
   }
   if (!batch.empty()) {
     newest_sizes_ = shape.sizes;
+    newest_cut_ = shape.cut_token;
     newest_entries_ = static_cast<int32_t>(batch.size());
     newest_batch_step_ = step;
   }
@@ -537,9 +532,40 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch, const std::strin
   if (!batch.empty()) {
     ++stats_.batches;
     ++stats_.steps_by_mode[static_cast<int>(shape.mode)];
+    stats_.steps_in_halves += shape.cut_token > 0 ? 1 : 0;
   }
   stats_.host_ns += nanoseconds_since(start) - waited_ns_;
   return step;
+}
+
+StepShape ModelRunner::choose_shape(StepSizes exact, bool scores, const PrefillWork& prefill,
+                                    std::optional<bool> in_halves) {
+  // Halves have a token each, one of them padding if need be.
+  if (in_halves.value_or(false)) exact.num_tokens = std::max(exact.num_tokens, 2);
+  StepShape shape;
+  {
+    std::lock_guard lock(side_mutex_);
+    shape = ladder_.choose(entries_, exact, scores);
+  }
+  shape.prefill = prefill;
+  shape.cut = !masked_items_.empty() && has_logits();
+  // Until there are graphs, the same kernels are launched one by one.
+  if (!captured_) shape.mode = StepMode::kEager;
+  StepSizes& sizes = shape.sizes;
+  if (shape.mode == StepMode::kEager) {
+    sizes.num_requests = std::max(sizes.num_requests, config_.pad_requests);
+    sizes.num_tokens = std::max(sizes.num_tokens, config_.pad_tokens);
+    sizes.num_logits = std::max(sizes.num_logits, config_.pad_requests);
+  }
+  if (halves_ == nullptr) return shape;
+  // A size of whole steps is cut at one place and in one case, so that it has one graph.
+  const StepLoad load{shape.whole ? sizes.num_tokens : exact.num_tokens,
+                      !shape.whole && prefill.keys > 0};
+  if (!in_halves.value_or(runs_in_halves(config_.two_batch, {&load, 1}))) return shape;
+  shape.cut_token = halves_->cut_of(load.tokens, sizes.num_tokens, sizes.speculates);
+  // What is captured in pieces is of whole steps.
+  if (shape.cut_token > 0 && shape.mode == StepMode::kPiecewise) shape.mode = StepMode::kEager;
+  return shape;
 }
 
 // Rows can be given back on a device that is lost, too: execute() says so, free_row() need not.
@@ -695,8 +721,9 @@ CaptureReport ModelRunner::capture_graphs() {
   if (config_.graph_mode == StepMode::kFull) {
     for (size_t i = full.size(); i-- > 0;) {
       const StepSizes sizes = ladder_.sizes_of(full[i]);
-      warm_up({StepMode::kEager, -1, true, sizes});
-      run_on_stream(*device_, [&] { step_->capture_full(i, sizes); });
+      const int32_t cut_token = cut_of_graph(sizes);
+      warm_up({.whole = true, .sizes = sizes, .cut_token = cut_token});
+      run_on_stream(*device_, [&] { step_->capture_full(i, sizes, cut_token); });
       ++report.full_graphs;
     }
   }
@@ -751,6 +778,7 @@ void ModelRunner::read_output(const Slot& slot, StepOutput& output) {
   output.step = slot.step;
   output.error = slot.error;
   output.mode = slot.shape.mode;
+  output.cut_token = slot.shape.cut_token;
   output.begin_ns = slot.output->begin_ns;
   output.end_ns = slot.output->end_ns;
   const OutputEntry* entries = output_entries(slot.output);
@@ -865,112 +893,6 @@ uint64_t ModelRunner::retired_step() const {
     if (slot.step != 0 && ready(slot.step)) retired = std::max(retired, slot.step);
   }
   return retired;
-}
-
-void ModelRunner::wait_newest() const {
-  check(newest_batch_step_ != 0, "runner", "no step has been executed");
-  check_no_cut("runner");
-  device_->synchronize();
-}
-
-std::vector<int32_t> ModelRunner::read_ints(const int32_t* data, int64_t count) {
-  std::vector<int32_t> values(static_cast<size_t>(count));
-  if (count > 0) device_->copy_out(values.data(), data, values.size() * sizeof(int32_t));
-  return values;
-}
-
-int32_t ModelRunner::batch_of(int32_t item, const char* where) {
-  wait_newest();
-  check(item >= 0 && item < newest_entries_, where, "item ", item, " is outside [0, ",
-        newest_entries_, ")");
-  return read_ints(ctx_.infer.entry_batch + item, 1)[0];
-}
-
-const float* ModelRunner::device_logits(int32_t item) {
-  const int32_t row = read_ints(ctx_.infer.logits_start + batch_of(item, "logits"), 1)[0];
-  if (row < 0 || read_ints(ctx_.infer.logits_batch + row, 1)[0] < 0) return nullptr;
-  const auto* base = static_cast<const float*>(executable_->value(program_.logits_value()));
-  return base + row * int64_t{ctx_.rows.vocab_size};
-}
-
-ModelRunner::HiddenStates ModelRunner::hidden_states(int32_t item) {
-  const char* where = "hidden_states";
-  check(config_.keep_hidden_states, where, "the runner was made without keep_hidden_states");
-  const int32_t batch = batch_of(item, where);
-  const Value& value = program_.values()[program_.hidden_value()];
-  HiddenStates states{nullptr, 0, value.cols, value.dtype};
-  if (read_ints(ctx_.infer.row + batch, 1)[0] < 0) return states;
-  const std::vector<int32_t> start = read_ints(ctx_.infer.query_start_loc + batch, 2);
-  states.tokens = start[1] - start[0];
-  states.data = static_cast<const char*>(executable_->value(program_.hidden_value())) +
-                start[0] * value.cols * static_cast<int64_t>(dtype_size(value.dtype));
-  return states;
-}
-
-std::vector<float> ModelRunner::logits(int32_t item) {
-  const float* row = device_logits(item);
-  if (row == nullptr) return {};
-  std::vector<float> values(ctx_.rows.vocab_size);
-  device_->copy_out(values.data(), row, values.size() * sizeof(float));
-  return values;
-}
-
-std::vector<std::pair<std::string, std::vector<int32_t>>> ModelRunner::infer_params() {
-  wait_newest();
-  const InferParams& infer = ctx_.infer;
-  const StepSizes& sizes = newest_sizes_;
-  std::vector<std::pair<std::string, std::vector<int32_t>>> all;
-  const auto add = [&](const char* name, const int32_t* data, int64_t count) {
-    all.emplace_back(name, read_ints(data, count));
-  };
-  add("counts", reinterpret_cast<const int32_t*>(infer.counts), sizeof(InferCounts) / 4);
-  add("row", infer.row, sizes.num_requests);
-  add("query_start_loc", infer.query_start_loc, sizes.num_requests + 1);
-  add("seq_lens", infer.seq_lens, sizes.num_requests);
-  add("token_batch", infer.token_batch, sizes.num_tokens);
-  add("token_ids", infer.token_ids, sizes.num_tokens);
-  add("positions", infer.positions, sizes.num_tokens);
-  add("slot_mapping", infer.slot_mapping, sizes.num_tokens);
-  for (int32_t group = 1; group < ctx_.rows.num_groups; ++group) {
-    all.emplace_back(
-        concat("slot_mapping.", group),
-        read_ints(infer.slot_mapping + int64_t{group} * infer.max_tokens, sizes.num_tokens));
-  }
-  add("logits_indices", infer.logits_indices, sizes.num_logits);
-  add("logits_batch", infer.logits_batch, sizes.num_logits);
-  add("logits_place", infer.logits_place, sizes.num_logits);
-  add("logits_entry", infer.logits_entry, sizes.num_logits);
-  add("logits_start", infer.logits_start, sizes.num_requests);
-  add("entry_batch", infer.entry_batch, newest_entries_);
-  add("sampled", infer.sampled, sizes.num_logits);
-  if (view_) {
-    const int64_t rows = config_.max_num_seqs;
-    const InferParamView& view = *view_;
-    add("encoder_batch_map", view.encoder_batch_map, rows);
-    add("decoder_batch_map", view.decoder_batch_map, rows);
-    add("encoder_batch_idx", view.encoder_batch_idx, rows);
-    add("decoder_batch_idx", view.decoder_batch_idx, rows);
-    add("encoder_seq_lod", view.encoder_seq_lod, rows + 1);
-    add("decoder_seq_lod", view.decoder_seq_lod, rows + 1);
-    add("encoder_kv_lod", view.encoder_kv_lod, rows + 1);
-    add("prefix_len", view.prefix_len, rows);
-    add("decoder_context_len", view.decoder_context_len, rows);
-    add("decoder_context_len_cache", view.decoder_context_len_cache, rows);
-    add("prefix_block_tables", view.prefix_block_tables, rows * ctx_.rows.max_blocks);
-    add("slot_mapping_enc", view.slot_mapping_enc, config_.max_num_batched_tokens);
-    add("slot_mapping_dec", view.slot_mapping_dec, rows * view_inputs_.query_per_decode);
-    add("len_info", view.len_info, 7);
-  }
-  return all;
-}
-
-Row ModelRunner::row_state(int32_t row) {
-  check(row >= 0 && row < config_.max_num_seqs, "row_state", "row ", row, " is outside [0, ",
-        config_.max_num_seqs, ")");
-  device_->synchronize();
-  Row state;
-  device_->copy_out(&state, ctx_.rows.rows + row, sizeof(state));
-  return state;
 }
 
 }  // namespace mrv1

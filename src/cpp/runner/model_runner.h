@@ -24,6 +24,7 @@
 #include "runner/step.h"
 #include "runner/step_log.h"
 #include "runner/token_logprobs.h"
+#include "runner/two_batch.h"
 #include "state/infer_param_view.h"
 #include "state/output_ring.h"
 #include "state/step_context.h"
@@ -39,10 +40,11 @@ GroupOptions group_options(const Program& program, const RunnerConfig& config);
 struct MemoryPlan {
   int64_t weights = 0;
   int64_t activations = 0;  // arena, rope tables, workspace, what ranks send each other
+  int64_t two_batch = 0;    // what steps that run as two halves need beside (runner/two_batch.h)
   int64_t state = 0;        // rows, history, block tables, infer_params, rings, scored prompts
   int64_t per_block = 0;    // one KV block, for the layers of a group, scales included
   int64_t total(int64_t num_blocks) const {
-    return weights + activations + state + per_block * num_blocks;
+    return weights + activations + two_batch + state + per_block * num_blocks;
   }
 };
 
@@ -51,6 +53,7 @@ struct StepOutput {
   uint64_t step = 0;
   std::string error;  // not empty if the step failed: what went wrong
   StepMode mode = StepMode::kEager;
+  int32_t cut_token = 0;  // StepShape::cut_token
   // Device clock when the step began and ended, in nanoseconds; steps of one device compare.
   uint64_t begin_ns = 0, end_ns = 0;
   std::vector<OutputEntry> entries;
@@ -88,6 +91,7 @@ struct RunnerStats {
   uint64_t output_bytes = 0;   // received
   uint64_t mask_bytes = 0;     // host memory of GrammarMasks
   uint64_t steps_by_mode[kNumStepModes] = {};  // batches, by StepMode
+  uint64_t steps_in_halves = 0;                // batches that ran as two halves
   DeviceCounters device;
 };
 
@@ -184,7 +188,10 @@ class ModelRunner {
   // once, so that it runs while the masks are made; finish_step() launches the rest. Until then
   // only results of earlier steps can be had, and whatever changes rows or launches work is
   // refused.
-  uint64_t execute(std::span<const BatchItem> batch);
+  //
+  // `in_halves`: whether the step runs as two halves, where that was decided for all ranks together
+  // (runs_in_halves()); else this runner decides.
+  uint64_t execute(std::span<const BatchItem> batch, std::optional<bool> in_halves = {});
   // The step that waits for finish_step(); 0 if there is none.
   uint64_t cut_step() const { return cut_step_; }
   // Places in its batch of the items whose rows need a mask.
@@ -228,7 +235,8 @@ class ModelRunner {
     DType dtype = DType::kF32;
   };
   HiddenStates hidden_states(int32_t item);
-  // infer_params of the newest step, copied to the host: name -> values. Waits for the step.
+  // infer_params of the newest step, copied to the host: name -> values; if it ran as two halves,
+  // those that halves have of their own, too: name.half0, name.half1. Waits for the step.
   std::vector<std::pair<std::string, std::vector<int32_t>>> infer_params();
   // Row state as the device holds it; waits.
   Row row_state(int32_t row);
@@ -297,7 +305,11 @@ class ModelRunner {
   void end_allocation();
   void allocate_state();
   void allocate_rings();
-  uint64_t execute(std::span<const BatchItem> batch, const std::string& injected);
+  uint64_t execute(std::span<const BatchItem> batch, const std::string& injected,
+                   std::optional<bool> in_halves);
+  StepShape choose_shape(StepSizes exact, bool scores, const PrefillWork& prefill,
+                         std::optional<bool> in_halves);
+  int32_t cut_of_graph(const StepSizes& sizes) const;
   uint64_t adopt_through(std::span<const BatchEntry> entries) const;
   std::string take_injected(std::span<const BatchItem> batch);
   bool has_written(uint64_t step) const;
@@ -330,6 +342,7 @@ class ModelRunner {
   KvLayout kv_layout_;
   std::unique_ptr<KvStore> kv_;
   std::unique_ptr<Executable> executable_;
+  std::unique_ptr<TwoBatch> halves_;  // null: no step runs as two halves
   std::vector<Buffer> state_buffers_;
   Buffer control_buffer_, output_buffer_;
   Buffer adopted_buffer_;  // StageBuffers::outputs
@@ -351,6 +364,7 @@ class ModelRunner {
   std::unordered_map<uint64_t, StepOutput> kept_;
   uint64_t next_step_ = 1;
   StepSizes newest_sizes_;
+  int32_t newest_cut_ = 0;
   int32_t newest_entries_ = 0;
   RunnerStats stats_;
   StepLog log_;

@@ -45,6 +45,7 @@ void ModelRunner::log_step(const Slot& slot) {
   time.begin_ns = slot.output->begin_ns;
   time.end_ns = slot.output->end_ns;
   time.mode = slot.shape.mode;
+  time.cut_token = slot.shape.cut_token;
   log_.add(time, slot.output->waited_ns);
 }
 

@@ -100,6 +100,13 @@ std::string ModelRunner::take_injected(std::span<const BatchItem> batch) {
   return std::exchange(injected_failure_, {});
 }
 
+// Where the graph of whole steps of a size is cut.
+int32_t ModelRunner::cut_of_graph(const StepSizes& sizes) const {
+  const StepLoad load{sizes.num_tokens, /*has_prompts=*/false};
+  if (halves_ == nullptr || !runs_in_halves(config_.two_batch, {&load, 1})) return 0;
+  return halves_->cut_of(sizes.num_tokens, sizes.num_tokens, sizes.speculates);
+}
+
 bool ModelRunner::has_written(uint64_t step) const {
   return slot_of(step).output->sequence.load(std::memory_order_acquire) >= step + 1;
 }

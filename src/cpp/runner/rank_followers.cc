@@ -141,10 +141,12 @@ void RankFollowers::copy_blocks(std::span<const BlockCopy> copies) {
        [&](Command& command) { command.copies.assign(copies.begin(), copies.end()); });
 }
 
-void RankFollowers::execute(std::span<const BatchItem> batch, const std::string& injected) {
+void RankFollowers::execute(std::span<const BatchItem> batch, const std::string& injected,
+                            bool in_halves) {
   post(Kind::kExecute, [&](Command& command) {
     command.batch.assign(batch.begin(), batch.end());
     command.injected = injected;
+    command.in_halves = in_halves;
   });
 }
 
@@ -238,7 +240,7 @@ void RankFollowers::carry_out(Follower& follower, const Command& command) {
     case Kind::kCopyBlocks:
       return runner.copy_blocks(command.copies);
     case Kind::kExecute:
-      runner.execute(command.batch, command.injected);
+      runner.execute(command.batch, command.injected, command.in_halves);
       return;
     case Kind::kFinishStep:
       if (!runner.has_logits()) return;

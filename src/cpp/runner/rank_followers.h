@@ -37,8 +37,8 @@ class RankFollowers {
   void drop_blocks(RowHandle row, int32_t group, int32_t first, int32_t count);
   void free_row(RowHandle row);
   void copy_blocks(std::span<const BlockCopy> copies);
-  // `injected`: the failure that the step has on all ranks, if any.
-  void execute(std::span<const BatchItem> batch, const std::string& injected);
+  // `injected`: the failure that the step has on all ranks, if any. `in_halves`: as the leader.
+  void execute(std::span<const BatchItem> batch, const std::string& injected, bool in_halves);
   // `rows` and their masks, `words` each, of the step that is cut.
   void finish_step(std::span<const int32_t> rows, const uint32_t* masks, int64_t words);
   // What a result has said of rows that speculate, see ModelRunner::retire_rows().
@@ -80,6 +80,7 @@ class RankFollowers {
     std::vector<BlockCopy> copies;
     std::vector<RowTable::Mark> marks;
     std::string injected;
+    bool in_halves = false;
     std::shared_ptr<const RowSpec> spec;
   };
   // Masks take much more memory than all else, so not every command has room for some.

@@ -14,6 +14,15 @@
 
 namespace mrv1 {
 
+// Whether steps run as two halves, each computing while the other meets the other ranks
+// (runner/two_batch.h): never, from so many tokens on, or whenever there are two.
+enum class TwoBatchMode { kOff, kAuto, kOn };
+struct TwoBatchConfig {
+  TwoBatchMode mode = TwoBatchMode::kOff;
+  int32_t min_prefill_tokens = 0;  // of steps with prompts
+  int32_t min_decode_tokens = 0;   // of others, and of those that run as one graph
+};
+
 struct RunnerConfig {
   int32_t max_num_seqs = 0;            // rows
   int32_t max_num_batched_tokens = 0;  // tokens of one step
@@ -50,6 +59,7 @@ struct RunnerConfig {
   int32_t num_ranks = 1;
   int32_t num_stages = 1;
   std::chrono::milliseconds rank_timeout{8000};
+  TwoBatchConfig two_batch;
 };
 
 // A request as the runner sees it.

@@ -30,7 +30,7 @@ StepContext Step::context_for(const StepShape& shape) const {
   return ctx;
 }
 
-void Step::run_front(const StepContext& ctx) const {
+void Step::run_front(const StepContext& ctx, int32_t cut_token) const {
   const Kernels& kernels = device_.kernels();
   // Rows have to be what they were in the steps before when others take their places.
   if (!has_logits()) kernels.adopt(ctx);
@@ -40,7 +40,21 @@ void Step::run_front(const StepContext& ctx) const {
   kernels.infer_params(ctx);
   if (has_logits()) kernels.count_tokens(ctx);
   if (view_) kernels.infer_param_view(view_inputs_, *view_, ctx);
-  executable_.plan_attention(ctx);
+  if (cut_token > 0) {
+    halves_->plan(ctx, cut_token);
+  } else {
+    executable_.plan_attention(ctx);
+  }
+}
+
+// The whole program, whose plans are there.
+void Step::run_program(const StepContext& ctx, int32_t cut_token) const {
+  if (cut_token == 0) {
+    executable_.run(ctx, 0, executable_.num_ops());
+    return;
+  }
+  halves_->run(ctx, cut_token);
+  executable_.run_apart(ctx, halves_->num_ops(), executable_.num_ops());
 }
 
 void Step::run_back(const StepContext& ctx) const {
@@ -52,14 +66,19 @@ void Step::run_back(const StepContext& ctx) const {
   kernels.advance(ctx);
 }
 
-void Step::capture_full(size_t index, const StepSizes& sizes) {
-  if (full_.size() <= index) full_.resize(index + 1);
-  full_[index] = device_.capture([this, sizes] {
+std::unique_ptr<Graph> Step::capture_step(const StepSizes& sizes, int32_t cut_token,
+                                          bool with_draw) {
+  return device_.capture([this, sizes, cut_token, with_draw] {
     const StepContext ctx = context_for({.whole = true, .sizes = sizes});
-    run_front(ctx);
-    executable_.run(ctx, 0, executable_.num_ops());
-    run_back(ctx);
+    run_front(ctx, cut_token);
+    run_program(ctx, cut_token);
+    if (with_draw) run_back(ctx);
   });
+}
+
+void Step::capture_full(size_t index, const StepSizes& sizes, int32_t cut_token) {
+  if (full_.size() <= index) full_.resize(index + 1);
+  full_[index].of(cut_token) = capture_step(sizes, cut_token, /*with_draw=*/true);
 }
 
 void Step::capture_pieces(size_t index, int32_t tokens) {
@@ -94,18 +113,13 @@ void Step::score(const Scoring& scoring, const StepContext& ctx, const Piece& he
 void Step::run_graph(const StepShape& shape) {
   const auto index = static_cast<size_t>(shape.graph);
   if (!shape.cut) {
-    device_.launch(*full_.at(index));
+    device_.launch(*full_.at(index).of(shape.cut_token));
     return;
   }
   if (cut_.size() <= index) cut_.resize(index + 1);
-  if (cut_[index] == nullptr) {
-    cut_[index] = device_.capture([this, sizes = shape.sizes] {
-      const StepContext ctx = context_for({.whole = true, .sizes = sizes});
-      run_front(ctx);
-      executable_.run(ctx, 0, executable_.num_ops());
-    });
-  }
-  device_.launch(*cut_[index]);
+  std::unique_ptr<Graph>& graph = cut_[index].of(shape.cut_token);
+  if (graph == nullptr) graph = capture_step(shape.sizes, shape.cut_token, /*with_draw=*/false);
+  device_.launch(*graph);
 }
 
 void Step::run(const StepShape& shape, const Scoring& scoring) {
@@ -114,13 +128,18 @@ void Step::run(const StepShape& shape, const Scoring& scoring) {
     return;
   }
   const StepContext ctx = context_for(shape);
-  run_front(ctx);
+  run_front(ctx, shape.cut_token);
   if (shape.sizes.num_requests > 0) {
+    const bool in_halves = shape.cut_token > 0;
+    if (in_halves) halves_->run(ctx, shape.cut_token);
     size_t next = 0;
     for (const Piece& piece : pieces_) {
+      if (in_halves && !piece.head) continue;
       if (piece.head && !scoring.tokens.empty()) score(scoring, ctx, piece);
       if (shape.mode == StepMode::kPiecewise && piece.captured) {
         device_.launch(*piecewise_.at(static_cast<size_t>(shape.graph)).at(next++));
+      } else if (in_halves) {
+        executable_.run_apart(ctx, piece.first, piece.last);
       } else {
         executable_.run(ctx, piece.first, piece.last);
       }
@@ -131,8 +150,8 @@ void Step::run(const StepShape& shape, const Scoring& scoring) {
 
 void Step::run_and_fail(const StepShape& shape, std::string_view message) const {
   const StepContext ctx = context_for(shape);
-  run_front(ctx);
-  executable_.run(ctx, 0, executable_.num_ops());
+  run_front(ctx, shape.cut_token);
+  run_program(ctx, shape.cut_token);
   fail(ErrorKind::kInternal, "step", message);
 }
 

@@ -11,6 +11,7 @@
 #include "program/program.h"
 #include "runner/graph_ladder.h"
 #include "runner/prompt_scores.h"
+#include "runner/two_batch.h"
 #include "state/infer_param_view.h"
 #include "state/step_context.h"
 
@@ -34,12 +35,16 @@ class Step {
     view_ = view;
   }
 
+  // Steps that have a cut_token run as halves of it, which outlives this.
+  void set_halves(const TwoBatch* halves) { halves_ = halves; }
+
   const StepContext& context() const { return ctx_; }
   StepContext& context() { return ctx_; }
 
-  // Records the graphs of size `index` of the ladder. An eager run at that size must have come
-  // before: libraries choose their kernels, and the driver loads code, on first use.
-  void capture_full(size_t index, const StepSizes& sizes);
+  // Records the graphs of size `index` of the ladder, for whole steps and for halves apart. An
+  // eager run of the kind and at that size must have come before: libraries choose their kernels,
+  // and the driver loads code, on first use.
+  void capture_full(size_t index, const StepSizes& sizes, int32_t cut_token);
   void capture_pieces(size_t index, int32_t tokens);
   void drop_graphs();
 
@@ -69,7 +74,9 @@ class Step {
   void find_pieces();
   bool has_logits() const { return program_.logits_value() >= 0; }
   StepContext context_for(const StepShape& shape) const;
-  void run_front(const StepContext& ctx) const;
+  void run_front(const StepContext& ctx, int32_t cut_token) const;
+  void run_program(const StepContext& ctx, int32_t cut_token) const;
+  std::unique_ptr<Graph> capture_step(const StepSizes& sizes, int32_t cut_token, bool with_draw);
   void score(const Scoring& scoring, const StepContext& ctx, const Piece& head) const;
   void run_back(const StepContext& ctx) const;
   void run_graph(const StepShape& shape);
@@ -81,8 +88,14 @@ class Step {
   std::optional<InferParamView> view_;
   InferParamInputs view_inputs_{};
   std::vector<Piece> pieces_;
-  std::vector<std::unique_ptr<Graph>> full_;
-  std::vector<std::unique_ptr<Graph>> cut_;  // full_ without the draw and what follows it
+  const TwoBatch* halves_ = nullptr;
+  // By size: of whole steps, and of halves.
+  struct SizeGraphs {
+    std::unique_ptr<Graph> whole, halves;
+    std::unique_ptr<Graph>& of(int32_t cut_token) { return cut_token > 0 ? halves : whole; }
+  };
+  std::vector<SizeGraphs> full_;
+  std::vector<SizeGraphs> cut_;  // full_ without the draw and what follows it
   std::vector<std::vector<std::unique_ptr<Graph>>> piecewise_;  // by size, by captured piece
 };
 

@@ -18,6 +18,7 @@ struct StepTime {
   uint64_t waited_ns = 0;
   int32_t requests = 0, tokens = 0;  // of the batch
   StepMode mode = StepMode::kEager;
+  int32_t cut_token = 0;  // StepShape::cut_token
 };
 
 // The steps of a rank, for benchmarks and traces: kept while it is on.
