@@ -26,6 +26,7 @@ def step_time(step: int, begin: int, end: int, waited: int, rows: int) -> _core.
     time = _core.StepTime()
     time.step, time.begin_ns, time.end_ns, time.waited_ns = step, begin, end, waited
     time.requests, time.tokens, time.mode = rows, 2 * rows, _core.StepMode.FULL
+    time.cut_token = 3 if rows == 3 else 0
     return time
 
 
@@ -55,6 +56,7 @@ def test_shares_of_waiting_and_a_trace_by_hand(tmp_path: Path) -> None:
         (1, "step 5", 1.6, 1.9),
         (1, "step 6", 4, 1.5),
     ]
+    assert slices[0]["args"]["halves"] == "3 + 3"
     assert slices[1]["args"] == {"requests": 2, "tokens": 4, "mode": "full", "waited_us": 0.6}
     with pytest.raises(InvalidArgumentError, match="trace"):
         write_trace(tmp_path / "none" / "trace.json", [], 1)

@@ -247,6 +247,25 @@ def test_auto_goes_by_the_tokens_of_a_step(device: str, monkeypatch: pytest.Monk
     assert cuts == [0, 0, 6, 0, 0, 2]
 
 
+def test_a_step_is_cut_between_the_places_of_requests(device: str) -> None:
+    """Half of 12 places is 6, half of 4 is 2, but a request with drafts has 4."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3}
+    with open_two(device, "1", speculative_config=drafts) as runner:
+        pool = BlockPool(runner)
+        rows = [
+            runner.add_row(make_prompt(5, seed), greedy(20), block_ids=[pool.take(8)])
+            for seed in range(3)
+        ]
+        native = runner.model.runner
+        native.log_steps(True)
+        runner.execute([(row, 5) for row in rows]).result()
+        runner.execute([(row, 4) for row in rows]).result()
+        runner.execute([(rows[0], 4)]).result()
+        steps = [native.take_step_log(rank) for rank in range(2)]
+    for log in steps:
+        assert [(step.tokens, step.cut_token) for step in log] == [(15, 8), (12, 8), (4, 2)]
+
+
 @pytest.mark.parametrize(
     ("mode", "ranks", "tokens", "is_there"),
     [("0", 2, 256, False), ("1", 1, 256, False), ("1", 2, 256, True), ("auto", 2, 64, False)],
@@ -272,6 +291,24 @@ def test_halves_take_memory_where_steps_may_run_so(
         before = runner.stats()["allocations"]
         run_to_end(runner, make_prompt(20, 1), greedy(4), chunk=7)
         assert runner.stats()["allocations"] == before
+
+
+def test_a_steady_step_of_halves_is_one_launch(device: str) -> None:
+    with open_two(device, "1", graph_mode="full", max_num_seqs=2, dtype="bfloat16") as runner:
+        pool = BlockPool(runner)
+        rows = [
+            runner.add_row(make_prompt(5, seed), greedy(40), block_ids=[pool.take(12)])
+            for seed in range(2)
+        ]
+        runner.execute([(row, 5) for row in rows]).result()
+        before = runner.stats()
+        for _ in range(20):
+            runner.execute([(row, 1) for row in rows]).result()
+        after = runner.stats()
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown["steps_full"] == grown["steps_in_halves"] == grown["graph_launches"] == 20
+    assert (grown["waits"], grown["copies"], grown["allocations"]) == (0, 0, 0)
+    assert device == "cpu" or grown["kernel_launches"] == 0
 
 
 @pytest.mark.parametrize(

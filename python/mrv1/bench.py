@@ -79,6 +79,7 @@ class Record(_RequiredKeys, total=False):
     tokens: int
     tp: int
     pp: int
+    tbo: int
     graph_mode: str
     stage_waits: str
     message_bytes: int
@@ -130,6 +131,7 @@ class Timing:
         graph_mode: How most of the steps reached the device: "eager", "piecewise" or "full".
         stage_waits: Of each stage of a pipeline the share of the time in which it waited for
             others; empty where there is one.
+        in_halves: Whether most of the steps ran as two halves.
     """
 
     batch: int
@@ -141,6 +143,7 @@ class Timing:
     idle_share: float | None = None
     graph_mode: str | None = None
     stage_waits: Sequence[float] = ()
+    in_halves: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +217,12 @@ def main_mode(before: Mapping[str, int], after: Mapping[str, int]) -> str:
     """How most steps reached the device between two `_core.ModelRunner.stats()`."""
     modes = ("eager", "piecewise", "full")
     return max(modes, key=lambda mode: after[f"steps_{mode}"] - before[f"steps_{mode}"])
+
+
+def ran_in_halves(before: Mapping[str, int], after: Mapping[str, int]) -> bool:
+    """Whether most of the steps between two such counts ran as two halves."""
+    name = "steps_in_halves"
+    return 2 * (after[name] - before[name]) > after["batches"] - before["batches"]
 
 
 def row_blocks(runner: _core.ModelRunner, index: int, count: int) -> list[list[int]]:
@@ -499,6 +508,7 @@ def make_record(
         record["scale"] = cache.kv_scales
     if ranks > 1:
         record["tp"] = ranks
+        record["tbo"] = int(timing.in_halves)
     if stages > 1:
         record["pp"] = stages
     if timing.graph_mode is not None:
@@ -630,6 +640,7 @@ def format_table(records: Sequence[Record]) -> str:
             record.get("layout"),
             f"tp {record['tp']}" if "tp" in record else None,
             f"pp {record['pp']}" if "pp" in record else None,
+            "tbo" if record.get("tbo") else None,
             None if cache == "auto" else cache,
             record.get("scale") if "cache_dtype" in record and cache != "auto" else None,
         )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mrv1 import _core
-from mrv1.bench import Timing, main_mode, row_blocks
+from mrv1.bench import Timing, main_mode, ran_in_halves, row_blocks
 from mrv1.bench_trace import StepLogs, logged_steps, stage_waits
 from mrv1.errors import InternalError
 from mrv1.llm import peak_memory_mb
@@ -208,9 +208,11 @@ def measure_decode(
     if trace is not None:
         trace[:] = logs
     stages = model.pipeline_parallel_size
+    after = model.runner.stats()
     return dataclasses.replace(
         timing,
-        graph_mode=main_mode(before, model.runner.stats()),
+        graph_mode=main_mode(before, after),
+        in_halves=ran_in_halves(before, after),
         stage_waits=stage_waits(logs, stages) if stages > 1 else (),
     )
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from mrv1.bench import Timing, main_mode
+from mrv1.bench import Timing, main_mode, ran_in_halves
 from mrv1.bench_trace import StepLogs, logged_steps, stage_waits
 from mrv1.engine import Engine
 from mrv1.errors import InternalError, InvalidArgumentError
@@ -121,6 +121,7 @@ def measure_mix(
         peak_memory_mb(),
         tokens=tokens / steps,
         graph_mode=main_mode(before, after),
+        in_halves=ran_in_halves(before, after),
         stage_waits=stage_waits(logs, stages) if stages > 1 else (),
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mrv1 import _core
-from mrv1.bench import Timing, main_mode, row_blocks
+from mrv1.bench import Timing, main_mode, ran_in_halves, row_blocks
 from mrv1.errors import InternalError
 from mrv1.llm import peak_memory_mb
 from mrv1.loader import LoadedModel, RunnerOptions
@@ -103,6 +103,7 @@ def measure_prefill(model: LoadedModel, batch: int, context: int, repeats: int) 
         peak_memory_mb(),
         tokens=batch * context,
         graph_mode=main_mode(before, runner.stats()),
+        in_halves=ran_in_halves(before, runner.stats()),
     )
 
 

@@ -1,0 +1,35 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""What of collectives runs beside other kernels, for kernels that are written by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from mrv1._cupti import Kernel
+from mrv1.bench_overlap import common, merged, overlap_of
+
+
+def kernel(name: str, start: float, end: float) -> Kernel:
+    return Kernel(name, int(start * 1e6), int(end * 1e6), 1, 0, 0, (1, 1, 1), (1, 1, 1), 0)
+
+
+def test_spans_are_merged_and_cut() -> None:
+    assert merged([(5, 7), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 7)]
+    assert common([(0, 4), (5, 7)], [(1, 2), (3, 6), (8, 9)]) == [(1, 2), (3, 4), (5, 6)]
+    assert merged([]) == common([], [(0, 1)]) == []
+
+
+def test_the_hidden_share_is_that_of_collectives() -> None:
+    kernels = [
+        kernel("linear_kernel", 0, 2),
+        kernel("two_shot_kernel", 1, 4),  # half of what follows it, and the end of the linear
+        kernel("rms_norm_kernel", 3.5, 5),
+        kernel("one_shot_kernel", 5, 6),  # alone
+        kernel("nvjet_tst_128x256", 7, 9),
+    ]
+    found = overlap_of(kernels)
+    assert found.collective_ms == pytest.approx(4)
+    assert found.hidden_ms == pytest.approx(1.5)
+    assert found.compute_ms == pytest.approx(5.5)
+    assert found.hidden_share == pytest.approx(1.5 / 4)
+    assert overlap_of([]).hidden_share == 0
