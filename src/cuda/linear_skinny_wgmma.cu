@@ -196,8 +196,9 @@ void launch_wgmma(const SkinnyArgs& args, const SkinnyConfig& config, const Devi
   const dim3 grid(config.split, tiles, (args.out_cols + outputs - 1) / outputs);
   const bool vector_stores =
       args.out_cols % 4 == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
-  launch_cluster(ctx, wgmma_kernel<kRows, kTokens>, grid, dim3(config.split), dim3(Shape::kThreads),
-                 shared_bytes, weight_map, x_map, args, tile_tokens, stages, vector_stores);
+  launch_cluster(kSkinnyOp, ctx, wgmma_kernel<kRows, kTokens>, grid, dim3(config.split),
+                 dim3(Shape::kThreads), shared_bytes, weight_map, x_map, args, tile_tokens, stages,
+                 vector_stores);
 }
 
 template <int kRows>

@@ -260,7 +260,7 @@ void launch_wide(const SkinnyArgs& args, const SkinnyConfig& config, int token_t
   const size_t shared_bytes = Shape::shared_bytes(cut.stages);
   allow_shared_memory(kSkinnyOp, wide_kernel<kTokens, kRows>, shared_bytes);
   const int tiles = ceil_div(args.out_cols, args.gated() ? kRows / 2 : kRows);
-  launch_cluster(ctx, wide_kernel<kTokens, kRows>,
+  launch_cluster(kSkinnyOp, ctx, wide_kernel<kTokens, kRows>,
                  dim3(config.split, token_tiles, ceil_div(tiles, cut.share) * cut.share),
                  dim3(config.split, 1, cut.share), dim3(Shape::kThreads), shared_bytes, weight_map,
                  x_map, args, cut);

@@ -409,9 +409,10 @@ int ring_stages(const SkinnyConfig& config, const DeviceLimits& limits) {
 
 // launch() with clusters.
 template <typename... Params>
-void launch_cluster(const StepContext& ctx, void (*kernel)(Params...), dim3 grid, dim3 cluster,
-                    dim3 block, size_t shared_bytes, std::type_identity_t<Params>... args) {
-  const OpRange range(kSkinnyOp);
+void launch_cluster(std::string_view op, const StepContext& ctx, void (*kernel)(Params...),
+                    dim3 grid, dim3 cluster, dim3 block, size_t shared_bytes,
+                    std::type_identity_t<Params>... args) {
+  const OpRange range(op);
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim.x = cluster.x;
@@ -428,7 +429,7 @@ void launch_cluster(const StepContext& ctx, void (*kernel)(Params...), dim3 grid
   config.numAttrs = may_overlap(ctx) ? 2 : 1;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args...);
   count_launch(ctx);
-  check_kernel(kSkinnyOp, ctx, status, grid, block, shared_bytes);
+  check_kernel(op, ctx, status, grid, block, shared_bytes);
 }
 
 }  // namespace mrv1::cuda

@@ -25,8 +25,8 @@ constexpr int64_t kMaxSumBlocks = 2048;
 constexpr int kAtOnce = 8;  // choices whose loads are in flight together
 constexpr int64_t kAlignment = 128;
 
-// The least rows of a group's tile among the kernels; the most groups follow from it.
-constexpr int64_t kMinTileRows = 16;
+// The cut of those that kernels ask for that makes most groups.
+constexpr MoeCut kFinestCut{.tile_rows = 16, .share = 2};
 
 // The scratch of a pass.
 struct PassMemory {
@@ -46,7 +46,7 @@ int64_t place_memory(PassMemory& memory, char* base, int64_t pairs, int64_t expe
   take(memory.schedule.place, pairs * 4);
   take(memory.schedule.row, pairs * 4);
   take(memory.schedule.groups,
-       moe_max_groups(pairs, experts, kMinTileRows) * static_cast<int64_t>(sizeof(MoeGroup)));
+       moe_max_groups(pairs, experts, kFinestCut) * static_cast<int64_t>(sizeof(MoeGroup)));
   take(memory.schedule.num_groups, 4);
   take(memory.schedule.block_counts, moe_schedule_blocks(pairs) * experts * 4);
   take(memory.inner, pairs * inner_bytes);
@@ -194,14 +194,14 @@ void run_pass(const MoeExpertsParams& params, const MoeRows& rows, const PassMem
   // choose evenly send each other as many.
   const int64_t likely_rows =
       params.regions > 0 ? std::min<int64_t>(ctx.sizes.num_tokens, rows.num_rows) : rows.num_rows;
-  const int32_t tile_rows =
-      wgmma ? moe_wgmma_tile_rows(likely_rows, rows.top_k, rows.num_experts) : kMoeTiledRows;
-  gate_up.max_groups = down.max_groups = moe_max_groups(pairs, rows.num_experts, tile_rows);
+  const MoeCut cut = wgmma ? moe_wgmma_cut(likely_rows, rows.top_k, rows.num_experts)
+                           : MoeCut{.tile_rows = kMoeTiledRows};
+  gate_up.max_groups = down.max_groups = moe_max_groups(pairs, rows.num_experts, cut);
   gate_up.few = down.few = wgmma && pairs <= kMoeFewPairs;
-  if (!gate_up.few) moe_schedule(rows, memory.schedule, tile_rows, ctx);
+  if (!gate_up.few) moe_schedule(rows, memory.schedule, cut, ctx);
   if (wgmma) {
-    moe_wgmma(gate_up, tile_rows, /*weights_first=*/false, ctx);
-    moe_wgmma(down, tile_rows, /*weights_first=*/true, ctx);
+    moe_wgmma(gate_up, cut, /*weights_first=*/false, ctx);
+    moe_wgmma(down, cut, /*weights_first=*/true, ctx);
   } else {
     moe_tiled(gate_up, ctx);
     moe_tiled(down, ctx);

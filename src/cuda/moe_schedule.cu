@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(MoeRows rows, MoeSchedu
 }
 
 __global__ void __launch_bounds__(kThreads)
-    place_kernel(MoeRows rows, MoeSchedule schedule, int32_t tile_rows) {
+    place_kernel(MoeRows rows, MoeSchedule schedule, MoeCut cut) {
   extern __shared__ int32_t next_place[];  // [num_experts], then [warps][num_experts] of uint16_t
   uint16_t* before = reinterpret_cast<uint16_t*>(next_place + rows.num_experts);
   const int lane = threadIdx.x % kWarpSize;
@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t begin = block_exclusive_scan<kThreads>(total, &all);
   if (static_cast<int>(threadIdx.x) < experts) next_place[threadIdx.x] = begin + earlier;
   if (blockIdx.x == 0) {
-    const int32_t groups = (total + tile_rows - 1) / tile_rows;
+    const int32_t whole_rows = cut.tile_rows * cut.share;
+    const int32_t groups = (total + whole_rows - 1) / whole_rows * cut.share;
     int32_t all_groups;
     int32_t group = block_exclusive_scan<kThreads>(groups, &all_groups);
     if (groups > 0) {
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void moe_schedule(const MoeRows& rows, const MoeSchedule& schedule, int32_t tile_rows,
+void moe_schedule(const MoeRows& rows, const MoeSchedule& schedule, const MoeCut& cut,
                   const StepContext& ctx) {
   const auto blocks =
       static_cast<unsigned>(moe_schedule_blocks(int64_t{rows.num_rows} * rows.top_k));
@@ -141,7 +142,7 @@ void moe_schedule(const MoeRows& rows, const MoeSchedule& schedule, int32_t tile
   const size_t shared_bytes = counts + sizeof(uint16_t) * kWarps * rows.num_experts;
   constexpr size_t kAlwaysAllowed = 48 * 1024;
   if (shared_bytes > kAlwaysAllowed) allow_shared_memory(kMoeOp, place_kernel, shared_bytes);
-  launch(kMoeOp, ctx, place_kernel, blocks, kThreads, shared_bytes, rows, schedule, tile_rows);
+  launch(kMoeOp, ctx, place_kernel, blocks, kThreads, shared_bytes, rows, schedule, cut);
 }
 
 }  // namespace mrv1::cuda

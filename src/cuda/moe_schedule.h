@@ -50,14 +50,21 @@ constexpr int64_t moe_schedule_blocks(int64_t pairs) {
   return (pairs + kMoePairsPerBlock - 1) / kMoePairsPerBlock;
 }
 
-// Sorts the pairs of a pass. A group has at most tile_rows rows.
-void moe_schedule(const MoeRows& rows, const MoeSchedule& schedule, int32_t tile_rows,
+// How a pass is cut: groups have at most tile_rows rows, and an expert that has rows has a multiple
+// of `share` groups, next to each other. Of those the last may be empty.
+struct MoeCut {
+  int32_t tile_rows;
+  int32_t share = 1;
+};
+
+// Sorts the pairs of a pass.
+void moe_schedule(const MoeRows& rows, const MoeSchedule& schedule, const MoeCut& cut,
                   const StepContext& ctx);
 
 // Groups that there may be of so many pairs.
-constexpr int64_t moe_max_groups(int64_t pairs, int64_t num_experts, int64_t tile_rows) {
-  const int64_t full_and_rest = pairs / tile_rows + num_experts;
-  return pairs < full_and_rest ? pairs : full_and_rest;
+constexpr int64_t moe_max_groups(int64_t pairs, int64_t num_experts, const MoeCut& cut) {
+  const int64_t full_and_rest = pairs / (cut.tile_rows * cut.share) + num_experts;
+  return (pairs < full_and_rest ? pairs : full_and_rest) * cut.share;
 }
 
 // One product of all groups: out[place] = x[row or place] weight_e^T, or with an activation
@@ -84,13 +91,13 @@ constexpr int32_t kMoeTiledRows = 64;
 void moe_tiled(const MoeProduct& product, const StepContext& ctx);
 
 // The product on tensor cores, if it is of bfloat16, sizes are multiples of 8 and the GPU is a
-// Hopper. Groups have at most tile_rows rows; moe_wgmma_tile_rows says how many suit a pass of so
-// many rows that choose top_k of the experts each. weights_first: this kernel may read the
+// Hopper. moe_wgmma_cut says how a pass of so many rows that choose top_k of the experts each is to
+// be cut. weights_first: this kernel may read the
 // choices or the schedule, and request weights, before the kernel before it has ended; that must be
 // another product of the same pass by moe_wgmma.
 bool moe_wgmma_supports(const MoeProduct& product);
-int32_t moe_wgmma_tile_rows(int64_t rows, int64_t top_k, int64_t num_experts);
-void moe_wgmma(const MoeProduct& product, int32_t tile_rows, bool weights_first,
+MoeCut moe_wgmma_cut(int64_t rows, int64_t top_k, int64_t num_experts);
+void moe_wgmma(const MoeProduct& product, const MoeCut& cut, bool weights_first,
                const StepContext& ctx);
 
 #if defined(__CUDACC__)

@@ -3,7 +3,8 @@
 // Products of moe_experts with wgmma, for Hopper. Weight rows are the 64-high side of the product
 // and the rows of a group its other side, which may be any multiple of 8: so the same kernel
 // streams each expert's weights once past the few rows of a decode step, and multiplies tiles of
-// 128 by 256 for prompts.
+// 256 by 128 for prompts. There the L2 cache's bandwidth is what limits, so the blocks of a cluster
+// have groups of one expert and load its weights for each other.
 //
 // Blocks stay and take tile after tile, (group, weight rows), in turns. In a block one warp or
 // warpgroup fills a ring of stages of 64 columns, weights by TMA and rows of x, which lie where
@@ -38,10 +39,12 @@ struct MoeWgmmaArgs {
   bool read_once;
 };
 
-// Tiles of kRows weight rows and at most kTokens rows.
-template <int kRows, int kTokens>
+// Tiles of kRows weight rows and at most kTokens rows, in clusters of kShare blocks.
+template <int kRows, int kTokens, int kShare>
 struct MoeWgmmaShape {
-  static constexpr int kConsumers = kRows * 2;               // threads
+  static constexpr int kHigh = kRows > 128 ? 2 : 1;          // 64 weight rows of a warpgroup, times
+  static constexpr int kWarpgroups = kRows / kHigh / 64;     // that multiply
+  static constexpr int kConsumers = kWarpgroups * 128;       // threads
   static constexpr int kLoaders = kTokens <= 64 ? 32 : 128;  // threads
   static constexpr int kThreads = kConsumers + kLoaders;
   static constexpr int kBlocks = kRows == 64 ? 2 : 1;  // on a multiprocessor
@@ -55,16 +58,19 @@ struct MoeWgmmaShape {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// The schedule as a block sees it.
+// The schedule as a block sees it. Tiles are numbered for clusters, whose blocks have neighbouring
+// groups and the same weight rows.
+template <int kShare>
 struct BlockSchedule {
   const MoeWgmmaArgs& args;
   const MoeFewPairs& few;
 
   __device__ int num_tiles() const {
-    return (args.few ? few.num_groups : __ldcg(args.schedule.num_groups)) * args.row_tiles;
+    const int groups = args.few ? few.num_groups : __ldcg(args.schedule.num_groups);
+    return groups / kShare * args.row_tiles;
   }
   __device__ MoeGroup group(int tile) const {
-    const int index = tile / args.row_tiles;
+    const int index = tile / args.row_tiles * kShare + blockIdx.x % kShare;
     if (args.few) return few.groups[index];
     const int4 value = __ldcg(reinterpret_cast<const int4*>(args.schedule.groups) + index);
     return {value.x, value.y, value.z, value.w};
@@ -94,26 +100,48 @@ __device__ __forceinline__ void proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// kRows / kShare weight rows, for each block of a cluster.
+template <int kShare>
 __device__ __forceinline__ void load_expert_tile(void* to, const CUtensorMap& map,
                                                  uint64_t* barrier, int col, int row, int expert,
                                                  uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row), "r"(expert), "l"(policy)
-      : "memory");
+  if constexpr (kShare == 1) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+        "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row), "r"(expert), "l"(policy)
+        : "memory");
+  } else {
+    constexpr uint16_t kAllBlocks = (1 << kShare) - 1;
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+        "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row), "r"(expert), "h"(kAllBlocks)
+        : "memory");
+  }
 }
 
-// [pieces of 8 + 8 rows][gate, up][8 rows][columns]
+// The same of pieces of 8 + 8 rows: [pieces][gate, up][8 rows][columns]
+template <int kShare>
 __device__ __forceinline__ void load_expert_pair_tile(void* to, const CUtensorMap& map,
                                                       uint64_t* barrier, int col, int piece,
                                                       int expert, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(0), "r"(piece), "r"(expert),
-      "l"(policy)
-      : "memory");
+  if constexpr (kShare == 1) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%3, %4, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
+        "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(0), "r"(piece), "r"(expert),
+        "l"(policy)
+        : "memory");
+  } else {
+    constexpr uint16_t kAllBlocks = (1 << kShare) - 1;
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
+        "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(0), "r"(piece), "r"(expert),
+        "h"(kAllBlocks)
+        : "memory");
+  }
 }
 
 // A warp's 8 x 8 matrix of two bytes an element, transposed: each lane has two neighbours of a row.
@@ -142,22 +170,31 @@ struct RingPlace {
 };
 
 // The part of a block that multiplies: a warpgroup.
+template <typename Shape, int kShare, bool kGated>
 struct Consumer {
   const MoeWgmmaArgs& args;
   uint32_t ring;
-  int stage_bytes, weight_bytes, tile_outputs;
   uint64_t* full;
   uint64_t* empty;
   RingPlace place{};
 
+  // Gives a stage back, to all blocks that write it.
+  __device__ __forceinline__ void release(int stage) const {
+    const int peer = threadIdx.x % 128;
+    if constexpr (kShare == 1) {
+      if (peer == 0) barrier_arrive(&empty[stage]);
+    } else {
+      if (peer < kShare) barrier_arrive_at(&empty[stage], peer);
+    }
+  }
+
   // A tile of a group of at most kCount rows.
-  template <int kCount, bool kGated>
+  template <int kCount>
   __device__ __forceinline__ void tile(const MoeGroup& group, int row_tile) {
-    constexpr int kParts = kCount > 128 ? 2 : 1;
-    constexpr int kPartRows = kCount / kParts;
+    constexpr int kHigh = Shape::kHigh;
     const int warpgroup = threadIdx.x / 128;
     const int groups = (args.k + kGroup - 1) / kGroup;
-    float sums[kParts][kPartRows / 2];
+    float sums[kHigh][kCount / 2];
 #pragma unroll
     for (auto& part : sums) {
 #pragma unroll
@@ -167,21 +204,21 @@ struct Consumer {
     for (int i = 0; i < groups; ++i) {
       barrier_wait(&full[place.stage], place.parity);
       proxy_fence();
-      const uint32_t at = ring + place.stage * stage_bytes;
-      const uint64_t a = tile_descriptor(at + warpgroup * 64 * kRowBytes);
-      const uint64_t b = tile_descriptor(at + weight_bytes);
+      const uint32_t at = ring + place.stage * Shape::kStageBytes;
+      const uint64_t a = tile_descriptor(at + warpgroup * kHigh * 64 * kRowBytes);
+      const uint64_t b = tile_descriptor(at + Shape::kWeightBytes);
       multiply_fence();
 #pragma unroll
       for (int k = 0; k < kGroup / 16; ++k) {
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          multiply(sums[part], a + k * 2, b + part * kPartRows * kRowBytes / 16 + k * 2);
+        for (int high = 0; high < kHigh; ++high) {
+          multiply(sums[high], a + high * (64 * kRowBytes / 16) + k * 2, b + k * 2);
         }
       }
       multiply_commit();
       if (previous >= 0) {
         multiply_wait<1>();
-        if (threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
+        release(previous);
       }
       previous = place.stage;
       place.next(args.stages);
@@ -193,36 +230,40 @@ struct Consumer {
 #pragma unroll
       for (float& sum : part) asm volatile("" : "+f"(sum)::"memory");
     }
-    if (threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
+    release(previous);
+#pragma unroll
+    for (int high = 0; high < kHigh; ++high) {
+      store<kCount>(group, sums[high], (row_tile * Shape::kWarpgroups + warpgroup) * kHigh + high);
+    }
+  }
 
+  // Stores what comes of 64 weight rows, the `number`th of the expert's.
+  template <int kCount>
+  __device__ __forceinline__ void store(const MoeGroup& group, const float (&sums)[kCount / 2],
+                                        int number) const {
     // A warp has 16 weight rows: with an activation 8 of gate and 8 of up.
     const int lane = threadIdx.x % 32;
-    const int first_col = row_tile * tile_outputs + threadIdx.x / 32 * (kGated ? 8 : 16);
+    const int first_col = (number * 4 + threadIdx.x % 128 / 32) * (kGated ? 8 : 16);
     BFloat16* out =
         args.out + int64_t{group.first_place} * args.out_cols + first_col + lane % 4 * 2;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-      for (int i = 0; i < kPartRows / 8; ++i) {
-        const int first_row = part * kPartRows + i * 8;
-        if (first_row >= group.count) break;
-        const float (&sum)[kPartRows / 2] = sums[part];
-        const int row = first_row + lane / 4;
-        BFloat16* to = out + int64_t{row} * args.out_cols;
-        if constexpr (kGated) {
-          const uint32_t pair = transpose(
-              pack_pair(skinny_gated_mul(args.activation, sum[i * 4], sum[i * 4 + 2]),
-                        skinny_gated_mul(args.activation, sum[i * 4 + 1], sum[i * 4 + 3])));
-          if (row < group.count && first_col < args.out_cols) {
-            *reinterpret_cast<uint32_t*>(to) = pair;
-          }
-        } else {
-          const uint32_t low = transpose(pack_pair(sum[i * 4], sum[i * 4 + 1]));
-          const uint32_t high = transpose(pack_pair(sum[i * 4 + 2], sum[i * 4 + 3]));
-          if (row < group.count) {
-            if (first_col < args.out_cols) *reinterpret_cast<uint32_t*>(to) = low;
-            if (first_col + 8 < args.out_cols) *reinterpret_cast<uint32_t*>(to + 8) = high;
-          }
+    for (int i = 0; i < kCount / 8; ++i) {
+      if (i * 8 >= group.count) break;
+      const int row = i * 8 + lane / 4;
+      BFloat16* to = out + int64_t{row} * args.out_cols;
+      if constexpr (kGated) {
+        const uint32_t pair = transpose(
+            pack_pair(skinny_gated_mul(args.activation, sums[i * 4], sums[i * 4 + 2]),
+                      skinny_gated_mul(args.activation, sums[i * 4 + 1], sums[i * 4 + 3])));
+        if (row < group.count && first_col < args.out_cols) {
+          *reinterpret_cast<uint32_t*>(to) = pair;
+        }
+      } else {
+        const uint32_t low = transpose(pack_pair(sums[i * 4], sums[i * 4 + 1]));
+        const uint32_t high = transpose(pack_pair(sums[i * 4 + 2], sums[i * 4 + 3]));
+        if (row < group.count) {
+          if (first_col < args.out_cols) *reinterpret_cast<uint32_t*>(to) = low;
+          if (first_col + 8 < args.out_cols) *reinterpret_cast<uint32_t*>(to + 8) = high;
         }
       }
     }
@@ -231,24 +272,23 @@ struct Consumer {
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-template <int kRows, int kTokens, bool kGated>
-__global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens>::kThreads,
-                                  MoeWgmmaShape<kRows, kTokens>::kBlocks)
+template <int kRows, int kTokens, int kShare, bool kGated>
+__global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThreads,
+                                  MoeWgmmaShape<kRows, kTokens, kShare>::kBlocks)
     moe_wgmma_kernel(const __grid_constant__ CUtensorMap weight_map,
                      const __grid_constant__ MoeWgmmaArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Shape = MoeWgmmaShape<kRows, kTokens>;
-  constexpr int kOutputs = kGated ? kRows / 2 : kRows;
+  using Shape = MoeWgmmaShape<kRows, kTokens, kShare>;
   extern __shared__ char unaligned[];
   char* ring =
       unaligned + (kSwizzleBytes - shared_address(unaligned) % kSwizzleBytes) % kSwizzleBytes;
   __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
   __shared__ MoeFewPairs few;
-  const BlockSchedule schedule{args, few};
+  const BlockSchedule<kShare> schedule{args, few};
   if (threadIdx.x == 0) {
     for (int s = 0; s < args.stages; ++s) {
       barrier_init(&full[s], 1 + Shape::kLoaders);
-      barrier_init(&empty[s], kRows / 64);
+      barrier_init(&empty[s], Shape::kWarpgroups * kShare);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -257,7 +297,11 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens>::kThreads,
   if (!args.weights_first) wait_for_previous();
   if (args.few && threadIdx.x < 32) moe_schedule_few(args.rows, &few);
   __syncthreads();
+  // Nobody reaches into another block before its barriers are there.
+  if constexpr (kShare > 1) cluster_sync();
   const int groups = (args.k + kGroup - 1) / kGroup;
+  const int first_tile = blockIdx.x / kShare;
+  const int tile_step = gridDim.x / kShare;
 
   if (threadIdx.x >= Shape::kConsumers) {
     constexpr int kPerTurn = Shape::kLoaders / 8;  // rows that the threads copy at a time
@@ -267,24 +311,26 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens>::kThreads,
     const int first_row = thread / 8;
     const uint64_t policy = weight_policy(args.read_once);
     const auto load_weight = [&](int expert, int row_tile, int group, int stage) {
-      char* to = ring + stage * Shape::kStageBytes;
+      constexpr int kPart = kRows / kShare;  // of the rows, that a block loads
+      const int part = blockIdx.x % kShare;
+      char* to = ring + stage * Shape::kStageBytes + part * kPart * kRowBytes;
       barrier_expect(&full[stage], Shape::kWeightBytes);
+      const int row = row_tile * kRows + part * kPart;
       if constexpr (kGated) {
-        load_expert_pair_tile(to, weight_map, &full[stage], group * kGroup, row_tile * kRows / 16,
-                              expert, policy);
+        load_expert_pair_tile<kShare>(to, weight_map, &full[stage], group * kGroup, row / 16,
+                                      expert, policy);
       } else {
-        load_expert_tile(to, weight_map, &full[stage], group * kGroup, row_tile * kRows, expert,
-                         policy);
+        load_expert_tile<kShare>(to, weight_map, &full[stage], group * kGroup, row, expert, policy);
       }
     };
     int ahead = 0;  // stages whose weights were requested early
     if (thread == 0) {
       prefetch_map(weight_map);
-      if (args.weights_first && static_cast<int>(blockIdx.x) < schedule.num_tiles()) {
-        const MoeGroup group = schedule.group(blockIdx.x);
+      if (args.weights_first && first_tile < schedule.num_tiles()) {
+        const MoeGroup group = schedule.group(first_tile);
         ahead = min(args.stages, groups);
         for (int s = 0; s < ahead; ++s) {
-          load_weight(group.expert, blockIdx.x % args.row_tiles, s, s);
+          load_weight(group.expert, first_tile % args.row_tiles, s, s);
         }
       }
     }
@@ -292,13 +338,13 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens>::kThreads,
     wait_for_previous();
     const int tiles = schedule.num_tiles();
     RingPlace place;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int tile = first_tile; tile < tiles; tile += tile_step) {
       const MoeGroup group = schedule.group(tile);
       const BFloat16* source[kTurns];
 #pragma unroll
       for (int i = 0; i < kTurns; ++i) {
         const int row = first_row + i * kPerTurn;
-        const int at = schedule.row(group.first_place + min(row, group.count - 1));
+        const int at = row < group.count ? schedule.row(group.first_place + row) : 0;
         source[i] = args.x + int64_t{at} * args.k + chunk * 8;
       }
       for (int i = 0; i < groups; ++i) {
@@ -326,38 +372,38 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens>::kThreads,
     }
     // Only now: next blocks that come sooner take room and bandwidth from this kernel's last loads.
     launch_next();
+    __syncwarp();
   } else {
     wait_for_previous();
-    Consumer consumer{
-        args, shared_address(ring), Shape::kStageBytes, Shape::kWeightBytes, kOutputs, full, empty};
+    Consumer<Shape, kShare, kGated> consumer{args, shared_address(ring), full, empty};
     const int tiles = schedule.num_tiles();
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int tile = first_tile; tile < tiles; tile += tile_step) {
       const MoeGroup group = schedule.group(tile);
       const int row_tile = tile % args.row_tiles;
       if (kTokens == 16 || group.count <= 16) {
-        consumer.tile<16, kGated>(group, row_tile);
+        consumer.template tile<16>(group, row_tile);
       } else if (kTokens == 32 || group.count <= 32) {
-        consumer.tile<32, kGated>(group, row_tile);
+        consumer.template tile<32>(group, row_tile);
       } else if (kTokens == 64 || group.count <= 64) {
-        if constexpr (kTokens >= 64) consumer.tile<64, kGated>(group, row_tile);
-      } else if (group.count <= 96) {
-        if constexpr (kTokens >= 96) consumer.tile<96, kGated>(group, row_tile);
-      } else if (kTokens == 128 || group.count <= 128) {
-        if constexpr (kTokens >= 128) consumer.tile<128, kGated>(group, row_tile);
-      } else if (group.count <= 192) {
-        if constexpr (kTokens >= 192) consumer.tile<192, kGated>(group, row_tile);
-      } else {
-        if constexpr (kTokens >= 256) consumer.tile<256, kGated>(group, row_tile);
+        if constexpr (kTokens >= 64) consumer.template tile<64>(group, row_tile);
+      } else if constexpr (kTokens == 128) {
+        if (group.count <= 96) {
+          consumer.template tile<96>(group, row_tile);
+        } else {
+          consumer.template tile<128>(group, row_tile);
+        }
       }
     }
   }
+  // Others may still write to this block, or arrive at its barriers.
+  if constexpr (kShare > 1) cluster_sync();
 #endif
 }
 
-template <int kRows, int kTokens, bool kGated>
+template <int kRows, int kTokens, int kShare, bool kGated>
 void launch_tiles(const MoeProduct& product, const DeviceLimits& limits, bool weights_first,
                   const StepContext& ctx) {
-  using Shape = MoeWgmmaShape<kRows, kTokens>;
+  using Shape = MoeWgmmaShape<kRows, kTokens, kShare>;
   const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
   const WeightView& weight = product.weight;
   const cuuint64_t row_bytes = size(weight.cols) * 2;
@@ -367,11 +413,11 @@ void launch_tiles(const MoeProduct& product, const DeviceLimits& limits, bool we
     map = tensor_map<5>(
         weight.data, {size(weight.cols), 8, 2, size(product.out_cols()) / 8, size(weight.matrices)},
         {row_bytes, row_bytes * size(product.out_cols()), row_bytes * 8, expert_bytes},
-        {kGroup, 8, 2, kRows / 16, 1});
+        {kGroup, 8, 2, kRows / kShare / 16, 1});
   } else {
     map = tensor_map<3>(weight.data,
                         {size(weight.cols), size(product.weight_rows()), size(weight.matrices)},
-                        {row_bytes, expert_bytes}, {kGroup, kRows, 1});
+                        {row_bytes, expert_bytes}, {kGroup, kRows / kShare, 1});
   }
   constexpr int kOutputs = kGated ? kRows / 2 : kRows;
   MoeWgmmaArgs args{};
@@ -389,21 +435,25 @@ void launch_tiles(const MoeProduct& product, const DeviceLimits& limits, bool we
   args.weights_first = weights_first;
   args.read_once = kTokens <= 64;
   const size_t shared_bytes = static_cast<size_t>(args.stages) * Shape::kStageBytes + kSwizzleBytes;
-  auto* kernel = moe_wgmma_kernel<kRows, kTokens, kGated>;
+  auto* kernel = moe_wgmma_kernel<kRows, kTokens, kShare, kGated>;
   allow_shared_memory(kMoeOp, kernel, shared_bytes);
-  const int64_t blocks =
-      std::min(product.max_groups * args.row_tiles, int64_t{limits.sms} * Shape::kBlocks);
-  launch(kMoeOp, ctx, kernel, static_cast<unsigned>(blocks), Shape::kThreads, shared_bytes, map,
-         args);
+  const int64_t at_once = limits.sms * Shape::kBlocks / kShare * kShare;
+  const auto blocks = static_cast<unsigned>(std::min(product.max_groups * args.row_tiles, at_once));
+  if constexpr (kShare == 1) {
+    launch(kMoeOp, ctx, kernel, blocks, Shape::kThreads, shared_bytes, map, args);
+  } else {
+    launch_cluster(kMoeOp, ctx, kernel, dim3(blocks), dim3(kShare), dim3(Shape::kThreads),
+                   shared_bytes, map, args);
+  }
 }
 
-template <int kRows, int kTokens>
+template <int kRows, int kTokens, int kShare>
 void launch_tiles(const MoeProduct& product, const DeviceLimits& limits, bool weights_first,
                   const StepContext& ctx) {
   if (product.gated()) {
-    launch_tiles<kRows, kTokens, true>(product, limits, weights_first, ctx);
+    launch_tiles<kRows, kTokens, kShare, true>(product, limits, weights_first, ctx);
   } else {
-    launch_tiles<kRows, kTokens, false>(product, limits, weights_first, ctx);
+    launch_tiles<kRows, kTokens, kShare, false>(product, limits, weights_first, ctx);
   }
 }
 
@@ -419,28 +469,26 @@ bool moe_wgmma_supports(const MoeProduct& product) {
          aligned(product.out) && device_limits().wgmma;
 }
 
-int32_t moe_wgmma_tile_rows(int64_t rows, int64_t top_k, int64_t num_experts) {
-  if (rows <= 16) return 16;  // a row goes through an expert once
+MoeCut moe_wgmma_cut(int64_t rows, int64_t top_k, int64_t num_experts) {
+  if (rows <= 16) return {.tile_rows = 16};  // a row goes through an expert once
   const int64_t each = rows * top_k / num_experts;
-  if (each <= 4) return 32;
-  if (each <= 24) return 64;
-  return each <= 96 ? 128 : 256;
+  if (each <= 4) return {.tile_rows = 32};
+  if (each <= 24) return {.tile_rows = 64};
+  return {.tile_rows = 128, .share = 2};
 }
 
-void moe_wgmma(const MoeProduct& product, int32_t tile_rows, bool weights_first,
+void moe_wgmma(const MoeProduct& product, const MoeCut& cut, bool weights_first,
                const StepContext& ctx) {
   const DeviceLimits limits = device_limits();
-  switch (tile_rows) {
+  switch (cut.tile_rows) {
     case 16:
-      return launch_tiles<64, 16>(product, limits, weights_first, ctx);
+      return launch_tiles<64, 16, 1>(product, limits, weights_first, ctx);
     case 32:
-      return launch_tiles<128, 32>(product, limits, weights_first, ctx);
+      return launch_tiles<128, 32, 1>(product, limits, weights_first, ctx);
     case 64:
-      return launch_tiles<128, 64>(product, limits, weights_first, ctx);
-    case 128:
-      return launch_tiles<128, 128>(product, limits, weights_first, ctx);
+      return launch_tiles<128, 64, 1>(product, limits, weights_first, ctx);
     default:
-      return launch_tiles<128, 256>(product, limits, weights_first, ctx);
+      return launch_tiles<256, 128, 2>(product, limits, weights_first, ctx);
   }
 }
 
