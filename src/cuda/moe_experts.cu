@@ -201,6 +201,9 @@ void run_pass(const MoeExpertsParams& params, const MoeRows& rows, const PassMem
   if (!gate_up.few) moe_schedule(rows, memory.schedule, cut, ctx);
   if (wgmma) {
     moe_wgmma(gate_up, cut, /*weights_first=*/false, ctx);
+    if (pairs <= kMoeDownFewPairs) {
+      return moe_down_few(down, params.weights, params.out, params.out_dtype, ctx);
+    }
     moe_wgmma(down, cut, /*weights_first=*/true, ctx);
   } else {
     moe_tiled(gate_up, ctx);

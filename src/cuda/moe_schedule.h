@@ -100,6 +100,12 @@ MoeCut moe_wgmma_cut(int64_t rows, int64_t top_k, int64_t num_experts);
 void moe_wgmma(const MoeProduct& product, const MoeCut& cut, bool weights_first,
                const StepContext& ctx);
 
+// The product of down and the weighted sums of a pass of at most kMoeDownFewPairs pairs, where
+// moe_wgmma_supports it and has just made the product before it.
+constexpr int64_t kMoeDownFewPairs = 8;
+void moe_down_few(const MoeProduct& product, const float* weights, void* out, DType out_dtype,
+                  const StepContext& ctx);
+
 #if defined(__CUDACC__)
 // Device code. All of these read past the first cache, whose lines another kernel may have filled:
 // some kernels read the choices before the kernel before them has ended.

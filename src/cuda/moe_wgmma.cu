@@ -16,14 +16,10 @@
 // thread has both of an output.
 #include <algorithm>
 
-#include "linear_wgmma.cuh"
-#include "moe_schedule.h"
+#include "moe_wgmma.cuh"
 
 namespace mrv1::cuda {
 namespace {
-
-// What a block needs besides its ring: barriers, and room to align the ring.
-constexpr size_t kReservedBytes = 2048;
 
 struct MoeWgmmaArgs {
   const BFloat16* x;
@@ -36,6 +32,7 @@ struct MoeWgmmaArgs {
   Activation activation;
   bool sorted, few;
   bool weights_first;
+  bool launch_early;
   bool read_once;
 };
 
@@ -47,11 +44,11 @@ struct MoeWgmmaShape {
   static constexpr int kConsumers = kWarpgroups * 128;       // threads
   static constexpr int kLoaders = kTokens <= 64 ? 32 : 128;  // threads
   static constexpr int kThreads = kConsumers + kLoaders;
-  static constexpr int kBlocks = kRows == 64 ? 2 : 1;  // on a multiprocessor
+  static constexpr int kBlocks = kRows == 64 ? 4 : 1;  // on a multiprocessor
   static constexpr int kWeightBytes = kRows * kRowBytes;
   static constexpr int kStageBytes = kWeightBytes + kTokens * kRowBytes;
   static int stages(size_t block_bytes) {
-    const auto room = static_cast<int>((block_bytes - kReservedBytes) / kStageBytes);
+    const auto room = static_cast<int>((block_bytes - kMoeReservedBytes) / kStageBytes);
     return std::clamp(room, kMinStages, kMaxStages);
   }
 };
@@ -82,46 +79,7 @@ struct BlockSchedule {
   }
 };
 
-// Copies 16 bytes, or writes zeros.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-
-// Arrives at the barrier once all copies of this thread have, as one of the arrivals it counts.
-__device__ __forceinline__ void barrier_arrive_copied(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
-// Makes what cp.async has written visible to wgmma.
-__device__ __forceinline__ void proxy_fence() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// kRows / kShare weight rows, for each block of a cluster.
-template <int kShare>
-__device__ __forceinline__ void load_expert_tile(void* to, const CUtensorMap& map,
-                                                 uint64_t* barrier, int col, int row, int expert,
-                                                 uint64_t policy) {
-  if constexpr (kShare == 1) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
-        "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row), "r"(expert), "l"(policy)
-        : "memory");
-  } else {
-    constexpr uint16_t kAllBlocks = (1 << kShare) - 1;
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
-        "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row), "r"(expert), "h"(kAllBlocks)
-        : "memory");
-  }
-}
-
-// The same of pieces of 8 + 8 rows: [pieces][gate, up][8 rows][columns]
+// load_expert_tile() of pieces of 8 + 8 rows: [pieces][gate, up][8 rows][columns]
 template <int kShare>
 __device__ __forceinline__ void load_expert_pair_tile(void* to, const CUtensorMap& map,
                                                       uint64_t* barrier, int col, int piece,
@@ -156,18 +114,6 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
-
-// Where a ring's next stage is.
-struct RingPlace {
-  int stage = 0;
-  int parity = 0;
-  __device__ void next(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // The part of a block that multiplies: a warpgroup.
 template <typename Shape, int kShare, bool kGated>
@@ -285,7 +231,28 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
   __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
   __shared__ MoeFewPairs few;
   const BlockSchedule<kShare> schedule{args, few};
-  if (threadIdx.x == 0) {
+  const int groups = (args.k + kGroup - 1) / kGroup;
+  const int first_tile = blockIdx.x / kShare;
+  const int tile_step = gridDim.x / kShare;
+  const uint64_t policy = weight_policy(args.read_once);
+  const auto load_weight = [&](int expert, int row_tile, int group, int stage) {
+    constexpr int kPart = kRows / kShare;  // of the rows, that a block loads
+    const int part = blockIdx.x % kShare;
+    char* to = ring + stage * Shape::kStageBytes + part * kPart * kRowBytes;
+    barrier_expect(&full[stage], Shape::kWeightBytes);
+    const int row = row_tile * kRows + part * kPart;
+    if constexpr (kGated) {
+      load_expert_pair_tile<kShare>(to, weight_map, &full[stage], group * kGroup, row / 16, expert,
+                                    policy);
+    } else {
+      load_expert_tile<kShare>(to, weight_map, &full[stage], group * kGroup, row, expert, policy);
+    }
+  };
+
+  // The first thread of those that load requests the first weights as soon as may be, on its own.
+  const bool leads = threadIdx.x == Shape::kConsumers;
+  if (leads) {
+    prefetch_map(weight_map);
     for (int s = 0; s < args.stages; ++s) {
       barrier_init(&full[s], 1 + Shape::kLoaders);
       barrier_init(&empty[s], Shape::kWarpgroups * kShare);
@@ -295,13 +262,21 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
   // Choices that this kernel may read early were made by one that ended before the one before this
   // was past its own wait, and that one lets this start only then.
   if (!args.weights_first) wait_for_previous();
-  if (args.few && threadIdx.x < 32) moe_schedule_few(args.rows, &few);
-  __syncthreads();
+  if (args.launch_early) launch_next();
   // Nobody reaches into another block before its barriers are there.
   if constexpr (kShare > 1) cluster_sync();
-  const int groups = (args.k + kGroup - 1) / kGroup;
-  const int first_tile = blockIdx.x / kShare;
-  const int tile_step = gridDim.x / kShare;
+  int ahead = 0;  // stages whose weights are requested before all others
+  if (threadIdx.x / 32 == Shape::kConsumers / 32) {
+    if (args.few) moe_schedule_few(args.rows, &few);
+    if (leads && first_tile < schedule.num_tiles()) {
+      const MoeGroup group = schedule.group(first_tile);
+      ahead = min(args.stages, groups);
+      for (int s = 0; s < ahead; ++s) load_weight(group.expert, first_tile % args.row_tiles, s, s);
+    }
+    __syncwarp();
+  }
+  __syncthreads();
+  wait_for_previous();
 
   if (threadIdx.x >= Shape::kConsumers) {
     constexpr int kPerTurn = Shape::kLoaders / 8;  // rows that the threads copy at a time
@@ -309,33 +284,6 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
     const int thread = threadIdx.x - Shape::kConsumers;
     const int chunk = thread % 8;  // 16 bytes of a row
     const int first_row = thread / 8;
-    const uint64_t policy = weight_policy(args.read_once);
-    const auto load_weight = [&](int expert, int row_tile, int group, int stage) {
-      constexpr int kPart = kRows / kShare;  // of the rows, that a block loads
-      const int part = blockIdx.x % kShare;
-      char* to = ring + stage * Shape::kStageBytes + part * kPart * kRowBytes;
-      barrier_expect(&full[stage], Shape::kWeightBytes);
-      const int row = row_tile * kRows + part * kPart;
-      if constexpr (kGated) {
-        load_expert_pair_tile<kShare>(to, weight_map, &full[stage], group * kGroup, row / 16,
-                                      expert, policy);
-      } else {
-        load_expert_tile<kShare>(to, weight_map, &full[stage], group * kGroup, row, expert, policy);
-      }
-    };
-    int ahead = 0;  // stages whose weights were requested early
-    if (thread == 0) {
-      prefetch_map(weight_map);
-      if (args.weights_first && first_tile < schedule.num_tiles()) {
-        const MoeGroup group = schedule.group(first_tile);
-        ahead = min(args.stages, groups);
-        for (int s = 0; s < ahead; ++s) {
-          load_weight(group.expert, first_tile % args.row_tiles, s, s);
-        }
-      }
-    }
-    __syncwarp();
-    wait_for_previous();
     const int tiles = schedule.num_tiles();
     RingPlace place;
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
@@ -349,7 +297,7 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
       }
       for (int i = 0; i < groups; ++i) {
         barrier_wait(&empty[place.stage], place.parity ^ 1);
-        if (thread == 0) {
+        if (leads) {
           if (ahead > 0) {
             --ahead;
           } else {
@@ -370,11 +318,10 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
         place.next(args.stages);
       }
     }
-    // Only now: next blocks that come sooner take room and bandwidth from this kernel's last loads.
-    launch_next();
+    // Next blocks that come sooner take room and bandwidth from this kernel's last loads.
+    if (!args.launch_early) launch_next();
     __syncwarp();
   } else {
-    wait_for_previous();
     Consumer<Shape, kShare, kGated> consumer{args, shared_address(ring), full, empty};
     const int tiles = schedule.num_tiles();
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
@@ -404,21 +351,9 @@ template <int kRows, int kTokens, int kShare, bool kGated>
 void launch_tiles(const MoeProduct& product, const DeviceLimits& limits, bool weights_first,
                   const StepContext& ctx) {
   using Shape = MoeWgmmaShape<kRows, kTokens, kShare>;
-  const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
   const WeightView& weight = product.weight;
-  const cuuint64_t row_bytes = size(weight.cols) * 2;
-  const cuuint64_t expert_bytes = row_bytes * size(product.weight_rows());
-  CUtensorMap map;
-  if constexpr (kGated) {
-    map = tensor_map<5>(
-        weight.data, {size(weight.cols), 8, 2, size(product.out_cols()) / 8, size(weight.matrices)},
-        {row_bytes, row_bytes * size(product.out_cols()), row_bytes * 8, expert_bytes},
-        {kGroup, 8, 2, kRows / kShare / 16, 1});
-  } else {
-    map = tensor_map<3>(weight.data,
-                        {size(weight.cols), size(product.weight_rows()), size(weight.matrices)},
-                        {row_bytes, expert_bytes}, {kGroup, kRows / kShare, 1});
-  }
+  const CUtensorMap map =
+      kGated ? expert_pair_map(product, kRows / kShare) : expert_map(product, kRows / kShare);
   constexpr int kOutputs = kGated ? kRows / 2 : kRows;
   MoeWgmmaArgs args{};
   args.x = static_cast<const BFloat16*>(product.x);
@@ -430,9 +365,11 @@ void launch_tiles(const MoeProduct& product, const DeviceLimits& limits, bool we
   args.k = static_cast<int>(weight.cols);
   args.out_cols = static_cast<int>(product.out_cols());
   args.row_tiles = (args.out_cols + kOutputs - 1) / kOutputs;
-  args.stages = Shape::stages(limits.shared_bytes / Shape::kBlocks);
+  args.stages = Shape::stages(moe_block_bytes(limits, Shape::kBlocks));
   args.activation = product.activation;
   args.weights_first = weights_first;
+  // Where this one leaves room, the next one's blocks may fill it with their weights.
+  args.launch_early = product.few && !weights_first;
   args.read_once = kTokens <= 64;
   const size_t shared_bytes = static_cast<size_t>(args.stages) * Shape::kStageBytes + kSwizzleBytes;
   auto* kernel = moe_wgmma_kernel<kRows, kTokens, kShare, kGated>;
