@@ -42,6 +42,12 @@ VARIANTS = (
     "silu_for_gelu",
     "gate_and_up_swapped",
     "post_norms_left_out",
+    "experts_normalised_or_not",
+    "experts_one_fewer",
+    "experts_by_sigmoid",
+    "shared_experts_left_out",
+    "choice_uncorrected",
+    "correction_in_the_weights",
 )
 # These move the logits less than the others do.
 SUBTLE = ("eps_wrong",)
@@ -130,7 +136,7 @@ class Reference:
         out: Array = x.copy()
         half = len(inv_freq)
         first, second = slice(None, half), slice(half, 2 * half)
-        if (self.config.model_type == "ernie4_5") != (variant == "rope_other_pairs"):
+        if self.config.model_type.startswith("ernie4_5") != (variant == "rope_other_pairs"):
             first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
         out[..., first] = x[..., first] * cos - x[..., second] * sin
         out[..., second] = x[..., second] * cos + x[..., first] * sin
@@ -211,6 +217,44 @@ class Reference:
             z = 2 * math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
         return self._linear(gate / (1.0 + np.exp(-z)) * up, f"{prefix}.down_proj", variant)
 
+    def _experts(self, x: Array, layer: int, variant: str | None) -> Array:
+        """The experts of one layer, as each token's router chooses them, and the shared ones."""
+        config = self.config
+        mixtral = config.model_type == "mixtral"
+        prefix = f"model.layers.{layer}.{'block_sparse_moe' if mixtral else 'mlp'}"
+        gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+        if variant == "gate_and_up_swapped":
+            gate, up = up, gate
+        logits = x @ self.weights[f"{prefix}.gate.weight"].T
+        scores = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        scores /= scores.sum(axis=-1, keepdims=True)
+        if variant == "experts_by_sigmoid":
+            scores = 1.0 / (1.0 + np.exp(-logits))
+        ranked, weighed = scores, scores
+        correction = self.weights.get(f"{prefix}.moe_statics.e_score_correction_bias")
+        if correction is not None and variant != "choice_uncorrected":
+            ranked = scores + correction
+            weighed = ranked if variant == "correction_in_the_weights" else scores
+        top_k = config.num_experts_per_tok - (variant == "experts_one_fewer")
+        chosen = np.argsort(-ranked, axis=-1, kind="stable")[:, :top_k]
+        weights = np.take_along_axis(weighed, chosen, axis=-1)
+        normalised = getattr(config, "norm_topk_prob", True)
+        if normalised != (variant == "experts_normalised_or_not"):
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        out = np.zeros_like(x)
+        for token, experts in enumerate(chosen):
+            for expert, weight in zip(experts, weights[token], strict=True):
+                w = {
+                    name: self.weights[f"{prefix}.experts.{expert}.{name}.weight"]
+                    for name in (gate, up, down)
+                }
+                z = w[gate] @ x[token]
+                out[token] += weight * (w[down] @ (z / (1.0 + np.exp(-z)) * (w[up] @ x[token])))
+        shared = f"{prefix}.shared_experts"
+        if f"{shared}.down_proj.weight" in self.weights and variant != "shared_experts_left_out":
+            out += self._mlp(x, shared, variant)
+        return np.asarray(out)
+
     def logits(self, token_ids: Array, variant: str | None = None) -> Array:
         """Logits of every position, float64 of shape (num_tokens, vocab_size)."""
         w = self.weights
@@ -228,7 +272,10 @@ class Reference:
                     y = self._norm(y, f"{layer}.post_attention_layernorm.weight", variant)
             x = x + y
             y = self._norm(x, f"{layer}.{before_mlp}.weight", variant)
-            y = self._mlp(y, f"{layer}.mlp", variant)
+            if any(name.startswith(f"{layer}.") and ".experts." in name for name in w):
+                y = self._experts(y, i, variant)
+            else:
+                y = self._mlp(y, f"{layer}.mlp", variant)
             if self.gemma and variant != "post_norms_left_out":
                 y = self._norm(y, f"{layer}.post_feedforward_layernorm.weight", variant)
             x = x + y
@@ -273,5 +320,9 @@ class Reference:
         if "_cap_" in variant:
             names = {"attention": "attn_logit_softcapping", "logits": "final_logit_softcapping"}
             return getattr(config, names[variant.split("_")[0]], None) is not None
+        if "expert" in variant or "correct" in variant:
+            part = {"shared": "shared_experts", "choice": "e_score", "correction": "e_score"}
+            wanted = part.get(variant.split("_")[0], ".experts.")
+            return any(wanted in name for name in self.weights)
         gemmas = ("norm_offset", "embedding_", "silu_for", "post_norms", "attention_scale")
         return self.gemma or not variant.startswith(gemmas)

@@ -31,6 +31,7 @@ class ModelSpec:
             original_max_position_embeddings; those of the first do not.
         special_first: Whether the special tokens have the lowest ids.
         bos: The token that the tokenizer puts in front of a text, if it does.
+        num_candidates: Prompts of each length that are tried.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ModelSpec:
     long_golden: bool = False
     special_first: bool = False
     bos: str | None = None
+    num_candidates: int = 2048
 
     @property
     def eos_ids(self) -> list[int]:
@@ -64,7 +66,13 @@ LLAMA3_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_i
 
 
 def _plain(
-    name: str, seed: int, config: Json, *, embed_std: float, long_golden: bool = False
+    name: str,
+    seed: int,
+    config: Json,
+    *,
+    embed_std: float,
+    long_golden: bool = False,
+    num_candidates: int = 2048,
 ) -> ModelSpec:
     """A bfloat16 model in one file, with the vocabulary of qwen3-tied."""
     shared = {
@@ -89,6 +97,7 @@ def _plain(
         special_tokens=QWEN_SPECIAL,
         own_tokenizer=False,
         long_golden=long_golden,
+        num_candidates=num_candidates,
     )
 
 
@@ -478,5 +487,98 @@ SPECS = (
         },
         embed_std=0.2,
         long_golden=True,
+    ),
+    # Weights of a token's experts that are not normalised; the middle layer has none.
+    _plain(
+        "qwen3_moe",
+        13004,
+        {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "head_dim": 32,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "max_window_layers": 3,
+            "mlp_only_layers": [1],
+            "model_type": "qwen3_moe",
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": False,
+            "num_attention_heads": 4,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "output_router_logits": False,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.001,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.51.0",
+            "use_sliding_window": False,
+        },
+        embed_std=0.02,
+        num_candidates=512,
+    ),
+    # Two of few experts, whose weights are normalised, and a window.
+    _plain(
+        "mixtral",
+        14001,
+        {
+            "architectures": ["MixtralForCausalLM"],
+            "hidden_size": 64,
+            "intermediate_size": 48,
+            "model_type": "mixtral",
+            "num_attention_heads": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "num_local_experts": 8,
+            "output_router_logits": False,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.02,
+            "sliding_window": 8,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.36.0",
+        },
+        embed_std=0.02,
+        num_candidates=512,
+    ),
+    # A corrected choice among experts, an odd number of them, two shared ones; dense at first.
+    _plain(
+        "ernie4_5_moe",
+        15004,
+        {
+            "architectures": ["Ernie4_5_MoeForCausalLM"],
+            "head_dim": 32,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "model_type": "ernie4_5_moe",
+            "moe_capacity": [64, 64, 64],
+            "moe_gate": "topk",
+            "moe_intermediate_size": 32,
+            "moe_k": 3,
+            "moe_layer_interval": 1,
+            "moe_layer_start_index": 1,
+            "moe_num_experts": 11,
+            "moe_num_shared_experts": 2,
+            "moe_use_aux_free": True,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.54.0",
+            "use_bias": False,
+        },
+        embed_std=0.25,
     ),
 )

@@ -51,9 +51,11 @@ PROMPT_LENGTHS = (1, 7, 16, 33, 100)
 EOS_PROMPT_LENGTH = 33
 NUM_GREEDY = 64
 DECODE_STEPS = (1, 31, 63)
-NUM_CANDIDATES = 2048
 # A greedy path with fewer different tokens has fallen into a loop too soon to test much.
 MIN_DISTINCT = 20
+# Between the last expert that a token goes through and the next, in logits of the router: rounding
+# to bfloat16 may choose another where they are closer.
+MIN_ROUTING_GAP = 0.15
 # Both relative to the largest logit of the row.
 MIN_GAP = 7e-3
 MAX_FP32_ERROR = 2e-5
@@ -139,13 +141,16 @@ def draw_parameter(
         return np.asarray(norm_center + 0.25 * noise, np.float32)
     if name.endswith(".bias"):
         return np.asarray(0.3 * noise, np.float32)
+    if name.endswith("e_score_correction_bias"):
+        return np.asarray(0.2 * noise, np.float32)
     if name.endswith("embed_tokens.weight"):
         return np.asarray(embed_std * noise, np.float32)
     # Attention averages its values over the context; the gains make up for that.
     gains = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"), 1.5)
-    gains["lm_head"] = 3.0
+    # A router's logits must be far apart, as rounding may else choose another expert.
+    gains |= {"lm_head": 3.0, "experts": 2.0, "gate": 3.0}
     gain = gains.get(name.split(".")[-2], 1.25)
-    return np.asarray(gain / math.sqrt(shape[1]) * noise, np.float32)
+    return np.asarray(gain / math.sqrt(shape[-1]) * noise, np.float32)
 
 
 def write_model(spec: ModelSpec, directory: Path) -> None:
@@ -210,13 +215,38 @@ def greedy(model: Any, prompts: torch.Tensor) -> tuple[Array, Array]:
     return torch.stack(tokens, 1).numpy(), torch.stack(gaps, 1).numpy()
 
 
+def routing_gaps(model: Any, prompts: torch.Tensor) -> Array:
+    """How clearly the experts of each prompt's last token are chosen, in logits of the router.
+
+    Args:
+        model: The float32 model, with experts or without.
+        prompts: int64 of shape (batch, length).
+
+    Returns:
+        float32 of shape (batch,): the least of all layers, infinite without experts.
+    """
+    gaps = torch.full((len(prompts),), torch.inf)
+    routers = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    if not routers:
+        return gaps.numpy()
+    logits = model(prompts, output_router_logits=True, logits_to_keep=1).router_logits
+    for router, each in zip(routers, logits, strict=True):
+        scores = each.view(len(prompts), -1, each.shape[-1])[:, -1]
+        if hasattr(router, "moe_statics"):
+            # A score falls by a quarter of what its logit does, at most.
+            scores = 4 * (scores.softmax(-1) + router.moe_statics.e_score_correction_bias)
+        best = scores.topk(router.top_k + 1).values
+        gaps = torch.minimum(gaps, best[:, -2] - best[:, -1])
+    return gaps.numpy()
+
+
 def choose_prompt(spec: ModelSpec, model: Any, length: int, rng: np.random.Generator) -> Array:
     """The candidate prompt whose greedy path has the clearest choices, int64 of shape (length,)."""
     ordinary = np.setdiff1d(np.arange(spec.config["vocab_size"]), list(spec.special_ids))
     if length == 1:
         candidates = ordinary[:, None]
     else:
-        candidates = rng.choice(ordinary, (NUM_CANDIDATES, length))
+        candidates = rng.choice(ordinary, (spec.num_candidates, length))
     parts = [greedy(model, torch.from_numpy(part)) for part in np.array_split(candidates, 4)]
     tokens = np.concatenate([part[0] for part in parts])
     score = np.concatenate([part[1] for part in parts]).min(axis=1)
@@ -227,6 +257,7 @@ def choose_prompt(spec: ModelSpec, model: Any, length: int, rng: np.random.Gener
         allowed = wanted & ~np.isin(tokens[:, :8], spec.eos_ids).any(1)
     else:
         allowed = ~np.isin(tokens, spec.eos_ids).any(1)
+    allowed &= routing_gaps(model, torch.from_numpy(candidates)) >= MIN_ROUTING_GAP
     score = np.where(allowed & (distinct >= MIN_DISTINCT), score, -1.0)
     best = int(score.argmax())
     print(

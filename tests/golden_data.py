@@ -30,6 +30,9 @@ GOLDEN_NAMES: tuple[str, ...] = (
     "phi3",
     "phi4-mini",
     "phi4-mini-long",
+    "qwen3_moe",
+    "mixtral",
+    "ernie4_5_moe",
 )
 
 

@@ -28,6 +28,7 @@ from mrv1.engine import Engine
 from mrv1.env_report import commit
 from mrv1.errors import InvalidArgumentError, OutOfMemoryError
 from mrv1.loader import RunnerOptions, load_model
+from mrv1.models.experts import ExpertsConfig
 from mrv1.random_model import RANGE, byte_tokenizer, random_runner, save_random_model
 from mrv1.tokenizer import Tokenizer
 
@@ -408,6 +409,9 @@ def test_committed_results_follow_the_schema() -> None:
         ("gemma-3-1b", 999_885_952),
         ("ernie-4.5-0.3b", 360_748_032),
         ("phi-4-mini", 3_836_021_760),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("ernie-4.5-21b-a3b", 21_825_437_888),
     ],
 )
 def test_shapes_have_the_size_of_their_models(name: str, weights: int) -> None:
@@ -417,6 +421,10 @@ def test_shapes_have_the_size_of_their_models(name: str, weights: int) -> None:
         2 * config.hidden_size  # the embedding's row
     )
     matrices = sum(cost.operations for cost in costs) // 2
+    if isinstance(config, ExpertsConfig):
+        # One token goes through some of the experts.
+        routed = sum(cost.operations for cost in costs if cost.experts is not None) // 2
+        matrices += routed * config.num_experts // config.num_experts_per_tok - routed
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     assert matrices + vectors // 4 + embedding == weights
 

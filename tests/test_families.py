@@ -13,8 +13,10 @@ import pytest
 
 from golden_data import DATA_DIR, load_golden
 from mrv1.config import ModelConfig
-from mrv1.errors import ConfigError
+from mrv1.errors import ConfigError, InvalidArgumentError
 from mrv1.loader import wire_model
+from mrv1.models.experts import ExpertsConfig
+from mrv1.parallel import check_sizes
 from mrv1.rope import rope_frequencies
 from published_configs import PUBLISHED
 from serving_tools import open_runner
@@ -67,6 +69,15 @@ OTHER_SPELLINGS: dict[str, Json] = {
             "rope_type": "default",
         },
     },
+    # As transformers 5 writes them.
+    "qwen3_moe": {"num_experts": ..., "num_local_experts": 16, "decoder_sparse_step": ...},
+    "mixtral": {
+        "rope_theta": ...,
+        "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+        "num_local_experts": ...,
+        "num_experts": 8,
+    },
+    "ernie4_5_moe": {"moe_layer_end_index": 2, "moe_layer_interval": ..., "moe_gate": ...},
 }
 
 
@@ -113,6 +124,9 @@ def test_windows_by_layer() -> None:
         "gemma3": (8, 0, 8),
         "ernie4_5": (),
         "phi3": (11, 11),
+        "qwen3_moe": (),
+        "mixtral": (8, 8),
+        "ernie4_5_moe": (),
     }
     mistral = config_of("mistral")
     mistral["max_position_embeddings"] = 8192
@@ -155,12 +169,94 @@ def test_windows_by_layer() -> None:
         ("phi4-mini", {"original_max_position_embeddings": 1}, "original_max_position_embeddings"),
         ("phi4-mini", {"partial_rotary_factor": 1.0}, "rope_scaling.short_factor"),
         ("phi4-mini", {"attention_bias": True}, "attention_bias"),
+        ("qwen3_moe", {"num_experts": 0}, "num_experts"),
+        ("qwen3_moe", {"num_experts": 1025}, "num_experts"),
+        ("qwen3_moe", {"num_local_experts": 8}, "num_local_experts"),
+        ("qwen3_moe", {"num_experts_per_tok": 0}, "num_experts_per_tok"),
+        ("qwen3_moe", {"num_experts_per_tok": 17}, "num_experts_per_tok"),
+        ("qwen3_moe", {"moe_intermediate_size": 0}, "moe_intermediate_size"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers"),
+        ("qwen3_moe", {"mlp_only_layers": [3]}, "mlp_only_layers"),
+        ("qwen3_moe", {"mlp_only_layers": [True]}, "mlp_only_layers"),
+        ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob"),
+        ("qwen3_moe", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+        ("qwen3_moe", {"hidden_act": "gelu"}, "hidden_act"),
+        ("mixtral", {"num_local_experts": "8"}, "num_local_experts"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok"),
+        ("mixtral", {"sliding_window": 0}, "sliding_window"),
+        ("ernie4_5_moe", {"moe_num_experts": [64, 64]}, "moe_num_experts"),
+        ("ernie4_5_moe", {"num_experts": 12}, "num_experts"),
+        ("ernie4_5_moe", {"moe_k": 12}, "moe_k"),
+        ("ernie4_5_moe", {"moe_gate": "top2_fused"}, "moe_gate"),
+        ("ernie4_5_moe", {"moe_gate_act": "sigmoid"}, "moe_gate_act"),
+        ("ernie4_5_moe", {"moe_norm_gate_logits": False}, "moe_norm_gate_logits"),
+        ("ernie4_5_moe", {"moe_group_experts": True}, "moe_group_experts"),
+        ("ernie4_5_moe", {"moe_use_aux_free": 1}, "moe_use_aux_free"),
+        ("ernie4_5_moe", {"moe_layer_interval": 0}, "moe_layer_interval"),
+        ("ernie4_5_moe", {"moe_layer_start_index": [1, 1]}, "moe_layer_start_index"),
+        ("ernie4_5_moe", {"moe_layer_end_index": -2}, "moe_layer_end_index"),
+        ("ernie4_5_moe", {"moe_num_shared_experts": -1}, "moe_num_shared_experts"),
+        ("ernie4_5_moe", {"moe_norm_min": -1.0}, "moe_norm_min"),
     ],
 )
 def test_refused_by_name(name: str, changes: Json, field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         ModelConfig.from_values({**config_of(name), **changes})
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sparse"),
+    [
+        ("qwen3_moe", {}, [True, False, True]),
+        ("qwen3_moe", {"mlp_only_layers": None, "decoder_sparse_step": 2}, [False, True, False]),
+        ("qwen3_moe", {"mlp_only_layers": [1], "decoder_sparse_step": 2}, [False] * 3),
+        ("mixtral", {}, [True, True]),
+        ("ernie4_5_moe", {}, [False, True, True]),
+        ("ernie4_5_moe", {"moe_layer_start_index": 0}, [True] * 3),
+        ("ernie4_5_moe", {"moe_layer_end_index": 1}, [False, True, False]),
+        ("ernie4_5_moe", {"moe_layer_interval": 3}, [False, False, True]),
+        ("ernie4_5_moe", {"moe_layer_start_index": 3}, [False] * 3),
+    ],
+)
+def test_layers_with_experts(name: str, changes: Json, sparse: list[bool]) -> None:
+    """As transformers builds them, and the program has a router for each."""
+    values = {**config_of(name), **changes}
+    config = ModelConfig.from_values(values)
+    assert isinstance(config, ExpertsConfig)
+    assert list(config.sparse_layers) == sparse
+    program = wire_model(config, "float32")
+    assert program.op_names.count("moe_experts") == sum(sparse)
+    assert sum(matrices > 1 for matrices in program.weight_matrices) == 2 * sum(sparse)
+
+
+def test_sizes_of_experts_that_ranks_share_out() -> None:
+    """Only of what the model has."""
+    moe = ModelConfig.from_values(config_of("qwen3_moe"))
+    assert moe.mlp_sizes == {"intermediate_size": 96, "moe_intermediate_size": 32}
+    mixtral = ModelConfig.from_values(config_of("mixtral"))
+    assert mixtral.mlp_sizes == {"moe_intermediate_size": 48}
+    dense = ModelConfig.from_values({**config_of("qwen3_moe"), "decoder_sparse_step": 4})
+    assert dense.mlp_sizes == {"intermediate_size": 96}
+    values = {**config_of("qwen3_moe"), "moe_intermediate_size": 33}
+    with pytest.raises(InvalidArgumentError, match="moe_intermediate_size = 33"):
+        check_sizes(ModelConfig.from_values(values), 2, batch_invariant=False)
+
+
+def test_ernie_without_what_it_may_lack() -> None:
+    values = config_of("ernie4_5_moe")
+    plain = wire_model(ModelConfig.from_values(values), "float32")
+    names = {name for _, _, _, segments in plain.weights for name, _ in segments}
+    without = {**values, "moe_use_aux_free": False, "moe_num_shared_experts": None}
+    fewer = wire_model(ModelConfig.from_values(without), "float32")
+    left = {name for _, _, _, segments in fewer.weights for name, _ in segments}
+    assert left < names
+    missing = {name for name in names if "e_score_correction_bias" in name or "shared" in name}
+    assert len(missing) == 2 * (1 + 3) and names - left == missing
+    assert {**values, "moe_num_shared_experts": 2} == values
+    del values["moe_num_shared_experts"]
+    assert ModelConfig.from_values(values).num_shared_experts == 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("value", [[], [1.0] * 11, [1.0] * 11 + ["2"], [0.0] * 12, "1", None])

@@ -11,6 +11,7 @@ import datetime as dt
 import json
 import os
 import platform
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, TypedDict
@@ -22,6 +23,7 @@ from mrv1._version import __version__
 from mrv1.config import ModelConfig
 from mrv1.env_report import commit, cpu_model, package_version
 from mrv1.errors import InvalidArgumentError
+from mrv1.models.experts import ExpertsConfig
 
 Figure = Literal[
     "decode",
@@ -82,6 +84,7 @@ class Record(_RequiredKeys, total=False):
     tbo: int
     graph_mode: str
     stage_waits: str
+    experts: float
     message_bytes: int
     heads: int
     kv_heads: int
@@ -184,11 +187,13 @@ class OpCost:
         name: Of its weight, or what it is.
         read_bytes: Weights, cache and table rows, each read once. Activations stay in cache.
         operations: Multiplications and additions.
+        experts: Of how many experts of a layer weights are read; None of other ops.
     """
 
     name: str
     read_bytes: int
     operations: int
+    experts: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,10 +308,26 @@ def _measure_gflops(device: _core.Device, dtype: str) -> float:
     return 2.0 * tokens * size * size / min(seconds) / 1e9
 
 
+def distinct_experts(num_experts: int, top_k: int, tokens: float) -> float:
+    """Experts that are chosen by some of `tokens` tokens, which choose top_k each at random.
+
+    The expected number. Each expert is missed by a token with probability 1 - top_k / num_experts.
+    """
+    return num_experts * (1.0 - (1.0 - top_k / num_experts) ** tokens)
+
+
 def decode_costs(
-    config: ModelConfig, dtype: str, batch: int, context: float, cache: CacheFormat = AUTO_CACHE
+    config: ModelConfig,
+    dtype: str,
+    batch: int,
+    context: float,
+    cache: CacheFormat = AUTO_CACHE,
+    micro_batches: int = 1,
 ) -> list[OpCost]:
     """What the ops of a decode step must do at least.
+
+    Of a layer's experts those are read that some token goes through: as many as are to be expected
+    where tokens choose at random (`distinct_experts`), as they do with random weights.
 
     Args:
         config: The model's.
@@ -314,9 +335,10 @@ def decode_costs(
         batch: Requests, one token each.
         context: Tokens that each attends to.
         cache: What the KV cache holds.
+        micro_batches: That the requests are spread over; fewer experts are read for each.
     """
     attention = attention_cost(config, dtype, batch, context, cache)
-    return _step_costs(config, dtype, batch, batch, attention)
+    return _step_costs(config, dtype, batch, batch, attention, [batch / micro_batches])
 
 
 def prefill_costs(
@@ -333,7 +355,8 @@ def prefill_costs(
     """
     every = attention_cost(config, dtype, batch, context, cache)
     causal = dataclasses.replace(every, operations=every.operations * (context + 1) // 2)
-    return _step_costs(config, dtype, batch * context, batch, causal)
+    tokens = batch * context
+    return _step_costs(config, dtype, tokens, batch, causal, [tokens])
 
 
 def mix_costs(
@@ -345,7 +368,7 @@ def mix_costs(
     """What a workload must do at least, in whichever steps.
 
     Weights are read once for each token of the longest output, since no step draws two tokens of a
-    request; a prompt's keys and values are read once, and for each further token those before it.
+    request, and of experts those that the requests go through that have as many; a prompt's keys and values are read once, and for each further token those before it.
 
     Args:
         config: The model's.
@@ -367,11 +390,14 @@ def mix_costs(
         attention_cost(config, dtype, 1, read, cache),
         operations=attention_cost(config, dtype, 1, attended, cache).operations,
     )
+    # Tokens of each step, if all begin together.
+    together = [sum(output > step for _, output in pairs) for step in range(steps)]
+    together[0] += sum(prompt - 1 for prompt, _ in pairs)
     return [
         cost
         if cost.name in ("embedding", "attention")
         else dataclasses.replace(cost, read_bytes=cost.read_bytes * steps)
-        for cost in _step_costs(config, dtype, tokens, draws, attention)
+        for cost in _step_costs(config, dtype, tokens, draws, attention, together)
     ]
 
 
@@ -381,16 +407,30 @@ def element_size(dtype: str) -> int:
 
 
 def _step_costs(
-    config: ModelConfig, dtype: str, tokens: int, draws: int, attention: OpCost
+    config: ModelConfig,
+    dtype: str,
+    tokens: int,
+    draws: int,
+    attention: OpCost,
+    steps: Sequence[float],
 ) -> list[OpCost]:
-    """A step of `tokens` tokens with logits for `draws` of them, and one layer's attention."""
+    """Steps of `tokens` tokens with logits for `draws` of them, and one layer's attention.
+
+    `steps` has the tokens of each, for the experts that a step reads on average.
+    """
     from mrv1.loader import wire_model
 
     size = element_size(dtype)
     costs = []
-    for name, is_vector, cols, segments in wire_model(config, dtype).weights:
+    program = wire_model(config, dtype)
+    for (name, is_vector, cols, segments), matrices in zip(
+        program.weights, program.weight_matrices, strict=True
+    ):
         rows = sum(count for _, count in segments)
-        if is_vector:
+        if matrices > 1:
+            assert isinstance(config, ExpertsConfig)
+            costs.append(experts_cost(config, rows, cols, size, tokens, steps))
+        elif is_vector:
             costs.append(OpCost(name, rows * 4, 0))
         elif "embed_tokens" in name:
             costs.append(OpCost("embedding", tokens * cols * size, 0))
@@ -401,6 +441,19 @@ def _step_costs(
         else:
             costs.append(linear_cost(name, rows, cols, size, tokens))
     return costs + [attention] * config.num_hidden_layers
+
+
+def experts_cost(
+    config: ExpertsConfig, rows: int, cols: int, size: int, tokens: int, steps: Sequence[float]
+) -> OpCost:
+    """Products of `tokens` tokens with top_k each of the experts of a stacked weight [rows, cols].
+
+    `steps` has the tokens of each step, of which the average counts.
+    """
+    count, top_k = config.num_experts, config.num_experts_per_tok
+    read = statistics.fmean(distinct_experts(count, top_k, step) for step in steps)
+    one = rows // count * cols
+    return OpCost("moe_experts", round(read * one * size), 2 * tokens * top_k * one, read)
 
 
 def linear_cost(name: str, rows: int, cols: int, size: int, batch: int) -> OpCost:
@@ -504,6 +557,9 @@ def make_record(
             record["read_share"] = round(read_bytes / seconds / (rates.read_gb_s * 1e9), 4)
             record["x_floor"] = round(timing.step_ms / floor, 3)
         _set_counts(record, rates.counts)
+    experts = [cost.experts for cost in costs if cost.experts is not None]
+    if experts:
+        record["experts"] = round(statistics.fmean(experts), 2)
     if cache.kv_scales != "none":
         record["scale"] = cache.kv_scales
     if ranks > 1:
@@ -606,6 +662,7 @@ _COLUMNS: Final[tuple[tuple[str, Callable[[Record], str]], ...]] = (
     ("tokens/s", lambda record: _number(record["tokens_per_s"], 1)),
     ("host us", lambda record: _number(record["host_us"], 1)),
     ("idle", lambda record: _percent(record.get("idle_share"))),
+    ("experts", lambda record: _number(record.get("experts"), 1)),
     ("stages wait", lambda record: _shares(record.get("stage_waits"))),
     ("peer ms", lambda record: _number(record.get("peer_step_ms"), 3)),
     ("peer tokens/s", lambda record: _number(record.get("peer_tokens_per_s"), 1)),

@@ -51,7 +51,7 @@ def _names(*allowed: str) -> Callable[[str], list[str]]:
 
 
 # As bench_op has them, which is not imported before it is needed.
-OPS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "logits", "attention")
+OPS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "logits", "experts", "attention")
 LENGTHS = ("even", "log-uniform", "one-long")
 BACKENDS = ("native", "flashinfer")
 # As bench_kv has them.
@@ -584,7 +584,10 @@ def _decode_records(options: argparse.Namespace) -> list[Record]:
     for timing in timings:
         # Rows grow while they are measured.
         mean = timing.context + (options.steps - 1) / 2
-        costs = bench.decode_costs(model.config, model.dtype, timing.batch, mean, cache)
+        micro_batches = min(model.pipeline_parallel_size, timing.batch)
+        costs = bench.decode_costs(
+            model.config, model.dtype, timing.batch, mean, cache, micro_batches
+        )
         records.append(
             bench.make_record(
                 "decode",
@@ -710,7 +713,7 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
     cache = bench.CacheFormat(resolve_kv_cache_dtype(options.kv_cache_dtype), scales)
     threads = envs.NUM_THREADS.get() or 0
     device = tuning.make_device(options.device, num_threads=threads)
-    ops = bench_op.OPS if options.ops is None else tuple(options.ops)
+    ops = bench_op.choose_ops(config, options.ops)
     try:
         rates = bench.measure_rates(device, dtype, _read_bytes(options))
         described = bench.describe_device(device)
@@ -725,7 +728,7 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
 
         records = [
             record(cost, timing)
-            for cost, timing in bench_op.measure_linears(
+            for cost, timing in bench_op.measure_products(
                 device, config, dtype, options.batch, options.steps, working_set, ops
             )
         ]

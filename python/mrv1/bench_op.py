@@ -10,10 +10,20 @@ from typing import Final, Literal
 import numpy as np
 
 from mrv1 import _core
-from mrv1.bench import AUTO_CACHE, CacheFormat, OpCost, Timing, attention_cost, linear_cost
+from mrv1.bench import (
+    AUTO_CACHE,
+    CacheFormat,
+    OpCost,
+    Timing,
+    attention_cost,
+    element_size,
+    linear_cost,
+)
 from mrv1.config import ModelConfig
+from mrv1.errors import InvalidArgumentError
 from mrv1.llm import peak_memory_mb
 from mrv1.loader import RunnerOptions
+from mrv1.models.experts import ExpertsConfig
 from mrv1.rope import rope_frequencies
 
 Lengths = Literal["even", "log-uniform", "one-long"]
@@ -29,9 +39,10 @@ _ONE_LONG: Final = (65536, 512)
 # Of the largest value, that the results of two backends in bfloat16 may differ by.
 _TOLERANCE: Final = 0.05
 
-LINEARS: Final = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "logits")
+_LINEARS: Final = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "logits")
 ATTENTION: Final = "attention"
-OPS: Final = (*LINEARS, ATTENTION)
+_EXPERTS: Final = "experts"
+OPS: Final = (*_LINEARS, _EXPERTS, ATTENTION)
 BACKENDS: Final = {
     "native": _core.AttentionBackend.NATIVE,
     "flashinfer": _core.AttentionBackend.FLASHINFER,
@@ -55,16 +66,40 @@ def request_lengths(kind: Lengths, batch: int, context: int) -> list[int]:
     return [int(length) for length in np.exp(drawn)]
 
 
-def measure_linears(
+def choose_ops(config: ModelConfig, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """Returns which of `OPS` to measure: those that are asked for, or all that the model has.
+
+    Raises:
+        InvalidArgumentError: A model has none of an op that is asked for.
+    """
+    missing = set()
+    if not isinstance(config, ExpertsConfig):
+        missing = {_EXPERTS}
+    elif "intermediate_size" not in config.mlp_sizes:
+        missing = {"gate_up_proj", "down_proj"}
+    if asked is None:
+        return tuple(op for op in OPS if op not in missing)
+    for op in asked:
+        if op in missing:
+            raise InvalidArgumentError(
+                f"the model has no op {op}",
+                field="--ops",
+                value=op,
+                allowed=", ".join(choose_ops(config, None)),
+            )
+    return tuple(asked)
+
+
+def measure_products(
     device: _core.Device,
     config: ModelConfig,
     dtype: str,
     batches: Sequence[int],
     repeats: int,
     working_set: int,
-    ops: Sequence[str] = LINEARS,
+    ops: Sequence[str],
 ) -> Iterator[tuple[OpCost, Timing]]:
-    """Times the matrix products of one layer, and the logits, each on its own.
+    """Times the matrix products of one layer, its experts, and the logits, each on its own.
 
     As in a model, an op's weights are not in the processor's caches: a run computes the op over as
     many different ones as `working_set` holds, at most 256.
@@ -76,7 +111,7 @@ def measure_linears(
         batches: Requests, one token each.
         repeats: Runs; their median is the time.
         working_set: Bytes that a run reads, at least.
-        ops: Which.
+        ops: Which of `OPS`; attention is not among these.
 
     Yields:
         For each op every batch size: what it must do, and its time.
@@ -98,6 +133,45 @@ def measure_linears(
             for batch in batches:
                 cost = linear_cost(name, rows, cols, size, batch)
                 yield cost, _timed(session, batch, 0, repeats, copies)
+        finally:
+            session.close()
+    if _EXPERTS in ops:
+        assert isinstance(config, ExpertsConfig)
+        yield from _measure_experts(device, config, dtype, batches, repeats, working_set)
+
+
+def _measure_experts(
+    device: _core.Device,
+    config: ExpertsConfig,
+    dtype: str,
+    batches: Sequence[int],
+    repeats: int,
+    working_set: int,
+) -> Iterator[tuple[OpCost, Timing]]:
+    """Times the experts of one layer, with the choice among them by logits that are random.
+
+    A run computes as many different choices as read `working_set`, at most 256, over as many
+    layers' weights as hold it. What is to be read are the experts that were chosen.
+    """
+    one = 3 * config.hidden_size * config.moe_intermediate_size  # weights of an expert
+    size, top_k = element_size(dtype), config.num_experts_per_tok
+    layers = _copies(working_set, config.num_experts * one * size)
+    for batch in batches:
+        choices = _copies(working_set, top_k * one * size)
+        session, inputs = _experts_session(device, config, dtype, batch, layers, choices)
+        try:
+            rng = np.random.default_rng(0)
+            session.set_value(
+                inputs[0], rng.standard_normal((batch, config.hidden_size), dtype=np.float32)
+            )
+            chosen = 0
+            for logits in inputs[1:]:
+                drawn = rng.standard_normal((batch, config.num_experts), dtype=np.float32)
+                session.set_value(logits, drawn)
+                chosen += len(np.unique(np.argpartition(drawn, -top_k, axis=1)[:, -top_k:]))
+            read = chosen / choices
+            cost = OpCost(_EXPERTS, round(read * one * size), 2 * batch * top_k * one, read)
+            yield cost, _timed(session, batch, 0, repeats, choices)
         finally:
             session.close()
 
@@ -190,6 +264,48 @@ def _linear_session(
     values = np.random.default_rng(0).standard_normal((max_batch, cols), dtype=np.float32)
     session.set_value(x, values)
     return session
+
+
+def _experts_session(
+    device: _core.Device,
+    config: ExpertsConfig,
+    dtype: str,
+    batch: int,
+    layers: int,
+    choices: int,
+) -> tuple[_core.ProgramSession, list[int]]:
+    """A session, and its inputs: x, then the logits of each choice."""
+    count, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    program = _core.Program(dtype)
+    inputs = [program.input("x", hidden)]
+    weights = [
+        tuple(
+            program.weight(
+                f"{name} {layer}",
+                False,
+                cols,
+                [(f"{name} {layer}", count * rows)],
+                matrices=count,
+            )
+            for name, rows, cols in (("gate_up", 2 * width, hidden), ("down", hidden, width))
+        )
+        for layer in range(layers)
+    ]
+    for choice in range(choices):
+        inputs.append(program.input(f"logits {choice}", count, dtype="float32"))
+        experts, shares = program.moe_route(
+            inputs[-1],
+            top_k=config.num_experts_per_tok,
+            renormalize=config.norm_topk_prob,
+            min_sum=config.norm_min,
+        )
+        result = program.moe_experts(inputs[0], experts, shares, *weights[choice % layers])
+    program.output(result)
+    session = _core.ProgramSession(device, program, max_requests=batch, max_tokens=batch)
+    for pair in weights:
+        for weight in pair:
+            session.fill_weight(weight, 0, _WEIGHT_RANGE)
+    return session, inputs
 
 
 def _attention_session(

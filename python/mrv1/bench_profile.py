@@ -38,6 +38,8 @@ _KINDS: Final = (
     ("qkv_prepare", r"qkv_prepare|^cache_"),
     ("attention", r"attention|^dead_rows|(Prefill|Decode)With"),
     ("gather_rows", r"gather_rows"),
+    ("moe_route", r"^route_kernel"),
+    ("moe_experts", r"^moe_|^(count|place|sum)_kernel"),
     ("linear", r"linear|mma_kernel|tiled_kernel|gemm|gemv|nvjet|cutlass|xmma|cublas"),
     ("gated_mul", r"gated"),
     ("soft_cap", r"soft_cap"),
@@ -61,6 +63,8 @@ _OP_KINDS: Final = {
     "qkv_prepare": "qkv_prepare",
     "paged_attention": "attention",
     "gather_rows": "gather_rows",
+    "moe_route": "moe_route",
+    "moe_experts": "moe_experts",
 }
 _FRONT: Final = ("apply", "infer_params", "plan_attention")
 _BACK: Final = ("sample", "advance")
@@ -138,8 +142,13 @@ def step_ops(program: _core.Program) -> list[StepOp]:
     """The phases of a step and the ops of its program, in order."""
     weights = [
         weight_label(name)
-        for name, is_vector, _, _ in program.weights
-        if not is_vector and "embed_tokens" not in name and name != "lm_head.weight"
+        for (name, is_vector, _, _), matrices in zip(
+            program.weights, program.weight_matrices, strict=True
+        )
+        if not is_vector
+        and matrices == 1  # those of experts are no linear's
+        and "embed_tokens" not in name
+        and name != "lm_head.weight"
     ]
     linears = [name for name in program.op_names if _OP_KINDS.get(name) == "linear"]
     # The head is the last, tied or not.

@@ -140,6 +140,11 @@ class ModelConfig:
         """Positions that a token sees in a layer, itself included; 0 for all before it."""
         return self.windows[layer] if self.windows else 0
 
+    @property
+    def mlp_sizes(self) -> dict[str, int]:
+        """Widths that ranks share out, by name: of the MLPs that the model has."""
+        return {"intermediate_size": self.intermediate_size}
+
     def for_length(self, max_length: int) -> ModelConfig:
         """Returns the config of a model whose sequences have at most so many tokens.
 

@@ -849,7 +849,8 @@ def _match_rank(
             if info is None:
                 raise WeightError("is missing from the checkpoint", tensor=name)
             expected = (rows,) if is_vector else (rows, cols)
-            if info.shape != expected:
+            # A vector may be stored as the one row of a matrix.
+            if info.shape != expected and not (is_vector and info.shape == (1, rows)):
                 raise WeightError(
                     "config and weights disagree",
                     path=info.path,

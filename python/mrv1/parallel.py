@@ -141,7 +141,7 @@ def check_sizes(config: ModelConfig, size: int, *, batch_invariant: bool) -> Non
         return
     for field, value in (
         ("num_attention_heads", config.num_attention_heads),
-        ("intermediate_size", config.intermediate_size),
+        *config.mlp_sizes.items(),
         ("vocab_size", config.vocab_size),
     ):
         if value % size:
@@ -155,7 +155,7 @@ def check_sizes(config: ModelConfig, size: int, *, batch_invariant: bool) -> Non
         raise _error(size, "1, 2, 4 or 8 with batch_invariant")
     for field, value in (
         ("num_attention_heads * head_dim", config.num_attention_heads * config.head_dim),
-        ("intermediate_size", config.intermediate_size),
+        *config.mlp_sizes.items(),
     ):
         if value % (_INVARIANT_PARTS * _PAIR):
             raise _error(

@@ -6,19 +6,34 @@ docs/adding-a-model.md walks through one.
 
 from __future__ import annotations
 
-from mrv1.models import ernie4_5, gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3
+from mrv1.models import (
+    ernie4_5,
+    ernie4_5_moe,
+    gemma2,
+    gemma3,
+    llama,
+    mistral,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from mrv1.models.registry import FAMILIES, Family, register
 
 __all__ = [
     "FAMILIES",
     "Family",
     "ernie4_5",
+    "ernie4_5_moe",
     "gemma2",
     "gemma3",
     "llama",
     "mistral",
+    "mixtral",
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
     "register",
 ]

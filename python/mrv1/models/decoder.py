@@ -5,13 +5,24 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar
 
 from mrv1.builder import Builder, Part, Rope, Value, Weight
 from mrv1.config import ModelConfig
 
+Config = TypeVar("Config", bound=ModelConfig)
+# The second half of a layer, from its index, the normalised input and the residual.
+FeedForward: TypeAlias = Callable[[Builder, Config, int, Value, Value], Value]
+
 
 def wire_decoder(
-    p: Builder, config: ModelConfig, *, qk_norm: bool = False, fused_tensors: bool = False
+    p: Builder,
+    config: Config,
+    *,
+    qk_norm: bool = False,
+    fused_tensors: bool = False,
+    feed_forward: FeedForward[Config] | None = None,
 ) -> None:
     """Wires a decoder in the shape of Llama: embedding, pre-norm layers, final norm, head.
 
@@ -20,6 +31,7 @@ def wire_decoder(
         config: Sizes, windows and biases.
         qk_norm: Whether q and k heads are normalised before rope.
         fused_tensors: Whether the checkpoint holds qkv_proj and gate_up_proj, not their parts.
+        feed_forward: Wires what stands behind a layer's second norm; None is a gated MLP.
     """
     embed = embedding_table(p, config)
     rope = p.rope(config.rope, config.head_dim)
@@ -32,9 +44,11 @@ def wire_decoder(
                 mixed = _attention(p, config, qkv, index, rope, qk_norm)
                 x = project_attention(p, config, mixed, residual=x)
             normed = _norm(p, config, x, "post_attention_layernorm")
+            if feed_forward is not None:
+                x = feed_forward(p, config, index, normed, x)
+                continue
             with p.scope("mlp."):
-                gate_up = project_gate_up(p, config, normed, fused_tensor=fused_tensors)
-                x = project_down(p, config, p.silu_mul(gate_up), residual=x)
+                x = gated_mlp(p, config, normed, residual=x, fused_tensor=fused_tensors)
     x = _norm(p, config, x, "model.norm")
     p.logits(x, output_head(p, config, embed))
 
@@ -119,6 +133,19 @@ def project_down(
         residual=residual,
         row_parallel=True,
     )
+
+
+def gated_mlp(
+    p: Builder,
+    config: ModelConfig,
+    x: Value,
+    *,
+    residual: Value | None = None,
+    fused_tensor: bool = False,
+) -> Value:
+    """down(silu(gate x) * up x) (+ residual): [tokens, hidden] -> [tokens, hidden]."""
+    gate_up = project_gate_up(p, config, x, fused_tensor=fused_tensor)
+    return project_down(p, config, p.silu_mul(gate_up), residual=residual)
 
 
 def output_head(p: Builder, config: ModelConfig, embed: Weight) -> Weight:

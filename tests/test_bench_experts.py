@@ -1,0 +1,55 @@
+# Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+"""Benchmarks of models with experts: what a step reads of them, and the op by itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mrv1 import bench, shapes
+from mrv1.config import ModelConfig
+from mrv1.models.experts import ExpertsConfig
+from test_bench import check_record
+
+
+def test_costs_of_experts_by_hand() -> None:
+    """A batch reads the experts that it is expected to go through, and computes top_k a token."""
+    name, values = shapes.shape_config("qwen3-30b-a3b", 2)
+    config = ModelConfig.from_values(values)
+    assert name == "qwen3-30b-a3b/2-layers" and isinstance(config, ExpertsConfig)
+    one = 3 * 2048 * 768  # weights of an expert
+    for batch, read in ((1, 8.0), (2, 15.5), (32, 111.77), (10_000, 128.0)):
+        costs = bench.decode_costs(config, "bfloat16", batch, 0)
+        experts = [cost for cost in costs if cost.experts is not None]
+        assert [cost.name for cost in experts] == ["moe_experts"] * 4  # gate and up, down
+        assert all(cost.experts == pytest.approx(read, rel=1e-4) for cost in experts)
+        read_bytes = sum(cost.read_bytes for cost in experts)
+        assert read_bytes == pytest.approx(2 * read * one * 2, rel=1e-4)
+        assert sum(cost.operations for cost in experts) == 2 * 2 * batch * 8 * one
+        assert sum(cost.name.endswith("gate.weight") for cost in costs) == 2
+    # Micro-batches of 16 requests: each stage reads for each of them what those go through.
+    spread = bench.decode_costs(config, "bfloat16", 32, 0, micro_batches=2)
+    assert [cost.experts for cost in spread if cost.experts] == pytest.approx(
+        [128 * (1 - (120 / 128) ** 16)] * 4
+    )
+    timing = bench.Timing(32, 1024, 1.0, 1.0, 1.0)
+    costs = bench.decode_costs(config, "bfloat16", 32, 1024)
+    record = bench.make_record("decode", name, "cpu: a", "bfloat16", timing, costs)
+    check_record(record)
+    assert record["experts"] == 111.77
+    assert "111.8" in bench.format_table([record])
+    # Two requests at first, then one: steps of 5, 2 and 1 tokens.
+    mix = bench.mix_costs(config, "bfloat16", [(3, 2), (2, 3)])
+    expected = sum(bench.distinct_experts(128, 8, tokens) for tokens in (5, 2, 1)) / 3
+    assert {cost.experts for cost in mix if cost.experts} == {pytest.approx(expected)}
+
+
+def test_expected_experts_are_those_of_random_choices() -> None:
+    rng = np.random.default_rng(5)
+    for experts, top_k, tokens in ((128, 8, 1), (128, 8, 32), (8, 2, 3), (11, 11, 2)):
+        found = [
+            len({e for _ in range(tokens) for e in rng.choice(experts, top_k, replace=False)})
+            for _ in range(200)
+        ]
+        expected = bench.distinct_experts(experts, top_k, tokens)
+        assert np.mean(found) == pytest.approx(expected, rel=0.03)
