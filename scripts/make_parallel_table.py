@@ -16,6 +16,7 @@ from document_table import main, markdown
 from mrv1.config import ModelConfig
 from mrv1.errors import InvalidArgumentError
 from mrv1.loader import RunnerOptions, wire_ranks
+from mrv1.shapes import shape_config
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "parallel.md"
 SIZES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -46,10 +47,12 @@ MODEL = {
 }
 LLAMA_3_8B = {"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}
 LLAMA_3_8B |= {"vocab_size": 128256}
+_, QWEN3_30B = shape_config("qwen3-30b-a3b", 4)
 FEATURES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("24 heads, an MLP of 12,288 columns, 48,000 ids", {}, {}),
     ("the same with one key/value head, which all ranks have", {"num_key_value_heads": 1}, {}),
     ("the sizes of Llama 3 8B", LLAMA_3_8B, {}),
+    ("layers with experts, in the sizes of Qwen3 30B-A3B", QWEN3_30B, {}),
     ("a vocabulary of 50,257 ids", {"vocab_size": 50257}, {}),
     ("3 layers", {"num_hidden_layers": 3}, {}),
     ("`pipeline_layers=[17, 15]`", {}, {"pipeline_layers": [17, 15]}),
