@@ -232,6 +232,11 @@ class Program:
     def weight_matrices(self) -> list[int]:
         """How many equal matrices the rows of each weight are."""
 
+    def is_route_bias(self, weight: int) -> bool:
+        """
+        Whether the weight corrects the choice of experts: random models have zeros there.
+        """
+
     @property
     def weight_slices(self) -> list[list[tuple[int, int, int, int]]]:
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
+import math
 import os
 import platform
 import statistics
@@ -313,7 +314,7 @@ def distinct_experts(num_experts: int, top_k: int, tokens: float) -> float:
 
     The expected number. Each expert is missed by a token with probability 1 - top_k / num_experts.
     """
-    return num_experts * (1.0 - (1.0 - top_k / num_experts) ** tokens)
+    return num_experts * (1.0 - math.pow(1.0 - top_k / num_experts, tokens))
 
 
 def decode_costs(
@@ -368,7 +369,8 @@ def mix_costs(
     """What a workload must do at least, in whichever steps.
 
     Weights are read once for each token of the longest output, since no step draws two tokens of a
-    request, and of experts those that the requests go through that have as many; a prompt's keys and values are read once, and for each further token those before it.
+    request, and of experts those for the requests that have as many; a prompt's keys and values are
+    read once, and for each further token those before it.
 
     Args:
         config: The model's.

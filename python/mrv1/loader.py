@@ -459,8 +459,9 @@ def _describe_memory(model: LoadedModel, ranks: WiredRanks) -> str:
             f"\n  stage {stage}, layers {first} to {last - 1}: " if len(ranks.stages) > 1 else ""
         )
         each = f"of each of {size} ranks " if size > 1 else ""
+        experts = f" (experts {plan['experts'] / 1e6:.0f} MB)" if plan["experts"] else ""
         lines.append(
-            f"{where}{each}weights {plan['weights'] / 1e6:.0f} MB, activations "
+            f"{where}{each}weights {plan['weights'] / 1e6:.0f} MB{experts}, activations "
             f"{plan['activations'] / 1e6:.0f} MB{_describe_halves(plan)}, state "
             f"{plan['state'] / 1e6:.0f} MB, KV cache "
             f"{plan['per_block'] * model.num_kv_blocks / 1e6:.0f} MB"

@@ -42,6 +42,7 @@ _END_OF_TEXT: Final = "<|endoftext|>"
 class _Tensor:
     name: str
     shape: tuple[int, ...]
+    is_zero: bool
 
     @property
     def size(self) -> int:
@@ -119,9 +120,10 @@ def save_random_model(
 
 def _tensors(config: ModelConfig) -> list[_Tensor]:
     """The checkpoint's tensors, in the order of the program."""
+    program = wire_model(config, "bfloat16")
     return [
-        _Tensor(name, (rows,) if is_vector else (rows, cols))
-        for _, is_vector, cols, segments in wire_model(config, "bfloat16").weights
+        _Tensor(name, (rows,) if is_vector else (rows, cols), program.is_route_bias(weight))
+        for weight, (_, is_vector, cols, segments) in enumerate(program.weights)
         for name, rows in segments
     ]
 
@@ -205,6 +207,8 @@ def _write_header(file: IO[bytes], tensors: list[_Tensor]) -> None:
 def _random_values(tensor: _Tensor, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Yields a tensor's values in pieces, as bfloat16 bits: near 1 for vectors."""
     center, width = (1.0, 0.1) if len(tensor.shape) == 1 else (0.0, RANGE)
+    if tensor.is_zero:
+        center = width = 0.0
     for start in range(0, tensor.size, _PIECE):
         values = rng.random(min(_PIECE, tensor.size - start), dtype=np.float32)
         values = (values * 2.0 - 1.0) * np.float32(width) + np.float32(center)

@@ -1,5 +1,5 @@
 # Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
-"""What families with a mixture of experts share: their fields, and the layers' feed-forward part."""
+"""What families with a mixture of experts share: fields, and the feed-forward part of a layer."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def feed_forward(
     index: int,
     x: Value,
     residual: Value,
-    names: ExpertNames = ExpertNames(),  # noqa: B008
+    names: ExpertNames = ExpertNames(),
 ) -> Value:
     """The second half of a layer: its experts, or its MLP where it has none.
 

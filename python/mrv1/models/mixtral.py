@@ -43,9 +43,7 @@ def read(fields: Fields) -> ExpertsConfig:
 def wire(p: Builder, config: ExpertsConfig) -> None:
     """Wires the model."""
 
-    def experts(
-        p: Builder, config: ExpertsConfig, index: int, x: Value, residual: Value
-    ) -> Value:
+    def experts(p: Builder, config: ExpertsConfig, index: int, x: Value, residual: Value) -> Value:
         return feed_forward(p, config, index, x, residual, _NAMES)
 
     wire_decoder(p, config, feed_forward=experts)

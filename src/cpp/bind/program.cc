@@ -211,6 +211,8 @@ void bind_program(nb::module_& m) {
             return counts;
           },
           "How many equal matrices the rows of each weight are.")
+      .def("is_route_bias", &Program::is_route_bias, nb::arg("weight"),
+           "Whether the weight corrects the choice of experts: random models have zeros there.")
       .def_prop_ro(
           "weight_slices",
           [](const Program& self) {

@@ -23,6 +23,7 @@ namespace {
 nb::dict plan_dict(const MemoryPlan& plan) {
   nb::dict dict;
   dict["weights"] = plan.weights;
+  dict["experts"] = plan.experts;
   dict["activations"] = plan.activations;
   dict["two_batch"] = plan.two_batch;
   dict["state"] = plan.state;

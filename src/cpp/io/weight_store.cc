@@ -209,6 +209,7 @@ void WeightStore::fill_random(int32_t weight, uint64_t seed, float range) {
   params.key = seed ^ (static_cast<uint64_t>(weight) << 40);
   params.center = vector ? 1.0f : 0.0f;
   params.width = vector ? 0.1f : range;
+  if (program_->is_route_bias(weight)) params.center = params.width = 0.0f;
   if (view.layout == WeightLayout::kRowMajor) {
     params.data = data_[weight];
     params.dtype = view.dtype;

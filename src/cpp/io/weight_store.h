@@ -43,8 +43,8 @@ class WeightStore {
             const std::function<void(size_t)>& progress);
   // The same for one segment from memory, where its own rows and columns lie.
   void load_segment(int32_t weight, int32_t segment, const void* data, DType source);
-  // Values uniform in (-range, range) of a matrix, 1 + small of a vector: timing without a
-  // checkpoint. Depends on seed and weight index only.
+  // Values uniform in (-range, range) of a matrix, 1 + small of a vector, zeros of a correction of
+  // the choice of experts: timing without a checkpoint. Depends on seed and weight index only.
   void fill_random(int32_t weight, uint64_t seed, float range);
 
   // kWeights naming the first segment that was never loaded. Ends the loading: memory that was used

@@ -431,6 +431,12 @@ void Program::begin_layer(int32_t layer) {
 
 void Program::end_layer() { layer_ = -1; }
 
+bool Program::is_route_bias(int32_t weight) const {
+  return std::any_of(ops_.begin(), ops_.end(), [&](const Op& op) {
+    return op.kind == OpKind::kMoeRoute && !op.weights.empty() && op.weights[0] == weight;
+  });
+}
+
 int32_t Program::num_layers() const {
   int32_t count = 0;
   for (const Op& op : ops_) count = std::max(count, op.layer + 1);

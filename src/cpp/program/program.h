@@ -236,6 +236,9 @@ class Program {
   // Of the whole model, so that stages without logits have it too; 0 without logits.
   int32_t vocab_size() const { return vocab_size_; }
   int32_t num_layers() const;
+  // Whether the weight corrects the choice of experts. Random models have zeros there: anything
+  // else would choose the same experts for all tokens.
+  bool is_route_bias(int32_t weight) const;
   // Of a stage: what it takes from the one before, at places that nothing else uses, and what it
   // gives to the next.
   const CrossingValues& received() const { return received_; }

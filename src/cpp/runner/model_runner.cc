@@ -96,6 +96,7 @@ MemoryPlan ModelRunner::plan_memory(const Program& wired, const RunnerConfig& co
   MemoryPlan plan;
   for (const WeightView& weight : stored_weights(program, device.kernels().linear_layout)) {
     plan.weights += weight_bytes(weight);
+    if (weight.matrices > 1) plan.experts += weight_bytes(weight);
   }
   const PlanLimits limits = plan_limits(config);
   plan.activations =

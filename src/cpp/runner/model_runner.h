@@ -39,6 +39,7 @@ GroupOptions group_options(const Program& program, const RunnerConfig& config);
 // Bytes a runner allocates, known before it is made.
 struct MemoryPlan {
   int64_t weights = 0;
+  int64_t experts = 0;      // of the weights, those of experts
   int64_t activations = 0;  // arena, rope tables, workspace, what ranks send each other
   int64_t two_batch = 0;    // what steps that run as two halves need beside (runner/two_batch.h)
   int64_t state = 0;        // rows, history, block tables, infer_params, rings, scored prompts
