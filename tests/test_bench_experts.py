@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from mrv1 import bench, shapes
+from golden_data import load_golden
+from mrv1 import bench, cli, shapes
 from mrv1.config import ModelConfig
 from mrv1.models.experts import ExpertsConfig
 from test_bench import check_record
@@ -53,3 +57,41 @@ def test_expected_experts_are_those_of_random_choices() -> None:
         ]
         expected = bench.distinct_experts(experts, top_k, tokens)
         assert np.mean(found) == pytest.approx(expected, rel=0.03)
+
+
+def test_op_measures_the_experts_of_a_layer(
+    device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["bench", "op", "--device", device, "--steps", "2", "--read-mb", "1"]
+    arguments += ["--context", "16"]
+    mixtral = ["--model", str(load_golden("mixtral").model_dir)]
+    options = ["--ops", "experts,o_proj", "--batch", "1,6", "--json", str(path)]
+    assert cli.main([*arguments, *mixtral, *options]) == 0
+    records = json.loads(path.read_text())
+    assert [(record["op"], record["batch"]) for record in records] == [
+        *[("o_proj", batch) for batch in (1, 6)],
+        *[("experts", batch) for batch in (1, 6)],
+    ]
+    for record in records:
+        check_record(record)
+        assert ("experts" in record) == (record["op"] == "experts")
+    assert records[2]["experts"] == 2.0
+    assert records[3]["experts"] == pytest.approx(bench.distinct_experts(8, 2, 6), abs=0.5)
+    capsys.readouterr()
+    # What a model has none of is refused by name.
+    for name, op in (("qwen3-tied", "experts"), ("mixtral", "gate_up_proj")):
+        model = ["--model", str(load_golden(name).model_dir)]
+        assert cli.main([*arguments, *model, "--ops", op, "--batch", "1"]) == cli.EXIT_ERROR
+        assert f"--ops = '{op}'" in capsys.readouterr().err
+
+
+def test_decode_of_a_model_with_experts_has_a_floor(device: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["bench", "decode", "--model", str(load_golden("ernie4_5_moe").model_dir)]
+    arguments += ["--device", device, "--batch", "1,5", "--context", "16", "--steps", "2"]
+    assert cli.main([*arguments, "--read-mb", "1", "--json", str(path)]) == 0
+    for record, batch in zip(json.loads(path.read_text()), (1, 5), strict=True):
+        check_record(record)
+        assert record["experts"] == pytest.approx(bench.distinct_experts(11, 3, batch), abs=0.01)
+        assert record["floor_ms"] > 0
