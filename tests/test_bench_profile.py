@@ -88,6 +88,20 @@ def test_kernels_are_assigned_by_their_place() -> None:
     assert kernel_kind("merge_kernel") is None
 
 
+def test_experts_are_one_op_of_several_kernels() -> None:
+    config = ModelConfig.from_values(shapes.shape_config("qwen3-30b-a3b", 2)[1])
+    ops = step_ops(wire_model(config, "bfloat16"))
+    layer = [*LAYER[:7], "linear_skinny_kernel", "route_by_count_kernel", "count_kernel"]
+    layer += ["place_kernel", "moe_wgmma_kernel", "moe_wgmma_kernel", "sum_kernel"]
+    labels = [*LAYER_LABELS[:7], "gate", "moe_route", *["moe_experts"] * 5]
+    names = [*FRONT, "embedding_kernel", *layer, *layer, *BACK]
+    assert assign(ops, names) == [*LABELS[:5], *labels * 2, *LABELS[-6:]]
+    costs = costs_by_label(bench.decode_costs(config, "bfloat16", 1, 100))
+    assert {"gate", "moe_experts", "o_proj"} <= costs.keys()
+    read = sum(cost.read_bytes for cost in costs["moe_experts"])
+    assert read == 2 * 8 * 3 * 2048 * 768 * 2  # eight experts in each of two layers
+
+
 def test_what_ranks_send_each_other_is_an_op() -> None:
     options = RunnerOptions(tensor_parallel_size=2)
     ops = step_ops(wire_ranks(CONFIG, "bfloat16", options).programs[0])

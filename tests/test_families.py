@@ -134,6 +134,10 @@ def test_windows_by_layer() -> None:
     assert ModelConfig.from_values(mistral).windows == (4096, 4096)
     mistral["sliding_window"] = None
     assert ModelConfig.from_values(mistral).windows == ()
+    # Unlike in Qwen3, whichever layers max_window_layers names.
+    moe = {**config_of("qwen3_moe"), "use_sliding_window": True, "sliding_window": 8}
+    assert ModelConfig.from_values(moe).windows == (8, 8, 8)
+    assert ModelConfig.from_values({**moe, "sliding_window": None}).windows == ()
     # The type of a layer chooses its rotary embedding, also where no sequence exceeds the window.
     gemma = ModelConfig.from_values({**config_of("gemma3"), "sliding_window": 512})
     assert gemma.windows == ()
