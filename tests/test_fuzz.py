@@ -29,6 +29,7 @@ from model_files import GENERATION, LLAMA, QWEN3, safetensors_bytes
 from mrv1.config import ModelConfig
 from mrv1.errors import ConfigError, RequestError, WeightError
 from mrv1.loader import wire_model
+from mrv1.models.experts import ExpertsConfig
 from mrv1.safetensors_reader import read_checkpoint, read_header
 from mrv1.sampling_params import SamplingParams
 from mrv1.structured_outputs_params import StructuredOutputsParams
@@ -43,7 +44,10 @@ CONFIGS = (
     QWEN3,
     *(
         json.loads((DATA_DIR / "models" / name / "config.json").read_text("utf-8"))
-        for name in ("qwen2", "mistral", "gemma2", "gemma3", "ernie4_5", "phi4-mini")
+        for name in (
+            *("qwen2", "mistral", "gemma2", "gemma3", "ernie4_5", "phi4-mini"),
+            *("qwen3_moe", "mixtral", "ernie4_5_moe"),
+        )
     ),
 )
 NUM_HEADERS = 2200
@@ -293,6 +297,13 @@ def check_config(config: ModelConfig) -> None:
     assert 1 <= config.rope.theta < math.inf
     assert config.rope.high_freq_factor > config.rope.low_freq_factor > 0
     assert all(0 <= token_id < config.vocab_size for token_id in config.eos_token_ids)
+    if isinstance(config, ExpertsConfig):
+        assert 1 <= config.num_experts_per_tok <= config.num_experts <= 1024
+        assert 1 <= config.moe_intermediate_size <= 2**22
+        assert config.num_experts * config.moe_intermediate_size <= 2**24
+        assert config.num_shared_experts * config.moe_intermediate_size <= 2**24
+        assert 0 <= config.norm_min <= 1
+        assert len(config.sparse_layers) == config.num_hidden_layers
     if config.num_hidden_layers <= 8:
         # What is accepted can be wired; programs hold no weights, only their shapes.
         assert wire_model(config, "float32").weights

@@ -12,7 +12,7 @@ from mrv1.config_fields import Fields
 from mrv1.models import ernie4_5
 from mrv1.models.decoder import wire_decoder
 from mrv1.models.experts import (
-    MAX_EXPERTS,
+    MAX_WIDTH,
     ExpertsConfig,
     feed_forward,
     read_experts,
@@ -51,11 +51,12 @@ def read(fields: Fields) -> ExpertsConfig:
     )
     # Where it is null there are none, unlike where it is missing.
     shared = fields.with_defaults({"moe_num_shared_experts": 2})
+    most = MAX_WIDTH // experts.moe_intermediate_size
     return dataclasses.replace(
         experts,
         norm_min=fields.number("moe_norm_min", 0.0, 1.0, default=1e-12),
         correction_bias=fields.boolean("moe_use_aux_free", True),
-        num_shared_experts=shared.integer("moe_num_shared_experts", 0, MAX_EXPERTS, default=0),
+        num_shared_experts=shared.integer("moe_num_shared_experts", 0, most, default=0),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Final
 
 from mrv1.builder import Builder, Value
 from mrv1.config import MAX_INTERMEDIATE_SIZE, ModelConfig
@@ -12,7 +13,9 @@ from mrv1.config_fields import Fields
 from mrv1.models.decoder import gated_mlp
 
 # What a router can choose among.
-MAX_EXPERTS = 1024
+MAX_EXPERTS: Final = 1024
+# Widths of a layer's experts together, far above any model.
+MAX_WIDTH: Final = 2**24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,11 +84,12 @@ def read_experts(
         top_k: Field of num_experts_per_tok, and its value where the file does not say.
         width: The same of moe_intermediate_size.
     """
+    widest = min(MAX_INTERMEDIATE_SIZE, MAX_WIDTH // num_experts)
     return ExpertsConfig(
         **vars(config),
         num_experts=num_experts,
         num_experts_per_tok=fields.integer(top_k[0], 1, num_experts, default=top_k[1]),
-        moe_intermediate_size=fields.integer(width[0], 1, MAX_INTERMEDIATE_SIZE, default=width[1]),
+        moe_intermediate_size=fields.integer(width[0], 1, widest, default=width[1]),
         sparse_layers=tuple(sparse(layer) for layer in range(config.num_hidden_layers)),
     )
 
