@@ -16,8 +16,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from mrv1 import _core
-from mrv1.errors import InvalidArgumentError
+from mrv1.errors import ConfigError, InvalidArgumentError
 from mrv1.parallel import Shard
+from mrv1.quantization import NVFP4_BLOCK, Quantization
 from mrv1.rope import RopeConfig, rope_frequencies
 
 # Along what ranks share a weight out.
@@ -99,12 +100,21 @@ class Builder:
         shard: The part of the model that is wired.
         wide_sums: Whether ranks add their parts of a sum before it is rounded to `dtype`, as
             batch-invariant steps do.
+        quantization: Which matrices the checkpoint has in NVFP4.
     """
 
-    def __init__(self, dtype: str, *, shard: Shard | None = None, wide_sums: bool = False) -> None:
+    def __init__(
+        self,
+        dtype: str,
+        *,
+        shard: Shard | None = None,
+        wide_sums: bool = False,
+        quantization: Quantization | None = None,
+    ) -> None:
         self.program = _core.Program(dtype)
         self.shard = Shard() if shard is None else shard
         self._wide_sums = wide_sums
+        self._quantization = quantization
         self._prefix = ""
 
     @property
@@ -130,7 +140,9 @@ class Builder:
             yield
         self.program.end_layer()
 
-    def matrix(self, name: str, rows: int, cols: int, *, split: Split = None) -> Weight:
+    def matrix(
+        self, name: str, rows: int, cols: int, *, split: Split = None, plain: bool = False
+    ) -> Weight:
         """A weight [rows, cols] of the tensor `name`.
 
         Args:
@@ -140,13 +152,15 @@ class Builder:
             split: "rows" where ranks compute some of the outputs each (a column-parallel linear, or
                 a part of the vocabulary), "cols" where they see some of the inputs each (a
                 row-parallel linear).
+            plain: Whether the tensor is never quantised: an embedding, a router.
         """
-        return self.fused(cols, (name, rows), split=split)
+        return self._weight(False, cols, [(name, rows)], split, plain=plain)
 
     def fused(self, cols: int, *segments: tuple[str, int] | Part, split: Split = None) -> Weight:
         """Tensors (name, rows), or parts, of `cols` columns each, stacked by rows into one weight.
 
-        With several ranks and split="rows" each takes its share of every segment.
+        With several ranks and split="rows" each takes its share of every segment. Where the
+        checkpoint has quantised matrices, either all or none of these are.
         """
         return self._weight(False, cols, segments, split)
 
@@ -191,6 +205,7 @@ class Builder:
         split: Split,
         offset: float = 0.0,
         matrices: int = 1,
+        plain: bool = False,
     ) -> Weight:
         parts = [each if isinstance(each, Part) else Part(*each) for each in segments]
         shape = (sum(part.rows for part in parts), cols)
@@ -213,11 +228,53 @@ class Builder:
             slices.append((total, first, cols, first_col))
         names = list(dict.fromkeys(name for name, _ in named))
         label = "+".join(names) if matrices == 1 else f"{names[0]} and {len(names) - 1} others"
-        whole_rows = shape[0] if split == "rows" and matrices == 1 else 0
+        is_nvfp4 = not (is_vector or plain) and self._is_nvfp4(names)
+        if is_nvfp4:
+            self._check_blocks(names[0], cols, own_cols)
         index = self.program.weight(
-            label, is_vector, own_cols, named, offset, slices, whole_rows, matrices
+            label,
+            is_vector,
+            own_cols,
+            named,
+            offset,
+            slices,
+            shape[0] if split == "rows" and matrices == 1 else 0,
+            matrices,
+            is_nvfp4,
         )
         return Weight(index, split, shape, matrices)
+
+    def _is_nvfp4(self, names: Sequence[str]) -> bool:
+        """Whether the matrix of these tensors is in NVFP4."""
+        if self._quantization is None:
+            return False
+        covered = [self._quantization.covers(name) for name in names]
+        if any(covered) and not all(covered):
+            plain = next(name for name, is_in in zip(names, covered, strict=True) if not is_in)
+            quantised = next(name for name, is_in in zip(names, covered, strict=True) if is_in)
+            raise ConfigError(
+                f"{plain} is excluded from quantisation and {quantised} is not, which are parts "
+                "of one matrix here",
+                field="exclude_modules",
+                allowed="a list with all parts of it, or none",
+            )
+        return all(covered)
+
+    def _check_blocks(self, name: str, cols: int, own_cols: int) -> None:
+        """Refuses a matrix, or a rank's share of it, that has no whole blocks."""
+        if cols % NVFP4_BLOCK:
+            raise ConfigError(
+                f"{name} has {cols} columns and cannot be in NVFP4",
+                field="exclude_modules",
+                allowed=f"a list with each matrix whose columns are no multiple of {NVFP4_BLOCK}",
+            )
+        if own_cols % NVFP4_BLOCK:
+            raise InvalidArgumentError(
+                f"{name} is in NVFP4 and has {cols} columns",
+                field="tensor_parallel_size",
+                value=self.shard.size,
+                allowed=f"such that each rank gets a multiple of {NVFP4_BLOCK} of them",
+            )
 
     def embedding(self, table: Weight, *, scale: float = 1.0) -> Value:
         """Rows of `table` [vocab, hidden] for the step's token ids, times scale: [tokens, hidden].

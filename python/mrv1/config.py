@@ -16,6 +16,7 @@ from typing import Final, Literal, cast
 from mrv1._files import FileError, parse_json, read_file
 from mrv1.config_fields import Fields
 from mrv1.errors import ConfigError, InvalidArgumentError, RequestError
+from mrv1.quantization import QUANT_CONFIG_NAME, Quantization, read_quantization
 from mrv1.rope import ROPE_TYPES, RopeConfig, RopeType, read_rope
 from mrv1.sampling_params import SamplingParams
 
@@ -113,6 +114,7 @@ class ModelConfig:
         eos_token_ids: Tokens that end a sequence, in the file's order, without repeats; may be
             empty.
         default_sampling: Recommended sampling parameters.
+        quantization: Which matrices are stored in NVFP4; None if none is.
     """
 
     model_type: str = ""
@@ -135,6 +137,7 @@ class ModelConfig:
     dtype: DTypeName | None = None
     eos_token_ids: tuple[int, ...] = ()
     default_sampling: DefaultSampling = DefaultSampling()
+    quantization: Quantization | None = None
 
     def window(self, layer: int) -> int:
         """Positions that a token sees in a layer, itself included; 0 for all before it."""
@@ -155,7 +158,7 @@ class ModelConfig:
 
     @classmethod
     def from_dir(cls, directory: str | os.PathLike[str]) -> ModelConfig:
-        """Reads config.json and, if there is one, generation_config.json.
+        """Reads config.json and, where they are, generation_config.json and hf_quant_config.json.
 
         Raises:
             InvalidArgumentError: `directory` is no path.
@@ -165,10 +168,11 @@ class ModelConfig:
         if not root.is_dir():
             raise ConfigError("is not a directory", path=root)
         config = _load(root / CONFIG_NAME)
-        generation = None
-        if os.path.lexists(root / GENERATION_CONFIG_NAME):
-            generation = _load(root / GENERATION_CONFIG_NAME)
-        return _parse(config, generation)
+        generation, quant_config = (
+            _load(root / name) if os.path.lexists(root / name) else None
+            for name in (GENERATION_CONFIG_NAME, QUANT_CONFIG_NAME)
+        )
+        return _parse(config, generation, quant_config)
 
     @classmethod
     def from_values(cls, config: dict[str, object]) -> ModelConfig:
@@ -177,7 +181,7 @@ class ModelConfig:
         Raises:
             ConfigError: They ask for something that is not supported.
         """
-        return _parse(Fields(Path(CONFIG_NAME), config), None)
+        return _parse(Fields(Path(CONFIG_NAME), config))
 
 
 def _load(path: Path) -> Fields:
@@ -190,7 +194,9 @@ def _load(path: Path) -> Fields:
     return Fields(path, value)
 
 
-def _parse(config: Fields, generation: Fields | None) -> ModelConfig:
+def _parse(
+    config: Fields, generation: Fields | None = None, quant_config: Fields | None = None
+) -> ModelConfig:
     # The families are written in terms of this module.
     from mrv1.models import FAMILIES
 
@@ -201,8 +207,7 @@ def _parse(config: Fields, generation: Fields | None) -> ModelConfig:
     architectures = config.values.get("architectures")
     if not isinstance(architectures, list) or architectures != [family.architecture]:
         raise config.error("architectures", f'["{family.architecture}"]')
-    if config.has("quantization_config"):
-        _check_quantization(config)
+    quantization = read_quantization(config, quant_config)
     parsed = family.read(config)
     return dataclasses.replace(
         parsed,
@@ -211,6 +216,7 @@ def _parse(config: Fields, generation: Fields | None) -> ModelConfig:
         dtype=_dtype(config) or parsed.dtype,
         eos_token_ids=_eos_token_ids(config, generation, parsed),
         default_sampling=_default_sampling(generation),
+        quantization=quantization,
     )
 
 
@@ -341,18 +347,6 @@ def _head_dim(config: Fields, default: int | None, hidden_size: int, num_heads: 
     if head_dim % HEAD_DIM_STEP or not HEAD_DIM_STEP <= head_dim <= MAX_HEAD_DIM:
         raise config.error("head_dim", allowed, head_dim)
     return head_dim
-
-
-def _check_quantization(config: Fields) -> None:
-    """Refuses quantised weights. Scales of an FP8 KV cache alone are taken (mrv1.kv_scales)."""
-    quantization = config.object("quantization_config")
-    assert quantization is not None
-    scheme = quantization.object("kv_cache_scheme")
-    if scheme is None or quantization.values.get("config_groups") or quantization.has("quant_algo"):
-        raise config.error("quantization_config", "absent: quantised weights are not supported")
-    scheme.integer("num_bits", 8, 8)
-    scheme.expect("type", "float")
-    scheme.expect("symmetric", True)
 
 
 def _dtype(config: Fields) -> DTypeName | None:

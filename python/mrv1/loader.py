@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from mrv1.kv_scales import KvScales, is_kv_scale, read_kv_scales
 from mrv1.models import FAMILIES
 from mrv1.parallel import Shard
 from mrv1.progress import format_phases, is_shown, progress_bar
+from mrv1.quantization import NVFP4_BLOCK, nvfp4_tensors
 from mrv1.safetensors_reader import TensorInfo, read_checkpoint
 from mrv1.sampling_params import MAX_INT32, WHOLE_VOCABULARY
 from mrv1.speculation import NgramConfig
@@ -28,7 +28,15 @@ from mrv1.speculation import NgramConfig
 _LOG = logging.getLogger("mrv1")
 
 # safetensors dtype -> the native loader's name.
-_LOADABLE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+LOADABLE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Of the tensors of an NVFP4 matrix, by what they are: dtype, and columns an element; 0 for a single
+# scale.
+_NVFP4_FORMS = {
+    "nvfp4_codes": ("U8", 2),
+    "nvfp4_block_scales": ("F8_E4M3", NVFP4_BLOCK),
+    "nvfp4_global_scale": ("F32", 0),
+    "nvfp4_input_scale": ("F32", 0),
+}
 # Share of the free memory that the KV cache takes where nothing says how much it may.
 _KV_SHARE = 0.25
 # Share of a GPU's memory that may be in use once the KV cache is there.
@@ -314,7 +322,7 @@ def wire_model(
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ConfigError(field="model_type", value=config.model_type, allowed=", ".join(FAMILIES))
-    builder = Builder(dtype, shard=shard, wide_sums=wide_sums)
+    builder = Builder(dtype, shard=shard, wide_sums=wide_sums, quantization=config.quantization)
     limit = config.max_position_embeddings if max_model_len is None else max_model_len
     family.wire(builder, config.for_length(limit))
     if _resolve_fusion(fusion):
@@ -430,7 +438,7 @@ def load_model(
 
     model = make_runner(config, ranks, dtype, options, startup, kv_scales)
     start = time.perf_counter()
-    total = _loaded_bytes(ranks.programs, sources)
+    total = sum(source.nbytes for own in sources for source in own)
     _load_weights(model.runner, sources, total, progress)
     startup["load weights"] = time.perf_counter() - start
     model.startup_bytes["load weights"] = total
@@ -810,6 +818,10 @@ class _Source:
     weight: int
     segment: int
     info: TensorInfo
+    kind: str
+    """Dtype, or what of an NVFP4 matrix it is, as the native loader names them."""
+    nbytes: int
+    """Of what the rank reads."""
 
 
 def _match_tensors(
@@ -844,46 +856,56 @@ def _match_rank(
 ) -> list[_Source]:
     sources = []
     slices = program.weight_slices
-    for weight, (_, is_vector, _, segments) in enumerate(program.weights):
-        for segment, (name, _) in enumerate(segments):
+    is_nvfp4 = program.weight_is_nvfp4
+    for weight, (_, is_vector, own_cols, segments) in enumerate(program.weights):
+        for segment, (name, own_rows) in enumerate(segments):
             rows, _, cols, _ = slices[weight][segment]
-            info = tensors.get(name)
-            if info is None:
-                raise WeightError("is missing from the checkpoint", tensor=name)
-            expected = (rows,) if is_vector else (rows, cols)
-            # A vector may be stored as the one row of a matrix.
-            if info.shape != expected and not (is_vector and info.shape == (1, rows)):
-                raise WeightError(
-                    "config and weights disagree",
-                    path=info.path,
-                    tensor=name,
-                    field="shape",
-                    value=list(info.shape),
-                    allowed=f"{list(expected)} by config.json",
-                )
-            if info.dtype not in _LOADABLE:
-                raise WeightError(
-                    path=info.path,
-                    tensor=name,
-                    field="dtype",
-                    value=info.dtype,
-                    allowed=", ".join(_LOADABLE),
-                )
-            used.add(name)
-            sources.append(_Source(weight, segment, info))
+            if not is_nvfp4[weight]:
+                # A vector may be stored as the one row of a matrix.
+                shapes = [(rows,), (1, rows)] if is_vector else [(rows, cols)]
+                info = _find(tensors, name, shapes, tuple(LOADABLE))
+                nbytes = own_rows * own_cols * (info.nbytes // max(rows * cols, 1))
+                sources.append(_Source(weight, segment, info, LOADABLE[info.dtype], nbytes))
+                used.add(name)
+                continue
+            for kind, tensor in nvfp4_tensors(name).items():
+                dtype, unit = _NVFP4_FORMS[kind]
+                forms = [(rows, cols // unit)] if unit else [(), (1,)]
+                info = _find(tensors, tensor, forms, (dtype,))
+                nbytes = own_rows * own_cols // unit if unit else info.nbytes
+                sources.append(_Source(weight, segment, info, kind, nbytes))
+                used.add(tensor)
     return sources
 
 
-def _loaded_bytes(programs: Sequence[_core.Program], sources: Sequence[Sequence[_Source]]) -> int:
-    """Bytes of the files that the ranks read, each what it needs."""
-    total = 0
-    for program, own in zip(programs, sources, strict=True):
-        weights = program.weights
-        for source in own:
-            _, _, cols, segments = weights[source.weight]
-            elements = math.prod(source.info.shape)
-            total += segments[source.segment][1] * cols * (source.info.nbytes // max(elements, 1))
-    return total
+def _find(
+    tensors: Mapping[str, TensorInfo],
+    name: str,
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[str],
+) -> TensorInfo:
+    """Returns a tensor of one of the shapes and dtypes."""
+    info = tensors.get(name)
+    if info is None:
+        raise WeightError("is missing from the checkpoint", tensor=name)
+    if info.shape not in shapes:
+        raise WeightError(
+            "config and weights disagree",
+            path=info.path,
+            tensor=name,
+            field="shape",
+            value=list(info.shape),
+            allowed=f"{' or '.join(str(list(shape)) for shape in shapes)} by config.json",
+        )
+    if info.dtype not in dtypes:
+        raise WeightError(
+            path=info.path,
+            tensor=name,
+            field="dtype",
+            value=info.dtype,
+            allowed=", ".join(dtypes),
+        )
+    return info
 
 
 def _load_weights(
@@ -898,12 +920,7 @@ def _load_weights(
         for path in paths:
             tensors = [
                 [
-                    (
-                        source.weight,
-                        source.segment,
-                        source.info.offset,
-                        _LOADABLE[source.info.dtype],
-                    )
+                    (source.weight, source.segment, source.info.offset, source.kind)
                     for source in sorted(own, key=lambda source: source.info.offset)
                     if str(source.info.path) == path
                 ]

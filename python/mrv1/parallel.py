@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from mrv1 import _core, envs
 from mrv1.errors import InvalidArgumentError
+from mrv1.quantization import NVFP4_BLOCK
 
 if TYPE_CHECKING:
     from mrv1.config import ModelConfig
@@ -153,15 +154,16 @@ def check_sizes(config: ModelConfig, size: int, *, batch_invariant: bool) -> Non
         return
     if _INVARIANT_PARTS % size:
         raise _error(size, "1, 2, 4 or 8 with batch_invariant")
+    step = _INVARIANT_PARTS * (_PAIR if config.quantization is None else NVFP4_BLOCK)
     for field, value in (
         ("num_attention_heads * head_dim", config.num_attention_heads * config.head_dim),
         *config.mlp_sizes.items(),
     ):
-        if value % (_INVARIANT_PARTS * _PAIR):
+        if value % step:
             raise _error(
                 size,
                 f"1 with batch_invariant, as the model's {field} = {value} is no multiple of "
-                f"{_INVARIANT_PARTS * _PAIR}",
+                f"{step}",
             )
 
 

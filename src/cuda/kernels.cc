@@ -57,6 +57,7 @@ const Kernels& cuda_kernels() {
       .attention_plan_bytes = attention_plan_bytes_cuda,
       .decode_backend = decode_backend_cuda,
       .linear_layout = WeightLayout::kRowMajor,
+      .fp4_layout = WeightLayout::kRowMajor,
   };
   return kKernels;
 }

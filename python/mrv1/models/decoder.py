@@ -78,7 +78,11 @@ def _attention(
 def embedding_table(p: Builder, config: ModelConfig) -> Weight:
     """The embedding [vocab, hidden], which ranks share out by the vocabulary."""
     return p.matrix(
-        "model.embed_tokens.weight", config.vocab_size, config.hidden_size, split="rows"
+        "model.embed_tokens.weight",
+        config.vocab_size,
+        config.hidden_size,
+        split="rows",
+        plain=True,
     )
 
 

@@ -16,6 +16,7 @@ namespace mrv1 {
 
 namespace nb = nanobind;
 
+using ByteArray = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
 using FloatArray = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using IntArray = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
 
@@ -50,5 +51,6 @@ void bind_cache_write_probe(nb::module_& m);
 void bind_collectives(nb::module_& m);
 void bind_stage_probe(nb::module_& m);
 void bind_ops(nb::module_& m);
+void bind_fp4_weights(nb::module_& m);
 
 }  // namespace mrv1

@@ -58,4 +58,5 @@ NB_MODULE(_core, m) {
   mrv1::bind_collectives(m);
   mrv1::bind_stage_probe(m);
   mrv1::bind_ops(m);
+  mrv1::bind_fp4_weights(m);
 }

@@ -49,8 +49,10 @@ void bind_program(nb::module_& m) {
           "weight",
           [](Program& self, const std::string& name, bool is_vector, int64_t cols,
              const std::vector<std::pair<std::string, int64_t>>& segments, float offset,
-             const std::vector<SliceTuple>& slices, int64_t whole_rows, int64_t matrices) {
+             const std::vector<SliceTuple>& slices, int64_t whole_rows, int64_t matrices,
+             bool nvfp4) {
             WeightSpec spec;
+            if (nvfp4) spec.format = WeightFormat::kNvfp4;
             spec.name = name;
             spec.matrices = matrices;
             spec.offset = offset;
@@ -76,18 +78,19 @@ void bind_program(nb::module_& m) {
           },
           nb::arg("name"), nb::arg("is_vector"), nb::arg("cols"), nb::arg("segments"),
           nb::arg("offset") = 0.0f, nb::arg("slices") = std::vector<SliceTuple>(),
-          nb::arg("whole_rows") = 0, nb::arg("matrices") = 1,
+          nb::arg("whole_rows") = 0, nb::arg("matrices") = 1, nb::arg("nvfp4") = false,
           nb::sig("def weight(self, name: str, is_vector: bool, cols: int, "
                   "segments: Sequence[tuple[str, int]], offset: float = 0.0, "
                   "slices: Sequence[tuple[int, int, int, int]] = (), whole_rows: int = 0, "
-                  "matrices: int = 1) -> int"),
+                  "matrices: int = 1, nvfp4: bool = False) -> int"),
           "Declares a weight [sum of segment rows, cols]; segments are (tensor name, rows).\n"
           "`offset` is added to the values of a vector when they are loaded. `slices` say for "
           "each\n"
           "segment which part of its tensor it is: (rows of the tensor, first row, columns of the\n"
           "tensor, first column); without them segments are whole tensors. `whole_rows`: of all\n"
           "ranks together, where they share it out by rows. `matrices`: the rows are those of as\n"
-          "many equal matrices.")
+          "many equal matrices. `nvfp4`: a matrix whose segments are each stored as codes, block\n"
+          "scales, a global scale and a scale of activations.")
       .def(
           "input",
           [](Program& self, const std::string& name, int64_t cols, bool logits_rows,
@@ -213,6 +216,26 @@ void bind_program(nb::module_& m) {
           "How many equal matrices the rows of each weight are.")
       .def("is_route_bias", &Program::is_route_bias, nb::arg("weight"),
            "Whether the weight corrects the choice of experts: random models have zeros there.")
+      .def_prop_ro(
+          "weight_is_nvfp4",
+          [](const Program& self) {
+            std::vector<bool> all;
+            for (const WeightSpec& spec : self.weights()) {
+              all.push_back(spec.format == WeightFormat::kNvfp4);
+            }
+            return all;
+          },
+          "Whether each weight is stored in NVFP4.")
+      .def_prop_ro(
+          "weight_bytes",
+          [](const Program& self) {
+            std::vector<int64_t> all;
+            for (const WeightSpec& spec : self.weights()) {
+              all.push_back(weight_bytes(spec, self.dtype()));
+            }
+            return all;
+          },
+          "Bytes of each weight, scales included.")
       .def_prop_ro(
           "weight_slices",
           [](const Program& self) {

@@ -455,7 +455,10 @@ void bind_runner(nb::module_& m) {
           nb::sig("def memory_plans(self) -> list[dict[str, int]]"), "Of each rank.")
       .def("load_tensors", &load_tensors, nb::arg("file"), nb::arg("tensors"), nb::arg("progress"),
            "Loads tensors of a file: a list for each rank, of (weight, segment, offset in bytes,\n"
-           "dtype). Ranks load what they need of theirs at the same time, each in a thread of its\n"
+           "kind). The kind is the dtype of a plain weight, and of NVFP4 which of a segment's\n"
+           "tensors it is: \"nvfp4_codes\", \"nvfp4_block_scales\", \"nvfp4_global_scale\" or\n"
+           "\"nvfp4_input_scale\". Ranks load what they need of theirs at the same time, each in a "
+           "thread of its\n"
            "own. `progress` is called with the bytes that were done since its last call; what it\n"
            "raises ends the loading.\n\n"
            "Raises:\n"

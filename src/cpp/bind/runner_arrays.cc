@@ -11,15 +11,33 @@
 #include "runner/rank_followers.h"
 
 namespace mrv1 {
+namespace {
+
+TensorSource tensor_source(const TensorTuple& tensor) {
+  const auto& [weight, segment, offset, kind] = tensor;
+  if (kind == "nvfp4_codes") {
+    return {weight, segment, offset, DType::kE2M1, TensorPart::kElements};
+  }
+  if (kind == "nvfp4_block_scales") {
+    return {weight, segment, offset, DType::kE4M3, TensorPart::kBlockScales};
+  }
+  if (kind == "nvfp4_global_scale") {
+    return {weight, segment, offset, DType::kF32, TensorPart::kGlobalScale};
+  }
+  if (kind == "nvfp4_input_scale") {
+    return {weight, segment, offset, DType::kF32, TensorPart::kInputScale};
+  }
+  return {weight, segment, offset, dtype_from_name(kind), TensorPart::kElements};
+}
+
+}  // namespace
 
 void load_tensors(const RunnerHandle& self, const MappedFile& file,
                   const std::vector<std::vector<TensorTuple>>& tensors, ProgressFunction progress) {
   std::vector<std::vector<TensorSource>> sources;
   for (const std::vector<TensorTuple>& of_rank : tensors) {
     std::vector<TensorSource>& own = sources.emplace_back();
-    for (const auto& [weight, segment, offset, dtype] : of_rank) {
-      own.push_back({weight, segment, offset, dtype_from_name(dtype)});
-    }
+    for (const TensorTuple& tensor : of_rank) own.push_back(tensor_source(tensor));
   }
   const std::shared_ptr<ModelRunner> runner = self.share();
   nb::gil_scoped_release release;

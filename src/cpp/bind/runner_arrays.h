@@ -14,7 +14,7 @@
 
 namespace mrv1 {
 
-// (weight, segment, offset, dtype name)
+// (weight, segment, offset, dtype name, or what of an NVFP4 weight it is)
 using TensorTuple = std::tuple<int32_t, int32_t, size_t, std::string>;
 using ProgressFunction = nb::typed<nb::callable, nb::object(size_t)>;
 

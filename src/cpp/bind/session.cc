@@ -41,6 +41,34 @@ void load_weight(ProgramSession& session, int32_t weight, const void* values, si
   }
 }
 
+// Codes, block scales and scales of NVFP4 of all segments, as a checkpoint has them.
+void load_nvfp4(ProgramSession& session, int32_t weight, const ByteArray& codes,
+                const ByteArray& block_scales, const std::vector<float>& global_scales,
+                const std::vector<float>& input_scales) {
+  const auto& specs = session.program().weights();
+  check(weight >= 0 && weight < static_cast<int32_t>(specs.size()), "session", "no weight ",
+        weight);
+  const WeightSpec& spec = specs[weight];
+  const size_t count = static_cast<size_t>(spec.rows * spec.cols);
+  check(codes.size() == count / 2 && block_scales.size() == count / kFp4Block, "session", "'",
+        spec.name, "' needs ", count / 2, " bytes of codes and ", count / kFp4Block,
+        " of block scales, got ", codes.size(), " and ", block_scales.size());
+  check(global_scales.size() == spec.segments.size() && input_scales.size() == spec.segments.size(),
+        "session", "'", spec.name, "' has ", spec.segments.size(), " segments, got ",
+        global_scales.size(), " global scales and ", input_scales.size(), " of activations");
+  for (size_t i = 0; i < spec.segments.size(); ++i) {
+    const auto segment = static_cast<int32_t>(i);
+    const int64_t first = spec.segments[i].row_start * spec.cols;
+    const auto load = [&](const void* data, DType dtype, TensorPart part) {
+      session.weights().load_segment(weight, segment, data, dtype, part);
+    };
+    load(codes.data() + first / 2, DType::kE2M1, TensorPart::kElements);
+    load(block_scales.data() + first / kFp4Block, DType::kE4M3, TensorPart::kBlockScales);
+    load(&global_scales[i], DType::kF32, TensorPart::kGlobalScale);
+    load(&input_scales[i], DType::kF32, TensorPart::kInputScale);
+  }
+}
+
 // The dtype of a float array of another library.
 DType float_dtype(const nb::ndarray<nb::ro>& array, const char* where) {
   for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
@@ -142,6 +170,17 @@ void bind_session(nb::module_& m) {
            "Raises:\n"
            "    InvalidArgumentError: no such weight, or an array of another dtype, size or "
            "device.")
+      .def(
+          "load_nvfp4",
+          [](const SessionHandle& self, int32_t weight, ByteArray codes, ByteArray block_scales,
+             const std::vector<float>& global_scales, const std::vector<float>& input_scales) {
+            load_nvfp4(*self.share(), weight, codes, block_scales, global_scales, input_scales);
+          },
+          nb::arg("weight"), nb::arg("codes"), nb::arg("block_scales"), nb::arg("global_scales"),
+          nb::arg("input_scales"),
+          "Sets an NVFP4 weight: uint8 [rows, cols / 2] of two codes each, the even column low,\n"
+          "uint8 [rows, cols / 16] of E4M3, and for each segment a global scale and one of\n"
+          "activations.")
       .def(
           "set_value",
           [](const SessionHandle& self, int32_t value, FloatArray data) {

@@ -18,9 +18,9 @@ namespace mrv1 {
 struct StagedTensor {
   const MappedFile* file;
   size_t offset;  // of the first byte
-  DType source;   // float32, bfloat16 or float16
+  DType source;   // float32, bfloat16 or float16; or any, as is
   void* target;
-  DType stored;  // float32 or bfloat16
+  DType stored;  // float32 or bfloat16; or `source`
   int64_t count;
   // They lie in the file in rows of `cols`, whose beginnings are `stride` elements apart. Zeros:
   // one behind the other.

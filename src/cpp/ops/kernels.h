@@ -108,8 +108,9 @@ struct Kernels {
   int64_t (*attention_plan_bytes)(const AttentionPlan&, Device&);
   // Whose kernels take a step's decode rows: the context's attention_backend, if it can.
   AttentionBackend (*decode_backend)(const AttentionPlan&, const StepContext&);
-  // Layout that `linear` reads, for the loader.
+  // Layout that `linear` reads, for the loader; that of NVFP4 weights.
   WeightLayout linear_layout;
+  WeightLayout fp4_layout;
 };
 
 const Kernels& cpu_kernels();

@@ -59,6 +59,7 @@ const Kernels& cpu_kernels() {
       .decode_backend = [](const AttentionPlan&,
                            const StepContext&) { return AttentionBackend::kNative; },
       .linear_layout = WeightLayout::kPanel16,
+      .fp4_layout = WeightLayout::kPanel16,
   };
   return kernels;
 }

@@ -13,13 +13,16 @@ namespace mrv1 {
 // activation the weight stacks gate over up and out = activation(gate) * up: [rows, weight.rows /
 // 2]; gate and up are rounded to dtype first, so that the fused form equals its parts bit for bit.
 //
+// Of an NVFP4 weight the sums over columns are of x * code * block scale, whose last two are
+// multiplied exactly; the sum is multiplied by the row's scale in float32 before the bias is added.
+//
 // The output of a row-parallel linear is a sum over ranks, which hold some of the columns each. In
 // a batch-invariant step it has the same bits whatever their number: all columns are
 // kInvariantParts parts, each is summed by itself, and the parts are added in the order of
-// sum_in_order.
+// sum_in_order; of NVFP4 after each was multiplied by the row's scale.
 struct LinearParams {
   const void* x;          // [rows, weight.cols] of dtype
-  WeightView weight;      // dtype equal to `dtype`; kPanel16 on the CPU, kRowMajor on CUDA
+  WeightView weight;      // of `dtype`, in Kernels::linear_layout; or NVFP4, in fp4_layout
   const float* bias;      // [weight.rows] or null
   void* out;              // of out_dtype
   DType dtype;            // float32 or bfloat16
@@ -40,9 +43,11 @@ constexpr int kInvariantParts = 8;
 // Parts of the columns of this rank's weight that are summed apart; 1 for all linears that are not
 // row-parallel, and for a single rank whose columns do not divide into parts of whole pairs.
 int num_invariant_parts(const LinearParams& params, const StepContext& ctx);
+// Columns that a part has a multiple of: pairs, of NVFP4 blocks.
+constexpr int64_t part_unit(DType dtype) { return dtype == DType::kE2M1 ? kFp4Block : 2; }
 // Whether a rank's columns divide as they must where there are several ranks.
-constexpr bool has_invariant_parts(int64_t cols, int ranks) {
-  return kInvariantParts % ranks == 0 && cols % (2 * kInvariantParts / ranks) == 0;
+constexpr bool has_invariant_parts(int64_t cols, int ranks, DType dtype) {
+  return kInvariantParts % ranks == 0 && cols % (part_unit(dtype) * kInvariantParts / ranks) == 0;
 }
 
 void linear_cpu(const LinearParams& params, const StepContext& ctx);
@@ -53,5 +58,11 @@ void linear_cuda(const LinearParams& params, const StepContext& ctx);
 // before it in the same panel have been written. Padding must have been zeroed by the allocator.
 void pack_panels(const WeightView& weight, void* data, const void* source, DType source_dtype,
                  int64_t row_start, int64_t num_rows, ThreadPool& pool);
+
+// The same for bytes: the codes [rows, cols / 2] or the block scales [rows, cols / 16] of an NVFP4
+// weight, whose matrices have `matrix_rows` rows each. `panels` is where the first of them begins,
+// `width` the bytes of a row.
+void pack_byte_panels(void* panels, int64_t width, int64_t matrix_rows, const void* source,
+                      int64_t row_start, int64_t num_rows, ThreadPool& pool);
 
 }  // namespace mrv1

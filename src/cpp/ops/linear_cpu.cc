@@ -11,7 +11,7 @@ namespace mrv1 {
 int num_invariant_parts(const LinearParams& params, const StepContext& ctx) {
   if (!ctx.batch_invariant || !params.row_parallel) return 1;
   if (ctx.communicator != nullptr) return kInvariantParts / ctx.communicator->size();
-  return has_invariant_parts(params.weight.cols, 1) ? kInvariantParts : 1;
+  return has_invariant_parts(params.weight.cols, 1, params.weight.dtype) ? kInvariantParts : 1;
 }
 
 void linear_cpu(const LinearParams& params, const StepContext& ctx) {

@@ -111,4 +111,24 @@ void pack_panels(const WeightView& weight, void* data, const void* source, DType
   });
 }
 
+void pack_byte_panels(void* panels, int64_t width, int64_t matrix_rows, const void* source,
+                      int64_t row_start, int64_t num_rows, ThreadPool& pool) {
+  const int64_t matrix_panels = (matrix_rows + kPanelRows - 1) / kPanelRows;
+  const int64_t grain = std::max<int64_t>((int64_t{1} << 18) / width, kPanelRows);
+  pool.parallel_for(num_rows, grain, [&](int64_t begin, int64_t end, int) {
+    for (int64_t next = begin; next < end;) {
+      const int64_t row = (row_start + next) % matrix_rows;
+      const int64_t lane = row % kPanelRows;
+      const int64_t count = std::min({kPanelRows - lane, matrix_rows - row, end - next});
+      const int64_t panel = (row_start + next) / matrix_rows * matrix_panels + row / kPanelRows;
+      const auto* from = static_cast<const uint8_t*>(source) + next * width;
+      auto* to = static_cast<uint8_t*>(panels) + panel * width * kPanelRows + lane;
+      for (int64_t col = 0; col < width; ++col) {
+        for (int64_t i = 0; i < count; ++i) to[col * kPanelRows + i] = from[i * width + col];
+      }
+      next += count;
+    }
+  });
+}
+
 }  // namespace mrv1

@@ -14,7 +14,7 @@ namespace mrv1 {
 // order: linear has one for all rows of a step, moe_experts one for the rows of each expert.
 struct PanelProductParams {
   const void* x;      // [rows, weight.cols] of dtype
-  WeightView weight;  // one matrix of dtype
+  WeightView weight;  // one matrix of dtype, or in NVFP4
   const float* bias;  // [weight.rows] or null
   void* out;          // [rows, weight.rows] of out_dtype; with an activation half as many columns
   int64_t rows;
@@ -41,16 +41,19 @@ class PanelProduct {
     void (*run)(const LinearBlock& block);
     int64_t block_rows;
   };
-  static SumKernel sum_kernel(const TypedVectorOps& ops, const WeightView& weight,
-                              int64_t part_cols);
-  static void sum_parts(const SumKernel& kernel, const LinearBlock& block, int parts,
-                        int64_t x_bytes, int64_t panel_bytes);
+  static SumKernel sum_kernel(const TypedVectorOps& ops, DType dtype, int64_t part_cols);
+  bool is_fp4() const { return params_.weight.dtype == DType::kE2M1; }
+  // Sums of one part, of several neighbouring ones.
+  void sum_part(const LinearBlock& block) const;
+  void sum_fp4(const LinearBlock& block) const;
+  void sum_parts(const LinearBlock& block, int parts) const;
   void compute(int64_t group, int64_t row_begin, int64_t row_end) const;
 
   PanelProductParams params_;
   const TypedVectorOps* ops_;
   void (*store_row_)(const float* acc, const float* bias, void* out, int64_t n);
   SumKernel kernel_;
+  int64_t block_rows_;
   int64_t part_cols_, panel_bytes_, out_cols_, out_panels_;
   // A group of panels is computed together. With an activation it has gate and up of the same
   // outputs, and is counted in panels of gate.

@@ -79,6 +79,9 @@ struct NormRow {
 // Entries for one activation dtype. `n` counts elements; any value is allowed.
 struct TypedVectorOps {
   void (*linear)(const LinearBlock& block);
+  // Columns of a kPanel16 panel of NVFP4, code * block scale, as a panel of the dtype; exact.
+  // `cols` is a multiple of 16, `codes` and `scales` are those of the first.
+  void (*decode_fp4_panel)(const uint8_t* codes, const uint8_t* scales, int64_t cols, void* panel);
   // out = acc + bias (bias may be null), rounded to the dtype.
   void (*store_row)(const float* acc, const float* bias, void* out, int64_t n);
   // out = activation(gate + bias) * (up + bias), the sums rounded to the dtype before that.

@@ -434,15 +434,16 @@ void rope_head(const void* x, const float* cos_sin, void* out, int64_t pairs, bo
 
 #include "ops/attention_body.h"
 #include "ops/cache_code_body.h"
+#include "ops/fp4_panel_body.h"
 
 namespace mrv1::MRV1_SIMD_NAMESPACE {
 namespace {
 
 template <typename T>
 constexpr TypedVectorOps typed_vector_ops() {
-  return {linear<T>,       store_row<T>,   store_gated_mul_row<T>, gated_mul_row<T>,
-          soft_cap_row<T>, add_row<T>,     add_scaled_row<T>,      norm_row<T>,
-          rope_head<T>,    attention<T, T>};
+  return {linear<T>,        decode_fp4_panel<T>, store_row<T>,   store_gated_mul_row<T>,
+          gated_mul_row<T>, soft_cap_row<T>,     add_row<T>,     add_scaled_row<T>,
+          norm_row<T>,      rope_head<T>,        attention<T, T>};
 }
 
 }  // namespace

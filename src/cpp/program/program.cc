@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/float4.h"
 #include "dist/communicator.h"
 
 namespace mrv1 {
@@ -57,6 +58,15 @@ std::string_view op_name(const Op& op) {
       return silu ? "linear_silu_mul" : "linear_gelu_mul";
   }
   return "?";
+}
+
+int64_t weight_bytes(const WeightSpec& weight, DType dtype) {
+  const int64_t count = weight.rows * weight.cols;
+  if (weight.format == WeightFormat::kNvfp4) {
+    return count / 2 + count / kFp4Block + weight.rows * static_cast<int64_t>(sizeof(float));
+  }
+  const DType stored = weight.kind == WeightKind::kMatrix ? dtype : DType::kF32;
+  return count * static_cast<int64_t>(dtype_size(stored));
 }
 
 namespace {
@@ -122,6 +132,11 @@ int32_t Program::weight(WeightSpec spec) {
             (spec.matrices == 1 || spec.kind == WeightKind::kMatrix),
         "weight", "the ", spec.rows, " rows of '", spec.name, "' are not those of ", spec.matrices,
         " equal matrices");
+  const bool nvfp4 = spec.format == WeightFormat::kNvfp4;
+  check(spec.kind == WeightKind::kMatrix || !nvfp4, "weight", "'", spec.name,
+        "' is a vector and cannot be NVFP4");
+  check(!nvfp4 || spec.cols % kFp4Block == 0, "weight", "'", spec.name, "' is NVFP4 and has ",
+        spec.cols, " columns, must be a multiple of ", kFp4Block);
   int64_t row = 0;
   for (WeightSegment& segment : spec.segments) {
     check(segment.row_start == row && segment.rows > 0 && segment.rows <= spec.rows - row, "weight",
@@ -135,6 +150,9 @@ int32_t Program::weight(WeightSpec spec) {
           "weight", "'", spec.name, "' takes [", segment.rows, ", ", spec.cols, "] from [",
           slice.first_row, ", ", slice.first_col, "] on, which '", segment.tensor, "' of [",
           slice.rows, ", ", slice.cols, "] does not have");
+    check(!nvfp4 || (slice.cols % kFp4Block == 0 && slice.first_col % kFp4Block == 0), "weight",
+          "'", spec.name, "' is NVFP4 and takes columns from ", slice.first_col, " on of ",
+          slice.cols, " of '", segment.tensor, "', both must be multiples of ", kFp4Block);
   }
   check(row == spec.rows, "weight", "segments of '", spec.name, "' cover ", row, " of ", spec.rows,
         " rows");
@@ -173,6 +191,7 @@ void Program::output(int32_t id) {
 int32_t Program::embedding(int32_t table, float scale, int64_t first_row) {
   const WeightSpec& spec = weight_spec(table, "embedding");
   check(spec.kind == WeightKind::kMatrix, "embedding", "'", spec.name, "' must be a matrix");
+  check(spec.format == WeightFormat::kPlain, "embedding", "'", spec.name, "' must not be NVFP4");
   check(std::isfinite(scale), "embedding", "scale must be finite, not ", scale);
   check(first_row >= 0 && first_row <= kMaxExtent, "embedding",
         "first_row must be in [0, 2^31], not ", first_row);

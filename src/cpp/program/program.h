@@ -111,6 +111,10 @@ struct WeightSegment {
 
 enum class WeightKind { kMatrix, kVector };
 
+// How a matrix is stored: in the program's dtype, or in NVFP4 (core/float4.h), whose block scales,
+// global scale and scale of activations are tensors of their own beside each segment's.
+enum class WeightFormat { kPlain, kNvfp4 };
+
 // Bounds of what a program may ask for, far above any model, so that products of sizes stay within
 // 64 bits.
 constexpr int64_t kMaxExtent = int64_t{1} << 31;  // rows or columns of a weight, columns of a value
@@ -122,6 +126,7 @@ constexpr int32_t kMaxHeadDim = 256;
 struct WeightSpec {
   std::string name;
   WeightKind kind = WeightKind::kMatrix;
+  WeightFormat format = WeightFormat::kPlain;
   int64_t rows = 0;
   int64_t cols = 1;
   std::vector<WeightSegment> segments;
@@ -129,6 +134,9 @@ struct WeightSpec {
   int64_t whole_rows = 0;  // of all ranks together, where they share it out by rows; else 0
   int64_t matrices = 1;    // the rows are those of as many equal matrices (WeightView::matrices)
 };
+
+// Bytes of a weight in a program of a dtype, scales included and padding of layouts not.
+int64_t weight_bytes(const WeightSpec& weight, DType dtype);
 
 // Rotary angles: position p turns pair i by p * inv_freq[i]; cos and sin are multiplied by factor.
 // QkvPrepareParams says which elements of a head are a pair.

@@ -190,9 +190,7 @@ std::vector<int64_t> layer_costs(const Program& program) {
     const Op& op = program.ops()[i];
     if (op.kind == OpKind::kEmbedding) continue;
     for (const int32_t id : op.weights) {
-      const WeightSpec& weight = program.weights()[id];
-      const DType dtype = weight.kind == WeightKind::kMatrix ? program.dtype() : DType::kF32;
-      costs[layers[i]] += weight.rows * weight.cols * static_cast<int64_t>(dtype_size(dtype));
+      costs[layers[i]] += weight_bytes(program.weights()[id], program.dtype());
     }
   }
   return costs;

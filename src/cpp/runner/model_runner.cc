@@ -94,9 +94,10 @@ MemoryPlan ModelRunner::plan_memory(const Program& wired, const RunnerConfig& co
   check_limits(wired, config);
   const Program program = prepared(wired, config);
   MemoryPlan plan;
-  for (const WeightView& weight : stored_weights(program, device.kernels().linear_layout)) {
-    plan.weights += weight_bytes(weight);
-    if (weight.matrices > 1) plan.experts += weight_bytes(weight);
+  for (const WeightView& weight : stored_weights(program, device.kernels())) {
+    const int64_t bytes = weight_parts(weight).bytes;
+    plan.weights += bytes;
+    if (weight.matrices > 1) plan.experts += bytes;
   }
   const PlanLimits limits = plan_limits(config);
   plan.activations =
@@ -179,10 +180,11 @@ void ModelRunner::check_limits(const Program& program, const RunnerConfig& confi
   for (const Op& op : program.ops()) {
     if (!op.row_parallel || !config.batch_invariant || stage_ranks == 1) continue;
     const WeightSpec& weight = program.weights()[op.weights[0]];
-    check(has_invariant_parts(weight.cols, stage_ranks), "runner",
+    const DType stored = weight.format == WeightFormat::kNvfp4 ? DType::kE2M1 : program.dtype();
+    check(has_invariant_parts(weight.cols, stage_ranks, stored), "runner",
           "batch_invariant sums the columns of row-parallel weights in ", kInvariantParts,
-          " parts of whole pairs, which ", stage_ranks, " ranks with ", weight.cols,
-          " columns each of '", weight.name, "' do not have");
+          " parts of whole groups of ", part_unit(stored), ", which ", stage_ranks, " ranks with ",
+          weight.cols, " columns each of '", weight.name, "' do not have");
   }
   check(program.logits_value() >= 0 || (config.num_stages > 1 && program.vocab_size() != 0),
         "runner", "the program has no logits");
