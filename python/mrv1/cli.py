@@ -1,5 +1,5 @@
 # Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
-"""The command `mrv1`: generate, chat, bench, env.
+"""The command `mrv1`: generate, chat, quantize, bench, env.
 
 Exit status: 0; 1 for an error that mrv1 names, as one line on stderr, or a request that failed; 2
 for wrong usage; 130 after Ctrl-C.
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True)
     _add_generate(commands.add_parser("generate", help="continue prompts with a model"))
     _add_chat(commands.add_parser("chat", help="talk to a model"))
+    _add_quantize(commands.add_parser("quantize", help="make a checkpoint with NVFP4 weights"))
     add_bench(commands.add_parser("bench", help="measure speed"), _add_device_options)
     env = commands.add_parser("env", help="print what a bug report needs")
     env.set_defaults(run=_run_env)
@@ -119,6 +120,47 @@ def _layer_counts(text: str) -> list[int]:
     except ValueError:
         message = f"numbers of layers with commas between them, not {text!r}"
         raise argparse.ArgumentTypeError(message) from None
+
+
+# --- quantize ------------------------------------------------------------------------------------
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Writes a model directory whose linear layers are quantised, and prints the error of each."
+    )
+    parser.add_argument("source", metavar="SRC", help="a model directory with plain weights")
+    parser.add_argument("target", metavar="DST", help="the new directory")
+    parser.add_argument("--format", choices=["nvfp4"], required=True, help="of the weights")
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module that stays as it is, as the output head does; * stands for any characters; "
+        "repeatable",
+    )
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    parser.set_defaults(run=_run_quantize)
+
+
+def _run_quantize(options: argparse.Namespace) -> int:
+    from mrv1.quantize import quantize_checkpoint
+
+    reports = quantize_checkpoint(
+        options.source,
+        options.target,
+        exclude=options.exclude,
+        progress=False if options.no_progress else None,
+    )
+    print(f"{'relative error':>14}  {'largest error':>13}  {'global scale':>12}  tensor")
+    for report in reports:
+        print(
+            f"{report.relative_error:>14.5f}  {report.largest_error:>13.5g}  "
+            f"{report.global_scale:>12.5g}  {report.name}"
+        )
+    print(f"wrote {options.target}: {len(reports)} matrices in NVFP4")
+    return 0
 
 
 # --- generate ------------------------------------------------------------------------------------

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import functools
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from mrv1.loader import (
     wire_ranks,
 )
 from mrv1.progress import progress_bar
+from mrv1.safetensors_writer import SHARD_BYTES, NewTensor, write_checkpoint, write_json
 from mrv1.tokenizer import TOKENIZER_NAME
 
 if TYPE_CHECKING:
@@ -31,26 +32,10 @@ if TYPE_CHECKING:
 
 # Matrices are uniform in (-RANGE, RANGE): a standard deviation of 0.02, as models are initialised.
 RANGE: Final = 0.02 * 3**0.5
-SHARD_BYTES: Final = 4 * 10**9
 # Values that are drawn at a time, so that memory does not grow with the model.
 _PIECE: Final = 1 << 22
 _SPECIAL_IDS: Final = ("bos_token_id", "eos_token_id")
 _END_OF_TEXT: Final = "<|endoftext|>"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    name: str
-    shape: tuple[int, ...]
-    is_zero: bool
-
-    @property
-    def size(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def nbytes(self) -> int:
-        return 2 * self.size
 
 
 def random_runner(config: ModelConfig, options: RunnerOptions, seed: int = 0) -> LoadedModel:
@@ -105,12 +90,15 @@ def save_random_model(
             raise InvalidArgumentError(
                 field="directory", value=os.fspath(root), allowed="new or empty"
             )
-        _write_json(root / CONFIG_NAME, values)
+        write_json(root / CONFIG_NAME, values)
         generation: dict[str, object] = {"do_sample": False}
         generation.update((key, values[key]) for key in _SPECIAL_IDS if key in values)
-        _write_json(root / GENERATION_CONFIG_NAME, generation)
+        write_json(root / GENERATION_CONFIG_NAME, generation)
         _write_tokenizer(root)
-        _write_weights(root, _tensors(config), seed, shard_bytes, progress)
+        tensors = _tensors(config, np.random.default_rng(seed))
+        total = sum(tensor.nbytes for tensor in tensors)
+        with progress_bar("Writing weights", total, unit="B", show=progress) as advance:
+            write_checkpoint(root, tensors, advance, shard_bytes=shard_bytes)
     except OSError as error:
         raise InvalidArgumentError(
             f"cannot be written: {error}", field="directory", value=os.fspath(root)
@@ -118,18 +106,20 @@ def save_random_model(
     return root
 
 
-def _tensors(config: ModelConfig) -> list[_Tensor]:
-    """The checkpoint's tensors, in the order of the program."""
+def _tensors(config: ModelConfig, rng: np.random.Generator) -> list[NewTensor]:
+    """The checkpoint's tensors, in the order of the program; their values are drawn as written."""
+    tensors = []
     program = wire_model(config, "bfloat16")
-    return [
-        _Tensor(name, (rows,) if is_vector else (rows, cols), program.is_route_bias(weight))
-        for weight, (_, is_vector, cols, segments) in enumerate(program.weights)
-        for name, rows in segments
-    ]
-
-
-def _write_json(path: Path, values: object) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for weight, (_, is_vector, cols, segments) in enumerate(program.weights):
+        width = 0.1 if is_vector else RANGE
+        center = 1.0 if is_vector else 0.0
+        if program.is_route_bias(weight):
+            center = width = 0.0
+        for name, rows in segments:
+            shape = (rows,) if is_vector else (rows, cols)
+            values = functools.partial(_random_values, shape, center, width, rng)
+            tensors.append(NewTensor(name, "BF16", shape, values))
+    return tensors
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
@@ -148,69 +138,19 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
 
 def _write_tokenizer(root: Path) -> None:
     byte_tokenizer().save(str(root / TOKENIZER_NAME))
-    _write_json(
+    write_json(
         root / "tokenizer_config.json",
         {"eos_token": _END_OF_TEXT, "tokenizer_class": "PreTrainedTokenizerFast"},
     )
 
 
-def _write_weights(
-    root: Path, tensors: list[_Tensor], seed: int, shard_bytes: int, progress: bool | None
-) -> None:
-    shards: list[list[_Tensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.nbytes
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    total = sum(tensor.nbytes for tensor in tensors)
-    rng = np.random.default_rng(seed)
-    with progress_bar("Writing weights", total, unit="B", show=progress) as advance:
-        for name, shard in zip(names, shards, strict=True):
-            with (root / name).open("wb") as file:
-                _write_header(file, shard)
-                for tensor in shard:
-                    for piece in _random_values(tensor, rng):
-                        file.write(piece.data)
-                        advance(piece.nbytes)
-    if len(shards) > 1:
-        places = {
-            tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
-        }
-        _write_json(
-            root / "model.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": places},
-        )
-
-
-def _write_header(file: IO[bytes], tensors: list[_Tensor]) -> None:
-    """Writes what precedes the data: a length and a JSON object, padded to 8 bytes."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": "BF16",
-            "shape": tensor.shape,
-            "data_offsets": (offset, offset + tensor.nbytes),
-        }
-        offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-
-
-def _random_values(tensor: _Tensor, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yields a tensor's values in pieces, as bfloat16 bits: near 1 for vectors."""
-    center, width = (1.0, 0.1) if len(tensor.shape) == 1 else (0.0, RANGE)
-    if tensor.is_zero:
-        center = width = 0.0
-    for start in range(0, tensor.size, _PIECE):
-        values = rng.random(min(_PIECE, tensor.size - start), dtype=np.float32)
+def _random_values(
+    shape: tuple[int, ...], center: float, width: float, rng: np.random.Generator
+) -> Iterator[memoryview]:
+    """Yields a tensor's values in pieces, as bfloat16."""
+    size = math.prod(shape)
+    for start in range(0, size, _PIECE):
+        values = rng.random(min(_PIECE, size - start), dtype=np.float32)
         values = (values * 2.0 - 1.0) * np.float32(width) + np.float32(center)
         # The upper half of a float32 is a bfloat16, cut instead of rounded.
-        yield (values.view(np.uint32) >> 16).astype(np.uint16)
+        yield memoryview((values.view(np.uint32) >> 16).astype(np.uint16)).cast("B")
