@@ -178,9 +178,12 @@ def test_a_config_may_say_that_the_cache_is_quantised(device: str, tmp_path: Pat
         assert runner.model.kv_scales == "static"
     for place, (wrong, field) in enumerate(
         (
-            ({"quant_method": "compressed-tensors"}, "quantization_config"),
-            ({**quantization, "config_groups": {"group_0": {}}}, "quantization_config"),
-            ({**quantization, "quant_algo": "FP8"}, "quantization_config"),
+            ({"quant_method": "compressed-tensors"}, "quantization_config.quant_method"),
+            (
+                {**quantization, "config_groups": {"group_0": {}}},
+                "quantization_config.quant_method",
+            ),
+            ({**quantization, "quant_algo": "FP8"}, "quantization_config.quant_method"),
             (
                 {"kv_cache_scheme": {**SCHEME, "num_bits": 4}},
                 "quantization_config.kv_cache_scheme.num_bits",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -15,13 +16,14 @@ import numpy as np
 import pytest
 
 from model_files import LLAMA, Json, safetensors_bytes, write_model
-from mrv1 import LLM, SamplingParams, cli, shapes
+from mrv1 import LLM, SamplingParams, bench, cli, shapes
 from mrv1.config import ModelConfig
 from mrv1.errors import ConfigError, InvalidArgumentError, WeightError
-from mrv1.loader import wire_model
-from mrv1.quantization import Quantization
+from mrv1.loader import RunnerOptions, wire_model
+from mrv1.quantization import RANDOM_NVFP4, Quantization
 from mrv1.quantize import quantize_checkpoint
-from mrv1.random_model import save_random_model
+from mrv1.random_model import random_runner, save_random_model
+from mrv1.runner import make_row_spec
 from mrv1.safetensors_reader import read_checkpoint
 
 # Small, and every size of each rank a multiple of 16 for two ranks.
@@ -36,6 +38,18 @@ SMALL: Json = {
     "max_position_embeddings": 128,
     "torch_dtype": "bfloat16",
     "eos_token_id": 2,
+}
+MOE: Json = {
+    **SMALL,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "rope_scaling": None,
 }
 NVFP4: Json = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
 PROMPTS = [[5, 9, 2, 44, 17], [301, 7], list(range(20, 60))]
@@ -106,6 +120,15 @@ def quantised(plain: Path) -> Path:
     target = plain.parent / "nvfp4"
     quantize_checkpoint(plain, target, progress=False)
     return target
+
+
+@pytest.fixture(scope="module")
+def experts(plain: Path) -> tuple[Path, Path]:
+    """A model with experts in NVFP4, and its dequantised weights."""
+    root = save_random_model(plain.parent / "experts", MOE, seed=5)
+    quantize_checkpoint(root, plain.parent / "experts_nvfp4", progress=False)
+    wide = dequantised(plain.parent / "experts_nvfp4", plain.parent / "experts_wide")
+    return plain.parent / "experts_nvfp4", wide
 
 
 def greedy(model: Path, **options: Any) -> list[list[int]]:
@@ -330,6 +353,19 @@ def test_tokens_are_those_of_the_dequantised_weights(device: str, quantised: Pat
     assert greedy(quantised, device=device, dtype="float32") == expected
 
 
+def test_experts_are_quantised_and_routers_are_not(device: str, experts: tuple[Path, Path]) -> None:
+    quantised, wide = experts
+    tensors = read_checkpoint(quantised)
+    assert tensors["model.layers.1.mlp.experts.5.down_proj.weight"].dtype == "U8"
+    assert tensors["model.layers.1.mlp.gate.weight"].dtype == "BF16"
+    section = json.loads((quantised / "hf_quant_config.json").read_text())["quantization"]
+    assert "model.layers.0.mlp.gate" in section["exclude_modules"]
+    expected = greedy(wide, device=device, dtype="float32")
+    assert greedy(quantised, device=device, dtype="float32") == expected
+    if device == "cpu":
+        assert greedy(quantised, device="cpu", dtype="float32", tensor_parallel_size=2) == expected
+
+
 def test_ranks_give_the_tokens_of_one(quantised: Path) -> None:
     one = greedy(quantised, device="cpu", batch_invariant=True)
     # 8 parts of whole blocks need sizes that are multiples of 128.
@@ -397,3 +433,67 @@ def test_the_demo_model_stays_itself(tmp_path: Path) -> None:
         with LLM(model, device="cpu", max_num_seqs=2, num_kv_blocks=40, progress=False) as llm:
             texts.append(llm.generate(["Once upon a time"], params)[0].text)
     assert texts[0][:8] == texts[1][:8]
+
+
+# --- benchmarks -----------------------------------------------------------------------------------
+
+
+def test_random_nvfp4_weights_have_the_spread_of_plain_ones() -> None:
+    config = ModelConfig.from_values(SMALL)
+    options = RunnerOptions(device="cpu", max_num_seqs=2, num_kv_blocks=20, force_tokens=True)
+    spreads = []
+    for quantization in (None, RANDOM_NVFP4):
+        model = random_runner(dataclasses.replace(config, quantization=quantization), options)
+        spec = make_row_spec(
+            [5, 6, 7], SamplingParams(max_tokens=2), eos_token_ids=(), block_ids=[1, 2]
+        )
+        row, _ = model.runner.add_row(spec)
+        model.runner.result(model.runner.execute([(row, 3)]))
+        spreads.append(float(np.std(model.runner.logits(0))))
+        model.close()
+    assert 0.5 < spreads[1] / spreads[0] < 2
+
+
+def test_costs_count_the_bytes_of_codes_and_scales() -> None:
+    config = ModelConfig.from_values(SMALL)
+    plain = bench.decode_costs(config, "bfloat16", 1, 16)
+    small = bench.decode_costs(
+        dataclasses.replace(config, quantization=RANDOM_NVFP4), "bfloat16", 1, 16
+    )
+    for before, after in zip(plain, small, strict=True):
+        assert after.operations == before.operations
+        if "_proj" in before.name:
+            elements = before.read_bytes // 2
+            rows = after.read_bytes - elements * 9 // 16
+            assert 0 < rows <= 4 * 192 and rows % 4 == 0
+        else:
+            assert after == before
+
+
+def test_bench_records_say_how_weights_are_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "records.json"
+    arguments = ["bench", "op", "--shape", "qwen3-0.6b", "--device", "cpu", "--read-mb", "1"]
+    arguments += ["--ops", "o_proj", "--batch", "1", "--steps", "1", "--dtype", "bfloat16"]
+    for weights in ("bf16", "nvfp4"):
+        assert cli.main([*arguments, "--weights", weights, "--json", str(file)]) == 0
+        (record,) = json.loads(file.read_text())
+        assert record["weights"] == weights
+    model = ["bench", "decode", "--model", str(tmp_path), "--weights", "nvfp4"]
+    assert cli.main(model) == 1
+    assert "--weights = 'nvfp4': must be left out" in capsys.readouterr().err
+
+
+def test_accuracy_of_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(path))
+    spec = importlib.util.spec_from_file_location("nvfp4_accuracy", path / "nvfp4_accuracy.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.main(["--stories", "2", "--requests", "2", "--json", str(tmp_path / "record.json")])
+    (record,) = json.loads((tmp_path / "record.json").read_text())
+    assert record["shape"] == "demo" and record["weights"] == "nvfp4"
+    assert 1e-6 < record["kl_mean"] < 0.2 and record["same_top"] > 0.8
+    assert 1 < record["perplexity_plain"] < record["perplexity"] * 1.05 < 10

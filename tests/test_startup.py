@@ -127,7 +127,7 @@ def test_what_progress_raises_ends_the_loading(device: str) -> None:
         native = runner.model.runner
         file = _core.MappedFile(str(LLAMA / "model.safetensors"))
         info = loader.read_checkpoint(LLAMA)[native.program.weights[0][3][0][0]]
-        tensors = [[(0, 0, info.offset, loader._LOADABLE[info.dtype])]]
+        tensors = [[(0, 0, info.offset, loader.LOADABLE[info.dtype])]]
 
         def interrupt(_: int) -> None:
             raise KeyboardInterrupt

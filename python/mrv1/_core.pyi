@@ -149,14 +149,15 @@ class Program:
 
     def __init__(self, dtype: str) -> None: ...
 
-    def weight(self, name: str, is_vector: bool, cols: int, segments: Sequence[tuple[str, int]], offset: float = 0.0, slices: Sequence[tuple[int, int, int, int]] = (), whole_rows: int = 0, matrices: int = 1) -> int:
+    def weight(self, name: str, is_vector: bool, cols: int, segments: Sequence[tuple[str, int]], offset: float = 0.0, slices: Sequence[tuple[int, int, int, int]] = (), whole_rows: int = 0, matrices: int = 1, nvfp4: bool = False) -> int:
         """
         Declares a weight [sum of segment rows, cols]; segments are (tensor name, rows).
         `offset` is added to the values of a vector when they are loaded. `slices` say for each
         segment which part of its tensor it is: (rows of the tensor, first row, columns of the
         tensor, first column); without them segments are whole tensors. `whole_rows`: of all
         ranks together, where they share it out by rows. `matrices`: the rows are those of as
-        many equal matrices.
+        many equal matrices. `nvfp4`: a matrix whose segments are each stored as codes, block
+        scales, a global scale and a scale of activations.
         """
 
     def input(self, name: str, cols: int, logits_rows: bool = False, dtype: str | None = None) -> int: ...
@@ -236,6 +237,14 @@ class Program:
         """
         Whether the weight corrects the choice of experts: random models have zeros there.
         """
+
+    @property
+    def weight_is_nvfp4(self) -> list[bool]:
+        """Whether each weight is stored in NVFP4."""
+
+    @property
+    def weight_bytes(self) -> list[int]:
+        """Bytes of each weight, scales included."""
 
     @property
     def weight_slices(self) -> list[list[tuple[int, int, int, int]]]:
@@ -320,6 +329,13 @@ class ProgramSession:
 
         Raises:
             InvalidArgumentError: no such weight, or an array of another dtype, size or device.
+        """
+
+    def load_nvfp4(self, weight: int, codes: Annotated[NDArray[numpy.uint8], dict(order='C', device='cpu', writable=False)], block_scales: Annotated[NDArray[numpy.uint8], dict(order='C', device='cpu', writable=False)], global_scales: Sequence[float], input_scales: Sequence[float]) -> None:
+        """
+        Sets an NVFP4 weight: uint8 [rows, cols / 2] of two codes each, the even column low,
+        uint8 [rows, cols / 16] of E4M3, and for each segment a global scale and one of
+        activations.
         """
 
     @overload
@@ -1080,7 +1096,9 @@ class ModelRunner:
     def load_tensors(self, file: MappedFile, tensors: Sequence[Sequence[tuple[int, int, int, str]]], progress: Callable[[int], object]) -> None:
         """
         Loads tensors of a file: a list for each rank, of (weight, segment, offset in bytes,
-        dtype). Ranks load what they need of theirs at the same time, each in a thread of its
+        kind). The kind is the dtype of a plain weight, and of NVFP4 which of a segment's
+        tensors it is: "nvfp4_codes", "nvfp4_block_scales", "nvfp4_global_scale" or
+        "nvfp4_input_scale". Ranks load what they need of theirs at the same time, each in a thread of its
         own. `progress` is called with the bytes that were done since its last call; what it
         raises ends the loading.
 
@@ -1779,4 +1797,24 @@ class PackedWeight:
 class PlannedAttention:
     """
     How the attention of one batch is divided; made by mrv1.ops.plan_attention.
+    """
+
+def largest_magnitude(data: Annotated[NDArray[numpy.uint8], dict(order='C', device='cpu', writable=False)], dtype: str) -> float:
+    """
+    The largest magnitude of the values in `data`, uint8, or NaN if one is NaN.
+    """
+
+def nvfp4_global_scale(largest: float) -> float:
+    """The global scale of a tensor whose largest magnitude is `largest`."""
+
+def quantize_nvfp4(data: NDArray[numpy.uint8], dtype: str, cols: int, global_scale: float) -> tuple[NDArray[numpy.uint8], NDArray[numpy.uint8], float, float, float]:
+    """
+    Finite values, as uint8 in memory, in NVFP4: codes [rows, cols / 2], the even column in the
+    low nibble; block scales [rows, cols / 16] as codes of E4M3; the sums of squared errors and
+    of squares, and the largest error.
+    """
+
+def dequantize_nvfp4(codes: Annotated[NDArray[numpy.uint8], dict(order='C', device='cpu', writable=False)], block_scales: Annotated[NDArray[numpy.uint8], dict(order='C', device='cpu', writable=False)], cols: int, global_scale: float) -> NDArray[numpy.float32]:
+    """
+    The values of codes and block scales, as quantize_nvfp4 returns them: float32 [rows, cols].
     """

@@ -25,6 +25,7 @@ from mrv1.config import ModelConfig
 from mrv1.env_report import commit, cpu_model, package_version
 from mrv1.errors import InvalidArgumentError
 from mrv1.models.experts import ExpertsConfig
+from mrv1.quantization import NVFP4_BLOCK
 
 Figure = Literal[
     "decode",
@@ -78,6 +79,7 @@ class Record(_RequiredKeys, total=False):
     lengths: str
     backend: str
     scale: str
+    weights: str
     kernels: int
     tokens: int
     tp: int
@@ -425,42 +427,56 @@ def _step_costs(
     size = element_size(dtype)
     costs = []
     program = wire_model(config, dtype)
-    for (name, is_vector, cols, segments), matrices in zip(
-        program.weights, program.weight_matrices, strict=True
+    for (name, is_vector, cols, segments), matrices, nbytes in zip(
+        program.weights, program.weight_matrices, program.weight_bytes, strict=True
     ):
         rows = sum(count for _, count in segments)
         if matrices > 1:
             assert isinstance(config, ExpertsConfig)
-            costs.append(experts_cost(config, rows, cols, size, tokens, steps))
+            costs.append(experts_cost(config, rows * cols, nbytes, tokens, steps))
         elif is_vector:
-            costs.append(OpCost(name, rows * 4, 0))
+            costs.append(OpCost(name, nbytes, 0))
         elif "embed_tokens" in name:
             costs.append(OpCost("embedding", tokens * cols * size, 0))
             if config.tie_word_embeddings:
-                costs.append(linear_cost("logits", rows, cols, size, draws))
+                costs.append(linear_cost("logits", rows * cols, nbytes, draws))
         elif name == "lm_head.weight":
-            costs.append(linear_cost("logits", rows, cols, size, draws))
+            costs.append(linear_cost("logits", rows * cols, nbytes, draws))
         else:
-            costs.append(linear_cost(name, rows, cols, size, tokens))
+            costs.append(linear_cost(name, rows * cols, nbytes, tokens))
     return costs + [attention] * config.num_hidden_layers
 
 
 def experts_cost(
-    config: ExpertsConfig, rows: int, cols: int, size: int, tokens: int, steps: Sequence[float]
+    config: ExpertsConfig, elements: int, nbytes: int, tokens: int, steps: Sequence[float]
 ) -> OpCost:
-    """Products of `tokens` tokens with top_k each of the experts of a stacked weight [rows, cols].
+    """Products of `tokens` tokens with top_k each of the experts of a stacked weight.
 
     `steps` has the tokens of each step, of which the average counts.
     """
     count, top_k = config.num_experts, config.num_experts_per_tok
     read = statistics.fmean(distinct_experts(count, top_k, step) for step in steps)
-    one = rows // count * cols
-    return OpCost("moe_experts", round(read * one * size), 2 * tokens * top_k * one, read)
+    operations = 2 * tokens * top_k * (elements // count)
+    return OpCost("moe_experts", round(read * nbytes / count), operations, read)
 
 
-def linear_cost(name: str, rows: int, cols: int, size: int, batch: int) -> OpCost:
-    """A product of `batch` rows with a weight [rows, cols] of `size` bytes an element."""
-    return OpCost(name, rows * cols * size, 2 * batch * rows * cols)
+def linear_cost(name: str, elements: int, nbytes: int, batch: int) -> OpCost:
+    """A product of `batch` rows with a weight of so many elements and bytes."""
+    return OpCost(name, nbytes, 2 * batch * elements)
+
+
+def matrix_bytes(rows: int, cols: int, dtype: str, is_nvfp4: bool) -> int:
+    """Bytes of a matrix: of elements of the dtype, or of codes, block scales and row scales."""
+    if is_nvfp4:
+        return rows * cols // 2 + rows * cols // NVFP4_BLOCK + rows * 4
+    return rows * cols * element_size(dtype)
+
+
+def weights_name(config: ModelConfig, dtype: str) -> str | None:
+    """How linear layers are stored: "bf16", "nvfp4", or None in float32."""
+    if config.quantization is not None:
+        return "nvfp4"
+    return "bf16" if dtype == "bfloat16" else None
 
 
 def attention_cost(
@@ -522,11 +538,12 @@ def make_record(
     cache: CacheFormat = AUTO_CACHE,
     ranks: int = 1,
     stages: int = 1,
+    weights: str | None = None,
 ) -> Record:
     """Sets a timing of mrv1 against what the machine can do, unless `rates` is None.
 
     `costs` are those of the whole model, `rates` of one device: `ranks` of them share each layer,
-    and `stages` of so many the layers (`shared_costs`).
+    and `stages` of so many the layers (`shared_costs`). `weights` is as `weights_name` says.
     """
     once = figure == "prefill"
     costs = shared_costs(costs, ranks, stages if once else min(stages, timing.batch), once)
@@ -562,6 +579,8 @@ def make_record(
     experts = [cost.experts for cost in costs if cost.experts is not None]
     if experts:
         record["experts"] = round(statistics.fmean(experts), 2)
+    if weights is not None:
+        record["weights"] = weights
     if cache.kv_scales != "none":
         record["scale"] = cache.kv_scales
     if ranks > 1:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mrv1.bench import Bandwidth, CacheFormat, Figure, Rates, Record, Timing
     from mrv1.bench_kv import Geometry
     from mrv1.bench_trace import StepLogs
+    from mrv1.config import ModelConfig
     from mrv1.loader import LoadedModel, RunnerOptions
 
 
@@ -71,7 +72,7 @@ KERNELS = ("auto", "one_shot", "two_shot", "nccl")
 CASES = ("greedy", "temperature", "top_k_top_p", "all")
 
 # Of the figures that run a whole model.
-_SHAPE_DEFAULTS: Mapping[str, object] = {"layers": None, "save": None}
+_SHAPE_DEFAULTS: Mapping[str, object] = {"layers": None, "save": None, "weights": None}
 _GPU_BATCHES = (1, 8, 32, 64, 128, 256)
 # The options that each figure has, with their defaults on the CPU.
 _DEFAULTS: dict[Figure, dict[str, object]] = {
@@ -105,6 +106,7 @@ _DEFAULTS: dict[Figure, dict[str, object]] = {
         "ops": None,
         "lengths": ["even"],
         "backend": ["native"],
+        "weights": None,
     },
     "profile": {
         "batch": [1],
@@ -186,6 +188,7 @@ _OPTIONS = (
     "trace",
     "layers",
     "save",
+    "weights",
     "ops",
     "lengths",
     "backend",
@@ -315,6 +318,12 @@ def add_bench(
         metavar="DIR",
         help="decode, prefill, mix, profile: write the shape as a model directory, and measure "
         "that",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("bf16", "nvfp4"),
+        help="decode, prefill, mix, op, profile: how a shape's linear layers are stored, but for "
+        "the output head (default: bf16)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the records")
     parser.add_argument(
@@ -471,7 +480,7 @@ def _source(options: argparse.Namespace) -> tuple[str, str | None, dict[str, obj
     from mrv1.random_model import save_random_model
 
     if options.model is not None or options.shape == shapes.DEMO:
-        for name in ("layers", "save"):
+        for name in ("layers", "save", "weights"):
             if getattr(options, name) is not None:
                 raise InvalidArgumentError(
                     field=f"--{name}",
@@ -486,6 +495,12 @@ def _source(options: argparse.Namespace) -> tuple[str, str | None, dict[str, obj
     name, config = shapes.shape_config(options.shape, options.layers)
     if options.save is None:
         return name, None, config
+    if options.weights == "nvfp4":
+        raise InvalidArgumentError(
+            field="--save",
+            value=options.save,
+            allowed="left out with --weights nvfp4; mrv1 quantize makes one of a saved model",
+        )
     shown = False if options.no_progress else None
     return name, str(save_random_model(options.save, config, progress=shown)), config
 
@@ -496,7 +511,6 @@ def _load(
     config: dict[str, object],
     runner_options: RunnerOptions,
 ) -> LoadedModel:
-    from mrv1.config import ModelConfig
     from mrv1.loader import load_model
     from mrv1.random_model import random_runner
 
@@ -508,8 +522,17 @@ def _load(
         pipeline_layers=options.pipeline_layers,
     )
     if directory is None:
-        return random_runner(ModelConfig.from_values(config), runner_options)
+        return random_runner(_shape_config(options, config), runner_options)
     return load_model(directory, runner_options, progress=False if options.no_progress else None)
+
+
+def _shape_config(options: argparse.Namespace, values: dict[str, object]) -> ModelConfig:
+    """The config of a shape whose weights are stored as --weights says."""
+    from mrv1.config import ModelConfig
+    from mrv1.quantization import RANDOM_NVFP4
+
+    quantization = RANDOM_NVFP4 if options.weights == "nvfp4" else None
+    return dataclasses.replace(ModelConfig.from_values(values), quantization=quantization)
 
 
 def _refuse_ranks(options: argparse.Namespace) -> None:
@@ -600,6 +623,7 @@ def _decode_records(options: argparse.Namespace) -> list[Record]:
                 cache,
                 model.tensor_parallel_size,
                 model.pipeline_parallel_size,
+                bench.weights_name(model.config, model.dtype),
             )
         )
     return records
@@ -630,6 +654,7 @@ def _prefill_records(options: argparse.Namespace) -> list[Record]:
                 cache,
                 model.tensor_parallel_size,
                 model.pipeline_parallel_size,
+                bench.weights_name(model.config, model.dtype),
             )
         )
     return records
@@ -682,6 +707,7 @@ def _mix_records(options: argparse.Namespace) -> list[Record]:
         cache,
         model.tensor_parallel_size,
         model.pipeline_parallel_size,
+        bench.weights_name(model.config, model.dtype),
     )
     return [record]
 
@@ -694,7 +720,7 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
     _refuse_ranks(options)
     shape, directory, values = _source(options)
     config = (
-        ModelConfig.from_values(values) if directory is None else ModelConfig.from_dir(directory)
+        _shape_config(options, values) if directory is None else ModelConfig.from_dir(directory)
     )
     limit = config.max_position_embeddings
     for context in options.context:
@@ -709,6 +735,7 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
             field="--backend", value=",".join(options.backend), allowed="native on the cpu"
         )
     dtype = resolve_dtype(options.dtype, config)
+    weights = bench.weights_name(config, dtype)
     scales = "none" if options.kv_cache_dtype == "auto" else "dynamic"
     cache = bench.CacheFormat(resolve_kv_cache_dtype(options.kv_cache_dtype), scales)
     threads = envs.NUM_THREADS.get() or 0
@@ -722,7 +749,9 @@ def _op_records(options: argparse.Namespace) -> list[Record]:
             working_set = _GPU_WORKING_SET
 
         def record(cost: bench.OpCost, timing: Timing) -> Record:
-            made = bench.make_record("op", shape, described, dtype, timing, [cost], rates, cache)
+            made = bench.make_record(
+                "op", shape, described, dtype, timing, [cost], rates, cache, weights=weights
+            )
             made["op"] = cost.name
             return made
 
@@ -936,6 +965,7 @@ def _profile_records(options: argparse.Namespace) -> list[Record]:
                 rates,
                 _cache(model),
                 model.tensor_parallel_size,
+                weights=bench.weights_name(model.config, model.dtype),
             )
             record["op"] = op.label
             record["kernels"] = round(op.kernels)

@@ -16,8 +16,8 @@ from mrv1.bench import (
     OpCost,
     Timing,
     attention_cost,
-    element_size,
     linear_cost,
+    matrix_bytes,
 )
 from mrv1.config import ModelConfig
 from mrv1.errors import InvalidArgumentError
@@ -116,7 +116,7 @@ def measure_products(
     Yields:
         For each op every batch size: what it must do, and its time.
     """
-    hidden, dim, size = config.hidden_size, config.head_dim, 4 if dtype == "float32" else 2
+    hidden, dim = config.hidden_size, config.head_dim
     q_size, kv_size = config.num_attention_heads * dim, config.num_key_value_heads * dim
     for name, rows, cols, with_silu in (
         ("qkv_proj", q_size + 2 * kv_size, hidden, False),
@@ -127,11 +127,15 @@ def measure_products(
     ):
         if name not in ops:
             continue
-        copies = _copies(working_set, rows * cols * size)
-        session = _linear_session(device, dtype, rows, cols, with_silu, max(batches), copies)
+        is_nvfp4 = config.quantization is not None and name != "logits"
+        nbytes = matrix_bytes(rows, cols, dtype, is_nvfp4)
+        copies = _copies(working_set, nbytes)
+        session = _linear_session(
+            device, dtype, rows, cols, with_silu, max(batches), copies, is_nvfp4
+        )
         try:
             for batch in batches:
-                cost = linear_cost(name, rows, cols, size, batch)
+                cost = linear_cost(name, rows * cols, nbytes, batch)
                 yield cost, _timed(session, batch, 0, repeats, copies)
         finally:
             session.close()
@@ -153,11 +157,19 @@ def _measure_experts(
     A run computes as many different choices as read `working_set`, at most 256, over as many
     layers' weights as hold it. What is to be read are the experts that were chosen.
     """
-    one = 3 * config.hidden_size * config.moe_intermediate_size  # weights of an expert
-    size, top_k = element_size(dtype), config.num_experts_per_tok
-    layers = _copies(working_set, config.num_experts * one * size)
+    hidden, width, top_k = (
+        config.hidden_size,
+        config.moe_intermediate_size,
+        config.num_experts_per_tok,
+    )
+    is_nvfp4 = config.quantization is not None
+    one = sum(
+        matrix_bytes(rows, cols, dtype, is_nvfp4)
+        for rows, cols in ((2 * width, hidden), (hidden, width))
+    )
+    layers = _copies(working_set, config.num_experts * one)
     for batch in batches:
-        choices = _copies(working_set, top_k * one * size)
+        choices = _copies(working_set, top_k * one)
         session, inputs = _experts_session(device, config, dtype, batch, layers, choices)
         try:
             rng = np.random.default_rng(0)
@@ -170,7 +182,8 @@ def _measure_experts(
                 session.set_value(logits, drawn)
                 chosen += len(np.unique(np.argpartition(drawn, -top_k, axis=1)[:, -top_k:]))
             read = chosen / choices
-            cost = OpCost(_EXPERTS, round(read * one * size), 2 * batch * top_k * one, read)
+            operations = 2 * batch * top_k * 3 * hidden * width
+            cost = OpCost(_EXPERTS, round(read * one), operations, read)
             yield cost, _timed(session, batch, 0, repeats, choices)
         finally:
             session.close()
@@ -245,11 +258,12 @@ def _linear_session(
     with_silu: bool,
     max_batch: int,
     copies: int,
+    is_nvfp4: bool,
 ) -> _core.ProgramSession:
     program = _core.Program(dtype)
     x = program.input("x", cols)
     weights = [
-        program.weight(f"weight {copy}", False, cols, [(f"weight {copy}", rows)])
+        program.weight(f"weight {copy}", False, cols, [(f"weight {copy}", rows)], nvfp4=is_nvfp4)
         for copy in range(copies)
     ]
     for weight in weights:
@@ -286,6 +300,7 @@ def _experts_session(
                 cols,
                 [(f"{name} {layer}", count * rows)],
                 matrices=count,
+                nvfp4=config.quantization is not None,
             )
             for name, rows, cols in (("gate_up", 2 * width, hidden), ("down", hidden, width))
         )

@@ -27,6 +27,7 @@ class PeerFigure:
             kv_cache_dtype what they are in a record.
         step_ms: Time of a step, or None if the rate stands for it.
         tokens_per_s: Rate, or None.
+        weights: How linear layers are stored, as in a record.
     """
 
     name: str
@@ -39,6 +40,7 @@ class PeerFigure:
     kv_cache_dtype: str
     step_ms: float | None = None
     tokens_per_s: float | None = None
+    weights: str = "bf16"
 
 
 def read_peers(path: str | os.PathLike[str]) -> list[PeerFigure]:
@@ -89,6 +91,7 @@ def _is_same(record: Record, peer: PeerFigure) -> bool:
     return (
         peer.device in record["device"]
         and not {"tp", "pp"} & record.keys()
+        and record.get("weights", peer.weights) == peer.weights
         and all(mine.get(name) == getattr(peer, name) for name in names)
     )
 

@@ -50,6 +50,10 @@ class Quantization:
         return not any(pattern.match(module[:end]) for end in (*places, len(module)))
 
 
+# Of models with random weights: what `mrv1 quantize` would quantise.
+RANDOM_NVFP4: Final = Quantization(("lm_head",))
+
+
 def nvfp4_tensors(name: str) -> dict[str, str]:
     """The tensors of a quantised matrix `<module>.weight`: what each is, and its name."""
     module = name.removesuffix(_WEIGHT)

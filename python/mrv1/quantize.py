@@ -209,7 +209,7 @@ class _Quantizer:
                 names["nvfp4_block_scales"],
                 "F8_E4M3",
                 (rows, cols // NVFP4_BLOCK),
-                lambda: (memoryview(part).cast("B") for part in _taken(scales)),
+                lambda: (part.data.cast("B") for part in _taken(scales)),
             ),
             NewTensor(
                 names["nvfp4_global_scale"],
@@ -236,7 +236,7 @@ class _Quantizer:
             squared_errors += error
             squares += square
             largest = max(largest, most)
-            yield memoryview(codes).cast("B")
+            yield codes.data.cast("B")
         relative = math.sqrt(squared_errors / squares) if squares > 0 else 0.0
         self.reports.append(TensorReport(info.name, info.shape, global_scale, relative, largest))
 

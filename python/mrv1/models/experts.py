@@ -144,7 +144,7 @@ def feed_forward(
 def _routed(p: Builder, config: ExpertsConfig, x: Value, names: ExpertNames) -> Value:
     """What comes of the experts that a router chooses for each token."""
     hidden, width = config.hidden_size, config.moe_intermediate_size
-    scores = p.linear(x, p.matrix("gate.weight", config.num_experts, hidden), wide=True)
+    scores = p.linear(x, p.matrix("gate.weight", config.num_experts, hidden, plain=True), wide=True)
     bias = None
     if config.correction_bias:
         bias = p.vector("moe_statics.e_score_correction_bias", config.num_experts)

@@ -53,8 +53,8 @@ class WeightStore {
   void load_segment(int32_t weight, int32_t segment, const void* data, DType source,
                     TensorPart part = TensorPart::kElements);
   // Values uniform in (-range, range) of a matrix, of NVFP4 random codes of the same standard
-  // deviation, 1 + small of a vector, zeros of a correction of the choice of experts: timing without
-  // a checkpoint. Depends on seed and weight index only.
+  // deviation, 1 + small of a vector, zeros of a correction of the choice of experts: timing
+  // without a checkpoint. Depends on seed and weight index only.
   void fill_random(int32_t weight, uint64_t seed, float range);
 
   // kWeights naming the first segment that was never loaded. Ends the loading: memory that was used
