@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import re
 from collections.abc import Iterable
 from typing import Final
@@ -21,6 +22,8 @@ NVFP4: Final = "NVFP4"
 NVFP4_BLOCK: Final = 16
 _METHODS: Final = ("modelopt", "modelopt_fp4")
 _WEIGHT: Final = ".weight"
+# Of a list; every matrix is compared with those that have wildcards.
+_MAX_NAMES: Final = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,26 +31,30 @@ class Quantization:
     """Matrices of linear layers are NVFP4, but for those of some modules.
 
     Attributes:
-        exclude: Names of modules that are not quantised, nor those inside of them; `*` stands for
-            any characters.
+        exclude: Names of modules that are not quantised, nor those inside of them, with the
+            wildcards of `fnmatch`: `*` stands for any characters.
     """
 
     exclude: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        names = "|".join(fnmatch.translate(name) for name in self.exclude)
-        # The names are anchored; modules inside of one follow after a dot.
-        pattern = re.compile(names) if names else None
-        object.__setattr__(self, "_pattern", pattern)
-
     def covers(self, tensor: str) -> bool:
         """Whether the matrix of this name is quantised, if it is one of a linear layer."""
-        pattern: re.Pattern[str] | None = self._pattern  # type: ignore[attr-defined]
-        if pattern is None:
-            return True
         module = tensor.removesuffix(_WEIGHT)
-        places = [place for place, mark in enumerate(module) if mark == "."]
-        return not any(pattern.match(module[:end]) for end in (*places, len(module)))
+        ends = [place for place, mark in enumerate(module) if mark == "."]
+        around = [module[:end] for end in (*ends, len(module))]
+        return not any(
+            name in self._names or any(pattern.match(name) for pattern in self._patterns)
+            for name in around
+        )
+
+    @functools.cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.exclude)
+
+    @functools.cached_property
+    def _patterns(self) -> list[re.Pattern[str]]:
+        wild = [name for name in self.exclude if set("*?[") & set(name)]
+        return [re.compile(fnmatch.translate(name)) for name in wild]
 
 
 # Of models with random weights: what `mrv1 quantize` would quantise.
@@ -147,8 +154,8 @@ def _names(fields: Fields, name: str) -> Iterable[str]:
     value = fields.values.get(name)
     if value is None:
         return []
-    if not isinstance(value, list):
-        raise fields.error(name, "a list of names of modules")
+    if not isinstance(value, list) or len(value) > _MAX_NAMES:
+        raise fields.error(name, f"a list of at most {_MAX_NAMES} names of modules")
     for place, entry in enumerate(value):
         if not isinstance(entry, str) or not entry or entry.startswith("re:"):
             allowed = "the name of a module, in which * stands for any characters"
