@@ -157,6 +157,19 @@ function(mrv1_add_flashinfer target)
     set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/cuda/flashinfer_attention.cu
                  APPEND PROPERTY COMPILE_DEFINITIONS MRV1_FLASHINFER_SM90)
   endif()
+  # CUTLASS's block-scaled products exist for sm_100a only.
+  set(sm100_architectures ${CMAKE_CUDA_ARCHITECTURES})
+  list(FILTER sm100_architectures INCLUDE REGEX "^100a(-real)?$")
+  if(sm100_architectures)
+    mrv1_flashinfer_objects(${target} mrv1_sm100_fp4_gemm 100a-real
+                            ${PROJECT_SOURCE_DIR}/src/cuda/sm100_fp4_gemm.cu)
+    # It needs all of CUTLASS's builders, which FlashInfer's kernels do without.
+    get_target_property(directories mrv1_sm100_fp4_gemm INCLUDE_DIRECTORIES)
+    list(FILTER directories EXCLUDE REGEX "/flashinfer_shims$")
+    set_target_properties(mrv1_sm100_fp4_gemm PROPERTIES INCLUDE_DIRECTORIES "${directories}")
+    set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/cuda/fp4_gemm.cu
+                 APPEND PROPERTY COMPILE_DEFINITIONS MRV1_SM100_FP4_GEMM)
+  endif()
 endfunction()
 
 # Compiles sources for `architectures` with FlashInfer's headers, as a part of `target`.

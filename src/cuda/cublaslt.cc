@@ -122,7 +122,8 @@ const CublasLt& open_cublaslt(const std::vector<std::string>& libraries) {
 // Row-major [r, c] is column-major [c, r]: out^T = weight x^T, where the weight is the transpose of
 // what cuBLASLt sees.
 CublasLtProduct::CublasLtProduct(const CublasLt& library, int64_t n, int64_t k, int64_t rows,
-                                 DType dtype, DType out_dtype, const float* bias)
+                                 DType dtype, DType out_dtype, const float* bias,
+                                 int64_t out_stride, bool scaled)
     : library_(library), dtype_(data_type(dtype)), out_dtype_(data_type(out_dtype)) {
   // Sums in float32, also those of float32 operands: no TF32.
   library_.check_status(library_.desc_init(&desc_, sizeof(desc_), CUBLAS_COMPUTE_32F, CUDA_R_32F),
@@ -138,16 +139,20 @@ CublasLtProduct::CublasLtProduct(const CublasLt& library, int64_t n, int64_t k, 
     set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
     set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
   }
+  if (scaled) {
+    const int32_t mode = CUBLASLT_POINTER_MODE_DEVICE;
+    set(CUBLASLT_MATMUL_DESC_POINTER_MODE, mode);
+  }
   const auto describe = [&](cublasLtMatrixLayoutOpaque_t& layout, cudaDataType_t type,
-                            int64_t height, int64_t width) {
+                            int64_t height, int64_t width, int64_t stride) {
     library_.check_status(
         library_.layout_init(&layout, sizeof(layout), type, static_cast<uint64_t>(height),
-                             static_cast<uint64_t>(width), height),
+                             static_cast<uint64_t>(width), stride),
         "cublasLtMatrixLayoutInit");
   };
-  describe(weight_, dtype_, k, n);
-  describe(x_, dtype_, k, rows);
-  describe(out_, out_dtype_, n, rows);
+  describe(weight_, dtype_, k, n, k);
+  describe(x_, dtype_, k, rows, k);
+  describe(out_, out_dtype_, n, rows, out_stride);
 }
 
 int CublasLtProduct::heuristics(cublasLtHandle_t handle, size_t workspace_bytes, int64_t alignment,
@@ -215,10 +220,12 @@ CublasLtConfig CublasLtProduct::config(const cublasLtMatmulAlgo_t& algo) const {
 
 cublasStatus_t CublasLtProduct::run(cublasLtHandle_t handle, const cublasLtMatmulAlgo_t& algo,
                                     const void* weight, const void* x, void* out, void* workspace,
-                                    size_t workspace_bytes, cudaStream_t stream) const {
-  const float one = 1.0f, zero = 0.0f;
-  return library_.matmul(handle, desc(this), &one, weight, layout(weight_), x, layout(x_), &zero,
-                         out, layout(out_), out, layout(out_), &algo, workspace, workspace_bytes,
+                                    size_t workspace_bytes, cudaStream_t stream, const float* scale,
+                                    const float* zero) const {
+  const float host_one = 1.0f, host_zero = 0.0f;
+  return library_.matmul(handle, desc(this), scale != nullptr ? scale : &host_one, weight,
+                         layout(weight_), x, layout(x_), zero != nullptr ? zero : &host_zero, out,
+                         layout(out_), out, layout(out_), &algo, workspace, workspace_bytes,
                          stream);
 }
 

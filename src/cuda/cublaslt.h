@@ -55,9 +55,10 @@ struct CublasLtConfig {
 // describing a product allocates nothing.
 class CublasLtProduct {
  public:
-  // bias: null, or [n] float32 to be added to float32 outputs.
+  // bias: null, or [n] float32 to be added to float32 outputs. Rows of the output lie `out_stride`
+  // elements apart. With `scaled` the product is multiplied by a factor in device memory.
   CublasLtProduct(const CublasLt& library, int64_t n, int64_t k, int64_t rows, DType dtype,
-                  DType out_dtype, const float* bias);
+                  DType out_dtype, const float* bias, int64_t out_stride, bool scaled);
 
   // Writes up to `count` algorithms, the best guess first; returns how many there are. Pointers
   // will be aligned to `alignment` bytes.
@@ -70,9 +71,10 @@ class CublasLtProduct {
   bool algorithm(cublasLtHandle_t handle, const CublasLtConfig& config,
                  cublasLtMatmulAlgo_t* algo) const;
   CublasLtConfig config(const cublasLtMatmulAlgo_t& algo) const;
+  // `scale` and `zero` are null, or the factor and a zero in device memory of a scaled product.
   cublasStatus_t run(cublasLtHandle_t handle, const cublasLtMatmulAlgo_t& algo, const void* weight,
                      const void* x, void* out, void* workspace, size_t workspace_bytes,
-                     cudaStream_t stream) const;
+                     cudaStream_t stream, const float* scale, const float* zero) const;
 
  private:
   // cuBLASLt takes non-const pointers to what it only reads.

@@ -5,6 +5,7 @@
 
 #include "attention_backends.h"
 #include "linear_context.h"
+#include "linear_fp4.h"
 #include "moe_experts.h"
 #include "sample.h"
 
@@ -49,15 +50,17 @@ const Kernels& cuda_kernels() {
       .sampling_rows = sampling_rows_cuda,
       .ngram_propose = ngram_propose_cuda,
       .fill_random = fill_random_cuda,
+      .fp4_tiles = fp4_tiles_cuda,
       .workspace_bytes = [](const WorkspaceLimits& limits) -> int64_t {
-        return std::max({cuda::linear_workspace_bytes(limits.max_tokens, limits.gated_rows),
+        return std::max({cuda::linear_workspace_bytes(limits.max_tokens, limits.gated_rows) +
+                             cuda::fp4_workspace_bytes(limits.fp4_elements, limits.max_tokens),
                          sample_workspace_cuda(limits), flashinfer_workspace_bytes(limits),
                          moe_experts_workspace_cuda(limits)});
       },
       .attention_plan_bytes = attention_plan_bytes_cuda,
       .decode_backend = decode_backend_cuda,
       .linear_layout = WeightLayout::kRowMajor,
-      .fp4_layout = WeightLayout::kRowMajor,
+      .fp4_layout = WeightLayout::kTile16,
   };
   return kKernels;
 }

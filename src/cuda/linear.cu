@@ -1,7 +1,8 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
 // linear by whichever is fastest for the shape: kernels of our own for few rows (linear_skinny.h),
-// cuBLASLt for many, the tiled kernel where neither can. What cuBLASLt leaves undone, a bias on
+// cuBLASLt for many, the tiled kernel where neither can; NVFP4 weights have kernels of their own
+// (linear_fp4.h). What cuBLASLt leaves undone, a bias on
 // bfloat16 outputs and activations, a kernel here does to its result, piece by piece.
 #include <algorithm>
 #include <type_traits>
@@ -10,6 +11,7 @@
 #include "core/device.h"
 #include "launch.h"
 #include "linear_context.h"
+#include "linear_fp4.h"
 #include "linear_tiled.h"
 #include "vector.cuh"
 
@@ -162,11 +164,15 @@ void run_parts(const LinearParams& params, int num_parts, int64_t rows, const St
     for (int part = 0; part < num_parts; ++part) {
       LinearParams each = params;
       each.x = static_cast<const char*>(params.x) + (row * cols + part * part_cols) * size;
-      each.weight.data = static_cast<const char*>(params.weight.data) + part * part_cols * size;
-      each.weight.cols = part_cols;
       each.bias = nullptr;
       each.out = static_cast<float*>(ctx.workspace) + part * count * out_cols;
       each.out_dtype = DType::kF32;
+      if (params.weight.dtype == DType::kE2M1) {
+        linear_fp4_columns(each, part * part_cols, part_cols, count, cols, ctx);
+        continue;
+      }
+      each.weight.data = static_cast<const char*>(params.weight.data) + part * part_cols * size;
+      each.weight.cols = part_cols;
       if (skinny_supports(each, count)) {
         linear_skinny(each, skinny_invariant(out_cols, part_cols, out_cols, count), count, cols,
                       ctx);
@@ -209,9 +215,11 @@ void linear_cuda(const LinearParams& params, const StepContext& ctx) {
   check(weight.rows > 0 && weight.cols > 0 && weight.rows <= INT32_MAX && weight.cols <= INT32_MAX,
         kOp, "weight is [", weight.rows, ", ", weight.cols, "]; sizes must be in [1, ", INT32_MAX,
         "]");
-  check(weight.layout == WeightLayout::kRowMajor, kOp, "weight must be row-major on CUDA");
-  check(weight.dtype == params.dtype, kOp, "weight is ", dtype_name(weight.dtype), " and x is ",
-        dtype_name(params.dtype), "; they must be equal");
+  const bool fp4 = weight.dtype == DType::kE2M1;
+  check(weight.layout == (fp4 ? WeightLayout::kTile16 : WeightLayout::kRowMajor), kOp,
+        "weight must be ", fp4 ? "in tiles in NVFP4" : "row-major", " on CUDA");
+  check(fp4 || weight.dtype == params.dtype, kOp, "weight is ", dtype_name(weight.dtype),
+        " and x is ", dtype_name(params.dtype), "; they must be equal");
   check(params.out_dtype == params.dtype || params.out_dtype == DType::kF32, kOp, "out is ",
         dtype_name(params.out_dtype), "; it must be ", dtype_name(params.dtype), " or float32");
   check(!params.gated() || params.out_dtype == params.dtype, kOp, "out is ",
@@ -225,6 +233,7 @@ void linear_cuda(const LinearParams& params, const StepContext& ctx) {
   check_internal(context != nullptr, kOp, "the step's device has no linear context");
   const int parts = num_invariant_parts(params, ctx);
   if (parts > 1) return cuda::run_parts(params, parts, rows, ctx);
+  if (fp4) return cuda::linear_fp4(params, rows, *context, ctx);
   cuda::run_linear(params, rows, context->plan(params, rows, ctx), *context, ctx);
 }
 

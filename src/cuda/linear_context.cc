@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "launch.h"
+#include "linear_fp4.h"
 
 namespace mrv1::cuda {
 namespace {
@@ -21,7 +22,7 @@ constexpr int64_t kSkinnyRows = 64;
 // ones as fast, in an order of sums that does not depend on the number of rows.
 constexpr int64_t kLargeProduct = int64_t{1} << 22;
 
-constexpr uint8_t kGated = 1, kBias = 2, kInvariant = 4;
+constexpr uint8_t kGated = 1, kBias = 2, kInvariant = 4, kScaled = 8;
 
 // The number of rows that a plan is made for: rounded up to a power of two up to 16, then to a
 // quarter of the next lower one. Decides how many plans there can be.
@@ -44,10 +45,38 @@ bool is_capturing(const StepContext& ctx) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+// A run of weight rows whose products are multiplied by the same.
+struct Run {
+  int64_t first = 0, rows = 0;
+};
+
+size_t num_runs(const WeightView& weight) {
+  return weight.row_scales == nullptr ? 1 : weight.scale_runs->size();
+}
+
+Run run_of(const WeightView& weight, size_t index) {
+  if (weight.row_scales == nullptr) return {0, weight.rows};
+  const int64_t first = index > 0 ? (*weight.scale_runs)[index - 1] : 0;
+  return {first, (*weight.scale_runs)[index] - first};
+}
+
 CublasLtProduct product(const CublasLt& library, const LinearParams& params,
-                        const CublasLtSteps& steps, int64_t rows) {
-  return CublasLtProduct(library, params.weight.rows, params.weight.cols, rows, params.dtype,
-                         steps.product_dtype, steps.epilogue_bias);
+                        const CublasLtSteps& steps, int64_t rows, const Run& run) {
+  const float* bias = steps.epilogue_bias != nullptr ? steps.epilogue_bias + run.first : nullptr;
+  return CublasLtProduct(library, run.rows, params.weight.cols, rows, params.dtype,
+                         steps.product_dtype, bias, params.weight.rows,
+                         params.weight.row_scales != nullptr);
+}
+
+// The longest run, whose algorithm the others take too.
+CublasLtProduct main_product(const CublasLt& library, const LinearParams& params,
+                             const CublasLtSteps& steps, int64_t rows) {
+  Run longest = run_of(params.weight, 0);
+  for (size_t i = 1; i < num_runs(params.weight); ++i) {
+    const Run run = run_of(params.weight, i);
+    if (run.rows > longest.rows) longest = run;
+  }
+  return product(library, params, steps, rows, longest);
 }
 
 size_t product_workspace(const StepContext& ctx) {
@@ -118,9 +147,9 @@ LinearPlan LinearContext::plan(const LinearParams& params, int64_t rows, const S
   key.rows = static_cast<int32_t>(row_bucket(planned));
   key.dtype = params.dtype;
   key.out_dtype = params.out_dtype;
-  key.flags =
-      static_cast<uint8_t>((params.gated() ? kGated : 0) | (params.bias != nullptr ? kBias : 0) |
-                           (ctx.batch_invariant ? kInvariant : 0));
+  key.flags = static_cast<uint8_t>(
+      (params.gated() ? kGated : 0) | (params.bias != nullptr ? kBias : 0) |
+      (ctx.batch_invariant ? kInvariant : 0) | (weight.row_scales != nullptr ? kScaled : 0));
   key.alignment = static_cast<uint8_t>(alignment);
   const LinearShape shape = {weight.rows,           weight.cols,      key.rows,
                              params.dtype,          params.out_dtype, params.gated(),
@@ -140,6 +169,7 @@ LinearPlan LinearContext::choose(const LinearParams& params, const LinearShape& 
                                  int64_t alignment, const StepContext& ctx) {
   LinearPlan plan;
   const bool skinny = skinny_supports(params, rows);
+  const bool scaled = params.weight.row_scales != nullptr;  // only cuBLASLt scales rows
   if (ctx.batch_invariant) {
     if (skinny) {
       const int64_t whole_n = std::max(params.whole_rows, shape.n);
@@ -149,7 +179,8 @@ LinearPlan LinearContext::choose(const LinearParams& params, const LinearShape& 
     return plan;
   }
   if (alignment >= kAlignment) {
-    const bool measure = tune_ && tuned_.find_exact(shape) == nullptr && !is_capturing(ctx);
+    const bool measure =
+        tune_ && !scaled && tuned_.find_exact(shape) == nullptr && !is_capturing(ctx);
     if (measure && tune(params, shape, rows, ctx, &plan)) return plan;
     const LinearConfig* measured = table_.find(shape);
     if (measured != nullptr && make_plan(params, *measured, rows, ctx, &plan)) return plan;
@@ -183,7 +214,7 @@ bool LinearContext::make_plan(const LinearParams& params, const LinearConfig& co
     if (library_ == nullptr) return false;
     const CublasLtSteps steps = cublaslt_steps(params, rows, ctx);
     if (steps.piece_rows == 0) return false;
-    const CublasLtProduct described = product(*library_, params, steps, rows);
+    const CublasLtProduct described = main_product(*library_, params, steps, rows);
     if (!described.algorithm(handle_, config.cublaslt, &made.algo) ||
         !described.supports(handle_, made.algo, product_workspace(ctx))) {
       return false;
@@ -199,7 +230,7 @@ bool LinearContext::heuristic_plan(const LinearParams& params, int64_t rows, int
   const CublasLtSteps steps = cublaslt_steps(params, rows, ctx);
   if (steps.piece_rows == 0) return false;
   cublasLtMatmulHeuristicResult_t result;
-  if (product(*library_, params, steps, rows)
+  if (main_product(*library_, params, steps, rows)
           .heuristics(handle_, product_workspace(ctx), alignment, 1, &result) == 0) {
     return false;
   }
@@ -212,24 +243,38 @@ void LinearContext::multiply(const LinearParams& params, const LinearPlan& plan,
                              const CublasLtSteps& steps, int64_t first_row, int64_t rows, void* out,
                              const StepContext& ctx) const {
   const OpRange range(kProductOp);
-  const CublasLtProduct described = product(*library_, params, steps, rows);
+  const WeightView& weight = params.weight;
   const char* x = static_cast<const char*>(params.x) +
-                  first_row * params.weight.cols * static_cast<int64_t>(dtype_size(params.dtype));
+                  first_row * weight.cols * static_cast<int64_t>(dtype_size(params.dtype));
   const size_t workspace_bytes = product_workspace(ctx);
-  const auto run = [&](const cublasLtMatmulAlgo_t& algo) {
-    return described.run(handle_, algo, params.weight.data, x, out, ctx.workspace, workspace_bytes,
-                         stream_of(ctx));
-  };
-  cublasStatus_t status = run(plan.algo);
-  if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) {
-    // The algorithm suits the plan's number of rows but not this one.
-    cublasLtMatmulHeuristicResult_t result;
-    if (described.heuristics(handle_, workspace_bytes, alignment_of(params), 1, &result) > 0) {
-      status = run(result.algo);
+  const bool scaled = weight.row_scales != nullptr;
+  for (size_t i = 0; i < num_runs(weight); ++i) {
+    const Run part = run_of(weight, i);
+    const CublasLtProduct described = product(*library_, params, steps, rows, part);
+    const auto at = [&](const void* base, int64_t elements, DType dtype) {
+      return static_cast<const char*>(base) + elements * static_cast<int64_t>(dtype_size(dtype));
+    };
+    const void* part_weight = at(weight.data, part.first * weight.cols, params.dtype);
+    void* part_out = const_cast<char*>(at(out, part.first, steps.product_dtype));
+    const auto run = [&](const cublasLtMatmulAlgo_t& algo) {
+      return described.run(handle_, algo, part_weight, x, part_out, ctx.workspace, workspace_bytes,
+                           stream_of(ctx), scaled ? weight.row_scales + part.first : nullptr,
+                           scaled ? fp4_zero() : nullptr);
+    };
+    cublasStatus_t status = run(plan.algo);
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) {
+      // The algorithm suits the plan's number of rows, or its run, but not this one.
+      LinearParams one = params;
+      one.weight.data = part_weight;
+      one.out = part_out;
+      cublasLtMatmulHeuristicResult_t result;
+      if (described.heuristics(handle_, workspace_bytes, alignment_of(one), 1, &result) > 0) {
+        status = run(result.algo);
+      }
     }
+    library_->check_status(status, "cublasLtMatmul");
+    count_launch(ctx);
   }
-  library_->check_status(status, "cublasLtMatmul");
-  count_launch(ctx);
   if (ctx.sync_launches) check_kernel(kProductOp, ctx, cudaSuccess, dim3(), dim3(), 0);
 }
 

@@ -188,9 +188,10 @@ bool skinny_supports(const LinearParams& params, int64_t rows) {
   constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
   const WeightView& weight = params.weight;
   return params.dtype == DType::kBF16 && weight.dtype == DType::kBF16 &&
-         weight.layout == WeightLayout::kRowMajor && weight.cols % 8 == 0 && weight.cols > 0 &&
-         aligned(params.x) && aligned(weight.data) && rows < kMaxInt && weight.rows < kMaxInt / 2 &&
-         weight.cols < kMaxInt / 2 && device_limits().major >= 8;
+         weight.layout == WeightLayout::kRowMajor && weight.row_scales == nullptr &&
+         weight.cols % 8 == 0 && weight.cols > 0 && aligned(params.x) && aligned(weight.data) &&
+         rows < kMaxInt && weight.rows < kMaxInt / 2 && weight.cols < kMaxInt / 2 &&
+         device_limits().major >= 8;
 }
 
 SkinnyConfig skinny_default(int64_t rows, int64_t n, int64_t k, bool gated) {

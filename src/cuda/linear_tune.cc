@@ -160,7 +160,7 @@ std::vector<LinearConfig> LinearContext::candidates(const LinearParams& params, 
   if (library_ != nullptr && steps.piece_rows > 0) {
     std::array<cublasLtMatmulHeuristicResult_t, kHeuristics> results;
     const CublasLtProduct product(*library_, weight.rows, weight.cols, rows, params.dtype,
-                                  steps.product_dtype, steps.epilogue_bias);
+                                  steps.product_dtype, steps.epilogue_bias, weight.rows, false);
     const int found = product.heuristics(handle_, static_cast<size_t>(kCublasLtWorkspace), 16,
                                          kHeuristics, results.data());
     for (int i = 0; i < found; ++i) {

@@ -53,6 +53,9 @@ SourceRows source_rows(const WeightView& view, const TensorSlice& slice, TensorP
           slice.cols / unit};
 }
 
+// Until all of it is there, if that is not how it is read.
+bool lies_by_rows(const WeightView& view) { return view.layout != WeightLayout::kPanel16; }
+
 bool is_scalar(TensorPart part) {
   return part == TensorPart::kGlobalScale || part == TensorPart::kInputScale;
 }
@@ -88,10 +91,14 @@ WeightStore::WeightStore(const Program& program, Device& device)
     : program_(&program),
       device_(&device),
       views_(stored_weights(program, device.kernels())),
-      input_scales_(views_.size()) {
+      input_scales_(views_.size()),
+      scale_runs_(views_.size()),
+      packed_(views_.size(), false) {
   allocate(program);
   for (size_t i = 0; i < views_.size(); ++i) {
     views_[i] = placed(views_[i], data_[i]);
+    if (views_[i].matrices == 1) views_[i].scale_runs = &scale_runs_[i];
+    global_scales_.emplace_back(program.weights()[i].segments.size(), 0.0f);
     loaded_.emplace_back(program.weights()[i].segments.size(), uint8_t{0});
   }
 }
@@ -171,6 +178,7 @@ void WeightStore::store_scale(const TensorSource& tensor, float scale) {
   char* const data = data_[tensor.weight];
   const WeightParts parts = weight_parts(views_[tensor.weight]);
   if (tensor.part == TensorPart::kGlobalScale) {
+    global_scales_[tensor.weight][tensor.segment] = scale;
     const std::vector<float> scales(static_cast<size_t>(rows.rows), scale);
     device_->copy_in(data + parts.row_scales + rows.row_start * int64_t{sizeof(float)},
                      scales.data(), scales.size() * sizeof(float));
@@ -186,7 +194,7 @@ void WeightStore::store_rows(int32_t weight, int64_t row_start, int64_t rows, co
   const WeightView& view = views_[weight];
   if (view.dtype == DType::kE2M1) {
     const int64_t cols = view.cols / cols_per_unit(view, part);
-    if (view.layout == WeightLayout::kRowMajor) {
+    if (lies_by_rows(view)) {
       device_->copy_in(row_address(weight, part, row_start), source,
                        static_cast<size_t>(rows * cols));
       return;
@@ -261,7 +269,7 @@ void WeightStore::load_staged(const MappedFile& file, std::span<const TensorSour
   for (const TensorSource& tensor : tensors) {
     const WeightView& view = views_[tensor.weight];
     const WeightSegment& rows = segment(tensor);
-    check_internal(view.layout == WeightLayout::kRowMajor, "weights",
+    check_internal(lies_by_rows(view), "weights",
                    "only weights that are stored by rows can be staged");
     const SourceRows place = source_rows(view, rows.slice, tensor.part);
     staged.push_back({&file,
@@ -282,6 +290,7 @@ void WeightStore::load(const MappedFile& file, std::span<const TensorSource> ten
                        const std::function<void(size_t)>& progress) {
   for (const TensorSource& tensor : tensors) {
     check_segment(tensor);
+    begin_loading(tensor.weight);
   }
   // Copies that are staged do not touch values; those few that an offset is added to go alone.
   std::vector<TensorSource> staged, alone;
@@ -301,12 +310,14 @@ void WeightStore::load(const MappedFile& file, std::span<const TensorSource> ten
     progress(static_cast<size_t>(count) * dtype_size(tensor.dtype));
     mark_loaded(tensor);
   }
+  for (const TensorSource& tensor : tensors) finish_loading(tensor.weight);
 }
 
 void WeightStore::load_segment(int32_t weight, int32_t segment, const void* data, DType source,
                                TensorPart part) {
   const TensorSource tensor{weight, segment, 0, source, part};
   check_segment(tensor);
+  begin_loading(weight);
   if (is_scalar(part)) {
     store_scale(tensor, *static_cast<const float*>(data));
   } else {
@@ -314,6 +325,70 @@ void WeightStore::load_segment(int32_t weight, int32_t segment, const void* data
     store_rows(weight, rows.row_start, rows.rows, data, source, part);
   }
   mark_loaded(tensor);
+  finish_loading(weight);
+}
+
+void WeightStore::begin_loading(int32_t weight) {
+  if (!packed_[weight]) return;
+  packed_[weight] = false;
+  loaded_[weight].assign(loaded_[weight].size(), uint8_t{0});
+}
+
+void WeightStore::finish_loading(int32_t weight) {
+  const WeightSpec& spec = program_->weights()[weight];
+  const std::vector<uint8_t>& loaded = loaded_[weight];
+  const auto all = [&](uint8_t parts) { return parts == all_parts(spec); };
+  if (spec.format != WeightFormat::kNvfp4 || packed_[weight] ||
+      !std::all_of(loaded.begin(), loaded.end(), all)) {
+    return;
+  }
+  std::vector<int64_t>& runs = scale_runs_[weight];
+  runs.clear();
+  for (size_t i = 0; i < spec.segments.size(); ++i) {
+    if (i > 0 && global_scales_[weight][i] == global_scales_[weight][i - 1]) runs.pop_back();
+    runs.push_back(spec.segments[i].row_start + spec.segments[i].rows);
+  }
+  if (views_[weight].layout != WeightLayout::kTile16) return;
+  pack_tiles(weight);
+  packed_[weight] = true;
+}
+
+// From the last rows to the first: none moves to where others still lie, as tiles take as much room
+// as their rows or more.
+void WeightStore::pack_tiles(int32_t weight) {
+  const WeightView& view = views_[weight];
+  const int64_t rows = view.rows / view.matrices;
+  const int64_t code_bytes = view.cols / 2, scale_count = view.cols / kFp4Block;
+  const int64_t most = (rows + kPanelRows - 1) / kPanelRows * kPanelRows;
+  const int64_t piece = std::clamp(
+      kPieceBytes / (code_bytes + scale_count) / kPanelRows * kPanelRows, kPanelRows, most);
+  const auto needed = static_cast<size_t>(piece * (code_bytes + scale_count));
+  if (unpacked_.bytes() < needed) unpacked_ = device_->allocate(needed, "NVFP4 rows to be packed");
+  run_on_stream(*device_, [&] {
+    StepContext ctx;
+    ctx.device = device_;
+    ctx.stream = device_->stream();
+    auto* codes = static_cast<uint8_t*>(unpacked_.data());
+    uint8_t* scales = codes + piece * code_bytes;
+    for (int64_t i = view.matrices - 1; i >= 0; --i) {
+      const WeightView tiles = matrix(view, i);
+      for (int64_t row = (rows - 1) / piece * piece; row >= 0; row -= piece) {
+        const int64_t count = std::min(piece, rows - row);
+        device_->copy_within(codes, row_address(weight, TensorPart::kElements, i * rows + row),
+                             static_cast<size_t>(count * code_bytes));
+        device_->copy_within(scales, row_address(weight, TensorPart::kBlockScales, i * rows + row),
+                             static_cast<size_t>(count * scale_count));
+        device_->kernels().fp4_tiles({.codes = codes,
+                                      .scales = scales,
+                                      .tile_codes = const_cast<void*>(tiles.data),
+                                      .tile_scales = const_cast<uint8_t*>(tiles.scales),
+                                      .first_row = row,
+                                      .rows = count,
+                                      .cols = view.cols},
+                                     ctx);
+      }
+    }
+  });
 }
 
 void WeightStore::fill_random(int32_t weight, uint64_t seed, float range) {
@@ -322,7 +397,9 @@ void WeightStore::fill_random(int32_t weight, uint64_t seed, float range) {
   const WeightView& view = views_[weight];
   loaded_[weight].assign(loaded_[weight].size(), all_parts(program_->weights()[weight]));
   if (view.dtype == DType::kE2M1) {
-    return fill_random_codes(weight, seed ^ (static_cast<uint64_t>(weight) << 40), range);
+    packed_[weight] = false;
+    fill_random_codes(weight, seed ^ (static_cast<uint64_t>(weight) << 40), range);
+    return finish_loading(weight);
   }
   const bool vector = program_->weights()[weight].kind == WeightKind::kVector;
   FillRandomParams params{};
@@ -330,7 +407,7 @@ void WeightStore::fill_random(int32_t weight, uint64_t seed, float range) {
   params.center = vector ? 1.0f : 0.0f;
   params.width = vector ? 0.1f : range;
   if (program_->is_route_bias(weight)) params.center = params.width = 0.0f;
-  if (view.layout == WeightLayout::kRowMajor) {
+  if (lies_by_rows(view)) {
     params.data = data_[weight];
     params.dtype = view.dtype;
     params.count = view.rows * view.cols;
@@ -361,7 +438,7 @@ void WeightStore::fill_random_codes(int32_t weight, uint64_t key, float range) {
     params.center = kRandomScaleCenter;
     params.width = kRandomScaleWidth;
     const int64_t cols = view.cols / cols_per_unit(view, part);
-    if (view.layout == WeightLayout::kRowMajor) {
+    if (lies_by_rows(view)) {
       params.data = row_address(weight, part, 0);
       params.count = view.rows * cols;
       mrv1::fill_random(*device_, params);
@@ -389,6 +466,7 @@ void WeightStore::fill_random_codes(int32_t weight, uint64_t key, float range) {
 
 void WeightStore::check_complete() {
   staged_.reset();
+  unpacked_ = Buffer();
   for (size_t i = 0; i < loaded_.size(); ++i) {
     for (size_t k = 0; k < loaded_[i].size(); ++k) {
       if (loaded_[i][k] != all_parts(program_->weights()[i])) {

@@ -78,6 +78,11 @@ class WeightStore {
   void store_scale(const TensorSource& tensor, float scale);
   void fill_random_codes(int32_t weight, uint64_t key, float range);
   void mark_loaded(const TensorSource& tensor);
+  // Before a weight is loaded once more: it lies by rows while it is.
+  void begin_loading(int32_t weight);
+  // Once all of a weight is there: brings it into its layout, if it lies by rows until then.
+  void finish_loading(int32_t weight);
+  void pack_tiles(int32_t weight);
 
   const Program* program_;
   Device* device_;
@@ -86,6 +91,10 @@ class WeightStore {
   std::vector<WeightView> views_;
   std::vector<std::vector<uint8_t>> loaded_;  // by weight and segment: a bit for each TensorPart
   std::vector<float> input_scales_;           // by weight: the largest so far
+  std::vector<std::vector<float>> global_scales_;  // by weight and segment, of NVFP4
+  std::vector<std::vector<int64_t>> scale_runs_;   // by weight
+  std::vector<bool> packed_;                       // by weight: those that lie in tiles now
+  Buffer unpacked_;                                // rows on their way into tiles
   std::unique_ptr<StagedCopy> staged_;
 };
 

@@ -8,6 +8,7 @@
 #include "ops/elementwise.h"
 #include "ops/embedding.h"
 #include "ops/fill_random.h"
+#include "ops/fp4_tiles.h"
 #include "ops/gather_blocks.h"
 #include "ops/linear.h"
 #include "ops/moe_experts.h"
@@ -39,8 +40,9 @@ namespace mrv1 {
 struct WorkspaceLimits {
   int64_t vocab_size, head_dim;
   int64_t max_tokens, max_logits;
-  int64_t gated_rows;   // weight rows of the largest linear with an activation, 0 if there is none
-  int64_t float8_keys;  // positions that prompts may read from an E4M3 cache; 0 for other caches
+  int64_t fp4_elements;  // of the largest NVFP4 weight of a linear, 0 if there is none
+  int64_t gated_rows;    // weight rows of the largest linear with an activation, 0 if there is none
+  int64_t float8_keys;   // positions that prompts may read from an E4M3 cache; 0 for other caches
   int64_t float8_kv_heads;  // of the layer that has most
   // Of moe_experts, 0 if there is none: rows times top_k, a matrix's sizes, matrices, and the bytes
   // of an element of x; each the largest of any layer.
@@ -101,6 +103,8 @@ struct Kernels {
 
   // Outside of steps: weights and KV cache of a benchmark.
   void (*fill_random)(const FillRandomParams&, const StepContext&);
+  // What brings NVFP4 weights from rows into fp4_layout; null if that is not kTile16.
+  void (*fp4_tiles)(const Fp4TilesParams&, const StepContext&);
 
   // Bytes of StepContext::workspace that the largest of the kernels needs.
   int64_t (*workspace_bytes)(const WorkspaceLimits&);

@@ -54,6 +54,7 @@ const Kernels& cpu_kernels() {
       .sampling_rows = sampling_rows_cpu,
       .ngram_propose = ngram_propose_cpu,
       .fill_random = fill_random_cpu,
+      .fp4_tiles = nullptr,
       .workspace_bytes = workspace_bytes_cpu,
       .attention_plan_bytes = [](const AttentionPlan&, Device&) -> int64_t { return 0; },
       .decode_backend = [](const AttentionPlan&,

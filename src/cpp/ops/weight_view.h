@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "core/float4.h"
 
@@ -15,9 +16,12 @@ enum class WeightLayout {
   // rows; in E2M1 for each pair of columns a byte of each of 16 rows, and the scales for each block
   // of 16 columns one of each row.
   kPanel16,
+  // CUDA, NVFP4: tiles of 16 rows and 128 columns (ops/fp4_tiles.h), padded with zeros.
+  kTile16,
 };
 
 constexpr int64_t kPanelRows = 16;
+constexpr int64_t kTileCols = 128;
 
 // A weight as kernels see it: one copy, read by every op that names it.
 struct WeightView {
@@ -35,6 +39,9 @@ struct WeightView {
   const uint8_t* scales = nullptr;     // [rows, cols / 16] of E4M3, in the layout
   const float* row_scales = nullptr;   // [rows]: the global scale of the tensor that a row is of
   const float* input_scale = nullptr;  // [1], of activations, for kernels that quantise them too
+  // Where runs of rows with equal row_scales end, in host memory: known once a weight is loaded, or
+  // null. Not of several matrices.
+  const std::vector<int64_t>* scale_runs = nullptr;
 };
 
 // Columns of a panel as stored.
@@ -48,9 +55,15 @@ constexpr int64_t stored_rows(WeightLayout layout, int64_t rows) {
   return (rows + kPanelRows - 1) / kPanelRows * kPanelRows;
 }
 
+// And columns, of NVFP4.
+constexpr int64_t stored_cols(WeightLayout layout, int64_t cols) {
+  if (layout != WeightLayout::kTile16) return cols;
+  return (cols + kTileCols - 1) / kTileCols * kTileCols;
+}
+
 // Bytes of a [rows, cols] matrix as stored in the layout, without the scales of NVFP4.
 constexpr int64_t weight_bytes(DType dtype, WeightLayout layout, int64_t rows, int64_t cols) {
-  if (dtype == DType::kE2M1) return stored_rows(layout, rows) * cols / 2;
+  if (dtype == DType::kE2M1) return stored_rows(layout, rows) * stored_cols(layout, cols) / 2;
   const int64_t size = static_cast<int64_t>(dtype_size(dtype));
   if (layout == WeightLayout::kRowMajor) return rows * cols * size;
   return stored_rows(layout, rows) * panel_cols(dtype, cols) * size;
@@ -64,7 +77,7 @@ constexpr int64_t weight_bytes(const WeightView& weight) {
 // Bytes of the block scales of NVFP4.
 constexpr int64_t scale_bytes(const WeightView& weight) {
   return weight.matrices * stored_rows(weight.layout, weight.rows / weight.matrices) *
-         (weight.cols / kFp4Block);
+         (stored_cols(weight.layout, weight.cols) / kFp4Block);
 }
 
 // One of the matrices, as a weight of its own.
@@ -72,6 +85,7 @@ inline WeightView matrix(const WeightView& weight, int64_t index) {
   WeightView one = weight;
   one.rows = weight.rows / weight.matrices;
   one.matrices = 1;
+  if (weight.matrices > 1) one.scale_runs = nullptr;
   one.data = static_cast<const char*>(weight.data) + index * weight_bytes(one);
   if (weight.scales != nullptr) one.scales = weight.scales + index * scale_bytes(one);
   if (weight.row_scales != nullptr) one.row_scales = weight.row_scales + index * one.rows;

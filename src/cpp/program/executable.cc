@@ -77,6 +77,12 @@ WorkspaceLimits Executable::workspace_limits(const Program& program, const PlanL
     sizes.float8_kv_heads = std::max<int64_t>(sizes.float8_kv_heads, heads.num_kv_heads);
   }
   for (const Op& op : program.ops()) {
+    if (op.kind == OpKind::kLinear || op.kind == OpKind::kLinearGatedMul) {
+      const WeightSpec& weight = program.weights()[op.weights[0]];
+      if (weight.format == WeightFormat::kNvfp4) {
+        sizes.fp4_elements = std::max(sizes.fp4_elements, weight.rows * weight.cols);
+      }
+    }
     if (op.kind == OpKind::kLinearGatedMul) {
       sizes.gated_rows = std::max(sizes.gated_rows, program.weights()[op.weights[0]].rows);
     } else if (op.kind == OpKind::kMoeExperts) {

@@ -1,0 +1,449 @@
+// Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+//
+// Products of few rows with NVFP4 weights: what they cost is reading the weights. Weight rows are
+// the 16-wide side of m16n8k16 products and rows of x, tokens, the 8-wide side, as in
+// linear_skinny_mma.cu.
+//
+// Work is cut into items: kParts x 16 weight rows of one matrix, and up to 8 kNs tokens. A block
+// takes item after item; its kStreamWarps warps split K: warp w takes the tiles of 128 columns w, w
+// + kStreamWarps, ... Each warp streams codes and block scales, as they are stored, and x through a
+// ring of its own in shared memory (cp.async), takes the codes into registers, where they become
+// bfloat16, and meets the others once an item, to add up the partial sums in the order of warps.
+// The ring runs on across items. Its first stages of the weight are requested before the kernel
+// waits for the one before it, if items are known by then.
+//
+// Nothing but K decides the order of sums, so that a row's result depends neither on the number of
+// rows nor on how the weight's rows are cut.
+#pragma once
+
+#include <algorithm>
+
+#include "fp4.cuh"
+#include "linear_skinny_kernels.h"
+
+namespace mrv1::cuda {
+namespace {
+
+constexpr int kStreamWarps = 8;
+constexpr int kStreamThreads = kStreamWarps * 32;
+constexpr int kMaxStages = 8;
+constexpr int kLaneBytes = 16;  // of codes, a unit
+// Of the ring: where that is possible, a multiprocessor has room for two blocks.
+constexpr size_t kRingBytes = 96 * 1024;
+
+struct StreamArgs {
+  const uint4* codes;       // of the first column
+  const uint32_t* scales;   // likewise
+  const float* row_scales;  // [matrices * n]
+  const BFloat16* x;        // rows x_stride apart
+  const float* bias;        // [n] or null
+  void* out;                // rows of out_cols, bfloat16 or float32
+  int n, k;
+  int units;      // tiles of 128 columns that k is
+  int row_units;  // and those of the weight's rows
+  int row_tiles;  // of 16 rows; with an activation those of gate alone
+  int out_cols;
+  int64_t x_stride;
+  Activation activation;
+  bool out_f32;
+  bool read_once;   // the weight, by the kernel
+  int tile_tokens;  // of an item, at most
+};
+
+// kParts x 16 rows of a matrix, from tile `tile` of so many on, and `count` tokens, whose results
+// are rows first_row, first_row + 1, ... of the output.
+struct StreamItem {
+  int matrix, tile;
+  int first_row, count;
+};
+
+// A stage of a warp: kUnits units of 64 columns of kParts tiles, and x.
+template <int kParts, int kNs>
+struct StreamShape {
+  // Short stages where they have much; a warp's columns are the same.
+  static constexpr int kUnits = kNs == 1 && kParts <= 3 ? 2 : 1;
+  static constexpr int kCodeBytes = kParts * kUnits * kFp4UnitBytes;
+  static constexpr int kWeightBytes = kCodeBytes + kParts * kFp4TileScaleBytes;
+  static constexpr int kXRowBytes = kUnits * kFp4UnitCols * 2;
+  static constexpr int kPartialPairs = kParts * kNs * 2 * 32;  // float2, a warp
+  static int stage_bytes(int tokens) { return kWeightBytes + tokens * kXRowBytes; }
+  static size_t shared_bytes(int stages, int tokens) {
+    return size_t{kStreamWarps} * (static_cast<size_t>(stages * stage_bytes(tokens)) +
+                                   kPartialPairs * sizeof(float2)) +
+           kParts * kFp4TileRows * sizeof(float2);
+  }
+};
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 16 bytes, or writes zeros.
+__device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+// By a policy of the second cache.
+__device__ __forceinline__ void copy_16(uint32_t to, const void* from, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
+               "l"(from), "l"(policy)
+               : "memory");
+}
+__device__ __forceinline__ void copy_4(uint32_t to, const void* from, uint64_t policy) {
+  asm volatile("cp.async.ca.shared.global.L2::cache_hint.L2::128B [%0], [%1], 4, %2;" ::"r"(to),
+               "l"(from), "l"(policy)
+               : "memory");
+}
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wait_pending() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Waits until at most stages - 1 groups are pending.
+__device__ __forceinline__ void wait_stage(int stages) {
+  switch (stages) {
+    case 1:
+      return wait_pending<0>();
+    case 2:
+      return wait_pending<1>();
+    case 3:
+      return wait_pending<2>();
+    case 4:
+      return wait_pending<3>();
+    case 5:
+      return wait_pending<4>();
+    case 6:
+      return wait_pending<5>();
+    case 7:
+      return wait_pending<6>();
+    default:
+      return wait_pending<7>();
+  }
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                         uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Walks the stages of one warp: the columns of an item, then those of the block's next.
+template <int kUnits>
+struct StreamWalk {
+  int item, unit, half;
+
+  // True if the item is another one now.
+  __device__ bool next(int warp, int units) {
+    if constexpr (kUnits == 1) {
+      half ^= 1;
+      if (half != 0) return false;
+    }
+    unit += kStreamWarps;
+    if (unit < units) return false;
+    unit = warp;
+    item += gridDim.x;
+    return true;
+  }
+};
+
+// `Items` has
+//   kEarly: whether items are known before the kernel before this one has ended;
+//   void prepare(): called by all threads, before anything else is;
+//   int count(); StreamItem at(int); int x_row(const StreamItem&, int): the row of x of a token.
+template <int kParts, int kNs, bool kGated, typename Items>
+__global__ void __launch_bounds__(kStreamThreads, kParts* kNs <= 8 ? 2 : 1)
+    fp4_stream_kernel(const __grid_constant__ StreamArgs args, const __grid_constant__ Items given,
+                      int stages) {
+  using Shape = StreamShape<kParts, kNs>;
+  constexpr int kUnits = Shape::kUnits;
+  static_assert(!kGated || kParts % 2 == 0, "tiles of gate and of up go together");
+  extern __shared__ __align__(128) char shared[];
+
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int stage_bytes = Shape::kWeightBytes + args.tile_tokens * Shape::kXRowBytes;
+  const uint32_t ring = shared_address(shared) + warp * stages * stage_bytes;
+  float2* partial = reinterpret_cast<float2*>(shared + kStreamWarps * stages * stage_bytes);
+  float2* finish =
+      partial + kStreamWarps * Shape::kPartialPairs;  // scale and bias of a tile's rows
+
+  Items items = given;
+  if constexpr (!Items::kEarly) wait_for_previous();
+  items.prepare();
+  const int num_items = items.count();
+
+  // The tile of 16 weight rows that is part `part` of tile `tile`, or a negative number.
+  const auto row_tile = [&](int tile, int part) {
+    if constexpr (kGated) {
+      const int pair = tile * (kParts / 2) + part / 2;
+      return pair < args.row_tiles ? pair + part % 2 * args.row_tiles : -1;
+    } else {
+      const int at = tile * kParts + part;
+      return at < args.row_tiles ? at : -1;
+    }
+  };
+
+  const uint64_t policy = weight_policy(args.read_once);
+  const int64_t matrix_tiles = int64_t{(args.n + kFp4TileRows - 1) / kFp4TileRows} * args.row_units;
+  const auto load_weight = [&](const StreamWalk<kUnits>& at, const StreamItem& item,
+                               uint32_t stage) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const int row = row_tile(item.tile, part);
+      if (row < 0) continue;  // whatever then is there only reaches rows that nobody stores
+      const int64_t where = item.matrix * matrix_tiles + int64_t{row} * args.row_units + at.unit;
+      const uint4* codes = args.codes + (where * 2 + at.half) * 32 + lane;
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        copy_16(stage + (part * kUnits + u) * kFp4UnitBytes + lane * kLaneBytes, codes + u * 32,
+                policy);
+      }
+      copy_4(stage + Shape::kCodeBytes + part * kFp4TileScaleBytes + lane * 4,
+             args.scales + where * 32 + lane, policy);
+    }
+  };
+  // A lane copies the same 16 bytes of every kStep-th row. Neighbouring rows have their even and
+  // odd pieces swapped, so that reads of two rows meet in no bank.
+  constexpr int kChunks = Shape::kXRowBytes / 16;
+  constexpr int kStep = 32 / kChunks;
+  constexpr int kTurns = kNs * 8 / kStep;
+  const int x_row = lane / kChunks, x_chunk = lane % kChunks;
+  const uint32_t x_to =
+      Shape::kWeightBytes + x_row * Shape::kXRowBytes + (x_chunk ^ (x_row & 1)) * 16;
+  const BFloat16* x_from[kTurns];
+  const auto find_x = [&](const StreamItem& item) {
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      const int row = x_row + i * kStep;
+      if (row >= item.count) break;
+      x_from[i] = args.x + items.x_row(item, row) * args.x_stride + x_chunk * 8;
+    }
+  };
+  const auto load_x = [&](const StreamWalk<kUnits>& at, const StreamItem& item, uint32_t stage) {
+    const int col = at.unit * kFp4TileCols + at.half * kFp4UnitCols;
+    const bool valid = col + x_chunk * 8 < args.k;
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      if (x_row + i * kStep >= item.count) break;
+      copy_16(stage + x_to + i * kStep * Shape::kXRowBytes, valid ? x_from[i] + col : args.x,
+              valid);
+    }
+  };
+
+  const int last_item = warp < args.units ? num_items : 0;  // without columns there is no load
+  StreamWalk<kUnits> load{static_cast<int>(blockIdx.x), warp, 0};
+  StreamItem loaded{};  // the item of `load`
+  if (load.item < last_item) loaded = items.at(load.item);
+  if constexpr (Items::kEarly) {
+    for (int s = 0; s < stages && load.item < last_item; ++s) {
+      load_weight(load, loaded, ring + s * stage_bytes);
+      if (load.next(warp, args.units) && load.item < last_item) loaded = items.at(load.item);
+    }
+    launch_next();
+    wait_for_previous();
+    load = {static_cast<int>(blockIdx.x), warp, 0};
+    if (load.item < last_item) loaded = items.at(load.item);
+  } else {
+    launch_next();
+  }
+  if (load.item < last_item) find_x(loaded);
+  const auto load_next = [&](uint32_t stage, bool weight) {
+    if (load.item < last_item) {
+      if (weight) load_weight(load, loaded, stage);
+      load_x(load, loaded, stage);
+      if (load.next(warp, args.units) && load.item < last_item) {
+        loaded = items.at(load.item);
+        find_x(loaded);
+      }
+    }
+    commit();
+  };
+  for (int s = 0; s < stages; ++s) load_next(ring + s * stage_bytes, !Items::kEarly);
+
+  const int g = lane / 4, t = lane % 4;
+  int slot = 0;
+  for (int index = blockIdx.x; index < num_items; index += gridDim.x) {
+    const StreamItem item = items.at(index);
+    // Where a lane's token lies, of each eight; beyond the last it is the last again.
+    uint32_t x_at[kNs];
+#pragma unroll
+    for (int n = 0; n < kNs; ++n) {
+      const int row = min(n * 8 + g, item.count - 1);
+      x_at[n] = Shape::kWeightBytes + row * Shape::kXRowBytes + ((t * 2) ^ (row & 1)) * 16;
+    }
+    // Requested now, so that the end need not wait for them.
+    float2 row_finish = {0.0f, 0.0f};
+    if (threadIdx.x < kParts * kFp4TileRows) {
+      const int in_tile = threadIdx.x % kFp4TileRows;
+      const int at = row_tile(item.tile, threadIdx.x / kFp4TileRows);
+      // The tiles of up follow those of gate, whose rows are whole tiles.
+      const int row = at * kFp4TileRows + in_tile;
+      if (at >= 0 && row < args.n) {
+        row_finish.x = args.row_scales[int64_t{item.matrix} * args.n + row] * kFp4Unscale;
+        if (args.bias != nullptr) row_finish.y = args.bias[row];
+      }
+    }
+
+    float sums[kParts][kNs][4] = {};
+    for (int unit = warp; unit < args.units; unit += kStreamWarps) {
+#pragma unroll
+      for (int half = 0; half < 2; half += kUnits) {
+        const uint32_t stage = ring + slot * stage_bytes;
+        wait_stage(stages);
+        __syncwarp();
+        uint32_t scales[kParts];
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          scales[part] =
+              load_shared_word(stage + Shape::kCodeBytes + part * kFp4TileScaleBytes + lane * 4);
+        }
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+          uint4 x[kNs][2];
+#pragma unroll
+          for (int n = 0; n < kNs; ++n) {
+            const uint32_t at = stage + u * kFp4UnitCols * 2 + x_at[n];
+            x[n][0] = load_shared(at);
+            x[n][1] = load_shared(at ^ 16);
+          }
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            const uint4 codes =
+                load_shared(stage + (part * kUnits + u) * kFp4UnitBytes + lane * kLaneBytes);
+            const uint32_t low_scale = fp4_decode_scale(scales[part], (half + u) * 2);
+            const uint32_t high_scale = fp4_decode_scale(scales[part], (half + u) * 2 + 1);
+#pragma unroll
+            for (int word = 0; word < 2; ++word) {
+              uint32_t low[4], high[4];
+              fp4_dequantize(word == 0 ? codes.x : codes.y, low_scale, low);
+              fp4_dequantize(word == 0 ? codes.z : codes.w, high_scale, high);
+#pragma unroll
+              for (int n = 0; n < kNs; ++n) {
+                multiply(sums[part][n], low[0], high[0], low[1], high[1], x[n][word].x,
+                         x[n][word].y);
+              }
+#pragma unroll
+              for (int n = 0; n < kNs; ++n) {
+                multiply(sums[part][n], low[2], high[2], low[3], high[3], x[n][word].z,
+                         x[n][word].w);
+              }
+            }
+          }
+        }
+        __syncwarp();
+        load_next(stage, true);
+        slot = slot + 1 == stages ? 0 : slot + 1;
+      }
+    }
+
+    // partial[warp][part][n][half][lane]: two tokens of one weight row.
+    float2* mine = partial + warp * Shape::kPartialPairs + lane;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int n = 0; n < kNs; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          mine[((part * kNs + n) * 2 + half) * 32] =
+              make_float2(sums[part][n][half * 2], sums[part][n][half * 2 + 1]);
+        }
+      }
+    }
+    if (threadIdx.x < kParts * kFp4TileRows) finish[threadIdx.x] = row_finish;
+    __syncthreads();
+    const auto total = [&](int at, int row) {
+      float2 sum = partial[at];
+#pragma unroll
+      for (int w = 1; w < kStreamWarps; ++w) {
+        const float2 more = partial[w * Shape::kPartialPairs + at];
+        sum.x += more.x;
+        sum.y += more.y;
+      }
+      const float2 of_row = finish[row];
+      // Rounded twice, as by other kernels, which add the bias later.
+      sum.x = __fmul_rn(sum.x, of_row.x);
+      sum.y = __fmul_rn(sum.y, of_row.x);
+      if (args.bias != nullptr) {
+        sum.x += of_row.y;
+        sum.y += of_row.y;
+      }
+      return sum;
+    };
+    const auto store = [&](int row, int col, float value) {
+      const int64_t at = int64_t{row} * args.out_cols + col;
+      if (args.out_f32) {
+        static_cast<float*>(args.out)[at] = value;
+      } else {
+        static_cast<BFloat16*>(args.out)[at] = from_float<BFloat16>(value);
+      }
+    };
+    constexpr int kSums = kGated ? 2 : 1;  // of an output
+    for (int i = threadIdx.x; i < Shape::kPartialPairs / kSums; i += kStreamThreads) {
+      const int part = i / (64 * kNs);  // of outputs: of gate with an activation
+      const int row = i / 32 % 2 * 8 + i % 32 / 4;
+      const int col = (item.tile * (kParts / kSums) + part) * kFp4TileRows + row;
+      const int at = i / 64 % kNs * 8 + i % 4 * 2;
+      if (col >= args.out_cols || at >= item.count) continue;
+      float2 result;
+      if constexpr (kGated) {
+        const int gate_at = part * (128 * kNs) + i % (64 * kNs);
+        const float2 gate = total(gate_at, part * 2 * kFp4TileRows + row);
+        const float2 up = total(gate_at + 64 * kNs, (part * 2 + 1) * kFp4TileRows + row);
+        result.x = skinny_gated_mul(args.activation, gate.x, up.x);
+        result.y = skinny_gated_mul(args.activation, gate.y, up.y);
+      } else {
+        result = total(i, part * kFp4TileRows + row);
+      }
+      store(item.first_row + at, col, result.x);
+      if (at + 1 < item.count) store(item.first_row + at + 1, col, result.y);
+    }
+    if (index + static_cast<int>(gridDim.x) < num_items)
+      __syncthreads();  // partial sums come again
+  }
+  wait_pending<0>();
+}
+
+// How many stages a ring has, and the shared memory of a block with it.
+template <typename Shape>
+int fp4_stream_stages(int tile_tokens, const DeviceLimits& limits) {
+  const int stage_bytes = Shape::stage_bytes(tile_tokens) * kStreamWarps;
+  int stages = std::clamp(static_cast<int>(kRingBytes) / stage_bytes, 2, kMaxStages);
+  while (stages > 1 && Shape::shared_bytes(stages, tile_tokens) > limits.shared_bytes) --stages;
+  return stages;
+}
+
+template <int kParts, int kNs, bool kGated, typename Items>
+void launch_fp4_stream(std::string_view op, const StreamArgs& args, const Items& items,
+                       int64_t max_blocks, const DeviceLimits& limits, const StepContext& ctx) {
+  using Shape = StreamShape<kParts, kNs>;
+  const int stages = fp4_stream_stages<Shape>(args.tile_tokens, limits);
+  const size_t shared_bytes = Shape::shared_bytes(stages, args.tile_tokens);
+  allow_shared_memory(op, fp4_stream_kernel<kParts, kNs, kGated, Items>, shared_bytes);
+  launch(op, ctx, fp4_stream_kernel<kParts, kNs, kGated, Items>,
+         dim3(static_cast<unsigned>(max_blocks)), dim3(kStreamThreads), shared_bytes, args, items,
+         stages);
+}
+
+}  // namespace
+}  // namespace mrv1::cuda
