@@ -25,8 +25,8 @@ constexpr int64_t kMaxSumBlocks = 2048;
 constexpr int kAtOnce = 8;  // choices whose loads are in flight together
 constexpr int64_t kAlignment = 128;
 
-// The cut of those that kernels ask for that makes most groups.
-constexpr MoeCut kFinestCut{.tile_rows = 16, .share = 2};
+// The cuts of those that kernels ask for that make most groups.
+constexpr MoeCut kFinestCuts[] = {{.tile_rows = 16, .share = 2}, {.tile_rows = 8}};
 
 // The scratch of a pass.
 struct PassMemory {
@@ -45,8 +45,11 @@ int64_t place_memory(PassMemory& memory, char* base, int64_t pairs, int64_t expe
   };
   take(memory.schedule.place, pairs * 4);
   take(memory.schedule.row, pairs * 4);
-  take(memory.schedule.groups,
-       moe_max_groups(pairs, experts, kFinestCut) * static_cast<int64_t>(sizeof(MoeGroup)));
+  int64_t groups = 0;
+  for (const MoeCut& cut : kFinestCuts) {
+    groups = std::max(groups, moe_max_groups(pairs, experts, cut));
+  }
+  take(memory.schedule.groups, groups * static_cast<int64_t>(sizeof(MoeGroup)));
   take(memory.schedule.num_groups, 4);
   take(memory.schedule.block_counts, moe_schedule_blocks(pairs) * experts * 4);
   take(memory.inner, pairs * inner_bytes);
@@ -159,10 +162,12 @@ void check_params(const MoeExpertsParams& params) {
         kMoeOp, "matrices of gate_up are [", gate_up.rows / gate_up.matrices, ", ", gate_up.cols,
         "], must be [", 2 * params.intermediate(), ", ", params.hidden(), "] for down's of [",
         params.hidden(), ", ", params.intermediate(), "]");
-  check(gate_up.layout == WeightLayout::kRowMajor && down.layout == WeightLayout::kRowMajor, kMoeOp,
-        "weights must be row-major on CUDA");
-  check(gate_up.dtype == params.dtype && down.dtype == params.dtype, kMoeOp, "gate_up is ",
-        dtype_name(gate_up.dtype), ", down ", dtype_name(down.dtype), " and x ",
+  const bool fp4 = gate_up.dtype == DType::kE2M1;
+  const WeightLayout layout = fp4 ? WeightLayout::kTile16 : WeightLayout::kRowMajor;
+  check(gate_up.layout == layout && down.layout == layout, kMoeOp, "weights must be ",
+        fp4 ? "in tiles in NVFP4" : "row-major", " on CUDA");
+  check((fp4 || gate_up.dtype == params.dtype) && down.dtype == gate_up.dtype, kMoeOp,
+        "gate_up is ", dtype_name(gate_up.dtype), ", down ", dtype_name(down.dtype), " and x ",
         dtype_name(params.dtype), ", must be equal");
   check(params.out_dtype == params.dtype || params.out_dtype == DType::kF32, kMoeOp,
         "out dtype is ", dtype_name(params.out_dtype), ", must be float32 or ",
@@ -190,26 +195,33 @@ void run_pass(const MoeExpertsParams& params, const MoeRows& rows, const PassMem
   down.out = memory.result;
   down.activation = Activation::kNone;
   const bool wgmma = moe_wgmma_supports(gate_up) && moe_wgmma_supports(down);
+  const bool fp4 = moe_fp4_supports(gate_up) && moe_fp4_supports(down);
   // How many rows of regions count is not known; ranks that have as many tokens as this one and
   // choose evenly send each other as many.
   const int64_t likely_rows =
       params.regions > 0 ? std::min<int64_t>(ctx.sizes.num_tokens, rows.num_rows) : rows.num_rows;
-  const MoeCut cut = wgmma ? moe_wgmma_cut(likely_rows, rows.top_k, rows.num_experts)
-                           : MoeCut{.tile_rows = kMoeTiledRows};
+  const bool few = (wgmma || fp4) && pairs <= kMoeFewPairs;
+  const int64_t cut_rows = few ? rows.num_rows : likely_rows;  // groups of few are not cut again
+  MoeCut cut{.tile_rows = kMoeTiledRows};
+  if (wgmma) cut = moe_wgmma_cut(cut_rows, rows.top_k, rows.num_experts);
+  if (fp4) cut = moe_fp4_cut(cut_rows, rows.top_k, rows.num_experts);
   gate_up.max_groups = down.max_groups = moe_max_groups(pairs, rows.num_experts, cut);
-  gate_up.few = down.few = wgmma && pairs <= kMoeFewPairs;
-  if (!gate_up.few) moe_schedule(rows, memory.schedule, cut, ctx);
+  gate_up.few = down.few = few;
+  if (!few) moe_schedule(rows, memory.schedule, cut, ctx);
   if (wgmma) {
     moe_wgmma(gate_up, cut, /*weights_first=*/false, ctx);
     if (pairs <= kMoeDownFewPairs) {
       return moe_down_few(down, params.weights, params.out, params.out_dtype, ctx);
     }
     moe_wgmma(down, cut, /*weights_first=*/true, ctx);
+  } else if (fp4) {
+    moe_fp4(gate_up, cut, /*follows=*/false, ctx);
+    moe_fp4(down, cut, /*follows=*/true, ctx);
   } else {
     moe_tiled(gate_up, ctx);
     moe_tiled(down, ctx);
   }
-  sum_rows_of(params, rows, memory, gate_up.few, ctx);
+  sum_rows_of(params, rows, memory, few, ctx);
 }
 
 }  // namespace

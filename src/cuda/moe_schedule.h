@@ -106,6 +106,12 @@ constexpr int64_t kMoeDownFewPairs = 8;
 void moe_down_few(const MoeProduct& product, const float* weights, void* out, DType out_dtype,
                   const StepContext& ctx);
 
+// The product of bfloat16 rows with NVFP4 weights, if the GPU can; cut as by moe_fp4_cut. follows:
+// as weights_first above, the other product being by moe_fp4.
+bool moe_fp4_supports(const MoeProduct& product);
+MoeCut moe_fp4_cut(int64_t rows, int64_t top_k, int64_t num_experts);
+void moe_fp4(const MoeProduct& product, const MoeCut& cut, bool follows, const StepContext& ctx);
+
 #if defined(__CUDACC__)
 // Device code. All of these read past the first cache, whose lines another kernel may have filled:
 // some kernels read the choices before the kernel before them has ended.

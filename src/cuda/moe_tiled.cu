@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "activation.cuh"
+#include "fp4.cuh"
 #include "launch.h"
 #include "moe_schedule.h"
 
@@ -22,7 +23,31 @@ constexpr int kThreads = kSide * kSide;
 constexpr int64_t kMaxGridY = 65535;
 static_assert(kTile == kMoeTiledRows);
 
-template <typename T, bool kGated>
+// Rows of an expert's weight, of T or in NVFP4.
+template <typename T, bool kFp4>
+struct ExpertRows {
+  WeightView weight;
+
+  __device__ ExpertRows(const WeightView& all, int64_t expert) : weight(all) {
+    if constexpr (kFp4) {
+      weight = fp4_matrix(all, expert);
+    } else {
+      weight.data = static_cast<const T*>(all.data) + expert * (all.rows / all.matrices) * all.cols;
+    }
+  }
+  __device__ float at(int64_t row, int64_t col) const {
+    if constexpr (kFp4) {
+      return fp4_element(weight, row, col);
+    } else {
+      return to_float(static_cast<const T*>(weight.data)[row * weight.cols + col]);
+    }
+  }
+  __device__ float scaled(float sum, int64_t row) const {
+    return kFp4 ? __fmul_rn(sum, weight.row_scales[row]) : sum;
+  }
+};
+
+template <typename T, bool kGated, bool kFp4>
 __global__ void __launch_bounds__(kThreads) tiled_kernel(MoeProduct product) {
   launch_next();
   wait_for_previous();
@@ -41,8 +66,7 @@ __global__ void __launch_bounds__(kThreads) tiled_kernel(MoeProduct product) {
   const int32_t num_groups = *product.schedule.num_groups;
   for (int32_t g = blockIdx.y; g < num_groups; g += gridDim.y) {
     const MoeGroup group = product.schedule.groups[g];
-    const T* weight =
-        static_cast<const T*>(product.weight.data) + group.expert * product.weight_rows() * cols;
+    const ExpertRows<T, kFp4> weight(product.weight, group.expert);
     __syncthreads();
     if (threadIdx.x < kTile) {
       const int32_t place = group.first_place + min(static_cast<int>(threadIdx.x), group.count - 1);
@@ -60,9 +84,7 @@ __global__ void __launch_bounds__(kThreads) tiled_kernel(MoeProduct product) {
         for (int part = 0; part < kParts; ++part) {
           const int64_t out_col = first_out + row;
           weight_tile[part][i % kDepth][row] =
-              in_cols && out_col < out_cols
-                  ? to_float(weight[(part * out_cols + out_col) * cols + col])
-                  : 0.0f;
+              in_cols && out_col < out_cols ? weight.at(part * out_cols + out_col, col) : 0.0f;
         }
       }
       __syncthreads();
@@ -85,10 +107,11 @@ __global__ void __launch_bounds__(kThreads) tiled_kernel(MoeProduct product) {
       for (int j = 0; j < kPerThread; ++j) {
         const int64_t col = first_out + thread_col + j * kSide;
         if (row >= group.count || col >= out_cols) continue;
-        float value = sums[0][i][j];
+        float value = weight.scaled(sums[0][i][j], col);
         if constexpr (kGated) {
           const float gate = to_float(from_float<T>(value));
-          const float up = to_float(from_float<T>(sums[kParts - 1][i][j]));
+          const float up =
+              to_float(from_float<T>(weight.scaled(sums[kParts - 1][i][j], out_cols + col)));
           value = gated_mul(product.activation, gate, up);
         }
         out[int64_t{group.first_place + row} * out_cols + col] = from_float<T>(value);
@@ -104,8 +127,12 @@ void moe_tiled(const MoeProduct& product, const StepContext& ctx) {
                   static_cast<unsigned>(std::min(product.max_groups, kMaxGridY)));
   dispatch_activation(product.dtype, kMoeOp, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    launch(kMoeOp, ctx, product.gated() ? tiled_kernel<T, true> : tiled_kernel<T, false>, grid,
-           kThreads, 0, product);
+    const auto run = [&](auto* kernel) { launch(kMoeOp, ctx, kernel, grid, kThreads, 0, product); };
+    if (product.weight.dtype == DType::kE2M1) {
+      run(product.gated() ? tiled_kernel<T, true, true> : tiled_kernel<T, false, true>);
+    } else {
+      run(product.gated() ? tiled_kernel<T, true, false> : tiled_kernel<T, false, false>);
+    }
   });
 }
 
