@@ -21,6 +21,9 @@
 namespace mrv1::cuda {
 namespace {
 
+// Groups of columns that are fetched into the second cache before they are loaded.
+constexpr int kPrefetchAhead = 8;
+
 struct MoeWgmmaArgs {
   const BFloat16* x;
   BFloat16* out;
@@ -47,9 +50,16 @@ struct MoeWgmmaShape {
   static constexpr int kBlocks = kRows == 64 ? 4 : 1;  // on a multiprocessor
   static constexpr int kWeightBytes = kRows * kRowBytes;
   static constexpr int kStageBytes = kWeightBytes + kTokens * kRowBytes;
+  // Tall tiles have results enough to be worth turning round in shared memory: 64 columns of each
+  // row, for each warpgroup.
+  static constexpr bool kStaged = kHigh > 1;
+  static constexpr int kStagingBytes = kStaged ? kTokens * kRowBytes : 0;
   static int stages(size_t block_bytes) {
-    const auto room = static_cast<int>((block_bytes - kMoeReservedBytes) / kStageBytes);
-    return std::clamp(room, kMinStages, kMaxStages);
+    const size_t room = block_bytes - kMoeReservedBytes - kWarpgroups * kStagingBytes;
+    return std::clamp(static_cast<int>(room / kStageBytes), kMinStages, kMaxStages);
+  }
+  static size_t shared_bytes(int stages) {
+    return static_cast<size_t>(stages) * kStageBytes + kWarpgroups * kStagingBytes + kSwizzleBytes;
   }
 };
 
@@ -102,6 +112,21 @@ __device__ __forceinline__ void load_expert_pair_tile(void* to, const CUtensorMa
   }
 }
 
+// Has the second cache fetch what load_expert_tile() will, of kRows / kShare rows.
+__device__ __forceinline__ void prefetch_expert_tile(const CUtensorMap& map, int col, int row,
+                                                     int expert) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map),
+               "r"(col), "r"(row), "r"(expert)
+               : "memory");
+}
+__device__ __forceinline__ void prefetch_expert_pair_tile(const CUtensorMap& map, int col,
+                                                          int piece, int expert) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %2, %3, %4}];" ::"l"(&map),
+      "r"(col), "r"(0), "r"(piece), "r"(expert)
+      : "memory");
+}
+
 // A warp's 8 x 8 matrix of two bytes an element, transposed: each lane has two neighbours of a row.
 __device__ __forceinline__ uint32_t transpose(uint32_t pair) {
   uint32_t result;
@@ -113,6 +138,34 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// Stores 8 x 8 matrices that a warp holds, transposed; lane l has the address of row l % 8 of
+// matrix l / 8.
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
+               "r"(a), "r"(b)
+               : "memory");
+}
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b,
+                                                 uint32_t c, uint32_t d) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void warpgroup_sync(int warpgroup) {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
 }
 
 // The part of a block that multiplies: a warpgroup.
@@ -177,9 +230,62 @@ struct Consumer {
       for (float& sum : part) asm volatile("" : "+f"(sum)::"memory");
     }
     release(previous);
+    if constexpr (Shape::kStaged) {
+      store_staged<kCount>(group, sums, row_tile);
+    } else {
+      store<kCount>(group, sums[0], row_tile * Shape::kWarpgroups + warpgroup);
+    }
+  }
+
+  // The output of a gate and an up, or the neighbours of a product, as two elements.
+  __device__ __forceinline__ uint32_t gated_pair(const float* sums) const {
+    return pack_pair(skinny_gated_mul(args.activation, sums[0], sums[2]),
+                     skinny_gated_mul(args.activation, sums[1], sums[3]));
+  }
+
+  // Stores what comes of the warpgroup's weight rows, by way of shared memory: [row][64 columns],
+  // the 16 bytes of 8 columns swizzled as the ring's are.
+  template <int kCount>
+  __device__ __forceinline__ void store_staged(const MoeGroup& group,
+                                               const float (&sums)[Shape::kHigh][kCount / 2],
+                                               int row_tile) const {
+    const int warpgroup = threadIdx.x / 128;
+    const int warp = threadIdx.x % 128 / 32;
+    const int lane = threadIdx.x % 32;
+    const uint32_t staging =
+        ring + args.stages * Shape::kStageBytes + warpgroup * Shape::kStagingBytes;
+    const auto address = [&](int row, int chunk) {
+      return staging + row * kRowBytes + (chunk ^ (row & 7)) * 16;
+    };
+    constexpr int kHigh = Shape::kHigh;
 #pragma unroll
     for (int high = 0; high < kHigh; ++high) {
-      store<kCount>(group, sums[high], (row_tile * Shape::kWarpgroups + warpgroup) * kHigh + high);
+#pragma unroll
+      for (int i = 0; i < kCount / 8; i += 2) {
+        if (i * 8 >= group.count) break;
+        const float* sum = &sums[high][i * 4];
+        if constexpr (kGated) {
+          const int row = i * 8 + lane % 16;
+          store_transposed(address(row, high * 4 + warp), gated_pair(sum), gated_pair(sum + 4));
+        } else {
+          const int row = i * 8 + lane / 16 * 8 + lane % 8;
+          store_transposed(address(row, warp * 2 + lane / 8 % 2), pack_pair(sum[0], sum[1]),
+                           pack_pair(sum[2], sum[3]), pack_pair(sum[4], sum[5]),
+                           pack_pair(sum[6], sum[7]));
+        }
+      }
+      if (kGated && high + 1 < kHigh) continue;  // both halves make 64 columns
+      warpgroup_sync(warpgroup);
+      const int chunk = lane % 8;
+      const int tile = row_tile * Shape::kWarpgroups + warpgroup;
+      const int col = (kGated ? tile : tile * kHigh + high) * 64 + chunk * 8;
+      if (col < args.out_cols) {
+        for (int row = warp * 4 + lane / 8; row < group.count; row += 16) {
+          const int64_t at = int64_t{group.first_place + row} * args.out_cols + col;
+          *reinterpret_cast<uint4*>(args.out + at) = load_shared(address(row, chunk));
+        }
+      }
+      warpgroup_sync(warpgroup);
     }
   }
 
@@ -198,9 +304,7 @@ struct Consumer {
       const int row = i * 8 + lane / 4;
       BFloat16* to = out + int64_t{row} * args.out_cols;
       if constexpr (kGated) {
-        const uint32_t pair = transpose(
-            pack_pair(skinny_gated_mul(args.activation, sums[i * 4], sums[i * 4 + 2]),
-                      skinny_gated_mul(args.activation, sums[i * 4 + 1], sums[i * 4 + 3])));
+        const uint32_t pair = transpose(gated_pair(&sums[i * 4]));
         if (row < group.count && first_col < args.out_cols) {
           *reinterpret_cast<uint32_t*>(to) = pair;
         }
@@ -249,6 +353,16 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
     }
   };
 
+  const auto prefetch_weight = [&](int expert, int tile, int group) {
+    constexpr int kPart = kRows / kShare;
+    const int row = tile % args.row_tiles * kRows + blockIdx.x % kShare * kPart;
+    if constexpr (kGated) {
+      prefetch_expert_pair_tile(weight_map, group * kGroup, row / 16, expert);
+    } else {
+      prefetch_expert_tile(weight_map, group * kGroup, row, expert);
+    }
+  };
+
   // The first thread of those that load requests the first weights as soon as may be, on its own.
   const bool leads = threadIdx.x == Shape::kConsumers;
   if (leads) {
@@ -288,6 +402,8 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
     RingPlace place;
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
       const MoeGroup group = schedule.group(tile);
+      const int next_expert =
+          leads && tile + tile_step < tiles ? schedule.group(tile + tile_step).expert : 0;
       const BFloat16* source[kTurns];
 #pragma unroll
       for (int i = 0; i < kTurns; ++i) {
@@ -302,6 +418,15 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
             --ahead;
           } else {
             load_weight(group.expert, tile % args.row_tiles, i, place.stage);
+          }
+          // A ring of few large stages does not cover the memory's latency, but the cache's.
+          if constexpr (Shape::kStaged) {
+            const int later = i + kPrefetchAhead;
+            if (later < groups) {
+              prefetch_weight(group.expert, tile, later);
+            } else if (tile + tile_step < tiles && later - groups < groups) {
+              prefetch_weight(next_expert, tile + tile_step, later - groups);
+            }
           }
         }
         const bool in_cols = i * kGroup + chunk * 8 < args.k;
@@ -331,11 +456,19 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
         consumer.template tile<16>(group, row_tile);
       } else if (kTokens == 32 || group.count <= 32) {
         consumer.template tile<32>(group, row_tile);
-      } else if (kTokens == 64 || group.count <= 64) {
-        if constexpr (kTokens >= 64) consumer.template tile<64>(group, row_tile);
+      } else if constexpr (kTokens == 64) {
+        consumer.template tile<64>(group, row_tile);
       } else if constexpr (kTokens == 128) {
-        if (group.count <= 96) {
+        if (group.count <= 48) {
+          consumer.template tile<48>(group, row_tile);
+        } else if (group.count <= 64) {
+          consumer.template tile<64>(group, row_tile);
+        } else if (group.count <= 80) {
+          consumer.template tile<80>(group, row_tile);
+        } else if (group.count <= 96) {
           consumer.template tile<96>(group, row_tile);
+        } else if (group.count <= 112) {
+          consumer.template tile<112>(group, row_tile);
         } else {
           consumer.template tile<128>(group, row_tile);
         }
@@ -371,7 +504,7 @@ void launch_tiles(const MoeProduct& product, const DeviceLimits& limits, bool we
   // Where this one leaves room, the next one's blocks may fill it with their weights.
   args.launch_early = product.few && !weights_first;
   args.read_once = kTokens <= 64;
-  const size_t shared_bytes = static_cast<size_t>(args.stages) * Shape::kStageBytes + kSwizzleBytes;
+  const size_t shared_bytes = Shape::shared_bytes(args.stages);
   auto* kernel = moe_wgmma_kernel<kRows, kTokens, kShare, kGated>;
   allow_shared_memory(kMoeOp, kernel, shared_bytes);
   const int64_t at_once = limits.sms * Shape::kBlocks / kShare * kShare;
