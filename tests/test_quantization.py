@@ -431,6 +431,22 @@ def test_tensors_that_do_not_fit_are_named(
         greedy(rewrite(quantised, tmp_path / "model", change), device="cpu")
 
 
+def test_config_and_weights_must_agree_on_what_is_quantised(
+    plain: Path, quantised: Path, tmp_path: Path
+) -> None:
+    config = json.loads((quantised / "config.json").read_text())
+    copy = shutil.copytree(plain, tmp_path / "not_quantised")
+    write_model(copy, config)
+    with pytest.raises(WeightError, match=r"q_proj.weight': is not quantised, and exclude_modules"):
+        greedy(copy, device="cpu")
+    copy = shutil.copytree(quantised, tmp_path / "quantised")
+    del config["quantization_config"]
+    write_model(copy, config)
+    (copy / "hf_quant_config.json").unlink()
+    with pytest.raises(WeightError, match=r"q_proj.weight': is quantised, and the config says"):
+        greedy(copy, device="cpu")
+
+
 def test_the_plan_counts_what_nvfp4_takes(quantised: Path, plain: Path) -> None:
     sizes = []
     for model in (plain, quantised):

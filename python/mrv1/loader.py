@@ -860,6 +860,7 @@ def _match_rank(
     for weight, (_, is_vector, own_cols, segments) in enumerate(program.weights):
         for segment, (name, own_rows) in enumerate(segments):
             rows, _, cols, _ = slices[weight][segment]
+            _check_stored(tensors, name, is_nvfp4[weight])
             if not is_nvfp4[weight]:
                 # A vector may be stored as the one row of a matrix.
                 shapes = [(rows,), (1, rows)] if is_vector else [(rows, cols)]
@@ -876,6 +877,23 @@ def _match_rank(
                 sources.append(_Source(weight, segment, info, kind, nbytes))
                 used.add(tensor)
     return sources
+
+
+def _check_stored(tensors: Mapping[str, TensorInfo], name: str, is_nvfp4: bool) -> None:
+    """Refuses a matrix that is quantised where the config says that it is not, or the reverse."""
+    info = tensors.get(name)
+    if info is None or is_nvfp4 == (nvfp4_tensors(name)["nvfp4_block_scales"] in tensors):
+        return
+    if is_nvfp4 and info.dtype in LOADABLE:
+        raise WeightError(
+            "is not quantised, and exclude_modules (ignore in config.json) does not name it",
+            path=info.path,
+            tensor=name,
+        )
+    if not is_nvfp4 and info.dtype not in LOADABLE:
+        raise WeightError(
+            "is quantised, and the config says that it is not", path=info.path, tensor=name
+        )
 
 
 def _find(
