@@ -211,6 +211,7 @@ class Experts:
     dtype: str
     activation: str = "silu"
     first_expert: int = 0
+    num_experts: int = 0
     wide: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -234,6 +235,7 @@ class Experts:
             down,
             activation=self.activation,
             first_expert=self.first_expert,
+            num_experts=self.num_experts,
             wide=self.wide,
         )
         program.output(out)
@@ -354,6 +356,29 @@ def test_rows_do_not_depend_on_the_batch(
     np.testing.assert_array_equal(parts[2], whole[-1:])
 
 
+@pytest.mark.parametrize("count", [8, 11, 19])
+def test_sums_have_the_bits_of_one_rank(native_device: _core.Device, count: int) -> None:
+    """In batch-invariant steps, where ranks have some of the experts each."""
+    rng = np.random.default_rng(count)
+    whole = make_experts(
+        rng, "bfloat16", rows=9, hidden=136, intermediate=32, count=count, top_k=5, wide=True,
+        options={"batch_invariant": True},
+    )  # fmt: skip
+    (expected,) = whole.run(native_device)
+    for size in (1, 2, 4, 8):
+        parts = []
+        for rank in range(size):
+            own = Shard(rank, size, expert_parallel=True).own_experts(count)
+            part = dataclasses.replace(
+                whole, gate_up=whole.gate_up[own], down=whole.down[own], first_expert=own.start,
+                num_experts=count,
+            )  # fmt: skip
+            parts += part.run(native_device)
+        while len(parts) > 1:  # as all_reduce adds them
+            parts = [parts[i] + parts[i + 1] for i in range(0, len(parts), 2)]
+        np.testing.assert_array_equal(parts[0], expected)
+
+
 def test_rows_of_a_long_batch(native_device: _core.Device) -> None:
     """More rows than the scratch of one pass holds."""
     rng = np.random.default_rng(5)
@@ -434,6 +459,8 @@ def test_program_refuses_what_does_not_fit() -> None:
     with pytest.raises(InvalidArgumentError, match=r"moe_experts.*must be \[2 n, 8\]"):
         program.moe_experts(x, experts, weights, down, gate_up)
     with pytest.raises(InvalidArgumentError, match=r"moe_experts.*first_expert"):
+        program.moe_experts(x, experts, weights, gate_up, down, first_expert=2, num_experts=3)
+    with pytest.raises(InvalidArgumentError, match=r"moe_experts.*num_experts must be in"):
         program.moe_experts(x, experts, weights, gate_up, down, first_expert=1023)
     with pytest.raises(InvalidArgumentError, match=r"linear.*must be one matrix"):
         program.linear(x, gate_up)
@@ -450,10 +477,12 @@ def test_program_refuses_what_does_not_fit() -> None:
 # --- the builder ------------------------------------------------------------------------------
 
 
-def wire(shard: Shard, experts: int = 5, *, stacked: bool = False) -> _core.Program:
+def wire(
+    shard: Shard, experts: int = 5, *, stacked: bool = False, wide_sums: bool = False
+) -> _core.Program:
     """A program of one layer of experts, as a rank has it; of one tensor for all, or of many."""
     hidden, intermediate = 16, 32
-    builder = Builder("float32", shard=shard)
+    builder = Builder("float32", shard=shard, wide_sums=wide_sums)
     x = Value(builder.program.input("x", hidden))
     if stacked:
         gates = [
@@ -505,6 +534,12 @@ def test_ranks_have_experts_of_their_own() -> None:
         assert program.weights[2][2:] == (32, [(f"{e}.down", 16) for e in own])
     with pytest.raises(InvalidArgumentError, match="5 experts cannot be shared out among 6 ranks"):
         wire(Shard(0, 6, expert_parallel=True))
+
+
+def test_batch_invariant_ranks_have_whole_experts() -> None:
+    program = wire(Shard(1, 2), 6, wide_sums=True)
+    assert program.op_names == ["linear", "moe_route", "moe_experts", "all_reduce"]
+    assert program.weight_matrices == [1, 3, 3]
 
 
 # --- mrv1.ops ---------------------------------------------------------------------------------

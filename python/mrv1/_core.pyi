@@ -188,9 +188,10 @@ class Program:
         The experts of each token, int32, and their weights, float32: [tokens, top_k].
         """
 
-    def moe_experts(self, x: int, experts: int, weights: int, gate_up: int, down: int, *, activation: str = 'silu', first_expert: int = 0, row_parallel: bool = False, wide: bool = False) -> int:
+    def moe_experts(self, x: int, experts: int, weights: int, gate_up: int, down: int, *, activation: str = 'silu', first_expert: int = 0, num_experts: int = 0, row_parallel: bool = False, wide: bool = False) -> int:
         """
-        The weighted sum of what the tokens' experts make of x, [tokens, cols].
+        The weighted sum of what the tokens' experts make of x, [tokens, cols]. `num_experts`:
+        of all ranks, 0 for those of gate_up and the ones before them.
         """
 
     def rope_table(self, inv_freq: Sequence[float], factor: float = 1.0, interleaved: bool = False) -> int: ...

@@ -99,7 +99,7 @@ class Builder:
         dtype: Of activations, matrices and KV cache: "float32" or "bfloat16".
         shard: The part of the model that is wired.
         wide_sums: Whether ranks add their parts of a sum before it is rounded to `dtype`, as
-            batch-invariant steps do.
+            batch-invariant steps do. Each has whole experts of a mixture then.
         quantization: Which matrices the checkpoint has in NVFP4.
     """
 
@@ -113,6 +113,9 @@ class Builder:
     ) -> None:
         self.program = _core.Program(dtype)
         self.shard = Shard() if shard is None else shard
+        if wide_sums and self.shard.size > 1:
+            # Sums over whole experts are the ones that have the same bits on any number of ranks.
+            self.shard = dataclasses.replace(self.shard, expert_parallel=True)
         self._wide_sums = wide_sums
         self._quantization = quantization
         self._prefix = ""
@@ -412,6 +415,7 @@ class Builder:
                 down.index,
                 activation=activation,
                 first_expert=self.shard.own_experts(gate_up.matrices).start,
+                num_experts=gate_up.matrices,
                 row_parallel=True,
                 wide=is_shared and self._wide_sums,
             )

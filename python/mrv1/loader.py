@@ -110,8 +110,7 @@ class RunnerOptions:
         attention_backend: Kernels of decode attention on a GPU, "native" or "flashinfer" (native
             again where the build or FlashInfer has no kernel for it); MRV1_ATTENTION_BACKEND.
         batch_invariant: Whether a row's results on a GPU must not depend, bit for bit, on what else
-            is in the batch, nor, on any device and for models without experts, on
-            tensor_parallel_size; MRV1_BATCH_INVARIANT.
+            is in the batch, nor, on any device, on tensor_parallel_size; MRV1_BATCH_INVARIANT.
         pad_requests: Steps are padded to at least this many requests; for testing.
         pad_tokens: Steps are padded to at least this many tokens; for testing.
         infer_param_view: Whether steps also compute the by-table-row view of the batch.

@@ -68,8 +68,8 @@ class Shard:
     def own_experts(self, experts: int) -> range:
         """The experts that the rank has, of each all or a part.
 
-        In expert parallelism each rank has as many, but for the first ones, which have one more
-        where the number does not divide.
+        In expert parallelism rank r has the experts e with e * size // experts == r, which are as
+        many on each rank, or one more.
 
         Raises:
             InvalidArgumentError: There are fewer experts than ranks that should have some.
@@ -83,9 +83,8 @@ class Shard:
                 value=self.expert_parallel,
                 allowed="False",
             )
-        each, more = divmod(experts, self.size)
-        first = self.rank * each + min(self.rank, more)
-        return range(first, first + each + (self.rank < more))
+        first, end = (-(-rank * experts // self.size) for rank in (self.rank, self.rank + 1))
+        return range(first, end)
 
 
 def stage_ranges(

@@ -134,6 +134,7 @@ nb::object moe_experts(const OpsHandle& self, nb::handle x_array, nb::handle exp
   params.out = out.data;
   params.top_k = static_cast<int32_t>(experts.cols());
   params.first_expert = first_expert;
+  params.num_experts = static_cast<int32_t>(first_expert + count);
   call.context().sizes.num_tokens = static_cast<int32_t>(x.rows());
   WorkspaceLimits limits{};
   limits.max_tokens = x.rows();

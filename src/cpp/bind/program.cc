@@ -133,16 +133,17 @@ void bind_program(nb::module_& m) {
       .def(
           "moe_experts",
           [](Program& self, int32_t x, int32_t experts, int32_t weights, int32_t gate_up,
-             int32_t down, const std::string& activation, int32_t first_expert, bool row_parallel,
-             bool wide) {
+             int32_t down, const std::string& activation, int32_t first_expert, int32_t num_experts,
+             bool row_parallel, bool wide) {
             return self.moe_experts(x, experts, weights, gate_up, down,
                                     {activation_from_name(activation, "moe_experts"), first_expert,
-                                     row_parallel, wide});
+                                     num_experts, row_parallel, wide});
           },
           nb::arg("x"), nb::arg("experts"), nb::arg("weights"), nb::arg("gate_up"), nb::arg("down"),
           nb::kw_only(), nb::arg("activation") = "silu", nb::arg("first_expert") = 0,
-          nb::arg("row_parallel") = false, nb::arg("wide") = false,
-          "The weighted sum of what the tokens' experts make of x, [tokens, cols].")
+          nb::arg("num_experts") = 0, nb::arg("row_parallel") = false, nb::arg("wide") = false,
+          "The weighted sum of what the tokens' experts make of x, [tokens, cols]. `num_experts`:\n"
+          "of all ranks, 0 for those of gate_up and the ones before them.")
       .def(
           "rope_table",
           [](Program& self, std::vector<float> inv_freq, float factor, bool interleaved) {

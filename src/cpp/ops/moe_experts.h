@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "ops/activation.h"
+#include "ops/linear.h"
 #include "ops/weight_view.h"
 #include "state/step_context.h"
 
@@ -16,6 +17,10 @@ namespace mrv1 {
 // of each down are rounded to dtype; the weighted sum is made in float32, by ascending j, and
 // rounded once. How many rows an expert gets is known to the device alone; a row's result does not
 // depend on the others, on a GPU in batch-invariant steps.
+//
+// In a batch-invariant step the sum over ranks has the same bits whichever rank has which experts:
+// those of all ranks are sum_groups() groups of neighbours, a row's choices among each are added by
+// ascending j, and the groups in the order of sum_in_order.
 struct MoeExpertsParams {
   const void* x;           // [rows, hidden] of dtype
   const int32_t* experts;  // [rows, top_k] among the experts of all ranks, no id twice in a row
@@ -28,6 +33,7 @@ struct MoeExpertsParams {
   Activation activation;   // not kNone
   int32_t top_k;
   int32_t first_expert;
+  int32_t num_experts;  // of all ranks
   // Rows are the step's tokens; or, with regions, what each of several ranks has sent: `regions`
   // times `region_rows`, of which the first counts[r] of region r count. The rest is not read, nor
   // written.
@@ -37,6 +43,11 @@ struct MoeExpertsParams {
 
   int64_t hidden() const { return down.rows / down.matrices; }
   int64_t intermediate() const { return down.cols; }
+  int sum_groups(const StepContext& ctx) const { return ctx.batch_invariant ? kInvariantParts : 1; }
+  // The group of an expert: groups are as even as can be, and those of a rank are neighbours.
+  MRV1_HD int32_t sum_group(int32_t expert, int groups) const {
+    return expert * groups / num_experts;
+  }
   int64_t num_rows(const StepContext& ctx) const {
     return regions > 0 ? regions * region_rows : ctx.sizes.num_tokens;
   }

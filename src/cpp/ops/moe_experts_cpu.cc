@@ -68,6 +68,10 @@ void check_params(const MoeExpertsParams& params) {
         kOp, "matrices of gate_up are [", gate_up.rows / gate_up.matrices, ", ", gate_up.cols,
         "], must be [", 2 * params.intermediate(), ", ", params.hidden(), "] for down's of [",
         params.hidden(), ", ", params.intermediate(), "]");
+  check(params.first_expert >= 0 && params.first_expert + gate_up.matrices <= params.num_experts &&
+            params.num_experts <= kMaxExperts,
+        kOp, "experts [", params.first_expert, ", ", params.first_expert + gate_up.matrices,
+        ") are not among ", params.num_experts, ", at most ", kMaxExperts);
   check(params.top_k > 0 && params.top_k <= kMaxExperts, kOp, "top_k is ", params.top_k,
         ", must be in [1, ", kMaxExperts, "]");
   check(params.activation != Activation::kNone, kOp, "there is no activation");
@@ -82,7 +86,8 @@ class Pass {
         size_(static_cast<int64_t>(dtype_size(params.dtype))),
         experts_(params.gate_up.matrices),
         rows_per_pass_(kPairsPerPass / params.top_k),
-        rows_(params.num_rows(ctx)) {
+        rows_(params.num_rows(ctx)),
+        groups_(params.sum_groups(ctx)) {
     const int64_t pairs = std::min(rows_, rows_per_pass_) * params.top_k;
     const int64_t used = place_memory(memory_, static_cast<char*>(ctx.workspace), experts_, pairs,
                                       params.hidden() * size_, params.intermediate() * size_);
@@ -195,35 +200,42 @@ class Pass {
   // The weighted sums of rows [begin, end).
   void add_up(int64_t begin, int64_t end) {
     const int64_t hidden = params_.hidden();
+    const TypedVectorOps& wide = vector_ops(DType::kF32, kOp);
     const auto store_row = vector_ops(params_.out_dtype, kOp).store_row;
     const auto out_size = static_cast<int64_t>(dtype_size(params_.out_dtype));
-    pool_.parallel_for(
-        end - begin, kElementsPerPiece / (hidden * params_.top_k),
-        [&](int64_t from, int64_t to, int) {
-          for (int64_t row = begin + from; row < begin + to; ++row) {
-            if (!is_live(row)) continue;
-            const int32_t* places = memory_.place + (row - begin) * params_.top_k;
-            const float* weights = params_.weights + row * params_.top_k;
-            for (int64_t col = 0; col < hidden; col += kSumCols) {
-              const int64_t cols = std::min(kSumCols, hidden - col);
-              alignas(64) float sums[kSumCols];
-              std::fill_n(sums, cols, 0.0f);
-              for (int64_t j = 0; j < params_.top_k; ++j) {
-                if (places[j] < 0) continue;
-                ops_.add_scaled_row(memory_.wide + (places[j] * hidden + col) * size_, weights[j],
-                                    sums, cols);
-              }
-              store_row(sums, nullptr,
-                        static_cast<char*>(params_.out) + (row * hidden + col) * out_size, cols);
+    const int64_t grain = kElementsPerPiece / (hidden * params_.top_k);
+    pool_.parallel_for(end - begin, grain, [&](int64_t from, int64_t to, int) {
+      for (int64_t row = begin + from; row < begin + to; ++row) {
+        if (!is_live(row)) continue;
+        const int32_t* places = memory_.place + (row - begin) * params_.top_k;
+        const int32_t* experts = params_.experts + row * params_.top_k;
+        const float* weights = params_.weights + row * params_.top_k;
+        for (int64_t col = 0; col < hidden; col += kSumCols) {
+          const int64_t cols = std::min(kSumCols, hidden - col);
+          alignas(64) float sums[kInvariantParts][kSumCols];
+          for (int group = 0; group < groups_; ++group) std::fill_n(sums[group], cols, 0.0f);
+          for (int64_t j = 0; j < params_.top_k; ++j) {
+            if (places[j] < 0) continue;
+            ops_.add_scaled_row(memory_.wide + (places[j] * hidden + col) * size_, weights[j],
+                                sums[params_.sum_group(experts[j], groups_)], cols);
+          }
+          for (int step = 1; step < groups_; step *= 2) {
+            for (int group = 0; group < groups_; group += 2 * step) {
+              wide.add_row(sums[group], sums[group + step], sums[group], cols);
             }
           }
-        });
+          store_row(sums[0], nullptr,
+                    static_cast<char*>(params_.out) + (row * hidden + col) * out_size, cols);
+        }
+      }
+    });
   }
 
   const MoeExpertsParams& params_;
   const TypedVectorOps& ops_;
   ThreadPool& pool_;
   int64_t size_, experts_, rows_per_pass_, rows_;
+  int groups_;
   int64_t pairs_ = 0;
   PassMemory memory_{};
 };

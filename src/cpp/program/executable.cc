@@ -205,7 +205,8 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
                               .out_dtype = result->dtype,
                               .activation = op.activation,
                               .top_k = static_cast<int32_t>(program.values()[op.inputs[1]].cols),
-                              .first_expert = op.first_expert};
+                              .first_expert = op.first_expert,
+                              .num_experts = op.num_experts};
     case OpKind::kAllReduce:
       return AllReduceParams{in(0),        op.weights.empty() ? nullptr : vector(0), out(0),
                              result->cols, program.values()[op.inputs[0]].dtype,     result->dtype,

@@ -306,14 +306,18 @@ int32_t Program::moe_experts(int32_t x, int32_t experts, int32_t weights, int32_
         "]; for x of ", in.cols, " columns they must be [2 n, ", in.cols, "] and [", in.cols,
         ", n]");
   check(spec.activation != Activation::kNone, kOp, "there is no activation");
-  check(spec.first_expert >= 0 && spec.first_expert <= kMaxExperts - count, kOp,
-        "first_expert must be in [0, ", kMaxExperts - count, "], not ", spec.first_expert);
+  const int64_t all = spec.num_experts == 0 ? spec.first_expert + count : spec.num_experts;
+  check(all >= count && all <= kMaxExperts, kOp, "num_experts must be in [", count, ", ",
+        kMaxExperts, "], not ", all);
+  check(spec.first_expert >= 0 && spec.first_expert <= all - count, kOp,
+        "first_expert must be in [0, ", all - count, "], not ", spec.first_expert);
   return emit({.kind = OpKind::kMoeExperts,
                .inputs = {x, experts, weights},
                .weights = {gate_up, down},
                .activation = spec.activation,
                .row_parallel = spec.row_parallel,
-               .first_expert = spec.first_expert},
+               .first_expert = spec.first_expert,
+               .num_experts = static_cast<int32_t>(all)},
               in.space, in.cols, spec.wide ? DType::kF32 : dtype_);
 }
 

@@ -83,9 +83,10 @@ struct Op {
   int32_t layer = -1;                         // decoder layer the op belongs to, -1 outside
   // linear, moe_experts: the output is a partial sum where ranks share the model.
   bool row_parallel = false;
-  int64_t first_row = 0;     // embedding: the token id of the table's first row
-  RouteSpec route = {};      // moe_route
-  int32_t first_expert = 0;  // moe_experts: the expert of its first matrices
+  int64_t first_row = 0;  // embedding: the token id of the table's first row
+  RouteSpec route = {};   // moe_route
+  // moe_experts: the expert of its first matrices, and how many all ranks have.
+  int32_t first_expert = 0, num_experts = 0;
 };
 // Whether ranks meet in an op: it waits for those of the others.
 constexpr bool is_collective(OpKind kind) {
@@ -189,10 +190,11 @@ class Program {
   // vector or -1.
   std::pair<int32_t, int32_t> moe_route(int32_t logits, int32_t bias, const RouteSpec& spec);
   // The weighted sum of what the tokens' experts make of x. gate_up and down have the matrices of
-  // experts [first_expert, first_expert + matrices); others add nothing.
+  // experts [first_expert, first_expert + matrices) of num_experts, 0 for just these; others add
+  // nothing.
   struct ExpertsSpec {
     Activation activation = Activation::kSilu;
-    int32_t first_expert = 0;
+    int32_t first_expert = 0, num_experts = 0;
     bool row_parallel = false;  // a part of the sum, for an all_reduce
     bool wide = false;          // in float32
   };
