@@ -57,22 +57,33 @@ int64_t place_memory(PassMemory& memory, char* base, int64_t pairs, int64_t expe
   return used;
 }
 
-// kCount columns of the sum over a row's choices, in their order.
-template <typename T, typename Out, int kCount>
-__device__ __forceinline__ void sum_row(int top_k, const int32_t* place, const float* weights,
-                                        const T* result, int32_t hidden, Out* out) {
-  float sums[kCount] = {};
-  for (int first = 0; first < top_k; first += kAtOnce) {
+// The choices of a row, and of all ranks' experts how many there are.
+struct RowChoices {
+  int32_t top_k, num_experts;
+  const int32_t* experts;
+  const int32_t* place;
+  const float* weights;
+};
+
+// kCount columns of the sum over a row's choices, in their order, of each of kGroups groups of
+// experts by itself.
+template <typename T, typename Out, int kCount, int kGroups>
+__device__ __forceinline__ void sum_row(const RowChoices& choices, const T* result, int32_t hidden,
+                                        Out* out) {
+  float sums[kGroups][kCount] = {};
+  for (int first = 0; first < choices.top_k; first += kAtOnce) {
     float values[kAtOnce][kCount];
     float factor[kAtOnce];
     bool here[kAtOnce];
+    int32_t group[kAtOnce] = {};
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int j = first + i;
-      const int32_t at = j < top_k ? place[j] : -1;
+      const int32_t at = j < choices.top_k ? choices.place[j] : -1;
       here[i] = at >= 0;
-      factor[i] = here[i] ? weights[j] : 0.0f;
+      factor[i] = here[i] ? choices.weights[j] : 0.0f;
       if (!here[i]) continue;
+      if constexpr (kGroups > 1) group[i] = choices.experts[j] * kGroups / choices.num_experts;
       const T* from = result + int64_t{at} * hidden;
       if constexpr (kCount == 1) {
         values[i][0] = to_float(*from);
@@ -84,22 +95,34 @@ __device__ __forceinline__ void sum_row(int top_k, const int32_t* place, const f
     for (int i = 0; i < kAtOnce; ++i) {
       if (!here[i]) continue;
 #pragma unroll
-      for (int c = 0; c < kCount; ++c) sums[c] = fmaf(factor[i], values[i][c], sums[c]);
+      for (int g = 0; g < kGroups; ++g) {
+        if (group[i] != g) continue;
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) sums[g][c] = fmaf(factor[i], values[i][c], sums[g][c]);
+      }
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < kGroups; step *= 2) {
+#pragma unroll
+    for (int g = 0; g < kGroups; g += 2 * step) {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) sums[g][c] += sums[g + step][c];
     }
   }
   if constexpr (kCount == 1) {
-    *out = from_float<Out>(sums[0]);
+    *out = from_float<Out>(sums[0][0]);
   } else {
-    store_values(out, sums);
+    store_values(out, sums[0]);
   }
 }
 
 // out[row] for every row of the pass. A thread has kCount columns. Without `place` the block finds
 // the places of few pairs.
-template <typename T, typename Out, int kCount>
+template <typename T, typename Out, int kCount, int kGroups>
 __global__ void __launch_bounds__(kSumThreads)
-    sum_kernel(MoeRows rows, const int32_t* place, const float* weights, const T* result, Out* out,
-               int32_t hidden) {
+    sum_kernel(MoeRows rows, int32_t all_experts, const int32_t* place, const float* weights,
+               const T* result, Out* out, int32_t hidden) {
   __shared__ MoeFewPairs few;
   launch_next();
   // Choices are older than the kernel before this one, which says so by weights_first.
@@ -114,11 +137,14 @@ __global__ void __launch_bounds__(kSumThreads)
   const int32_t live = moe_live_rows(rows);
   for (int32_t number = blockIdx.x; number < live; number += gridDim.x) {
     const int32_t row = moe_row_at(rows, number);
-    sum_row<T, Out, kCount>(rows.top_k, place + int64_t{number} * rows.top_k,
-                            weights + int64_t{row} * rows.top_k, result + col, hidden,
-                            out + int64_t{row} * hidden + col);
+    const int64_t first = int64_t{row} * rows.top_k;
+    const RowChoices choices{rows.top_k, all_experts, rows.experts + first,
+                             place + int64_t{number} * rows.top_k, weights + first};
+    sum_row<T, Out, kCount, kGroups>(choices, result + col, hidden,
+                                     out + int64_t{row} * hidden + col);
   }
 }
+
 template <typename T, typename Out>
 void sum_rows(const MoeExpertsParams& params, const MoeRows& rows, const PassMemory& memory,
               bool few, const StepContext& ctx) {
@@ -129,10 +155,17 @@ void sum_rows(const MoeExpertsParams& params, const MoeRows& rows, const PassMem
   // Of regions most rows may not count.
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(rows.num_rows, kMaxSumBlocks)),
                   static_cast<unsigned>((threads + kSumThreads - 1) / kSumThreads));
-  launch(kMoeOp, ctx, wide ? sum_kernel<T, Out, kWide> : sum_kernel<T, Out, 1>, grid, kSumThreads,
-         0, rows, few ? nullptr : memory.schedule.place, params.weights,
-         static_cast<const T*>(memory.result), static_cast<Out*>(params.out),
-         static_cast<int32_t>(hidden));
+  const auto run = [&](auto* kernel) {
+    launch(kMoeOp, ctx, kernel, grid, kSumThreads, 0, rows, params.num_experts,
+           few ? nullptr : memory.schedule.place, params.weights,
+           static_cast<const T*>(memory.result), static_cast<Out*>(params.out),
+           static_cast<int32_t>(hidden));
+  };
+  if (params.sum_groups(ctx) > 1) {
+    run(wide ? sum_kernel<T, Out, kWide, kInvariantParts> : sum_kernel<T, Out, 1, kInvariantParts>);
+  } else {
+    run(wide ? sum_kernel<T, Out, kWide, 1> : sum_kernel<T, Out, 1, 1>);
+  }
 }
 
 void sum_rows_of(const MoeExpertsParams& params, const MoeRows& rows, const PassMemory& memory,
@@ -210,7 +243,7 @@ void run_pass(const MoeExpertsParams& params, const MoeRows& rows, const PassMem
   if (!few) moe_schedule(rows, memory.schedule, cut, ctx);
   if (wgmma) {
     moe_wgmma(gate_up, cut, /*weights_first=*/false, ctx);
-    if (pairs <= kMoeDownFewPairs) {
+    if (pairs <= kMoeDownFewPairs && params.sum_groups(ctx) == 1) {
       return moe_down_few(down, params.weights, params.out, params.out_dtype, ctx);
     }
     moe_wgmma(down, cut, /*weights_first=*/true, ctx);
