@@ -174,6 +174,9 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanArgs args, InferPara
   most_cells = cuda::block_max<kThreads>(most_cells);
   least_cells = cuda::block_min<kThreads>(least_cells);
   int32_t least = max(1, (most_cells + cuda::kMostPieces - 1) / cuda::kMostPieces);
+  // Where there are workers enough, what a head's pieces take one by one and what it takes to merge
+  // them are balanced: a piece costs the merge about a quarter of what a unit costs its worker.
+  least = max(least, static_cast<int32_t>((sqrtf(static_cast<float>(most_cells)) + 1.0f) / 2.0f));
   int32_t granule_log2 = 0;
   if (args.tiles == cuda::AttentionTiles::kSplits) {
     least = max(least, 1 << cuda::kSplitUnitsLog2);

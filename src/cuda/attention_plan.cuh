@@ -70,7 +70,7 @@ struct alignas(16) AttentionWorker {
   __device__ int32_t owner(int32_t cell) const {
     const int64_t place = int64_t{cell} * num_workers;
     int32_t worker =
-        static_cast<int32_t>(static_cast<float>(place) / static_cast<float>(num_cells));
+        static_cast<int32_t>(__fdividef(static_cast<float>(place), static_cast<float>(num_cells)));
     while (int64_t{worker} * num_cells > place) --worker;
     while (int64_t{worker + 1} * num_cells <= place) ++worker;
     return worker;

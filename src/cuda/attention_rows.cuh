@@ -84,31 +84,18 @@ __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until all but the `pending` newest groups have arrived.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Waits until all but the `pending` newest groups have arrived. No table of jumps: it would come
+// from memory.
 __device__ __forceinline__ void wait_copies(int pending) {
-  switch (pending) {
-    case 0:
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
-      break;
-    case 1:
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
-      break;
-    case 2:
-      asm volatile("cp.async.wait_group 2;" ::: "memory");
-      break;
-    case 3:
-      asm volatile("cp.async.wait_group 3;" ::: "memory");
-      break;
-    case 4:
-      asm volatile("cp.async.wait_group 4;" ::: "memory");
-      break;
-    case 5:
-      asm volatile("cp.async.wait_group 5;" ::: "memory");
-      break;
-    default:
-      asm volatile("cp.async.wait_group 6;" ::: "memory");
-      break;
-  }
+  if (pending <= 1) return pending <= 0 ? wait_copies<0>() : wait_copies<1>();
+  if (pending <= 3) return pending <= 2 ? wait_copies<2>() : wait_copies<3>();
+  if (pending <= 5) return pending <= 4 ? wait_copies<4>() : wait_copies<5>();
+  wait_copies<6>();
 }
 static_assert(kMaxStages - 2 <= 6);
 
@@ -152,7 +139,8 @@ __device__ __forceinline__ float finite(float maximum) {
   return maximum == -INFINITY ? 0.0f : maximum;
 }
 
-// Adds `next`, of later positions. Wherever results are added, it is by this, in ascending order.
+// Adds `next`, of later positions. Batch invariant: wherever results are added, it is by this, in
+// ascending order.
 __device__ __forceinline__ void fold(Partial& into, const Partial& next) {
   const float maximum = fmaxf(into.maximum, next.maximum);
   const float old_factor = exp2_fast(into.maximum - finite(maximum));
@@ -189,7 +177,7 @@ struct TileRows {
     const int lane = lane_id();
     const int32_t last = item.rows - 1;
     const auto position = [&](int32_t tile_row) {
-      return item.context + (item.first + min(tile_row, last)) / args.group;
+      return item.context + args.token_of(item.first + min(tile_row, last));
     };
     const auto lowest = [&](int32_t high) {
       return args.window > 0 ? max(0, high - args.window + 1) : 0;
@@ -203,12 +191,12 @@ struct TileRows {
     common_low = lowest(position(first + kBlock - 1));
   }
 
-  // Where a row of a wide tile has its queries; rows past the tile's end repeat the last.
+  // Where a row of a tile has its queries; rows past the tile's end repeat the last.
   __device__ static const uint16_t* query_row(const NativeAttentionArgs& args,
                                               const AttentionItem& item, int32_t head,
                                               int32_t tile_row) {
     const int32_t row = item.first + min(tile_row, item.rows - 1);
-    const int32_t token = row / args.group;
+    const int32_t token = args.token_of(row);
     return args.qkv + (item.token + token) * args.q_stride +
            int64_t{head * args.group + row - token * args.group} * args.head_dim;
   }

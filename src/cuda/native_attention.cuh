@@ -206,17 +206,15 @@ class Kernel {
     }
     if (kTiles == AttentionTiles::kWide && item.rows > kNarrowRows) return;
     const uint32_t target = queries_ + slot * Q::kMatrixBytes;
-    for (int at = static_cast<int>(threadIdx.x); at < kNarrowRows * Q::kChunks;
-         at += kAttentionThreads) {
+    constexpr int kPieces = kNarrowRows * Q::kChunks;
+#pragma unroll
+    for (int i = 0; i < (kPieces + kAttentionThreads - 1) / kAttentionThreads; ++i) {
+      const int at = static_cast<int>(threadIdx.x) + i * kAttentionThreads;
+      if (kPieces % kAttentionThreads != 0 && at >= kPieces) continue;
       const int tile_row = at / Q::kChunks;
       const int chunk = at % Q::kChunks;
       const bool there = tile_row < item.rows && chunk * 8 < args_.head_dim;
-      const int32_t row = item.first + tile_row;
-      const int32_t token = row / args_.group;
-      const uint16_t* source =
-          args_.qkv + (item.token + token) * args_.q_stride +
-          int64_t{ahead_.at.head * args_.group + row - token * args_.group} * args_.head_dim +
-          chunk * 8;
+      const uint16_t* source = Rows::query_row(args_, item, ahead_.at.head, tile_row) + chunk * 8;
       copy_async(target + Q::offset(tile_row, chunk), there ? source : args_.qkv, there ? 16 : 0);
     }
   }
@@ -324,7 +322,7 @@ class Kernel {
   __device__ static uint16_t* output_row(const NativeAttentionArgs& args, const Segment& segment,
                                          int32_t tile_row) {
     const int32_t row = segment.item.first + tile_row;
-    const int32_t token = row / args.group;
+    const int32_t token = args.token_of(row);
     const int64_t head = int64_t{segment.item.token + token} * args.num_heads +
                          segment.head * args.group + row - token * args.group;
     return args.out + head * args.head_dim;
@@ -368,16 +366,21 @@ class Kernel {
               make_float4(decode(out.x), decode(out.y), decode(out.z), decode(out.w))};
     }
   };
-  __device__ static Words load_words(const float* slot, int32_t rows, int32_t row, int32_t col) {
-    Words words;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words.out.x), "=r"(words.out.y), "=r"(words.out.z), "=r"(words.out.w)
-                 : "l"(slot + row * D + col)
-                 : "memory");
-    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(words.limits.x), "=r"(words.limits.y)
-                 : "l"(slot + rows * D + 2 * row)
-                 : "memory");
+  // Four columns at `out` and their row's limits; if not `exists`, those of no positions.
+  __device__ static Words load_words(const float* out, const float* limits, bool exists) {
+    constexpr uint32_t kZero = ~0u;
+    Words words{make_uint4(kZero, kZero, kZero, kZero), make_uint2(~0xff800000u, kZero)};
+    asm volatile(
+        "{\n\t"
+        ".reg .pred exists;\n\t"
+        "setp.ne.u32 exists, %8, 0;\n\t"
+        "@exists ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%6];\n\t"
+        "@exists ld.relaxed.gpu.global.v2.u32 {%4, %5}, [%7];\n\t"
+        "}"
+        : "+r"(words.out.x), "+r"(words.out.y), "+r"(words.out.z), "+r"(words.out.w),
+          "+r"(words.limits.x), "+r"(words.limits.y)
+        : "l"(out), "l"(limits), "r"(static_cast<uint32_t>(exists))
+        : "memory");
     return words;
   }
 
@@ -394,7 +397,7 @@ class Kernel {
         limits[1] = own.sum[side];
       }
     }
-#pragma unroll
+#pragma unroll(kSplits ? kPasses : 1)
     for (int pass = 0; pass < kPasses; ++pass) {
       const int first = pass * kMergeRows;
       if (first >= rows) break;
@@ -403,8 +406,9 @@ class Kernel {
         float* target = merge_ + (warp_ * kMergeRows + row) * D;
 #pragma unroll
         for (int t = 0; t < D / 8; ++t) {
-          *reinterpret_cast<float2*>(target + Rows::column(t, lane_)) =
-              own.pair(t, first < 8 ? 0 : 1);
+          const float2 low = own.pair(t, 0);
+          const float2 high = own.pair(t, 1);
+          *reinterpret_cast<float2*>(target + Rows::column(t, lane_)) = first < 8 ? low : high;
         }
       }
       __syncthreads();
@@ -415,17 +419,20 @@ class Kernel {
         const int32_t col = at % (D / 4) * 4;
         if (at >= kMergeRows * D / 4 || tile_row >= rows || col >= args_.head_dim) continue;
         Partial result = warps_sum(tile_row, at / (D / 4), col);
-        Partial& total = totals[pass][share];
-        if (adds) {
-          fold(total, result);
-        } else {
-          total = result;
+        if constexpr (kSplits) {
+          Partial& total = totals[pass][share];
+          if (adds) {
+            fold(total, result);
+          } else {
+            total = result;
+          }
+          result = total;
         }
         if (!stores) continue;
         if (slot != nullptr) {
-          store_partial(slot, rows, tile_row, col, total);
+          store_partial(slot, rows, tile_row, col, result);
         } else {
-          store_output(args_, segment, tile_row, col, total);
+          store_output(args_, segment, tile_row, col, result);
         }
       }
       __syncthreads();
@@ -489,6 +496,31 @@ class Kernel {
 
   // --- segments that are not the whole ---
 
+  // Adds results to that of earlier positions: as fold() does one by one, but the exponentials do
+  // not wait for each other.
+  template <int kCount>
+  __device__ static void fold_all(Partial& into, const Words (&words)[kCount]) {
+    float maximum = into.maximum;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) maximum = fmaxf(maximum, decode(words[i].limits.x));
+    const float base = finite(maximum);
+    const float old_factor = exp2_fast(into.maximum - base);
+    into.maximum = maximum;
+    into.sum *= old_factor;
+    into.out = make_float4(into.out.x * old_factor, into.out.y * old_factor,
+                           into.out.z * old_factor, into.out.w * old_factor);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const Partial part = words[i].partial();
+      const float factor = exp2_fast(part.maximum - base);
+      into.sum = fmaf(part.sum, factor, into.sum);
+      into.out.x = fmaf(part.out.x, factor, into.out.x);
+      into.out.y = fmaf(part.out.y, factor, into.out.y);
+      into.out.z = fmaf(part.out.z, factor, into.out.z);
+      into.out.w = fmaf(part.out.w, factor, into.out.w);
+    }
+  }
+
   // Adds up the partial results of an item and head in ascending order of positions: the first
   // worker's, then one of each worker up to this one, or one of each of its splits. It waits only
   // for workers before this one, which were started before it. Zeros are left behind: at once where
@@ -518,46 +550,64 @@ class Kernel {
       const int32_t col = at % (D / 4) * 4;
       if (col >= args.head_dim) continue;
       Partial total{-INFINITY, 0.0f, make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
-      // Asks for `count` partial results, up to kAhead, before it looks at the first.
-      constexpr int kAhead = kSplits ? 8 : 16;
-      const auto add = [&](auto slot_of, int32_t count) {
-        Words words[kAhead];
+      // Adds `count` partial results that lie `stride` floats apart, the first one `skip` beyond
+      // its place. kAhead at a time are asked for until all are there: code without branches is
+      // short, and in a small batch most of it is fetched anew in each layer.
+      constexpr int kAhead = kSplits ? 8 : 12;
+      const auto add = [&](float* place, int64_t stride, int64_t skip, int32_t count) {
+#pragma unroll 1
+        for (; count > 0; count -= kAhead, place += kAhead * stride, skip = 0) {
+          Words words[kAhead];
+          float* const columns = place + row * D + col;
+          const float* const limits = place + rows * D + 2 * row;
+          bool complete = true;
+          do {
+            complete = true;
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          if (i < count) words[i] = load_words(slot_of(i), rows, row, col);
-        }
+            for (int i = 0; i < kAhead; ++i) {
+              const int64_t offset = i == 0 ? skip : i * stride;
+              words[i] = load_words(columns + offset, limits + offset, i < count);
+            }
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          if (i >= count) continue;
-          float* place = slot_of(i);
-          while (!words[i].complete()) words[i] = load_words(place, rows, row, col);
-          *reinterpret_cast<uint4*>(place + row * D + col) = make_uint4(0, 0, 0, 0);
-          fold(total, words[i].partial());
+            for (int i = 0; i < kAhead; ++i) complete = complete && words[i].complete();
+          } while (!complete);
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i) {
+            if (i >= count) continue;
+            *reinterpret_cast<uint4*>(columns + (i == 0 ? skip : i * stride)) =
+                make_uint4(0, 0, 0, 0);
+          }
+          if constexpr (kSplits) {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+              if (i < count) fold(total, words[i].partial());
+            }
+          } else {
+            fold_all(total, words);
+          }
         }
       };
       if constexpr (kSplits) {
         for (int32_t worker = from; worker <= last; ++worker) {
-          const int32_t splits = num_splits(worker);
-          for (int32_t split = 0; split < splits; split += kAhead) {
-            add([&](int i) { return slot(worker) + int64_t{split + i} * split_floats; },
-                min(kAhead, splits - split));
-          }
+          add(slot(worker), split_floats, 0, num_splits(worker));
         }
       } else {
-        for (int32_t worker = from; worker <= last; worker += kAhead) {
-          add([&](int i) { return slot(worker + i); }, min(kAhead, last + 1 - worker));
-        }
+        add(args.partials + from * args.worker_floats, args.worker_floats, args.start_floats,
+            last + 1 - from);
       }
       store_output(args, segment, row, col, total);
     }
     __syncthreads();  // all have read
-    const int32_t thread = static_cast<int32_t>(threadIdx.x);
-    for (int32_t at = thread; at < (last + 1 - from) * rows; at += kAttentionThreads) {
-      const int32_t worker = from + at / rows;
+#pragma unroll 1
+    for (int32_t worker = from + static_cast<int32_t>(threadIdx.x) / 32; worker <= last;
+         worker += kAttentionWarps) {
       const int32_t splits = num_splits(worker);
+#pragma unroll 1
       for (int32_t split = 0; split < splits; ++split) {
         float* limits = slot(worker) + int64_t{split} * split_floats + rows * D;
-        *reinterpret_cast<uint2*>(limits + 2 * (at % rows)) = make_uint2(0, 0);
+        for (int32_t row = lane_id(); row < rows; row += 32) {
+          *reinterpret_cast<uint2*>(limits + 2 * row) = make_uint2(0, 0);
+        }
       }
     }
   }
@@ -610,6 +660,12 @@ __global__ void __launch_bounds__(kAttentionThreads, D <= 128 ? 2 : 1)
     native_attention_kernel(const __grid_constant__ NativeAttentionArgs args) {
   extern __shared__ __align__(128) char shared[];
   launch_next();
+  // Parameters lie in memory, too, and a line of them takes as long to come as any other.
+  constexpr int kLineWords = 16;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(args) / sizeof(uint32_t)); i += kLineWords) {
+    asm volatile("" ::"r"(reinterpret_cast<const uint32_t*>(&args)[i]));
+  }
   // What the block starts with was written long ago, and other data may have taken its place in the
   // cache. Only lines are asked for: what is in them is read after the wait.
   constexpr int kSectorBytes = 32;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_plan.cuh"
+#include "fast_divider.cuh"
 #include "ops/paged_attention.h"
 #include "state/step_context.h"
 
@@ -83,6 +84,12 @@ struct NativeAttentionArgs {
   int32_t stages;
   AttentionTiles tiles;
   ScoreScale scale;
+  FastDivider group_divider;  // group
+
+  // The query token that one of the (token, head of group) pairs belongs to.
+  __device__ int32_t token_of(int32_t row) const {
+    return static_cast<int32_t>(group_divider.divide(static_cast<uint32_t>(row)));
+  }
 };
 
 // Launches the kernel for launch.dim, one function a file: 64 and 80, 96 and 128, 256.

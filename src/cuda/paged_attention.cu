@@ -90,6 +90,7 @@ void native_attention(const PagedAttentionParams& params, const StepContext& ctx
   args.num_heads = shape.num_heads;
   args.num_kv_heads = shape.num_kv_heads;
   args.group = shape.num_heads / shape.num_kv_heads;
+  args.group_divider = cuda::FastDivider(static_cast<uint32_t>(args.group));
   args.head_dim = shape.head_dim;
   args.q_stride = params.q_token_stride();
   args.num_tokens = ctx.sizes.num_tokens;
