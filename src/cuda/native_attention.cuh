@@ -151,7 +151,6 @@ class Kernel {
 
   // Requests this warp's part of the next unit; positions outside of the item become zeros.
   __device__ void request() {
-    if (fresh_) enter_segment();
     const int lane = lane_id();
     const int32_t position = ahead_position();
     const int32_t in_block = args_.block_shift >= 0 ? position & ((1 << args_.block_shift) - 1)
@@ -185,6 +184,7 @@ class Kernel {
       copy_word_async(target + 2 * L::kMatrixBytes + lane * static_cast<int>(sizeof(float)),
                       scales + offset, there ? static_cast<int>(sizeof(float)) : 0);
     }
+    if (fresh_) enter_segment();  // queries are nearer
     commit_copies();
     ++in_flight_;
     filling_ = filling_ + 1 == args_.stages ? 0 : filling_ + 1;
@@ -328,13 +328,19 @@ class Kernel {
     return args.out + head * args.head_dim;
   }
 
+  // Neighbouring columns of a row, of one sum.
+  template <int kFours>
   __device__ static void store_output(const NativeAttentionArgs& args, const Segment& segment,
-                                      int32_t tile_row, int32_t col, const Partial& result) {
-    const float factor = 1.0f / result.sum;
-    uint2 packed;
-    packed.x = pack(result.out.x * factor, result.out.y * factor);
-    packed.y = pack(result.out.z * factor, result.out.w * factor);
-    *reinterpret_cast<uint2*>(output_row(args, segment, tile_row) + col) = packed;
+                                      int32_t tile_row, int32_t col,
+                                      const Partial (&result)[kFours]) {
+    const float factor = 1.0f / result[0].sum;
+    uint2* const target = reinterpret_cast<uint2*>(output_row(args, segment, tile_row) + col);
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) {
+      const float4& out = result[i].out;
+      target[i] =
+          make_uint2(pack(out.x * factor, out.y * factor), pack(out.z * factor, out.w * factor));
+    }
   }
 
   // Partial results lie as [rows, D] columns, then a maximum and a sum a row. A word that is zero
@@ -355,29 +361,41 @@ class Kernel {
     }
   }
 
+  // What a thread merges of a partial result: neighbouring columns of a row, and its limits.
+  static constexpr int kFours = 2;
+  static constexpr int kMergedColumns = 4 * kFours;
   struct Words {
-    uint4 out;
+    uint4 out[kFours];
     uint2 limits;
     __device__ bool complete() const {
-      return out.x != 0 && out.y != 0 && out.z != 0 && out.w != 0 && limits.x != 0 && limits.y != 0;
+      bool there = limits.x != 0 && limits.y != 0;
+#pragma unroll
+      for (const uint4& four : out) {
+        there = there && four.x != 0 && four.y != 0 && four.z != 0 && four.w != 0;
+      }
+      return there;
     }
-    __device__ Partial partial() const {
+    __device__ Partial partial(int i) const {
       return {decode(limits.x), decode(limits.y),
-              make_float4(decode(out.x), decode(out.y), decode(out.z), decode(out.w))};
+              make_float4(decode(out[i].x), decode(out[i].y), decode(out[i].z), decode(out[i].w))};
     }
   };
-  // Four columns at `out` and their row's limits; if not `exists`, those of no positions.
+  // Columns at `out` and their row's limits; if not `exists`, those of no positions.
   __device__ static Words load_words(const float* out, const float* limits, bool exists) {
     constexpr uint32_t kZero = ~0u;
-    Words words{make_uint4(kZero, kZero, kZero, kZero), make_uint2(~0xff800000u, kZero)};
+    const uint4 zeros = make_uint4(kZero, kZero, kZero, kZero);
+    Words words{{zeros, zeros}, make_uint2(~0xff800000u, kZero)};
+    static_assert(kFours == 2);
     asm volatile(
         "{\n\t"
         ".reg .pred exists;\n\t"
-        "setp.ne.u32 exists, %8, 0;\n\t"
-        "@exists ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%6];\n\t"
-        "@exists ld.relaxed.gpu.global.v2.u32 {%4, %5}, [%7];\n\t"
+        "setp.ne.u32 exists, %12, 0;\n\t"
+        "@exists ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%10];\n\t"
+        "@exists ld.relaxed.gpu.global.v4.u32 {%4, %5, %6, %7}, [%10 + 16];\n\t"
+        "@exists ld.relaxed.gpu.global.v2.u32 {%8, %9}, [%11];\n\t"
         "}"
-        : "+r"(words.out.x), "+r"(words.out.y), "+r"(words.out.z), "+r"(words.out.w),
+        : "+r"(words.out[0].x), "+r"(words.out[0].y), "+r"(words.out[0].z), "+r"(words.out[0].w),
+          "+r"(words.out[1].x), "+r"(words.out[1].y), "+r"(words.out[1].z), "+r"(words.out[1].w),
           "+r"(words.limits.x), "+r"(words.limits.y)
         : "l"(out), "l"(limits), "r"(static_cast<uint32_t>(exists))
         : "memory");
@@ -432,7 +450,7 @@ class Kernel {
         if (slot != nullptr) {
           store_partial(slot, rows, tile_row, col, result);
         } else {
-          store_output(args_, segment, tile_row, col, result);
+          store_output(args_, segment, tile_row, col, {result});
         }
       }
       __syncthreads();
@@ -499,25 +517,35 @@ class Kernel {
   // Adds results to that of earlier positions: as fold() does one by one, but the exponentials do
   // not wait for each other.
   template <int kCount>
-  __device__ static void fold_all(Partial& into, const Words (&words)[kCount]) {
-    float maximum = into.maximum;
+  __device__ static void fold_all(Partial (&into)[kFours], const Words (&words)[kCount]) {
+    float maximum = into[0].maximum;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) maximum = fmaxf(maximum, decode(words[i].limits.x));
     const float base = finite(maximum);
-    const float old_factor = exp2_fast(into.maximum - base);
-    into.maximum = maximum;
-    into.sum *= old_factor;
-    into.out = make_float4(into.out.x * old_factor, into.out.y * old_factor,
-                           into.out.z * old_factor, into.out.w * old_factor);
+    const float old_factor = exp2_fast(into[0].maximum - base);
+    float sum = into[0].sum * old_factor;
+#pragma unroll
+    for (Partial& four : into) {
+      four.out = make_float4(four.out.x * old_factor, four.out.y * old_factor,
+                             four.out.z * old_factor, four.out.w * old_factor);
+    }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const Partial part = words[i].partial();
-      const float factor = exp2_fast(part.maximum - base);
-      into.sum = fmaf(part.sum, factor, into.sum);
-      into.out.x = fmaf(part.out.x, factor, into.out.x);
-      into.out.y = fmaf(part.out.y, factor, into.out.y);
-      into.out.z = fmaf(part.out.z, factor, into.out.z);
-      into.out.w = fmaf(part.out.w, factor, into.out.w);
+      const float factor = exp2_fast(decode(words[i].limits.x) - base);
+      sum = fmaf(decode(words[i].limits.y), factor, sum);
+#pragma unroll
+      for (int four = 0; four < kFours; ++four) {
+        const float4 part = words[i].partial(four).out;
+        into[four].out.x = fmaf(part.x, factor, into[four].out.x);
+        into[four].out.y = fmaf(part.y, factor, into[four].out.y);
+        into[four].out.z = fmaf(part.z, factor, into[four].out.z);
+        into[four].out.w = fmaf(part.w, factor, into[four].out.w);
+      }
+    }
+#pragma unroll
+    for (Partial& four : into) {
+      four.maximum = maximum;
+      four.sum = sum;
     }
   }
 
@@ -544,16 +572,18 @@ class Kernel {
     };
     const int32_t split_floats = rows * partial_row_floats(D);
 
-    for (int32_t at = static_cast<int32_t>(threadIdx.x); at < rows * (D / 4);
+#pragma unroll 1
+    for (int32_t at = static_cast<int32_t>(threadIdx.x); at < rows * (D / kMergedColumns);
          at += kAttentionThreads) {
-      const int32_t row = at / (D / 4);
-      const int32_t col = at % (D / 4) * 4;
+      const int32_t row = at / (D / kMergedColumns);
+      const int32_t col = at % (D / kMergedColumns) * kMergedColumns;
       if (col >= args.head_dim) continue;
-      Partial total{-INFINITY, 0.0f, make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
+      const Partial nothing{-INFINITY, 0.0f, make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
+      Partial total[kFours] = {nothing, nothing};
       // Adds `count` partial results that lie `stride` floats apart, the first one `skip` beyond
       // its place. kAhead at a time are asked for until all are there: code without branches is
       // short, and in a small batch most of it is fetched anew in each layer.
-      constexpr int kAhead = kSplits ? 8 : 12;
+      constexpr int kAhead = kSplits ? 8 : 10;
       const auto add = [&](float* place, int64_t stride, int64_t skip, int32_t count) {
 #pragma unroll 1
         for (; count > 0; count -= kAhead, place += kAhead * stride, skip = 0) {
@@ -574,13 +604,18 @@ class Kernel {
 #pragma unroll
           for (int i = 0; i < kAhead; ++i) {
             if (i >= count) continue;
-            *reinterpret_cast<uint4*>(columns + (i == 0 ? skip : i * stride)) =
-                make_uint4(0, 0, 0, 0);
+            uint4* const read = reinterpret_cast<uint4*>(columns + (i == 0 ? skip : i * stride));
+#pragma unroll
+            for (int four = 0; four < kFours; ++four) read[four] = make_uint4(0, 0, 0, 0);
           }
           if constexpr (kSplits) {
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
-              if (i < count) fold(total, words[i].partial());
+              if (i >= count) continue;
+#pragma unroll
+              for (int four = 0; four < kFours; ++four) {
+                fold(total[four], words[i].partial(four));
+              }
             }
           } else {
             fold_all(total, words);
