@@ -21,6 +21,7 @@ namespace mrv1::cuda {
 //    global memory.
 // 3. It calls launch_next() early, at the top or once its weights are requested: the next kernel's
 //    blocks then take their places, and request their own weights, while this one still runs.
+//    Behind its wait, where the next kernel is to read before its own what is older than this one.
 //
 // A kernel that follows an event of another stream, or a copy, is launched without overlap
 // (Executable::run_apart): it then waits for all that comes before it, and later ones for it.

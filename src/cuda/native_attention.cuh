@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "attention_rows.cuh"
@@ -89,9 +90,9 @@ class Kernel {
       : args_(args),
         warp_(static_cast<int>(threadIdx.x) / 32),
         lane_(static_cast<int>(threadIdx.x) % 32),
-        worker_(args.workers[blockIdx.x]),
+        worker_(load_worker(args.workers + blockIdx.x)),
         block_(plans_blocks(args.block_size)
-                   ? args.first_blocks[blockIdx.x * kAttentionWarps + threadIdx.x / 32]
+                   ? __ldcg(args.first_blocks + blockIdx.x * kAttentionWarps + threadIdx.x / 32)
                    : 0),
         stages_(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
         queries_(stages_ + args.stages * L::kStageBytes),
@@ -99,6 +100,23 @@ class Kernel {
                                         kQueryTiles * Q::kMatrixBytes)),
         limits_(merge_ + kAttentionWarps * kMergeRows * D),
         marks_(*reinterpret_cast<Marks*>(limits_ + kAttentionWarps * 2 * kNarrowRows)) {}
+
+  // Brings this warp's part of the first unit to the second cache, where the launch before writes
+  // what it has of it.
+  __device__ void prefetch_first_unit() const {
+    if (!plans_blocks(args_.block_size) || worker_.index >= worker_.num_items) return;
+    const Segment& first = worker_.first;
+    const int32_t position =
+        (first.item.begin / kUnit + first.unit) * kUnit + warp_ * kBlock + (lane_ & 15);
+    if (position < first.item.begin || position >= first.item.end) return;
+    // Lanes 0 to 15 ask for their position's key, the others for its value.
+    const char* row = (lane_ < kBlock ? args_.key : args_.value) +
+                      int64_t{place(block_, position, first.head)} * kChunkBytes;
+    constexpr int kLineBytes = 128;
+    for (int32_t at = 0; at < args_.head_dim * Cache::kElementBytes; at += kLineBytes) {
+      prefetch_line(row + at);
+    }
+  }
 
   __device__ void run() {
     const int32_t batch = token_batch(0);
@@ -116,7 +134,32 @@ class Kernel {
   }
 
  private:
+  // Past the nearest cache, which may hold what an earlier plan was.
+  __device__ static AttentionWorker load_worker(const AttentionWorker* from) {
+    constexpr int kVectors = sizeof(AttentionWorker) / sizeof(uint4);
+    static_assert(kVectors * sizeof(uint4) == sizeof(AttentionWorker));
+    uint4 words[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      words[i] = __ldcg(reinterpret_cast<const uint4*>(from) + i);
+    }
+    AttentionWorker worker;
+    memcpy(&worker, words, sizeof(worker));
+    return worker;
+  }
+
   // --- bringing units to shared memory ---
+
+  // Where a head of a position lies in the cache, in chunks.
+  __device__ uint32_t place(int32_t block, int32_t position, int32_t head) const {
+    return static_cast<uint32_t>(block) * args_.block_stride +
+           static_cast<uint32_t>(place_in_block(position)) * args_.token_stride +
+           static_cast<uint32_t>(head) * args_.head_stride;
+  }
+  __device__ int32_t place_in_block(int32_t position) const {
+    return args_.block_shift >= 0 ? position & ((1 << args_.block_shift) - 1)
+                                  : position % args_.block_size;
+  }
 
   __device__ int32_t ahead_position() const {
     return (ahead_.at.item.begin / kUnit + ahead_.at.unit) * kUnit + warp_ * kBlock +
@@ -153,12 +196,8 @@ class Kernel {
   __device__ void request() {
     const int lane = lane_id();
     const int32_t position = ahead_position();
-    const int32_t in_block = args_.block_shift >= 0 ? position & ((1 << args_.block_shift) - 1)
-                                                    : position % args_.block_size;
-    uint32_t place = static_cast<uint32_t>(block_) * args_.block_stride +
-                     static_cast<uint32_t>(in_block) * args_.token_stride +
-                     static_cast<uint32_t>(ahead_.at.head) * args_.head_stride;
-    if (position < ahead_.at.item.begin || position >= ahead_.at.item.end) place = kNowhere;
+    const bool visible = position >= ahead_.at.item.begin && position < ahead_.at.item.end;
+    const uint32_t own_place = visible ? place(block_, position, ahead_.at.head) : kNowhere;
     const uint32_t target = stages_ + filling_ * L::kStageBytes + warp_ * L::kBlockBytes;
     constexpr int kPieces = kBlock * L::kChunks;
     constexpr int kElements = kChunkBytes / Cache::kElementBytes;  // of a chunk
@@ -167,7 +206,7 @@ class Kernel {
       const int at = lane + 32 * i;
       const int row = at / L::kChunks;
       const int chunk = at % L::kChunks;
-      const uint32_t source = __shfl_sync(kAllLanes, place, row);
+      const uint32_t source = __shfl_sync(kAllLanes, own_place, row);
       if (kPieces % 32 != 0 && at >= kPieces) continue;
       const bool there = source != kNowhere && chunk * kElements < args_.head_dim;
       const int64_t offset = there ? (int64_t{source} + chunk) * kChunkBytes : 0;
@@ -177,12 +216,12 @@ class Kernel {
     }
     if constexpr (Cache::kScaled) {
       // Lanes 0 to 15 bring the scales of their keys, the others those of their values.
-      const bool there = place != kNowhere;
       const float* scales = lane < kBlock ? args_.scales.key : args_.scales.value;
       const int64_t offset =
-          there ? args_.scales.index(block_, in_block, ahead_.at.head) : int64_t{0};
+          visible ? args_.scales.index(block_, place_in_block(position), ahead_.at.head)
+                  : int64_t{0};
       copy_word_async(target + 2 * L::kMatrixBytes + lane * static_cast<int>(sizeof(float)),
-                      scales + offset, there ? static_cast<int>(sizeof(float)) : 0);
+                      scales + offset, visible ? static_cast<int>(sizeof(float)) : 0);
     }
     if (fresh_) enter_segment();  // queries are nearer
     commit_copies();
@@ -695,24 +734,25 @@ __global__ void __launch_bounds__(kAttentionThreads, D <= 128 ? 2 : 1)
     native_attention_kernel(const __grid_constant__ NativeAttentionArgs args) {
   extern __shared__ __align__(128) char shared[];
   launch_next();
-  // Parameters lie in memory, too, and a line of them takes as long to come as any other.
-  constexpr int kLineWords = 16;
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(args) / sizeof(uint32_t)); i += kLineWords) {
-    asm volatile("" ::"r"(reinterpret_cast<const uint32_t*>(&args)[i]));
+  if (!args.plan_is_old) {
+    // What the block starts with lies in memory where other data has taken its place in the cache.
+    // Only lines are asked for: what is in them is read after the wait.
+    constexpr int kSectorBytes = 32;
+    constexpr int kSectors = (sizeof(AttentionWorker) + kSectorBytes - 1) / kSectorBytes;
+    if (threadIdx.x < kSectors) {
+      prefetch_line(reinterpret_cast<const char*>(args.workers + blockIdx.x) +
+                    threadIdx.x * kSectorBytes);
+    } else if (threadIdx.x == kSectors && plans_blocks(args.block_size)) {
+      prefetch_line(args.first_blocks + blockIdx.x * kAttentionWarps);
+    }
+    wait_for_previous();
   }
-  // What the block starts with was written long ago, and other data may have taken its place in the
-  // cache. Only lines are asked for: what is in them is read after the wait.
-  constexpr int kSectorBytes = 32;
-  constexpr int kSectors = (sizeof(AttentionWorker) + kSectorBytes - 1) / kSectorBytes;
-  if (threadIdx.x < kSectors) {
-    prefetch_line(reinterpret_cast<const char*>(args.workers + blockIdx.x) +
-                  threadIdx.x * kSectorBytes);
-  } else if (threadIdx.x == kSectors && plans_blocks(args.block_size)) {
-    prefetch_line(args.first_blocks + blockIdx.x * kAttentionWarps);
+  Kernel<Cache, D, kTiles> kernel(args, shared);
+  if (args.plan_is_old) {
+    kernel.prefetch_first_unit();
+    wait_for_previous();
   }
-  wait_for_previous();
-  Kernel<Cache, D, kTiles>(args, shared).run();
+  kernel.run();
 }
 
 }  // namespace native

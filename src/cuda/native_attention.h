@@ -85,6 +85,7 @@ struct NativeAttentionArgs {
   AttentionTiles tiles;
   ScoreScale scale;
   FastDivider group_divider;  // group
+  bool plan_is_old;           // written before the launch before this one
 
   // The query token that one of the (token, head of group) pairs belongs to.
   __device__ int32_t token_of(int32_t row) const {

@@ -93,6 +93,7 @@ void native_attention(const PagedAttentionParams& params, const StepContext& ctx
   args.group_divider = cuda::FastDivider(static_cast<uint32_t>(args.group));
   args.head_dim = shape.head_dim;
   args.q_stride = params.q_token_stride();
+  args.plan_is_old = params.follows_prepare;
   args.num_tokens = ctx.sizes.num_tokens;
   args.window = params.window;
   args.stages = launch.stages;

@@ -163,13 +163,13 @@ __global__ void __launch_bounds__(kThreads)
   const bool is_turned = active && kind != HeadKind::kValue;
   const int64_t start = (token * num_heads + head) * head_dim + lane * kLaneSize;
 
-  cuda::launch_next();
   float norm[kLaneSize];
   if (params.q_norm != nullptr && is_turned) {
     cuda::load_values((kind == HeadKind::kQuery ? params.q_norm : params.k_norm) + lane * kLaneSize,
                       norm);
   }
   cuda::wait_for_previous();
+  cuda::launch_next();  // not before: see PagedAttentionParams::follows_prepare
 
   // First, since angles wait for it.
   const int64_t position = params.rope != nullptr ? positions[token] : 0;
@@ -269,7 +269,6 @@ __global__ void __launch_bounds__(kThreads)
   const bool is_turned = active && kind != HeadKind::kValue;
   const int64_t start = (token * num_heads + head) * (2 * kHalf) + within;
 
-  cuda::launch_next();
   float norm[kNorms ? 2 : 1][kLaneSize];
   if (kNorms && is_turned) {
     const float* from = (kind == HeadKind::kQuery ? params.q_norm : params.k_norm) + within;
@@ -279,6 +278,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   cuda::wait_for_previous();
+  cuda::launch_next();
 
   const int64_t position = positions[token];  // first, since angles wait for it
   float values[2][kLaneSize] = {};
@@ -379,8 +379,8 @@ __global__ void __launch_bounds__(kThreads)
     qkv_prepare_any_kernel(const __grid_constant__ QkvPrepareParams params,
                            const __grid_constant__ CacheTarget target, const int32_t* positions) {
   __shared__ float values[kMaxHeadDim];
-  cuda::launch_next();
   cuda::wait_for_previous();
+  cuda::launch_next();
   const HeadShape& shape = params.shape;
   const int32_t head_dim = shape.head_dim;
   const int64_t token = blockIdx.x;

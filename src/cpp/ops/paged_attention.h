@@ -55,6 +55,9 @@ struct PagedAttentionParams {
   int32_t kv_group;           // whose block table
   const AttentionPlan* plan;  // that serves this geometry; computed earlier in the same step
   int64_t q_stride = 0;       // elements from a token's q to the next one's; 0: shape.qkv_cols()
+  // The launch right before is qkv_prepare's. On a GPU that lets the next one start only when all
+  // before it has ended, so a kernel may read the plan while it still runs.
+  bool follows_prepare = false;
 
   int64_t q_token_stride() const { return q_stride != 0 ? q_stride : shape.qkv_cols(); }
 };

@@ -311,6 +311,7 @@ void Executable::run(const StepContext& ctx, size_t first, size_t last) const {
   struct Visitor {
     const Kernels& kernels;
     const StepContext& ctx;
+    bool follows_prepare = false;
     void operator()(const EmbeddingParams& params) const { kernels.embedding(params, ctx); }
     void operator()(const RmsNormParams& params) const { kernels.rms_norm(params, ctx); }
     void operator()(const LinearParams& params) const { kernels.linear(params, ctx); }
@@ -322,7 +323,8 @@ void Executable::run(const StepContext& ctx, size_t first, size_t last) const {
     void operator()(const MoeExpertsParams& params) const { kernels.moe_experts(params, ctx); }
     void operator()(const QkvPrepareParams& params) const { kernels.qkv_prepare(params, ctx); }
     void operator()(const CacheWriteParams& params) const { kernels.cache_write(params, ctx); }
-    void operator()(const PagedAttentionParams& params) const {
+    void operator()(PagedAttentionParams params) const {
+      params.follows_prepare = follows_prepare;
       kernels.paged_attention(params, ctx);
     }
     void operator()(const AllReduceParams& params) const { kernels.all_reduce(params, ctx); }
@@ -331,10 +333,11 @@ void Executable::run(const StepContext& ctx, size_t first, size_t last) const {
     void operator()(StageReceive) const { kernels.stage_receive(ctx); }
     void operator()(StageRelease) const { kernels.stage_release(ctx); }
   };
-  const Visitor visitor{kernels, ctx};
+  Visitor visitor{kernels, ctx};
   for (size_t i = first; i < last; ++i) {
     if (ctx.communicator != nullptr) ctx.communicator->show_life();
     std::visit(visitor, calls_[i]);
+    visitor.follows_prepare = std::holds_alternative<QkvPrepareParams>(calls_[i]);
   }
 }
 
