@@ -157,8 +157,7 @@ class Kernel {
            static_cast<uint32_t>(head) * args_.head_stride;
   }
   __device__ int32_t place_in_block(int32_t position) const {
-    return args_.block_shift >= 0 ? position & ((1 << args_.block_shift) - 1)
-                                  : position % args_.block_size;
+    return position - args_.table_index(position) * args_.block_size;
   }
 
   __device__ int32_t ahead_position() const {
@@ -168,9 +167,8 @@ class Kernel {
 
   // Where the block table has the block of a position of the item that is requested.
   __device__ const int32_t* table_entry(int32_t position) const {
-    const int32_t index =
-        args_.block_shift >= 0 ? position >> args_.block_shift : position / args_.block_size;
-    return args_.block_table + int64_t{ahead_.at.item.row} * args_.max_blocks + index;
+    return args_.block_table + int64_t{ahead_.at.item.row} * args_.max_blocks +
+           args_.table_index(position);
   }
 
   // Starts to read the block id of this lane's position of the unit that is requested next. The

@@ -77,19 +77,23 @@ struct NativeAttentionArgs {
   int64_t worker_floats, start_floats;
   int64_t q_stride;  // elements between tokens
   uint32_t block_stride, token_stride, head_stride;
-  int32_t block_size, block_shift;  // shift -1: block_size is no power of two
+  int32_t block_size;
   int32_t max_blocks;
   int32_t num_heads, num_kv_heads, group, head_dim;
   int32_t num_tokens, window;
   int32_t stages;
   AttentionTiles tiles;
   ScoreScale scale;
-  FastDivider group_divider;  // group
-  bool plan_is_old;           // written before the launch before this one
+  FastDivider group_divider, block_divider;  // group and block_size
+  bool plan_is_old;                          // written before the launch before this one
 
   // The query token that one of the (token, head of group) pairs belongs to.
   __device__ int32_t token_of(int32_t row) const {
     return static_cast<int32_t>(group_divider.divide(static_cast<uint32_t>(row)));
+  }
+  // The entry of a row's block table for a position.
+  __device__ int32_t table_index(int32_t position) const {
+    return static_cast<int32_t>(block_divider.divide(static_cast<uint32_t>(position)));
   }
 };
 

@@ -1,8 +1,6 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
 // Attention of a step: checks, and which kernels take which rows.
-#include <bit>
-
 #include "attention_backends.h"
 #include "launch.h"
 #include "native_attention.h"
@@ -84,8 +82,7 @@ void native_attention(const PagedAttentionParams& params, const StepContext& ctx
   args.token_stride = static_cast<uint32_t>(cache.token_stride / chunk);
   args.head_stride = static_cast<uint32_t>(cache.head_stride / chunk);
   args.block_size = cache.block_size;
-  const auto block_size = static_cast<uint32_t>(cache.block_size);
-  args.block_shift = std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1;
+  args.block_divider = cuda::FastDivider(static_cast<uint32_t>(cache.block_size));
   args.max_blocks = ctx.rows.max_blocks;
   args.num_heads = shape.num_heads;
   args.num_kv_heads = shape.num_kv_heads;
