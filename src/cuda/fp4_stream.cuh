@@ -28,8 +28,8 @@ constexpr int kStreamWarps = 8;
 constexpr int kStreamThreads = kStreamWarps * 32;
 constexpr int kMaxStages = 8;
 constexpr int kLaneBytes = 16;  // of codes, a unit
-// Of the ring: where that is possible, a multiprocessor has room for two blocks.
-constexpr size_t kRingBytes = 96 * 1024;
+// Of the ring: a multiprocessor has room for two blocks, and mostly for one of the next kernel.
+constexpr size_t kRingBytes = 60 * 1024;
 
 struct StreamArgs {
   const uint4* codes;       // of the first column
@@ -67,10 +67,13 @@ struct StreamShape {
   static constexpr int kXRowBytes = kUnits * kFp4UnitCols * 2;
   static constexpr int kPartialPairs = kParts * kNs * 2 * 32;  // float2, a warp
   static int stage_bytes(int tokens) { return kWeightBytes + tokens * kXRowBytes; }
+  // With two of them, blocks meet once an item instead of twice.
+  static constexpr int kPartials = kParts * kNs <= 2 ? 2 : 1;
+  static constexpr int kFinishRows = kParts * kFp4TileRows;
+  static constexpr int kEndPairs = kStreamWarps * kPartialPairs + kFinishRows;
   static size_t shared_bytes(int stages, int tokens) {
-    return size_t{kStreamWarps} * (static_cast<size_t>(stages * stage_bytes(tokens)) +
-                                   kPartialPairs * sizeof(float2)) +
-           kParts * kFp4TileRows * sizeof(float2);
+    return static_cast<size_t>(kStreamWarps * stages * stage_bytes(tokens)) +
+           kPartials * kEndPairs * sizeof(float2);
   }
 };
 
@@ -141,8 +144,7 @@ __device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
 
 __device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                          uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -172,7 +174,8 @@ struct StreamWalk {
 //   void prepare(): called by all threads, before anything else is;
 //   int count(); StreamItem at(int); int x_row(const StreamItem&, int): the row of x of a token.
 template <int kParts, int kNs, bool kGated, typename Items>
-__global__ void __launch_bounds__(kStreamThreads, kParts* kNs <= 8 ? 2 : 1)
+__global__ void __launch_bounds__(kStreamThreads,
+                                  kParts* kNs <= 2 ? 3 : (kParts * kNs <= 8 ? 2 : 1))
     fp4_stream_kernel(const __grid_constant__ StreamArgs args, const __grid_constant__ Items given,
                       int stages) {
   using Shape = StreamShape<kParts, kNs>;
@@ -184,9 +187,8 @@ __global__ void __launch_bounds__(kStreamThreads, kParts* kNs <= 8 ? 2 : 1)
   const int lane = threadIdx.x % 32;
   const int stage_bytes = Shape::kWeightBytes + args.tile_tokens * Shape::kXRowBytes;
   const uint32_t ring = shared_address(shared) + warp * stages * stage_bytes;
-  float2* partial = reinterpret_cast<float2*>(shared + kStreamWarps * stages * stage_bytes);
-  float2* finish =
-      partial + kStreamWarps * Shape::kPartialPairs;  // scale and bias of a tile's rows
+  // Partial sums of all warps, and behind them scale and bias of an item's rows.
+  float2* const ends = reinterpret_cast<float2*>(shared + kStreamWarps * stages * stage_bytes);
 
   Items items = given;
   if constexpr (!Items::kEarly) wait_for_previous();
@@ -283,6 +285,7 @@ __global__ void __launch_bounds__(kStreamThreads, kParts* kNs <= 8 ? 2 : 1)
 
   const int g = lane / 4, t = lane % 4;
   int slot = 0;
+  int turn = 0;  // of the partial sums
   for (int index = blockIdx.x; index < num_items; index += gridDim.x) {
     const StreamItem item = items.at(index);
     // Where a lane's token lies, of each eight; beyond the last it is the last again.
@@ -312,51 +315,62 @@ __global__ void __launch_bounds__(kStreamThreads, kParts* kNs <= 8 ? 2 : 1)
         const uint32_t stage = ring + slot * stage_bytes;
         wait_stage(stages);
         __syncwarp();
+        // All of a stage goes to registers, so that it can be filled again at once.
         uint32_t scales[kParts];
+        uint4 codes[kUnits][kParts];
+        uint4 x[kUnits][kNs][2];
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            codes[u][part] =
+                load_shared(stage + (part * kUnits + u) * kFp4UnitBytes + lane * kLaneBytes);
+          }
+#pragma unroll
+          for (int n = 0; n < kNs; ++n) {
+            const uint32_t at = stage + u * kFp4UnitCols * 2 + x_at[n];
+            x[u][n][0] = load_shared(at);
+            x[u][n][1] = load_shared(at ^ 16);
+          }
+        }
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
           scales[part] =
               load_shared_word(stage + Shape::kCodeBytes + part * kFp4TileScaleBytes + lane * 4);
         }
+        __syncwarp();
+        load_next(stage, true);
+        slot = slot + 1 == stages ? 0 : slot + 1;
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
-          uint4 x[kNs][2];
 #pragma unroll
-          for (int n = 0; n < kNs; ++n) {
-            const uint32_t at = stage + u * kFp4UnitCols * 2 + x_at[n];
-            x[n][0] = load_shared(at);
-            x[n][1] = load_shared(at ^ 16);
-          }
+          for (int word = 0; word < 2; ++word) {
 #pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            const uint4 codes =
-                load_shared(stage + (part * kUnits + u) * kFp4UnitBytes + lane * kLaneBytes);
-            const uint32_t low_scale = fp4_decode_scale(scales[part], (half + u) * 2);
-            const uint32_t high_scale = fp4_decode_scale(scales[part], (half + u) * 2 + 1);
-#pragma unroll
-            for (int word = 0; word < 2; ++word) {
+            for (int part = 0; part < kParts; ++part) {
+              const uint4& both = codes[u][part];
+              const uint32_t low_scale = fp4_decode_scale(scales[part], (half + u) * 2);
+              const uint32_t high_scale = fp4_decode_scale(scales[part], (half + u) * 2 + 1);
               uint32_t low[4], high[4];
-              fp4_dequantize(word == 0 ? codes.x : codes.y, low_scale, low);
-              fp4_dequantize(word == 0 ? codes.z : codes.w, high_scale, high);
+              fp4_dequantize(word == 0 ? both.x : both.y, low_scale, low);
+              fp4_dequantize(word == 0 ? both.z : both.w, high_scale, high);
 #pragma unroll
               for (int n = 0; n < kNs; ++n) {
-                multiply(sums[part][n], low[0], high[0], low[1], high[1], x[n][word].x,
-                         x[n][word].y);
+                const uint4& token = x[u][n][word];
+                multiply(sums[part][n], low[0], high[0], low[1], high[1], token.x, token.y);
               }
 #pragma unroll
               for (int n = 0; n < kNs; ++n) {
-                multiply(sums[part][n], low[2], high[2], low[3], high[3], x[n][word].z,
-                         x[n][word].w);
+                const uint4& token = x[u][n][word];
+                multiply(sums[part][n], low[2], high[2], low[3], high[3], token.z, token.w);
               }
             }
           }
         }
-        __syncwarp();
-        load_next(stage, true);
-        slot = slot + 1 == stages ? 0 : slot + 1;
       }
     }
 
+    float2* const partial = ends + turn * Shape::kEndPairs;
+    float2* const finish = partial + kStreamWarps * Shape::kPartialPairs;
     // partial[warp][part][n][half][lane]: two tokens of one weight row.
     float2* mine = partial + warp * Shape::kPartialPairs + lane;
 #pragma unroll
@@ -418,8 +432,11 @@ __global__ void __launch_bounds__(kStreamThreads, kParts* kNs <= 8 ? 2 : 1)
       store(item.first_row + at, col, result.x);
       if (at + 1 < item.count) store(item.first_row + at + 1, col, result.y);
     }
-    if (index + static_cast<int>(gridDim.x) < num_items)
+    if constexpr (Shape::kPartials == 2) {
+      turn ^= 1;
+    } else if (index + static_cast<int>(gridDim.x) < num_items) {
       __syncthreads();  // partial sums come again
+    }
   }
   wait_pending<0>();
 }
@@ -435,14 +452,19 @@ int fp4_stream_stages(int tile_tokens, const DeviceLimits& limits) {
 
 template <int kParts, int kNs, bool kGated, typename Items>
 void launch_fp4_stream(std::string_view op, const StreamArgs& args, const Items& items,
-                       int64_t max_blocks, const DeviceLimits& limits, const StepContext& ctx) {
+                       int64_t num_items, const DeviceLimits& limits, const StepContext& ctx) {
   using Shape = StreamShape<kParts, kNs>;
   const int stages = fp4_stream_stages<Shape>(args.tile_tokens, limits);
   const size_t shared_bytes = Shape::shared_bytes(stages, args.tile_tokens);
-  allow_shared_memory(op, fp4_stream_kernel<kParts, kNs, kGated, Items>, shared_bytes);
-  launch(op, ctx, fp4_stream_kernel<kParts, kNs, kGated, Items>,
-         dim3(static_cast<unsigned>(max_blocks)), dim3(kStreamThreads), shared_bytes, args, items,
-         stages);
+  // While the warps of one block meet, or wait for what they have asked of each other, those of
+  // another compute.
+  constexpr size_t kSystemBytes = 1024;  // of a block, besides
+  const bool two = 2 * (shared_bytes + kSystemBytes) <= limits.shared_bytes + kSystemBytes;
+  const int64_t blocks = std::min<int64_t>(num_items, int64_t{limits.sms} * (two ? 2 : 1));
+  auto* kernel = fp4_stream_kernel<kParts, kNs, kGated, Items>;
+  allow_shared_memory(op, kernel, shared_bytes);
+  launch(op, ctx, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kStreamThreads), shared_bytes,
+         args, items, stages);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@
 namespace mrv1::cuda {
 namespace {
 
-constexpr std::string_view kOp = "linear (NVFP4)";
+constexpr std::string_view kOp = "linear";
 constexpr int kThreads = 256;
 constexpr int64_t kMaxGridY = 65535;
 constexpr size_t kScratchAlignment = 256;

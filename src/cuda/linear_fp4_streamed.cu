@@ -7,7 +7,7 @@
 namespace mrv1::cuda {
 namespace {
 
-constexpr std::string_view kOp = "linear (NVFP4)";
+constexpr std::string_view kOp = "linear";
 constexpr int kMaxTileTokens = 32;
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -34,19 +34,20 @@ template <int kParts, int kNs, bool kGated>
 void launch_stream(const StreamArgs& args, LinearItems items, const DeviceLimits& limits,
                    const StepContext& ctx) {
   items.tiles = ceil_div(args.row_tiles, kGated ? kParts / 2 : kParts);
-  const int64_t blocks = std::min<int64_t>(int64_t{items.tiles} * items.token_tiles, limits.sms);
-  launch_fp4_stream<kParts, kNs, kGated>(kOp, args, items, blocks, limits, ctx);
+  launch_fp4_stream<kParts, kNs, kGated>(kOp, args, items, int64_t{items.tiles} * items.token_tiles,
+                                         limits, ctx);
 }
 
-// Tiles of so many parts: what a multiprocessor reads, weights from memory and x from the second
-// cache, whose bytes cost about 0.7 of those.
+// Tiles of so many parts: by what a multiprocessor reads, weights from memory and x from the second
+// cache, whose bytes cost about 0.7 of those; one block alone does not keep it busy.
 int choose_parts(const StreamArgs& args, int token_tiles, bool gated, int sms) {
   int best = 0;
   double best_cost = 0;
   for (const int parts : {1, 2, 3, 4}) {
     if (gated && parts % 2 != 0) continue;
     const int items = ceil_div(args.row_tiles, gated ? parts / 2 : parts) * token_tiles;
-    const double cost = ceil_div(items, sms) * (9.0 * parts + 1.4 * args.tile_tokens);
+    const double alone = items <= sms ? 1.5 : 1.0;
+    const double cost = alone * ceil_div(items, sms) * (9.0 * parts + 1.4 * args.tile_tokens);
     if (best == 0 || cost < best_cost) {
       best = parts;
       best_cost = cost;

@@ -52,10 +52,8 @@ void launch_groups(const StreamArgs& args, const MoeProduct& product, const Devi
   const MoeItems<kFollows> items = {
       product.rows,   product.schedule, (args.row_tiles + kOutputTiles - 1) / kOutputTiles,
       product.sorted, product.few,      nullptr};
-  // While the warps of one block meet, those of another compute.
-  const int64_t blocks =
-      std::min<int64_t>(product.max_groups * items.tiles, int64_t{limits.sms} * 2);
-  launch_fp4_stream<kParts, kNs, kGated>(kMoeOp, args, items, blocks, limits, ctx);
+  launch_fp4_stream<kParts, kNs, kGated>(kMoeOp, args, items, product.max_groups * items.tiles,
+                                         limits, ctx);
 }
 
 template <int kNs, bool kGated, bool kFollows>
