@@ -48,3 +48,25 @@ def test_messages_between_stages(tmp_path: Path, capsys: pytest.CaptureFixture[s
     check_table(capsys.readouterr().out, records)
     for wrong in (["--kernels", "auto"], ["--ranks", "1"], ["--shape", "demo"]):
         assert cli.main(["bench", "stage_send", "--device", "cpu", *wrong]) != 0
+
+
+def test_tokens_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["bench", "expert_exchange", "--device", "cpu", "--json", str(path), "--ranks", "3"]
+    assert cli.main([*arguments, "--tokens", "1,5", "--steps", "2"]) == 0
+    records = json.loads(path.read_text())
+    assert [(record["batch"], record["backend"]) for record in records] == [
+        (count, part) for count in (1, 5) for part in ("dispatch", "combine", "both")
+    ]
+    for record in records:
+        check_record(record)
+        assert (record["ep"], record["shape"], record["blocks"]) == (3, "3 ranks", 32)
+        assert "fault" not in record
+        # A row goes to two other ranks at most, with 8 ids and 8 weights.
+        most = record["batch"] * 2 * (2048 * 2 + 64) * (2 if record["backend"] == "both" else 1)
+        assert 0 <= record["message_bytes"] <= most
+    dispatch, combine, both = (record["message_bytes"] for record in records[3:])
+    assert 0 < combine < dispatch and both == pytest.approx(dispatch + combine, abs=1)
+    check_table(capsys.readouterr().out, records)
+    for wrong in (["--kernels", "auto"], ["--ranks", "1"], ["--shape", "demo"]):
+        assert cli.main(["bench", "expert_exchange", "--device", "cpu", *wrong]) != 0

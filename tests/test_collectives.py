@@ -14,6 +14,7 @@ import pytest
 
 from mrv1 import _core, _libraries
 from mrv1.errors import DeviceError, InvalidArgumentError
+from rank_devices import RankDevices, open_ranks
 
 # Rows and columns: few, around a piece of 16 bytes and a warp of pieces, and some at random.
 _SIZES = (
@@ -34,15 +35,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kernels", _KERNELS if on_gpus else ("auto",))
 
 
-class Ranks:
+class Ranks(RankDevices):
     """Devices of the ranks of a group."""
-
-    def __init__(self, kind: str, size: int) -> None:
-        self.kind, self.size = kind, size
-        self.devices = [
-            _core.Device(kind, num_threads=1, ordinal=rank if kind == "cuda" else 0)
-            for rank in range(size)
-        ]
 
     @contextlib.contextmanager
     def probe(
@@ -59,28 +53,11 @@ class Ranks:
         finally:
             probe.close()
 
-    def close(self) -> None:
-        for device in self.devices:
-            device.close()
-
-
-def _gpu_count() -> int:
-    count = 0
-    with contextlib.suppress(DeviceError):
-        while count < 8:
-            _core.Device("cuda", ordinal=count).close()
-            count += 1
-    return count
-
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request: pytest.FixtureRequest, device: str) -> Iterator[Ranks]:
     """Groups of GPUs as large as there are; the CPU has ranks of all sizes."""
-    gpus = _gpu_count() if device == "cuda" else 0
-    kind = "cuda" if gpus >= 2 else "cpu"
-    if kind == "cuda" and gpus < request.param:
-        pytest.skip(f"there are {gpus} GPUs")
-    made = Ranks(kind, request.param)
+    made = open_ranks(Ranks, device, request.param)
     yield made
     made.close()
 

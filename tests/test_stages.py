@@ -16,6 +16,7 @@ import pytest
 
 from mrv1 import _core
 from mrv1.errors import DeviceError, InvalidArgumentError
+from rank_devices import RankDevices, open_ranks
 
 _VOCAB, _ROWS, _LAYERS = 101, 6, 5
 # Rows of 404, 404 and 26 bytes, so that no piece of 16 fits.
@@ -24,24 +25,12 @@ _PHASE_FREE, _FINISH_LENGTH = 0, 2
 _Step = tuple[int, list[Any], list[Any], list[Any]]
 
 
-def _gpu_count() -> int:
-    count = 0
-    with contextlib.suppress(DeviceError):
-        while count < 8:
-            _core.Device("cuda", ordinal=count).close()
-            count += 1
-    return count
-
-
-class Stages:
+class Stages(RankDevices):
     """Devices of the stages of a pipeline, one each."""
 
-    def __init__(self, kind: str, num_stages: int) -> None:
-        self.kind, self.num_stages = kind, num_stages
-        self.devices = [
-            _core.Device(kind, num_threads=1, ordinal=rank if kind == "cuda" else 0)
-            for rank in range(num_stages)
-        ]
+    @property
+    def num_stages(self) -> int:
+        return self.size
 
     @contextlib.contextmanager
     def probe(self, **options: Any) -> Iterator[_core.StageProbe]:
@@ -61,19 +50,11 @@ class Stages:
         finally:
             probe.close()
 
-    def close(self) -> None:
-        for device in self.devices:
-            device.close()
-
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
 def stages(request: pytest.FixtureRequest, device: str) -> Iterator[Stages]:
     """As many stages as there are GPUs; the CPU has any number."""
-    gpus = _gpu_count() if device == "cuda" else 0
-    kind = "cuda" if gpus >= 2 else "cpu"
-    if kind == "cuda" and gpus < request.param:
-        pytest.skip(f"there are {gpus} GPUs")
-    made = Stages(kind, request.param)
+    made = open_ranks(Stages, device, request.param)
     yield made
     made.close()
 

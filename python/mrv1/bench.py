@@ -37,6 +37,7 @@ Figure = Literal[
     "decode_attention",
     "all_reduce",
     "stage_send",
+    "expert_exchange",
     "sampler",
 ]
 
@@ -81,9 +82,11 @@ class Record(_RequiredKeys, total=False):
     scale: str
     weights: str
     kernels: int
+    blocks: int
     tokens: int
     tp: int
     pp: int
+    ep: int
     tbo: int
     graph_mode: str
     stage_waits: str

@@ -146,6 +146,7 @@ _DEFAULTS: dict[Figure, dict[str, object]] = {
         "kernels": ["auto"],
     },
     "stage_send": {"steps": 9, "ranks": None, "message_kb": [8, 64, 1024]},
+    "expert_exchange": {"steps": 9, "ranks": None, "tokens": [1, 16, 64], "blocks": [32]},
     "sampler": {
         "batch": [1, 8],
         "steps": 9,
@@ -160,6 +161,7 @@ _WITHOUT_MODEL: tuple[Figure, ...] = (
     "decode_attention",
     "all_reduce",
     "stage_send",
+    "expert_exchange",
     "sampler",
 )
 # What differs on a GPU.
@@ -176,6 +178,7 @@ _GPU_DEFAULTS: dict[Figure, dict[str, object]] = {
         "kernels": list(KERNELS),
     },
     "stage_send": {"message_kb": [8, 16, 64, 256, 1024, 2048, 16384, 65536]},
+    "expert_exchange": {"tokens": [1, 16, 64, 256, 1024, 4096, 16384]},
     "sampler": {"batch": [1, 32, 256], "steps": 20},
 }
 _OPTIONS = (
@@ -203,6 +206,7 @@ _OPTIONS = (
     "ranks",
     "message_kb",
     "kernels",
+    "blocks",
     "cases",
     "vocab",
 )
@@ -227,7 +231,8 @@ def add_bench(
         "lengths from first to last token; op: single ops of a decode step; profile: where the "
         "time of a decode step on a GPU goes; kv_write: writes to a paged KV cache; "
         "decode_attention: decode attention over one, by itself; all_reduce: sums over ranks, by "
-        "themselves; stage_send: values from stage to stage, by themselves; sampler: the draw of "
+        "themselves; stage_send: values from stage to stage, by themselves; expert_exchange: "
+        "tokens to the ranks of their experts and back, by themselves; sampler: the draw of "
         "a token for each row, by itself",
     )
     what = parser.add_mutually_exclusive_group()
@@ -347,7 +352,12 @@ def add_bench(
 def _add_kv_options(parser: argparse.ArgumentParser) -> None:
     both = "kv_write, decode_attention"
     for name, figures, default, text in (
-        ("--tokens", "kv_write", "1,64,1024; on a GPU 1,4,16,...,65536", "tokens of a launch"),
+        (
+            "--tokens",
+            "kv_write, expert_exchange",
+            "1,64,1024; on a GPU 1,4,16,...,65536; expert_exchange: 1,16,64, on a GPU up to 16384",
+            "tokens of a launch, or of a rank",
+        ),
         ("--kv-heads", both, "8", "key heads"),
         ("--group", both, "4", "query heads of a key head"),
         ("--head-dim", both, "128", "elements of a head"),
@@ -395,8 +405,8 @@ def _add_rank_options(parser: argparse.ArgumentParser) -> None:
         "--ranks",
         type=_positive,
         metavar="N",
-        help="all_reduce: of the group; stage_send: of as many stages (default: all GPUs; 2 of the "
-        "CPU)",
+        help="all_reduce, expert_exchange: of the group; stage_send: of as many stages (default: "
+        "all GPUs; 2 of the CPU)",
     )
     parser.add_argument(
         "--message-kb",
@@ -404,6 +414,12 @@ def _add_rank_options(parser: argparse.ArgumentParser) -> None:
         metavar="N[,N]",
         help="all_reduce: KiB that a rank gives to a sum; stage_send: of a message (default: "
         "8,64,1024; on a GPU 8,16,64,256,1024,16384,65536; stage_send: 2048, too)",
+    )
+    parser.add_argument(
+        "--blocks",
+        type=_positive_list,
+        metavar="N[,N]",
+        help="expert_exchange: thread blocks of each kernel on a GPU, at most 64 (default: 32)",
     )
     parser.add_argument(
         "--kernels",
@@ -434,6 +450,7 @@ def _run_bench(options: argparse.Namespace) -> int:
         "decode_attention": _decode_attention_records,
         "all_reduce": _rank_records,
         "stage_send": _rank_records,
+        "expert_exchange": _rank_records,
         "sampler": _sampler_records,
     }[options.figure](options)
     if options.commit is not None:
@@ -520,6 +537,9 @@ def _load(
         tensor_parallel_size=options.tensor_parallel_size,
         pipeline_parallel_size=options.pipeline_parallel_size,
         pipeline_layers=options.pipeline_layers,
+        expert_parallel=options.expert_parallel,
+        data_parallel_size=options.data_parallel_size,
+        max_tokens_per_rank=options.max_tokens_per_rank,
     )
     if directory is None:
         return random_runner(_shape_config(options, config), runner_options)
@@ -536,7 +556,7 @@ def _shape_config(options: argparse.Namespace, values: dict[str, object]) -> Mod
 
 
 def _refuse_ranks(options: argparse.Namespace) -> None:
-    for kind in ("tensor", "pipeline"):
+    for kind in ("tensor", "pipeline", "data"):
         size = getattr(options, f"{kind}_parallel_size")
         if size != 1:
             raise InvalidArgumentError(
@@ -585,7 +605,7 @@ def _write_trace(options: argparse.Namespace, model: LoadedModel, logs: StepLogs
 
 
 def _decode_records(options: argparse.Namespace) -> list[Record]:
-    from mrv1 import bench, bench_decode
+    from mrv1 import bench, bench_decode, bench_ranks
 
     shape, directory, config = _source(options)
     runner_options = bench_decode.decode_options(
@@ -612,25 +632,13 @@ def _decode_records(options: argparse.Namespace) -> list[Record]:
             model.config, model.dtype, timing.batch, mean, cache, micro_batches
         )
         records.append(
-            bench.make_record(
-                "decode",
-                shape,
-                device,
-                model.dtype,
-                timing,
-                costs,
-                rates,
-                cache,
-                model.tensor_parallel_size,
-                model.pipeline_parallel_size,
-                bench.weights_name(model.config, model.dtype),
-            )
+            bench_ranks.model_record("decode", shape, device, model, timing, costs, rates)
         )
     return records
 
 
 def _prefill_records(options: argparse.Namespace) -> list[Record]:
-    from mrv1 import bench, bench_prefill
+    from mrv1 import bench, bench_prefill, bench_ranks
 
     shape, directory, config = _source(options)
     runner_options = bench_prefill.prefill_options(
@@ -643,19 +651,7 @@ def _prefill_records(options: argparse.Namespace) -> list[Record]:
     for timing in timings:
         costs = bench.prefill_costs(model.config, model.dtype, timing.batch, timing.context, cache)
         records.append(
-            bench.make_record(
-                "prefill",
-                shape,
-                device,
-                model.dtype,
-                timing,
-                costs,
-                rates,
-                cache,
-                model.tensor_parallel_size,
-                model.pipeline_parallel_size,
-                bench.weights_name(model.config, model.dtype),
-            )
+            bench_ranks.model_record("prefill", shape, device, model, timing, costs, rates)
         )
     return records
 
@@ -840,7 +836,7 @@ def _decode_attention_records(options: argparse.Namespace) -> list[Record]:
 
 
 def _rank_records(options: argparse.Namespace) -> list[Record]:
-    """What passes between ranks: the figures `all_reduce` and `stage_send`."""
+    """What passes between ranks: `all_reduce`, `stage_send` and `expert_exchange`."""
     from mrv1 import bench_collectives
 
     kernels = options.kernels
@@ -857,6 +853,12 @@ def _rank_records(options: argparse.Namespace) -> list[Record]:
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
     devices = bench_collectives.open_ranks(options.device, options.ranks)
     try:
+        if options.figure == "expert_exchange":
+            return list(
+                bench_collectives.measure_expert_exchange(
+                    devices, dtype, options.tokens, options.blocks, options.steps
+                )
+            )
         sizes = [count << 10 for count in options.message_kb]
         if options.figure == "stage_send":
             return list(bench_collectives.measure_stage_send(devices, dtype, sizes, options.steps))

@@ -1,5 +1,5 @@
 # Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
-"""The figures `all_reduce` and `stage_send`: what passes between ranks, by itself."""
+"""The figures `all_reduce`, `stage_send` and `expert_exchange`: what passes between ranks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mrv1 import _core, _libraries, bench
 from mrv1.bench import Record, Timing
 from mrv1.errors import DeviceError, InvalidArgumentError
 from mrv1.llm import peak_memory_mb
+from mrv1.parallel import Shard
 
 # How sums travel, see `_core.CollectiveProbe`.
 KERNELS: Final = ("auto", "one_shot", "two_shot", "nccl")
@@ -25,6 +26,10 @@ _MOST_CALLS: Final = 100
 _LEAST_CALLS: Final = 2
 # A GPU that did nothing for a while comes back to its clocks in the course of milliseconds.
 _WARM_SECONDS: Final = 0.2
+# Of Qwen3 30B-A3B.
+_HIDDEN: Final = 2048
+_EXPERTS: Final = 128
+_TOP_K: Final = 8
 
 
 def open_ranks(kind: str, count: int | None) -> list[_core.Device]:
@@ -182,3 +187,96 @@ def measure_stage_send(
             if not right:
                 record["counts"], record["fault"] = False, "a message was wrong"
             yield record
+
+
+def measure_expert_exchange(
+    devices: Sequence[_core.Device],
+    dtype: str,
+    tokens: Sequence[int],
+    blocks: Sequence[int],
+    repeats: int,
+) -> Iterator[Record]:
+    """Times the way of tokens to the ranks of their experts, and back, several in one graph.
+
+    Sizes are those of Qwen3 30B-A3B, and every token's experts are drawn at random.
+
+    Args:
+        devices: One a rank.
+        dtype: "float32" or "bfloat16".
+        tokens: Of a rank.
+        blocks: Thread blocks of a GPU that each kernel takes.
+        repeats: Runs; their median is the time.
+
+    Yields:
+        Three records for each: of `moe_dispatch`, of `moe_combine`, and of one after the other.
+    """
+    on_gpus = devices[0].kind == "cuda"
+    size = len(devices)
+    row_bytes = _HIDDEN * bench.element_size(dtype)
+    draw = np.random.default_rng(0)
+    for count in tokens:
+        calls = min(_MOST_CALLS, max(_LEAST_CALLS, _GRAPH_BYTES // (count * row_bytes)))
+        if not on_gpus:
+            calls = _LEAST_CALLS
+        order = np.argsort(draw.random((size, calls, count, _EXPERTS), np.float32), axis=-1)
+        experts = order[..., :_TOP_K].astype(np.int32)
+        values = draw.integers(-8, 8, (size, calls, count, _HIDDEN), np.int8).astype(np.float32)
+        weights = np.full(experts.shape, 1 / _TOP_K, np.float32)
+        owners = _owners(experts, size)
+        goes = np.stack([(owners == rank).any(-1) for rank in range(size)], axis=-1)
+        # Of the rank that sends most: a row to each other rank that has an expert of it.
+        others = np.array([np.delete(goes[rank], rank, axis=-1).sum() for rank in range(size)])
+        sent = int(others.max()) / calls
+        for number in blocks:
+            for part in ("dispatch", "combine", "both"):
+                probe = _core.ExpertProbe(
+                    list(devices),
+                    tokens=[count] * size,
+                    hidden=_HIDDEN,
+                    top_k=_TOP_K,
+                    num_experts=_EXPERTS,
+                    region_rows=count,
+                    calls=calls,
+                    dtype=dtype,
+                    part=part,
+                    blocks=number,
+                )
+                try:
+                    for rank in range(size):
+                        probe.set_tokens(rank, values[rank], experts[rank], weights[rank])
+                    end = time.monotonic() + (_WARM_SECONDS if on_gpus else 0.0)
+                    probe.run()
+                    while time.monotonic() < end:
+                        probe.run()
+                    seconds = statistics.median(probe.time(repeats, 10 if on_gpus else 1))
+                    # Small integers: what every rank that had a token has sent back adds up.
+                    right = part != "both" or all(
+                        np.array_equal(
+                            probe.result(rank), values[rank] * goes[rank].sum(-1)[..., None]
+                        )
+                        for rank in range(size)
+                    )
+                finally:
+                    probe.close()
+                timing = Timing(count, 0, 1e3 * seconds, None, peak_memory_mb())
+                device = bench.describe_device(devices[0])
+                shape = f"{size} ranks"
+                record = bench.make_record("expert_exchange", shape, device, dtype, timing)
+                record["ep"], record["backend"] = size, part
+                record["blocks"] = number
+                # Ids and weights go with a token, its sum comes alone.
+                there = row_bytes + 8 * _TOP_K if part != "combine" else 0
+                back = row_bytes if part != "dispatch" else 0
+                record["message_bytes"] = round(sent * (there + back))
+                record["us"] = round(1e6 * seconds, 4)
+                record["gb_s"] = round(record["message_bytes"] / seconds / 1e9, 2)
+                if not right:
+                    record["counts"], record["fault"] = False, "a token came back wrong"
+                yield record
+
+
+def _owners(experts: np.ndarray, size: int) -> np.ndarray:
+    """The ranks that have these experts."""
+    shares = [Shard(rank, size, expert_parallel=True).own_experts(_EXPERTS) for rank in range(size)]
+    owners: np.ndarray = np.repeat(np.arange(size), [len(share) for share in shares])
+    return np.take(owners, experts)

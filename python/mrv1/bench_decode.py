@@ -14,6 +14,7 @@ import numpy as np
 
 from mrv1 import _core
 from mrv1.bench import Timing, main_mode, ran_in_halves, row_blocks
+from mrv1.bench_ranks import AllRanks
 from mrv1.bench_trace import StepLogs, logged_steps, stage_waits
 from mrv1.errors import InternalError
 from mrv1.llm import peak_memory_mb
@@ -87,7 +88,7 @@ class DecodeRun:
 
     Launches run ahead as in the engine, by one step, or by as many as a pipeline has stages, over
     which the rows are spread in micro-batches: a step is one of each. Draws are greedy and nothing
-    stops a row.
+    stops a row. Ranks with requests of their own have as many rows each.
 
     Args:
         model: Made with `decode_options`.
@@ -96,6 +97,7 @@ class DecodeRun:
     """
 
     def __init__(self, model: LoadedModel, batch: int, context: int) -> None:
+        self._ranks = AllRanks(model)
         self._runner = model.runner
         blocks = -(-model.max_model_len // model.block_size)
         rng = np.random.default_rng(0)
@@ -110,8 +112,7 @@ class DecodeRun:
             spec.temperature = 0.0
             spec.max_tokens = MAX_INT32
             spec.block_ids = row_blocks(self._runner, index, blocks)
-            row, _ = self._runner.add_row(spec)
-            self._rows.append(row)
+            self._rows.append(self._ranks.add_row(spec))
         # As the engine spreads them over the stages of a pipeline.
         stages = model.pipeline_parallel_size
         self._ahead = 1 + stages
@@ -140,19 +141,17 @@ class DecodeRun:
         while ended < launches:
             if launched < launches:
                 batch = self._batches[launched % len(self._batches)]
-                pending.append(self._runner.execute(batch))
+                pending.append(self._ranks.execute(batch))
                 launched += 1
                 if launched % len(self._batches) == 0:
                     run.host_ns.append(self._runner.stats()["host_ns"])
                 if launched < launches and len(pending) < self._ahead:
                     continue
-            output = self._runner.result(pending.popleft())
+            output = self._ranks.result(pending.popleft())
             ended += 1
             if ended % len(self._batches) == 0:
                 run.ends.append(time.perf_counter())
             run.device_ns.append((output.begin_ns, output.end_ns))
-            if output.error:
-                raise InternalError(f"step {output.step} failed: {output.error}")
             if any(entry.finish_reason != _core.FinishReason.NONE for entry in output.entries):
                 raise InternalError(f"a row ended in step {output.step}")
         self._length += steps
@@ -174,7 +173,7 @@ class DecodeRun:
     def close(self) -> None:
         """Frees the rows."""
         for row in self._rows:
-            self._runner.free_row(row)
+            self._ranks.free_row(row)
 
 
 def idle_share(spans: Sequence[tuple[int, int]]) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mrv1 import _core
 from mrv1.bench import Timing, main_mode, ran_in_halves, row_blocks
+from mrv1.bench_ranks import AllRanks
 from mrv1.errors import InternalError
 from mrv1.llm import peak_memory_mb
 from mrv1.loader import LoadedModel, RunnerOptions
@@ -72,6 +73,7 @@ def measure_prefill(model: LoadedModel, batch: int, context: int, repeats: int) 
         repeats: How often all of them are prefilled.
     """
     runner = model.runner
+    ranks = AllRanks(model)
     blocks = -(-model.max_model_len // model.block_size)
     rng = np.random.default_rng(0)
     specs = []
@@ -86,11 +88,11 @@ def measure_prefill(model: LoadedModel, batch: int, context: int, repeats: int) 
     chunks = prefill_chunks(batch, context, model.max_num_batched_tokens)
     before = runner.stats()
     ahead = 1 + model.pipeline_parallel_size
-    _run(runner, specs, chunks[:1], ahead)
+    _run(ranks, specs, chunks[:1], ahead)
     milliseconds, host_us = [], []
     for _ in range(repeats):
         host_ns = runner.stats()["host_ns"]
-        seconds, tokens = _run(runner, specs, chunks, ahead)
+        seconds, tokens = _run(ranks, specs, chunks, ahead)
         if tokens != batch:
             raise InternalError(f"{tokens} of {batch} prompts got a token")
         milliseconds.append(1e3 * seconds)
@@ -108,7 +110,7 @@ def measure_prefill(model: LoadedModel, batch: int, context: int, repeats: int) 
 
 
 def _run(
-    runner: _core.ModelRunner,
+    runner: AllRanks,
     specs: Sequence[_core.RowSpec],
     chunks: Sequence[Sequence[tuple[int, int]]],
     ahead: int,
@@ -120,15 +122,11 @@ def _run(
 
     def take() -> int:
         output = runner.result(pending.popleft())
-        if output.error:
-            raise InternalError(f"step {output.step} failed: {output.error}")
         return sum(entry.num_tokens > 0 for entry in output.entries)
 
     start = time.perf_counter()
     try:
-        for spec in specs:
-            row, _ = runner.add_row(spec)
-            rows.append(row)
+        rows.extend(runner.add_row(spec) for spec in specs)
         for chunk in chunks:
             pending.append(runner.execute([(rows[index], count) for index, count in chunk]))
             if len(pending) == ahead:

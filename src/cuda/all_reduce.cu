@@ -13,6 +13,7 @@
 #include "ops/all_reduce.h"
 #include "peer_group.h"
 #include "peer_memory.cuh"
+#include "peer_sums.cuh"
 
 namespace mrv1 {
 namespace {
@@ -56,37 +57,13 @@ __device__ __forceinline__ void sum_pieces(const cuda::PeerView& peers, const Ra
   }
 }
 
-// Sums of one piece of x as they are stored: 16 bytes, or 8 where float32 becomes bfloat16.
-template <int kBytes>
-struct Stored;
-template <>
-struct Stored<16> {
-  using type = uint4;
-};
-template <>
-struct Stored<8> {
-  using type = uint2;
-};
 template <typename T, typename Out>
-using Sums = typename Stored<cuda::kVectorSize<T>* static_cast<int>(sizeof(Out))>::type;
-
-template <typename T, typename Out>
-__device__ __forceinline__ Sums<T, Out> round_sums(const float (&sums)[cuda::kVectorSize<T>]) {
-  if constexpr (sizeof(T) == sizeof(Out)) {
-    return cuda::pack(sums);
-  } else {
-    const float padded[8] = {sums[0], sums[1], sums[2], sums[3], 0.0f, 0.0f, 0.0f, 0.0f};
-    const uint4 packed = cuda::pack(padded);
-    return make_uint2(packed.x, packed.y);
-  }
-}
-
-template <typename T, typename Out>
-__device__ __forceinline__ void store_sums(const Range& range, int64_t first, Sums<T, Out> sums) {
+__device__ __forceinline__ void store_sums(const Range& range, int64_t first,
+                                           cuda::SumsOf<T, Out> sums) {
   constexpr int kSize = cuda::kVectorSize<T>;
   Out* out = static_cast<Out*>(range.out) + first;
   if (range.aligned && first + kSize <= range.count) {
-    *reinterpret_cast<Sums<T, Out>*>(out) = sums;
+    *reinterpret_cast<cuda::SumsOf<T, Out>*>(out) = sums;
     return;
   }
   Out elements[kSize];
@@ -157,7 +134,7 @@ __global__ void __launch_bounds__(cuda::kPeerThreads)
     }
     float sums[kSize];
     sum_pieces<T>(peers, range, parts, piece * kSize, sums);
-    store_sums<T, Out>(range, piece * kSize, round_sums<T, Out>(sums));
+    store_sums<T, Out>(range, piece * kSize, cuda::round_sums<T, Out>(sums));
   }
 }
 
@@ -167,7 +144,7 @@ __global__ void __launch_bounds__(cuda::kPeerThreads)
                     const __grid_constant__ Range range) {
   cuda::launch_next();
   cuda::wait_for_previous();
-  using Stored = Sums<T, Out>;
+  using Stored = cuda::SumsOf<T, Out>;
   constexpr int kSize = cuda::kVectorSize<T>;
   const int64_t pieces = cuda::divide_up(range.count, kSize);
   // Part r is that of rank r, the last one shorter. A thread has the same places of every part, on
@@ -219,7 +196,7 @@ __global__ void __launch_bounds__(cuda::kPeerThreads)
     }
     float sums[kSize];
     sum_pieces<T>(peers, range, parts, (own + place) * kSize, sums);
-    const Stored stored = round_sums<T, Out>(sums);
+    const Stored stored = cuda::round_sums<T, Out>(sums);
 #pragma unroll
     for (int step = 1; step < kMost; ++step) {
       if (step >= peers.size) break;

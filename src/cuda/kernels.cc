@@ -28,6 +28,8 @@ const Kernels& cuda_kernels() {
       .paged_attention = paged_attention_cuda,
       .all_reduce = all_reduce_cuda,
       .all_gather = all_gather_cuda,
+      .moe_dispatch = moe_dispatch_cuda,
+      .moe_combine = moe_combine_cuda,
       .stage_send = stage_send_cuda,
       .stage_receive = stage_receive_cuda,
       .stage_release = stage_release_cuda,

@@ -64,6 +64,10 @@ std::string_view wait_text(PeerWait wait) {
       return "the sums of all_reduce";
     case PeerWait::kColumns:
       return "the columns of all_gather";
+    case PeerWait::kTokens:
+      return "the tokens of moe_dispatch";
+    case PeerWait::kExpertSums:
+      return "the sums of moe_combine";
     case PeerWait::kStart:
       return "the start of a collective";
     case PeerWait::kTrial:
@@ -94,6 +98,8 @@ PeerGroup::PeerGroup(std::span<const std::shared_ptr<Device>> devices, const Gro
   }
   check(options.timeout.count() > 0, kWhere, "timeout is ", options.timeout.count(),
         " ms; it must be positive");
+  check(options.expert_blocks >= 1 && options.expert_blocks <= kPeerBlocks, kWhere,
+        "expert_blocks is ", options.expert_blocks, "; must be in [1, ", kPeerBlocks, "]");
   enable_peers();
   allocate_areas(options);
   if (size() > 1 && kernels_ == CollectiveKernels::kNccl) open_nccl_groups(options.nccl);
@@ -103,6 +109,8 @@ PeerGroup::PeerGroup(std::span<const std::shared_ptr<Device>> devices, const Gro
     if (size() > 1) {
       load_all_reduce(size());
       load_all_gather();
+      load_moe_dispatch();
+      load_moe_combine(size());
     }
     if (num_stages_ > 1) {
       load_stage_send();
@@ -202,6 +210,7 @@ void PeerGroup::allocate_areas(const GroupOptions& options) {
     view.packet_pieces = layout.packet_pieces;
     view.bulk_pieces = layout.bulk_pieces;
     view.bulk_offset = layout.bulk_offset;
+    view.expert_blocks = options.expert_blocks;
     views_.push_back(view);
   }
 }

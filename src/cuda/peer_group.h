@@ -81,6 +81,8 @@ class CudaCommunicator final : public Communicator {
   CudaCommunicator(int global_rank, std::shared_ptr<PeerGroup> group);
 
   const PeerView& view() const { return group_->view(global_rank()); }
+  // Whether it has areas in which others can write; not so where NCCL is to carry everything.
+  bool reaches_peers() const { return group_->reach_each_other(); }
 
   // Which kernels carry a sum of `bytes`, and columns of `rows` rows of `bytes` in all. Where NCCL
   // is to carry everything, sums that it cannot are refused.
@@ -107,6 +109,8 @@ class CudaCommunicator final : public Communicator {
 // loaded at its first launch may wait for others that wait for it.
 void load_all_reduce(int size);
 void load_all_gather();
+void load_moe_dispatch();
+void load_moe_combine(int size);
 void load_meeting();
 
 // Waits, in the rank's stream, until all ranks of the stage are there.

@@ -29,6 +29,8 @@ enum class PeerWait : uint32_t {
   kPartialSums,
   kSums,
   kColumns,
+  kTokens,
+  kExpertSums,
   kStart,
   kTrial,
   kValues,  // from here on of another stage, in a step
@@ -85,7 +87,8 @@ struct PeerView {
   PeerWatch watch;
   char* areas[kMaxRanks];  // by rank
   int64_t packet_pieces, bulk_pieces;
-  int64_t bulk_offset;  // of the scatter halves in an area
+  int64_t bulk_offset;    // of the scatter halves in an area
+  int32_t expert_blocks;  // of moe_dispatch and moe_combine, the same on all ranks
 };
 
 }  // namespace mrv1::cuda

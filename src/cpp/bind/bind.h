@@ -49,6 +49,7 @@ void bind_engine(nb::module_& m);
 void bind_bench(nb::module_& m);
 void bind_cache_write_probe(nb::module_& m);
 void bind_collectives(nb::module_& m);
+void bind_expert_probe(nb::module_& m);
 void bind_stage_probe(nb::module_& m);
 void bind_ops(nb::module_& m);
 void bind_fp4_weights(nb::module_& m);

@@ -56,6 +56,7 @@ NB_MODULE(_core, m) {
   mrv1::bind_bench(m);
   mrv1::bind_cache_write_probe(m);
   mrv1::bind_collectives(m);
+  mrv1::bind_expert_probe(m);
   mrv1::bind_stage_probe(m);
   mrv1::bind_ops(m);
   mrv1::bind_fp4_weights(m);

@@ -3,6 +3,7 @@
 
 #include "core/device.h"
 #include "core/error.h"
+#include "dist/expert_link.h"
 #include "dist/stage_link.h"
 
 namespace mrv1 {

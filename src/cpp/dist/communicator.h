@@ -1,6 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -15,6 +16,10 @@ namespace mrv1 {
 
 // Ranks of a group at most, as kernels keep a value of each in registers.
 constexpr int kMaxRanks = 8;
+
+// Sets of ExpertBuffers (dist/expert_link.h) that steps may use at the same time: that of whole
+// steps, and one for each half of those that are cut.
+constexpr int kMaxExpertSets = 3;
 
 // Which kernels carry the collectives of GPUs: packets that say themselves that they have come, or
 // plain values in two trips, both of our own and with the same bits; kAuto chooses by size. NCCL's
@@ -31,6 +36,9 @@ struct GroupOptions {
   std::chrono::milliseconds timeout{8000};
   // Of GPUs only.
   CollectiveKernels kernels = CollectiveKernels::kAuto;
+  // Thread blocks, and so processors at most, that moe_dispatch and moe_combine take, at most 64:
+  // enough to keep the links busy, few enough that other kernels can run beside them.
+  int32_t expert_blocks = 32;
   std::vector<std::string> nccl;  // names to open NCCL by, in order, for kNccl
 };
 
@@ -42,6 +50,8 @@ struct StageBuffers;   // dist/stage_link.h
 struct StageCounters;  // dist/stage_link.h
 struct StageLink;      // dist/stage_link.h
 struct StagePort;      // dist/stage_link.h
+struct ExpertBuffers;  // dist/expert_link.h
+struct ExpertLink;     // dist/expert_link.h
 
 void link_stages(std::span<Communicator* const> ranks, std::span<const StageBuffers> buffers);
 
@@ -78,6 +88,9 @@ class Communicator {
   // Throws kDevice with the reason if the group has ended.
   void check_alive() const;
 
+  // A set of buffers for experts; null until link_experts() has linked it. Stays where it is.
+  const ExpertLink* expert_link(int set) const { return expert_links_[set].get(); }
+
   // Null until link_stages(), and without a pipeline. Stays where it is.
   const StageLink* stage_link() const { return link_.get(); }
   // Of this rank, in its device's memory, where the other ranks can write to the port; zeros before
@@ -97,9 +110,12 @@ class Communicator {
  private:
   friend void link_stages(std::span<Communicator* const> ranks,
                           std::span<const StageBuffers> buffers);
+  friend void link_experts(std::span<Communicator* const> ranks,
+                           std::span<const ExpertBuffers> buffers, int set);
 
   int rank_, size_, stage_, num_stages_;
   std::unique_ptr<StageLink> link_;
+  std::array<std::unique_ptr<ExpertLink>, kMaxExpertSets> expert_links_;
 };
 
 // A communicator for each device, in their order: the ranks of the first stage, then those of the

@@ -11,6 +11,8 @@
 #include "ops/fp4_tiles.h"
 #include "ops/gather_blocks.h"
 #include "ops/linear.h"
+#include "ops/moe_combine.h"
+#include "ops/moe_dispatch.h"
 #include "ops/moe_experts.h"
 #include "ops/moe_route.h"
 #include "ops/ngram_propose.h"
@@ -68,6 +70,8 @@ struct Kernels {
   void (*paged_attention)(const PagedAttentionParams&, const StepContext&);
   void (*all_reduce)(const AllReduceParams&, const StepContext&);
   void (*all_gather)(const AllGatherParams&, const StepContext&);
+  void (*moe_dispatch)(const MoeDispatchParams&, const StepContext&);
+  void (*moe_combine)(const MoeCombineParams&, const StepContext&);
   void (*stage_send)(const StageSendParams&, const StepContext&);
   void (*stage_receive)(const StepContext&);
   void (*stage_release)(const StepContext&);

@@ -32,6 +32,8 @@ const Kernels& cpu_kernels() {
       .paged_attention = paged_attention_cpu,
       .all_reduce = all_reduce_cpu,
       .all_gather = all_gather_cpu,
+      .moe_dispatch = moe_dispatch_cpu,
+      .moe_combine = moe_combine_cpu,
       .stage_send = stage_send_cpu,
       .stage_receive = stage_receive_cpu,
       .stage_release = stage_release_cpu,

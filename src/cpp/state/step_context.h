@@ -67,6 +67,7 @@ struct StepContext {
   void* workspace = nullptr;  // scratch of ops, workspace_bytes long; contents do not outlive an op
   size_t workspace_bytes = 0;
   Communicator* communicator = nullptr;  // of the rank; null where there is one rank
+  int32_t expert_set = 0;                // of ExpertBuffers, that the step uses
   // A row's results must not depend on what else is in the batch, bit for bit.
   bool batch_invariant = false;
   AttentionBackend attention_backend = AttentionBackend::kNative;
