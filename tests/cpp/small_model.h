@@ -16,11 +16,12 @@ namespace mrv1 {
 constexpr int32_t kVocab = 96, kHidden = 64, kHeads = 2, kKvHeads = 1, kHeadDim = 32;
 
 inline int32_t matrix(Program& program, const std::string& name, int64_t rows, int64_t cols) {
-  return program.weight({name, WeightKind::kMatrix, rows, cols, {{name, 0, rows}}});
+  return program.weight({.name = name, .rows = rows, .cols = cols, .segments = {{name, 0, rows}}});
 }
 
 inline int32_t vector(Program& program, const std::string& name, int64_t size) {
-  return program.weight({name, WeightKind::kVector, size, 1, {{name, 0, size}}});
+  return program.weight(
+      {.name = name, .kind = WeightKind::kVector, .rows = size, .segments = {{name, 0, size}}});
 }
 
 // A layer a window; 0 = all positions. `ranked`: what is row-parallel is summed over ranks, each of
