@@ -53,6 +53,7 @@ FEATURES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("the same with one key/value head, which all ranks have", {"num_key_value_heads": 1}, {}),
     ("the sizes of Llama 3 8B", LLAMA_3_8B, {}),
     ("layers with experts, in the sizes of Qwen3 30B-A3B", QWEN3_30B, {}),
+    ("the same with `expert_parallel=True`", QWEN3_30B, {"expert_parallel": True}),
     ("a vocabulary of 50,257 ids", {"vocab_size": 50257}, {}),
     ("3 layers", {"num_hidden_layers": 3}, {}),
     ("`pipeline_layers=[17, 15]`", {}, {"pipeline_layers": [17, 15]}),

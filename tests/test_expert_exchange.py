@@ -43,9 +43,8 @@ def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _rank_of(num_experts: int, size: int) -> np.ndarray:
-    """The rank of each expert: equal shares, the first ranks one more."""
-    counts = [num_experts // size + (rank < num_experts % size) for rank in range(size)]
-    return np.repeat(np.arange(size), counts)
+    """The rank of each expert: neighbours, as many on each rank or one more."""
+    return np.arange(num_experts) * size // num_experts
 
 
 @dataclasses.dataclass

@@ -194,6 +194,13 @@ class Program:
         of all ranks, 0 for those of gate_up and the ones before them.
         """
 
+    def moe_exchange(self, x: int, experts: int, weights: int, gate_up: int, down: int, *, activation: str = 'silu', first_expert: int = 0, wide: bool = False, num_experts: int, ranks: int) -> int:
+        """
+        As moe_experts, over ranks with tokens of their own: moe_dispatch sends each token to the
+        ranks that have its experts, moe_combine brings the sums back and adds them, in float32
+        with `wide`.
+        """
+
     def rope_table(self, inv_freq: Sequence[float], factor: float = 1.0, interleaved: bool = False) -> int: ...
 
     def attention(self, qkv: int, *, num_heads: int, num_kv_heads: int, head_dim: int, kv_layer: int, scale: float, window: int = 0, rope: int = -1, q_norm: int = -1, k_norm: int = -1, eps: float = 0.0, softcap: float = 0.0) -> int: ...
@@ -546,6 +553,15 @@ class RunnerConfig:
 
     @num_stages.setter
     def num_stages(self, arg: int, /) -> None: ...
+
+    @property
+    def data_parallel(self) -> bool:
+        """
+        Whether each rank has requests of its own, and a runner that is called by itself.
+        """
+
+    @data_parallel.setter
+    def data_parallel(self, arg: bool, /) -> None: ...
 
     @property
     def rank_timeout_ms(self) -> int:
@@ -1081,6 +1097,18 @@ class ModelRunner:
         Ranks that compute one model together: a device, a program and a configuration of each.
         """
 
+    def rank(self, rank: int) -> ModelRunner:
+        """
+        The runner of a rank, where each has requests of its own. All ranks must run as many
+        steps: `execute([])` on those without anything to compute.
+        """
+
+    def execute_ranks(self, batches: Sequence[Sequence[tuple[int, int, int]]]) -> list[int]:
+        """
+        Launches a step on all ranks with requests of their own, of a batch each, at the same
+        time; returns its number on each.
+        """
+
     @staticmethod
     def plan_memory(program: Program, config: RunnerConfig, device: Device) -> dict[str, int]:
         """
@@ -1337,7 +1365,7 @@ class Engine:
 
     def __init__(self, runner: ModelRunner, options: EngineOptions = ...) -> None: ...
 
-    def add_request(self, id: str, row: RowSpec, *, priority: int = 0, n: int = 1, cache_salt: int = 0, skip_prefix_cache: bool = False, grammar: Grammar | None = None) -> None:
+    def add_request(self, id: str, row: RowSpec, *, priority: int = 0, n: int = 1, cache_salt: int = 0, skip_prefix_cache: bool = False, grammar: Grammar | None = None, rank: int | None = None) -> None:
         """
         Queues a request.
 
@@ -1349,6 +1377,8 @@ class Engine:
             cache_salt: Requests share cached blocks only where it is equal.
             skip_prefix_cache: Neither take blocks from the prefix cache nor leave any there.
             grammar: What the outputs must follow; None: anything.
+            rank: Of ranks with requests of their own, the one that takes it; None: the one with
+                the fewest unfinished samples.
 
         Raises:
             RequestError: the id is in use, or the request could never run.
@@ -1388,6 +1418,12 @@ class Engine:
         """
         Counts since the start, and what is there after the newest step. thread_cpu_ns is CPU
         time of scheduling, without waiting for the device.
+        """
+
+    def rank_stats(self, rank: int) -> dict[str, int]:
+        """
+        The same of one of several ranks with requests of their own; `stats` has their sums, but
+        for steps, which are those of one.
         """
 
     def check_idle(self) -> None:
@@ -1638,6 +1674,76 @@ class CollectiveProbe:
 
     def result(self, rank: int) -> NDArray[numpy.float32]:
         """Of a rank: [calls, rows, columns]."""
+
+    def time(self, repeats: int, launches: int) -> list[float]:
+        """
+        Seconds of a call on the slowest rank, in each of `repeats` runs of `launches` graphs;
+        by the clock of a GPU, else of the host.
+        """
+
+    def abort(self, reason: str) -> None:
+        """Ends the group, as a rank that fails does."""
+
+    def close(self) -> None: ...
+
+class ExpertProbe:
+    """
+    moe_dispatch and moe_combine of a group of devices by themselves: a graph of several of
+    both on every rank, each with tokens of its own. What comes back of a token is, in place of
+    what experts would make of it, itself from every rank that it was sent to, or what
+    `set_partial` was given.
+
+    Args:
+        devices: One a rank, all of one kind; GPUs are distinct.
+        tokens: Of each rank.
+        hidden: Columns of a token.
+        top_k: Experts of a token.
+        num_experts: Of all ranks together.
+        region_rows: Tokens that there is room for of each rank.
+        calls: Of a graph.
+        dtype: Of tokens, "float32" or "bfloat16".
+        sum_dtype: Of what comes back; None is that of tokens.
+        part: "both", or for timing "dispatch" or "combine" alone.
+        delay: Seconds that a rank waits before a call at most, at random.
+        blocks: Thread blocks of a GPU that each takes.
+        timeout: Seconds that a rank waits for others before the group ends.
+
+    Raises:
+        InvalidArgumentError: something is not what it must be.
+        DeviceError: GPUs do not reach each other's memory.
+    """
+
+    def __init__(self, devices: Sequence[Device], *, tokens: Sequence[int], hidden: int, top_k: int, num_experts: int, region_rows: int, calls: int = 1, dtype: str = 'bfloat16', sum_dtype: str | None = None, part: str = 'both', delay: float = 0.0, blocks: int = 32, timeout: float = 8.0) -> None: ...
+
+    def set_tokens(self, rank: int, values: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], experts: Annotated[NDArray[numpy.int32], dict(order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None:
+        """
+        Sets a rank's tokens, [calls, tokens, hidden], rounded to the dtype, and their experts
+        and weights, [calls, tokens, top_k]; an expert may be -1.
+        """
+
+    def set_partial(self, rank: int, values: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None:
+        """
+        Sets what a rank has computed of the tokens of all, [ranks, region_rows, hidden],
+        rounded to sum_dtype; before the first run.
+        """
+
+    def run(self, launches: int = 1, absent: int | None = None) -> None:
+        """
+        Runs the graph of every rank, `launches` times; rank `absent` does not come.
+
+        Raises:
+            DeviceError: the group has ended; the message says why.
+        """
+
+    def result(self, rank: int) -> NDArray[numpy.float32]:
+        """Of a rank: [calls, tokens, hidden]."""
+
+    def received(self, rank: int) -> tuple[NDArray[numpy.float32], NDArray[numpy.int32], NDArray[numpy.float32], NDArray[numpy.int32], NDArray[numpy.int32]]:
+        """
+        Of a rank's last call: tokens [ranks, region_rows, hidden], experts and weights
+        [ranks, region_rows, top_k] and counts [ranks] that have come to it, and the places
+        [tokens, ranks] of its own tokens at others, -1 where they did not go.
+        """
 
     def time(self, repeats: int, launches: int) -> list[float]:
         """

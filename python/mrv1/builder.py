@@ -285,7 +285,7 @@ class Builder:
         The product is made in float32 and rounded to the dtype of activations. Where a model rounds
         its scale first, so should the caller.
         """
-        if self.shard.size == 1 or table.split is None:
+        if self.shard.tensor_size == 1 or table.split is None:
             return Value(self.program.embedding(table.index, scale))
         self._expect_split(table, "rows", "embedding")
         first, _ = self.shard.cut(table.shape[0])
@@ -298,7 +298,7 @@ class Builder:
     def _expect_split(self, weight: Weight, split: Split, op: str) -> None:
         if weight.split != split:
             raise InvalidArgumentError(
-                f"{op}: with {self.shard.size} ranks the weight must be split by {split}",
+                f"{op}: with {self.shard.tensor_size} ranks the weight must be split by {split}",
                 field="split",
                 value=weight.split,
             )
@@ -336,14 +336,14 @@ class Builder:
                 field="wide",
                 value=wide,
             )
-        if self.shard.size > 1 and row_parallel:
+        if self.shard.tensor_size > 1 and row_parallel:
             self._expect_split(weight, "cols", "linear")
             partial = self.program.linear(
                 x.index, weight.index, row_parallel=True, wide=self._wide_sums
             )
             total = self._all_reduce(Value(partial), bias)
             return total if residual is None else self.add(total, residual)
-        if self.shard.size > 1 and weight.split == "cols":
+        if self.shard.tensor_size > 1 and weight.split == "cols":
             self._expect_split(weight, "rows", "linear")
         return Value(
             self.program.linear(
@@ -376,7 +376,7 @@ class Builder:
         The experts of a token are those of largest score + bias; ties go to lower ones. What they
         make of x, down (activation(gate x) * (up x)), is added with the scores as weights. Where
         ranks share the model, each has a part of every expert or some of the experts, and the sum
-        is made over ranks.
+        is made over ranks. Where ranks have tokens of their own, these travel to the experts.
 
         Args:
             x: [tokens, hidden].
@@ -393,7 +393,7 @@ class Builder:
             scale: Of the weights, after that.
             activation: Of gate.
         """
-        is_shared = self.shard.size > 1
+        is_shared = self.shard.tensor_size > 1
         if is_shared:
             self._expect_split(gate_up, "rows", "experts")
             self._expect_split(down, "cols", "experts")
@@ -406,6 +406,22 @@ class Builder:
             min_sum=min_sum,
             scale=scale,
         )
+        first = self.shard.own_experts(gate_up.matrices).start
+        if self.shard.data_parallel and self.shard.size > 1:
+            return Value(
+                self.program.moe_exchange(
+                    x.index,
+                    experts,
+                    weights,
+                    gate_up.index,
+                    down.index,
+                    activation=activation,
+                    first_expert=first,
+                    wide=self._wide_sums,
+                    num_experts=gate_up.matrices,
+                    ranks=self.shard.size,
+                )
+            )
         total = Value(
             self.program.moe_experts(
                 x.index,
@@ -414,7 +430,7 @@ class Builder:
                 gate_up.index,
                 down.index,
                 activation=activation,
-                first_expert=self.shard.own_experts(gate_up.matrices).start,
+                first_expert=first,
                 num_experts=gate_up.matrices,
                 row_parallel=True,
                 wide=is_shared and self._wide_sums,
@@ -512,5 +528,5 @@ class Builder:
 
         With a softcap they become softcap * tanh(logit / softcap).
         """
-        ranks = self.shard.size if head.split == "rows" else 1
+        ranks = self.shard.tensor_size if head.split == "rows" else 1
         return Value(self.program.logits(x.index, head.index, softcap, ranks))

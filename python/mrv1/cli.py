@@ -111,6 +111,26 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
         metavar="N,N,...",
         help="layers of each stage, 17,15 for example (default: balanced)",
     )
+    parser.add_argument(
+        "--expert-parallel",
+        action="store_true",
+        help="devices have whole experts of their own, instead of a part of each",
+    )
+    parser.add_argument(
+        "--data-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that have requests of their own and share the experts, with "
+        "--expert-parallel (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tokens-per-rank",
+        type=int,
+        metavar="N",
+        help="tokens that a device may send to experts of others in a step (default: all that a "
+        "step may have)",
+    )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
 
 
@@ -292,6 +312,9 @@ def _open_llm(model: str | os.PathLike[str], options: argparse.Namespace) -> LLM
         tensor_parallel_size=options.tensor_parallel_size,
         pipeline_parallel_size=options.pipeline_parallel_size,
         pipeline_layers=options.pipeline_layers,
+        expert_parallel=options.expert_parallel,
+        data_parallel_size=options.data_parallel_size,
+        max_tokens_per_rank=options.max_tokens_per_rank,
     )
 
 

@@ -112,6 +112,7 @@ class Engine(Closing):
         cache_salt: str | None = None,
         skip_prefix_cache: bool = False,
         forced_token_ids: Sequence[int] = (),
+        data_parallel_rank: int | None = None,
     ) -> list[int]:
         """Queues a request; returns its prompt's token ids.
 
@@ -128,6 +129,8 @@ class Engine(Closing):
             skip_prefix_cache: Neither take blocks from the prefix cache nor leave any there.
             forced_token_ids: The first outputs of all samples, whatever is drawn; for testing, with
                 `force_tokens`.
+            data_parallel_rank: Which of the ranks with requests of their own takes it; None is the
+                one with the fewest samples that are unfinished.
 
         Raises:
             RequestError: It cannot be admitted, now or ever; other requests are unhurt.
@@ -138,6 +141,18 @@ class Engine(Closing):
         if params is None:
             params = SamplingParams()
         _check_arguments(request_id, params, priority, callback, cache_salt, skip_prefix_cache)
+        ranks = self.model.data_parallel_size
+        if data_parallel_rank is not None and (
+            isinstance(data_parallel_rank, bool)
+            or not isinstance(data_parallel_rank, int)
+            or not 0 <= data_parallel_rank < ranks
+        ):
+            raise RequestError(
+                request_id=request_id,
+                field="data_parallel_rank",
+                value=data_parallel_rank,
+                allowed=f"None, or an integer in [0, {ranks - 1}]",
+            )
         self._check_open()
         token_ids = self.check_prompt(request_id, prompt)
         model = self.model
@@ -179,6 +194,7 @@ class Engine(Closing):
                 cache_salt=_salt_number(cache_salt),
                 skip_prefix_cache=skip_prefix_cache,
                 grammar=grammar,
+                rank=data_parallel_rank,
             )
         except (RequestError, InvalidArgumentError) as error:
             raise RequestError(str(error), request_id=request_id) from None

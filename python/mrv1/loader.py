@@ -99,6 +99,14 @@ class RunnerOptions:
             devices in all, and a layer or more for each stage. See docs/parallel.md.
         pipeline_layers: How many layers each stage has, their sum that of the model; None balances
             the bytes of weights that a step reads, the output head included.
+        expert_parallel: Whether ranks have whole experts of their own, instead of a part of each.
+        data_parallel_size: Ranks that have requests, rows and KV blocks of their own, each on a
+            device: every rank has all of the model but experts, of which it has some, and sends
+            tokens to those of others. Needs expert_parallel, and a size of 1 in tensor and pipeline
+            parallelism. max_num_seqs and other limits are those of each. See docs/parallel.md.
+        max_tokens_per_rank: Tokens that a rank may send to others at a time, which all have room
+            for; a step has no more, so what does not fit waits for the next one. None is
+            max_num_batched_tokens.
         fusion: Whether the fusion pass runs; MRV1_FUSION.
         graph_mode: Fastest way that steps may reach the device: "eager" (kernel by kernel),
             "piecewise" (graphs between the attention ops), "full" (one graph a step) or "auto"
@@ -139,6 +147,9 @@ class RunnerOptions:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     pipeline_layers: Sequence[int] | None = None
+    expert_parallel: bool = False
+    data_parallel_size: int = 1
+    max_tokens_per_rank: int | None = None
     fusion: bool | None = None
     graph_mode: str | None = None
     capture_sizes: Sequence[int | tuple[int, int]] | None = None
@@ -172,6 +183,9 @@ class RunnerKwargs(TypedDict, total=False):
     tensor_parallel_size: int
     pipeline_parallel_size: int
     pipeline_layers: Sequence[int] | None
+    expert_parallel: bool
+    data_parallel_size: int
+    max_tokens_per_rank: int | None
     fusion: bool | None
     graph_mode: str | None
     capture_sizes: Sequence[int | tuple[int, int]] | None
@@ -198,7 +212,7 @@ class LoadedModel:
         runner: The native runner.
         dtype: "float32" or "bfloat16".
         max_num_seqs: As `RunnerOptions`, resolved.
-        max_num_batched_tokens: As `RunnerOptions`, resolved.
+        max_num_batched_tokens: As `RunnerOptions`, resolved; at most max_tokens_per_rank.
         max_model_len: As `RunnerOptions`, resolved.
         block_size: As `RunnerOptions`.
         kv_cache_dtype: As `RunnerOptions`.
@@ -207,6 +221,8 @@ class LoadedModel:
         num_speculative_tokens: Draft tokens of a step; 0 without speculation.
         max_logprobs: As `RunnerOptions`, resolved; at most the vocabulary size.
         pipeline_layers: As `RunnerOptions`, resolved: layers of each stage.
+        expert_parallel: As `RunnerOptions`.
+        data_runners: With data_parallel_size > 1, the native runner of each rank, else `runner`.
         startup: Seconds of each phase of the start, by name.
         startup_bytes: Bytes that a phase allocated, read or captured, for those that have some.
     """
@@ -226,6 +242,8 @@ class LoadedModel:
     num_speculative_tokens: int
     max_logprobs: int
     pipeline_layers: tuple[int, ...]
+    expert_parallel: bool
+    data_runners: tuple[_core.ModelRunner, ...]
     startup: dict[str, float]
     startup_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -235,13 +253,19 @@ class LoadedModel:
         return len(self.pipeline_layers)
 
     @property
+    def data_parallel_size(self) -> int:
+        """As `RunnerOptions`."""
+        return len(self.data_runners)
+
+    @property
     def tensor_parallel_size(self) -> int:
         """As `RunnerOptions`."""
-        return len(self.devices) // self.pipeline_parallel_size
+        return len(self.devices) // self.pipeline_parallel_size // self.data_parallel_size
 
     def close(self) -> None:
         """Frees memory and devices."""
-        self.runner.close()
+        for runner in self.data_runners:
+            runner.close()
         for device in self.devices:
             device.close()
 
@@ -342,10 +366,12 @@ class WiredRanks:
     Attributes:
         programs: By rank, those of the first stage first.
         stages: Of each stage of a pipeline its first layer, and the one behind its last.
+        data_parallel: Whether each rank has requests of its own.
     """
 
     programs: tuple[_core.Program, ...]
     stages: tuple[tuple[int, int], ...]
+    data_parallel: bool = False
 
     def stage_of(self, rank: int) -> int:
         """The stage that a rank is in."""
@@ -372,9 +398,14 @@ def wire_ranks(config: ModelConfig, dtype: str, options: RunnerOptions) -> Wired
             not go with several.
     """
     parallel.check_options(options)
-    size = options.tensor_parallel_size
+    data, tensor = options.data_parallel_size, options.tensor_parallel_size
     invariant = resolve_batch_invariant(options)
-    parallel.check_sizes(config, size, batch_invariant=invariant)
+    parallel.check_sizes(
+        config, tensor, batch_invariant=invariant, expert_parallel=options.expert_parallel
+    )
+    size = max(data, tensor)
+    if options.expert_parallel:
+        parallel.check_experts(config, size)
     # Of every layer, and cut before they are fused.
     wholes = [
         wire_model(
@@ -382,7 +413,7 @@ def wire_ranks(config: ModelConfig, dtype: str, options: RunnerOptions) -> Wired
             dtype,
             fusion=False,
             max_model_len=resolve_max_model_len(options, config),
-            shard=Shard(rank, size),
+            shard=Shard(rank, size, options.expert_parallel, data > 1),
             wide_sums=invariant,
         )
         for rank in range(size)
@@ -397,7 +428,7 @@ def wire_ranks(config: ModelConfig, dtype: str, options: RunnerOptions) -> Wired
     if _resolve_fusion(options.fusion):
         for program in programs:
             program.fuse()
-    return WiredRanks(tuple(programs), tuple(stages))
+    return WiredRanks(tuple(programs), tuple(stages), data > 1)
 
 
 def load_model(
@@ -534,10 +565,16 @@ def make_runner(
     native.max_num_batched_tokens = _positive(
         "max_num_batched_tokens", options.max_num_batched_tokens, default_tokens
     )
+    if options.max_tokens_per_rank is not None:
+        most = _integer(
+            "max_tokens_per_rank", options.max_tokens_per_rank, native.max_num_seqs, MAX_INT32
+        )
+        native.max_num_batched_tokens = min(native.max_num_batched_tokens, most)
     native.max_model_len = resolve_max_model_len(options, config)
     native.block_size = _positive("block_size", options.block_size, RunnerOptions.block_size)
     native.kv_cache_dtype = resolve_kv_cache_dtype(options.kv_cache_dtype)
     native.num_ranks, native.num_stages = len(ranks.programs), len(ranks.stages)
+    native.data_parallel = ranks.data_parallel
     native.pad_requests = _integer("pad_requests", options.pad_requests, 0, native.max_num_seqs)
     native.pad_tokens = _integer("pad_tokens", options.pad_tokens, 0, native.max_num_batched_tokens)
     for field in ("infer_param_view", "keep_hidden_states", "force_tokens"):
@@ -573,6 +610,9 @@ def make_runner(
     for each in configs:
         each.num_blocks, each.max_model_len = native.num_blocks, native.max_model_len
     runner = _core.ModelRunner(devices, ranks.programs, configs)
+    others = [
+        runner.rank(rank) for rank in range(1, native.num_ranks if ranks.data_parallel else 1)
+    ]
     startup["allocate"] = time.perf_counter() - start
     allocated = sum(
         plan["weights"]
@@ -598,6 +638,8 @@ def make_runner(
         num_speculative_tokens=native.num_speculative_tokens,
         max_logprobs=native.max_logprobs,
         pipeline_layers=tuple(last - first for first, last in ranks.stages),
+        expert_parallel=options.expert_parallel,
+        data_runners=(runner, *others),
         startup=startup,
         startup_bytes={"allocate": allocated},
     )
@@ -627,7 +669,8 @@ def _of_rank(
     def own(scales: list[float]) -> list[float]:
         if len(scales) == 1:
             return scales
-        first, count = Shard(rank % size, size).cut(len(scales))
+        shard = Shard(rank % size, size, data_parallel=ranks.data_parallel)
+        first, count = shard.cut(len(scales))
         return scales[first : first + count]
 
     config = _core.RunnerConfig(native)

@@ -194,6 +194,7 @@ class OutputPump:
         cache_salt: int,
         skip_prefix_cache: bool,
         grammar: _core.Grammar | None = None,
+        rank: int | None = None,
     ) -> None:
         """Queues a request.
 
@@ -219,6 +220,7 @@ class OutputPump:
                     cache_salt=cache_salt,
                     skip_prefix_cache=skip_prefix_cache,
                     grammar=grammar,
+                    rank=rank,
                 )
             except BaseException:  # an interrupt may come at any point of it
                 self._forget(request)

@@ -2,7 +2,8 @@
 """Several devices: which part of a model each rank computes, and what that can be combined with.
 
 A pipeline cuts a model between its layers, into stages; tensor parallelism cuts every layer of a
-stage. With stages of T ranks each, rank number r is rank r % T of stage r // T.
+stage. With stages of T ranks each, rank number r is rank r % T of stage r // T. Data parallelism
+cuts the requests: each rank has all of the model but most experts.
 
 In tensor parallelism weights are cut as in Megatron-LM (Shoeybi et al. 2019): projections into
 heads and into the MLP by rows (column-parallel, as their outputs are columns), those back into the
@@ -30,6 +31,8 @@ MAX_RANKS: Final = 8
 # columns that go together; src/cpp/ops/linear.h.
 _INVARIANT_PARTS: Final = 8
 _PAIR: Final = 2
+# The options that say how many ranks there are.
+SIZES: Final = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +43,18 @@ class Shard:
         rank: In [0, size).
         size: Ranks.
         expert_parallel: Each rank has whole experts of its own, instead of a part of each.
+        data_parallel: Each rank has requests of its own, and of the model all but experts.
     """
 
     rank: int = 0
     size: int = 1
     expert_parallel: bool = False
+    data_parallel: bool = False
+
+    @property
+    def tensor_size(self) -> int:
+        """Ranks among which layers are shared out."""
+        return 1 if self.data_parallel else self.size
 
     def cut(self, units: int) -> tuple[int, int]:
         """The first of the rank's units, and how many it has.
@@ -54,6 +64,8 @@ class Shard:
         Raises:
             InvalidArgumentError: They cannot be shared out evenly.
         """
+        if self.tensor_size == 1:
+            return 0, units
         if units % self.size == 0:
             count = units // self.size
             return self.rank * count, count
@@ -131,17 +143,24 @@ def stage_ranges(
     return list(itertools.pairwise(itertools.accumulate(layers, initial=0)))
 
 
-def check_sizes(config: ModelConfig, size: int, *, batch_invariant: bool) -> None:
+def check_sizes(
+    config: ModelConfig, size: int, *, batch_invariant: bool, expert_parallel: bool = False
+) -> None:
     """Refuses a number of ranks that the sizes of a model cannot be shared out among.
+
+    With `expert_parallel` experts may have any width, as none is cut.
 
     Raises:
         InvalidArgumentError: Naming the size of the model and what would be allowed.
     """
     if size == 1:
         return
+    widths = dict(config.mlp_sizes)
+    if expert_parallel:
+        widths.pop("moe_intermediate_size", None)
     for field, value in (
         ("num_attention_heads", config.num_attention_heads),
-        *config.mlp_sizes.items(),
+        *widths.items(),
         ("vocab_size", config.vocab_size),
     ):
         if value % size:
@@ -156,7 +175,7 @@ def check_sizes(config: ModelConfig, size: int, *, batch_invariant: bool) -> Non
     step = _INVARIANT_PARTS * (_PAIR if config.quantization is None else NVFP4_BLOCK)
     for field, value in (
         ("num_attention_heads * head_dim", config.num_attention_heads * config.head_dim),
-        *config.mlp_sizes.items(),
+        *widths.items(),
     ):
         if value % step:
             raise _error(
@@ -164,6 +183,24 @@ def check_sizes(config: ModelConfig, size: int, *, batch_invariant: bool) -> Non
                 f"1 with batch_invariant, as the model's {field} = {value} is no multiple of "
                 f"{step}",
             )
+
+
+def check_experts(config: ModelConfig, size: int) -> None:
+    """Refuses expert parallelism where a rank would have no expert.
+
+    Raises:
+        InvalidArgumentError: Naming what the model has.
+    """
+    experts = getattr(config, "num_experts", 0)
+    if experts < size:
+        raise InvalidArgumentError(
+            f"each of {size} ranks needs an expert" if experts else "the model has no experts",
+            field="expert_parallel",
+            value=True,
+            allowed=f"False with {size} ranks, as the model's num_experts = {experts}"
+            if experts
+            else "False",
+        )
 
 
 def _error(size: int, allowed: str) -> InvalidArgumentError:
@@ -186,7 +223,7 @@ class Refusal:
     value: Callable[[RunnerOptions], object]
     allowed: object
     reason: str
-    sizes: tuple[str, ...] = ("tensor_parallel_size", "pipeline_parallel_size")
+    sizes: tuple[str, ...] = SIZES
 
 
 REFUSALS: Final = (
@@ -218,11 +255,9 @@ def check_options(options: RunnerOptions) -> None:
     Raises:
         InvalidArgumentError: Naming the option.
     """
-    sizes = {
-        field: _size(field, getattr(options, field))
-        for field in ("tensor_parallel_size", "pipeline_parallel_size")
-    }
-    tensor, pipeline = sizes.values()
+    sizes = {field: _size(field, getattr(options, field)) for field in SIZES}
+    tensor, pipeline, _ = sizes.values()
+    _check_expert_options(options, sizes)
     if tensor * pipeline > MAX_RANKS:
         raise InvalidArgumentError(
             field="pipeline_parallel_size",
@@ -241,6 +276,38 @@ def check_options(options: RunnerOptions) -> None:
                     value=value,
                     allowed=f"{refusal.allowed} with {field} > 1",
                 )
+
+
+def _check_expert_options(options: RunnerOptions, sizes: dict[str, int]) -> None:
+    if not isinstance(options.expert_parallel, bool):
+        raise InvalidArgumentError(
+            field="expert_parallel", value=options.expert_parallel, allowed="True or False"
+        )
+    data = sizes["data_parallel_size"]
+    most = options.max_tokens_per_rank
+    if most is not None and (data == 1 or isinstance(most, bool) or not isinstance(most, int)):
+        raise InvalidArgumentError(
+            field="max_tokens_per_rank",
+            value=most,
+            allowed="None with data_parallel_size = 1" if data == 1 else "None or an integer",
+        )
+    if data == 1:
+        return
+    if not options.expert_parallel:
+        raise InvalidArgumentError(
+            "ranks with requests of their own share nothing but experts",
+            field="data_parallel_size",
+            value=data,
+            allowed="1 without expert_parallel",
+        )
+    for field in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if sizes[field] > 1:
+            raise InvalidArgumentError(
+                "ranks with requests of their own have whole layers",
+                field=field,
+                value=sizes[field],
+                allowed="1 with data_parallel_size > 1",
+            )
 
 
 def _size(field: str, size: object) -> int:

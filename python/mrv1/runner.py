@@ -302,6 +302,26 @@ def make_row_spec(
     return spec
 
 
+def _items(batch: Sequence[tuple[int, int]], field: str) -> list[tuple[int, int, int]]:
+    """The pairs (row, tokens) of a batch, and the generation that each names."""
+    items = []
+    for place, item in enumerate(batch):
+        try:
+            row, tokens = item
+        except (TypeError, ValueError):
+            raise InvalidArgumentError(
+                field=f"{field}[{place}]", value=item, allowed="a pair (row, tokens)"
+            ) from None
+        items.append(
+            (
+                _index(f"{field}[{place}] row", row),
+                _index(f"{field}[{place}] tokens", tokens),
+                _generation(row),
+            )
+        )
+    return items
+
+
 class ModelRunner(Closing):
     """Runs batches of rows: state, step and sampler, with no scheduler on top.
 
@@ -333,8 +353,31 @@ class ModelRunner(Closing):
     ) -> None:
         root = find_model(model, revision)
         self.model: LoadedModel = load_model(root, RunnerOptions(**options), progress=progress)
-        self._native = self.model.runner
+        self._start(self.model.runner)
+        self._ranks = (self, *(self._of_rank(each) for each in self.model.data_runners[1:]))
+
+    def _start(self, native: _core.ModelRunner) -> None:
+        self._native = native
         self._unread: collections.deque[int] = collections.deque()
+
+    def _of_rank(self, native: _core.ModelRunner) -> ModelRunner:
+        """The runner of another rank of the same model."""
+        other = type(self).__new__(type(self))
+        other.model = self.model
+        other._start(native)
+        other._ranks = (other,)
+        return other
+
+    @property
+    def ranks(self) -> tuple[ModelRunner, ...]:
+        """With data_parallel_size, a runner for each rank, this one the first; else this one alone.
+
+        Each has rows and blocks of its own. All must run as many steps, as tokens travel between
+        them in each: `execute([])` on a rank without anything to compute. A step of one rank ends
+        when all have begun it. Ranks may be called in turns, or in a thread each. Closing this one
+        closes all.
+        """
+        return self._ranks
 
     def _current(self) -> _core.ModelRunner:
         """The native runner, without steps that nobody can ask for any more: one may be cut."""
@@ -523,7 +566,8 @@ class ModelRunner(Closing):
                 to what is left of it. A decoding row takes 1, or with `speculative_config` up to
                 1 + num_speculative_tokens: its newest token and places for drafts, which the device
                 proposes. Tokens are drawn for decoding rows, and one for rows whose prefill is
-                complete with this step.
+                complete with this step. Empty, it carries out what has changed; of a rank with
+                requests of its own it also goes through a step that others run.
 
         A decoding row with places for drafts needs blocks for as many tokens as its steps in flight
         may compute, up to its length; results that are read lower this bound.
@@ -535,24 +579,27 @@ class ModelRunner(Closing):
         Raises:
             InvalidArgumentError: Something does not fit; nothing was launched.
         """
-        items = []
-        for place, item in enumerate(batch):
-            try:
-                row, tokens = item
-            except (TypeError, ValueError):
-                raise InvalidArgumentError(
-                    field=f"batch[{place}]", value=item, allowed="a pair (row, tokens)"
-                ) from None
-            items.append(
-                (
-                    _index(f"batch[{place}] row", row),
-                    _index(f"batch[{place}] tokens", tokens),
-                    _generation(row),
-                )
-            )
-        step = self._current().execute(items)
+        step = self._current().execute(_items(batch, "batch"))
         report_notices(self._native)
         return PendingStep(self._native, step, self._unread)
+
+    def execute_ranks(self, batches: Sequence[Sequence[tuple[int, int]]]) -> list[PendingStep]:
+        """Launches a step on all of `ranks` at the same time, of a batch each, as `execute` does.
+
+        Several steps of many kernels that are launched one rank after the other may wait for each
+        other on GPUs; these do not. It also decides whether the step runs as two halves.
+
+        Raises:
+            InvalidArgumentError: Something does not fit; nothing was launched on any rank.
+        """
+        items = [_items(batch, f"batches[{rank}]") for rank, batch in enumerate(batches)]
+        current = [rank._current() for rank in self._ranks]
+        steps = current[0].execute_ranks(items)
+        report_notices(self._native)
+        return [
+            PendingStep(native, step, rank._unread)
+            for rank, native, step in zip(self._ranks, current, steps, strict=True)
+        ]
 
     def logits(self, item: int) -> np.ndarray:
         """Logits of the newest step for one item of its batch: [vocab] float32; waits for it.

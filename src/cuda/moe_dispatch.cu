@@ -5,8 +5,6 @@
 // earlier tokens costs less than another launch. The last block tells the totals.
 #include "ops/moe_dispatch.h"
 
-#include <algorithm>
-
 #include "block.cuh"
 #include "expert_view.cuh"
 #include "fast_divider.cuh"
@@ -24,9 +22,8 @@ struct Tokens {
   const int32_t* experts;
   const float* weights;
   int32_t* places;
-  // ExpertShare::rank_of() without divisions.
-  int32_t more, even;
-  cuda::FastDivider by_more, by_each;
+  uint32_t ranks;
+  cuda::FastDivider by_experts;  // of all ranks, for ExpertShare::rank_of()
   int32_t count, top_k;
   int32_t row_units;
   bool quads;  // experts of a token can be read four at a time
@@ -34,10 +31,7 @@ struct Tokens {
 
 __device__ __forceinline__ uint32_t bit_of(const Tokens& tokens, int32_t expert) {
   if (expert < 0) return 0;
-  const auto number = static_cast<uint32_t>(expert);
-  const uint32_t even = static_cast<uint32_t>(tokens.even);
-  return 1u << (number < even ? tokens.by_more.divide(number)
-                              : tokens.more + tokens.by_each.divide(number - even));
+  return 1u << tokens.by_experts.divide(static_cast<uint32_t>(expert) * tokens.ranks);
 }
 
 // Bit r: whether the token goes to rank r.
@@ -223,11 +217,8 @@ void moe_dispatch_cuda(const MoeDispatchParams& params, const StepContext& ctx) 
   tokens.experts = params.experts;
   tokens.weights = params.weights;
   tokens.places = params.places;
-  const int32_t each = params.share.num_experts / params.share.ranks;
-  tokens.more = params.share.num_experts % params.share.ranks;
-  tokens.even = tokens.more * (each + 1);
-  tokens.by_more = cuda::FastDivider(static_cast<uint32_t>(each + 1));
-  tokens.by_each = cuda::FastDivider(static_cast<uint32_t>(std::max(each, 1)));
+  tokens.ranks = static_cast<uint32_t>(params.share.ranks);
+  tokens.by_experts = cuda::FastDivider(static_cast<uint32_t>(params.share.num_experts));
   tokens.quads = own.top_k % 4 == 0 && cuda::is_vector_aligned(params.experts);
   tokens.count = ctx.sizes.num_tokens;
   tokens.top_k = own.top_k;

@@ -1,4 +1,5 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -7,12 +8,12 @@
 #include "bind/grammar.h"
 #include "bind/logprobs.h"
 #include "bind/runner_handle.h"
-#include "engine/engine_thread.h"
+#include "engine/engine_group.h"
 
 namespace mrv1 {
 namespace {
 
-struct EngineHandle : Handle<EngineThread> {
+struct EngineHandle : Handle<EngineGroup> {
   using Handle::Handle;
 
   // What Python lets go of without closing it ends as one that is closed. The thread may want the
@@ -25,7 +26,7 @@ struct EngineHandle : Handle<EngineThread> {
   // Ends the thread first, so that whoever waits for outputs comes back.
   void close() {
     try {
-      const std::shared_ptr<EngineThread> engine = share();
+      const std::shared_ptr<EngineGroup> engine = share();
       if (engine->is_own_thread()) {
         // A finalizer that runs while masks are made: the thread cannot wait for itself.
         std::thread([engine] { engine->stop(); }).detach();
@@ -121,8 +122,8 @@ void bind_engine(nb::module_& m) {
           "__init__",
           [](EngineHandle* self, const RunnerHandle& runner, const EngineOptions& options) {
             new (self)
-                EngineHandle(std::make_shared<EngineThread>(runner.share(), options,
-                                                            std::make_shared<PythonMaskSource>()),
+                EngineHandle(std::make_shared<EngineGroup>(runner.share(), options,
+                                                           std::make_shared<PythonMaskSource>()),
                              "engine");
           },
           nb::arg("runner"), nb::arg("options") = EngineOptions{},
@@ -131,7 +132,7 @@ void bind_engine(nb::module_& m) {
           "add_request",
           [](const EngineHandle& self, std::string id, const RowSpec& row, int32_t priority,
              int32_t n, uint64_t cache_salt, bool skip_prefix_cache,
-             std::shared_ptr<PythonGrammar> grammar) {
+             std::shared_ptr<PythonGrammar> grammar, std::optional<int> rank) {
             check(grammar == nullptr || static_cast<int32_t>(grammar->num_samples()) == n,
                   "add_request", "the grammar is not for n = ", n, " samples");
             NamedRequest request;
@@ -143,11 +144,12 @@ void bind_engine(nb::module_& m) {
             request.spec.use_prefix_cache = !skip_prefix_cache;
             request.spec.row.grammar = grammar != nullptr;
             request.spec.grammar = std::move(grammar);
-            self->add_request(std::move(request));
+            self->add_request(std::move(request), rank.value_or(-1));
           },
           nb::arg("id"), nb::arg("row"), nb::kw_only(), nb::arg("priority") = 0, nb::arg("n") = 1,
           nb::arg("cache_salt") = 0, nb::arg("skip_prefix_cache") = false,
-          nb::arg("grammar").none() = nb::none(), nb::call_guard<nb::gil_scoped_release>(),
+          nb::arg("grammar").none() = nb::none(), nb::arg("rank") = nb::none(),
+          nb::call_guard<nb::gil_scoped_release>(),
           "Queues a request.\n\n"
           "Args:\n"
           "    id: Unique among the requests whose last output was not returned yet.\n"
@@ -157,7 +159,10 @@ void bind_engine(nb::module_& m) {
           "    cache_salt: Requests share cached blocks only where it is equal.\n"
           "    skip_prefix_cache: Neither take blocks from the prefix cache nor leave any "
           "there.\n"
-          "    grammar: What the outputs must follow; None: anything.\n\n"
+          "    grammar: What the outputs must follow; None: anything.\n"
+          "    rank: Of ranks with requests of their own, the one that takes it; None: the one "
+          "with\n"
+          "        the fewest unfinished samples.\n\n"
           "Raises:\n"
           "    RequestError: the id is in use, or the request could never run.\n"
           "    InvalidArgumentError: a field of row is out of range.")
@@ -205,6 +210,13 @@ void bind_engine(nb::module_& m) {
           nb::sig("def stats(self) -> dict[str, int]"),
           "Counts since the start, and what is there after the newest step. thread_cpu_ns is CPU\n"
           "time of scheduling, without waiting for the device.")
+      .def(
+          "rank_stats",
+          [](const EngineHandle& self, int rank) { return stats_dict(self->rank_stats(rank)); },
+          nb::arg("rank"), nb::sig("def rank_stats(self, rank: int) -> dict[str, int]"),
+          "The same of one of several ranks with requests of their own; `stats` has their sums, "
+          "but\n"
+          "for steps, which are those of one.")
       .def(
           "check_idle", [](const EngineHandle& self) { self->check_idle(); },
           nb::call_guard<nb::gil_scoped_release>(),

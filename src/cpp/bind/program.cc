@@ -145,6 +145,24 @@ void bind_program(nb::module_& m) {
           "The weighted sum of what the tokens' experts make of x, [tokens, cols]. `num_experts`:\n"
           "of all ranks, 0 for those of gate_up and the ones before them.")
       .def(
+          "moe_exchange",
+          [](Program& self, int32_t x, int32_t experts, int32_t weights, int32_t gate_up,
+             int32_t down, const std::string& activation, int32_t first_expert, bool wide,
+             int32_t num_experts, int32_t ranks) {
+            return self.moe_exchange(x, experts, weights, gate_up, down,
+                                     {activation_from_name(activation, "moe_exchange"),
+                                      first_expert, num_experts, false, wide},
+                                     {num_experts, ranks});
+          },
+          nb::arg("x"), nb::arg("experts"), nb::arg("weights"), nb::arg("gate_up"), nb::arg("down"),
+          nb::kw_only(), nb::arg("activation") = "silu", nb::arg("first_expert") = 0,
+          nb::arg("wide") = false, nb::arg("num_experts"), nb::arg("ranks"),
+          "As moe_experts, over ranks with tokens of their own: moe_dispatch sends each token to "
+          "the\n"
+          "ranks that have its experts, moe_combine brings the sums back and adds them, in "
+          "float32\n"
+          "with `wide`.")
+      .def(
           "rope_table",
           [](Program& self, std::vector<float> inv_freq, float factor, bool interleaved) {
             return self.rope_table({std::move(inv_freq), factor, interleaved});

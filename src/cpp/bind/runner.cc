@@ -14,6 +14,7 @@
 #include "bind/runner_arrays.h"
 #include "bind/runner_handle.h"
 #include "io/mapped_file.h"
+#include "runner/data_ranks.h"
 #include "runner/rank_followers.h"
 #include "state/infer_param_view.h"
 
@@ -188,6 +189,8 @@ void bind_runner(nb::module_& m) {
               "stage, then those of the next.")
       .def_rw("num_stages", &RunnerConfig::num_stages,
               "Stages of a pipeline that the ranks form, of as many ranks each.")
+      .def_rw("data_parallel", &RunnerConfig::data_parallel,
+              "Whether each rank has requests of its own, and a runner that is called by itself.")
       .def_prop_rw(
           "rank_timeout_ms",
           [](const RunnerConfig& self) { return static_cast<int64_t>(self.rank_timeout.count()); },
@@ -431,6 +434,35 @@ void bind_runner(nb::module_& m) {
           },
           nb::arg("devices"), nb::arg("programs"), nb::arg("configs"),
           "Ranks that compute one model together: a device, a program and a configuration of each.")
+      .def(
+          "rank",
+          [](const RunnerHandle& self, int rank) {
+            const std::shared_ptr<ModelRunner> runner = self.share();
+            check(runner->data_ranks() != nullptr, "runner",
+                  "its ranks have no requests of their own");
+            return new RunnerHandle({runner, &runner->rank_runner(rank)}, "runner");
+          },
+          nb::arg("rank"), nb::rv_policy::take_ownership,
+          "The runner of a rank, where each has requests of its own. All ranks must run as many\n"
+          "steps: `execute([])` on those without anything to compute.")
+      .def(
+          "execute_ranks",
+          [](const RunnerHandle& self,
+             const std::vector<std::vector<std::tuple<int32_t, int32_t, int32_t>>>& batches) {
+            const std::shared_ptr<ModelRunner> runner = self.share();
+            check(runner->data_ranks() != nullptr, "execute",
+                  "the ranks have no requests of their own");
+            std::vector<std::vector<BatchItem>> items(batches.size());
+            for (size_t rank = 0; rank < batches.size(); ++rank) {
+              for (const auto& [row, tokens, generation] : batches[rank]) {
+                items[rank].push_back({row, tokens, generation});
+              }
+            }
+            return runner->data_ranks()->execute(items);
+          },
+          nb::arg("batches"), nb::call_guard<nb::gil_scoped_release>(),
+          "Launches a step on all ranks with requests of their own, of a batch each, at the same\n"
+          "time; returns its number on each.")
       .def_static(
           "plan_memory",
           [](const Program& program, const RunnerConfig& config, const DeviceHandle& device) {

@@ -10,23 +10,11 @@
 
 namespace mrv1 {
 
-// Which rank has which experts: as many each, one after the other, the first ranks one more where
-// they do not come out even. Ranks may have none.
+// Which rank has which experts: neighbours, as many on each rank, or one more. Ranks may have none.
 struct ExpertShare {
   int32_t num_experts = 0, ranks = 1;
 
-  MRV1_HD int32_t count(int32_t rank) const {
-    return num_experts / ranks + (rank < num_experts % ranks ? 1 : 0);
-  }
-  MRV1_HD int32_t first(int32_t rank) const {
-    const int32_t more = num_experts % ranks;
-    return rank * (num_experts / ranks) + (rank < more ? rank : more);
-  }
-  MRV1_HD int32_t rank_of(int32_t expert) const {
-    const int32_t each = num_experts / ranks, more = num_experts % ranks;
-    const int32_t even = more * (each + 1);  // the first expert of those that have one less
-    return expert < even ? expert / (each + 1) : more + (expert - even) / each;
-  }
+  MRV1_HD int32_t rank_of(int32_t expert) const { return expert * ranks / num_experts; }
 };
 
 // Where a rank takes what others send it in expert parallelism, in its own device's memory: written

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <exception>
 #include <new>
+#include <span>
 
 #include "core/clock.h"
 #include "core/error.h"
@@ -40,8 +41,10 @@ std::vector<int32_t> group_windows(const ModelRunner& runner) {
 }  // namespace
 
 Engine::Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching,
-               std::shared_ptr<MaskSource> mask_source, int32_t micro_batches)
+               std::shared_ptr<MaskSource> mask_source, int32_t micro_batches,
+               std::shared_ptr<StepAgreement> agreement)
     : runner_(std::move(runner)),
+      agreement_(std::move(agreement)),
       enable_prefix_caching_(enable_prefix_caching),
       micro_batches_(micro_batches > 0 ? micro_batches : runner_->config().num_stages),
       block_size_(runner_->config().block_size),
@@ -50,6 +53,8 @@ Engine::Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching,
       pool_(runner_->config().num_blocks, block_size_, static_cast<int32_t>(windows_.size())),
       in_flight_(micro_batches_ + 1),
       mask_source_(std::move(mask_source)) {
+  check_internal((agreement_ != nullptr) == runner_->config().data_parallel, kWhere,
+                 "engines of ranks with requests of their own, and no others, agree on steps");
   const size_t rows = runner_->config().max_num_seqs;
   running_.reserve(rows);
   planned_.reserve(rows);
@@ -361,22 +366,34 @@ void Engine::drop_below_window(Request& running) {
 // --- steps -------------------------------------------------------------------------------------
 
 void Engine::step(EventBatch& out) {
-  const bool idle = num_in_flight_ == 0;
+  const bool idle = num_busy_ == 0;
   const size_t events = out.events.size();
-  const bool launched = launch(out);
+  const Launch launched = launch(out);
   if (runner_->cut_step() != 0) finish_cut_step();
-  if (num_in_flight_ == in_flight_.size() || (!launched && num_in_flight_ > 0)) {
+  const bool has_launched = launched == Launch::kBatch || launched == Launch::kEmptyBatch;
+  if (num_in_flight_ == in_flight_.size() || (!has_launched && num_in_flight_ > 0)) {
     take_in(out);
-  } else if (!launched && idle && num_requests_ > 0 && out.events.size() == events) {
+  } else if ((launched == Launch::kNothing || launched == Launch::kEmptyBatch) && idle &&
+             num_requests_ > 0 && out.events.size() == events) {
     end_all(RequestEnd::kError, "[engine] no request could be scheduled", out);
   }
-  // Nobody is left to ask for the steps that still run: bring blocks home.
-  while (num_requests_ == 0 && num_in_flight_ > 0) take_in(out);
+  // Nobody is left to ask for the steps that still run: bring blocks home. Steps that have no
+  // requests bring none, and other ranks need not wait for them.
+  while (num_requests_ == 0 && num_busy_ > 0) take_in(out);
   if (!unmasked_.empty()) end_unmasked(out);
   release_drained();
 }
 
-bool Engine::launch(EventBatch& out) {
+bool Engine::is_wanted() const {
+  return agreement_ != nullptr && agreement_->is_wanted(runner_->communicator()->rank());
+}
+
+void Engine::end_ranks(std::string_view reason) noexcept {
+  if (agreement_ != nullptr) runner_->communicator()->abort(reason);
+}
+
+// False if something went wrong: there is no batch then.
+bool Engine::plan(EventBatch& out) {
   try {
     release_drained();
     while (!plan_batch()) {
@@ -384,11 +401,46 @@ bool Engine::launch(EventBatch& out) {
       release_drained();
     }
     touched_ = -1;
-    if (batch_.empty()) return false;
+    return true;
+  } catch (const std::bad_alloc&) {
+    throw;
+  } catch (const std::exception& error) {
+    fail_touched(error.what(), out);
+    end_with_ranks(out);
+    batch_.clear();
+    planned_.clear();
+    return false;
+  }
+}
+
+// Whether the batch, or an empty one, is to be launched: all ranks launch one, or none does.
+Engine::Launch Engine::agree() {
+  if (agreement_ == nullptr) return batch_.empty() ? Launch::kNothing : Launch::kBatch;
+  if (batch_.empty() && !always_comes_ && !is_wanted()) return Launch::kNothing;
+  StepLoad load;
+  for (const BatchItem& item : batch_) load.tokens += item.num_tokens;
+  load.has_prompts = std::any_of(planned_.begin(), planned_.end(),
+                                 [](const Planned& planned) { return !planned.decode; });
+  const StepLoads loads = agreement_->agree(runner_->communicator()->rank(), load, [this] {
+    return runner_->communicator()->is_aborted();
+  });
+  in_halves_ = runs_in_halves(runner_->config().two_batch,
+                              std::span(loads.ranks).first(static_cast<size_t>(loads.size)));
+  if (loads.runs) return batch_.empty() ? Launch::kEmptyBatch : Launch::kBatch;
+  runner_->check_ranks();
+  return agreement_->is_closed() ? Launch::kClosed : Launch::kNothing;
+}
+
+Engine::Launch Engine::launch(EventBatch& out) {
+  if (!plan(out) && agreement_ == nullptr) return Launch::kNothing;
+  try {
+    const Launch agreed = agree();
+    if (agreed != Launch::kBatch && agreed != Launch::kEmptyBatch) return agreed;
     InFlight& next = in_flight(num_in_flight_);
-    next.step = runner_->execute(batch_);
+    next.step = runner_->execute(batch_, in_halves_);
     next.requests.swap(planned_);
     ++num_in_flight_;
+    num_busy_ += !next.requests.empty();
     for (const Planned& planned : next.requests) {
       Request& running = request(planned.slot);
       const bool prefill = running.num_launched < running.prefill_target;
@@ -399,13 +451,17 @@ bool Engine::launch(EventBatch& out) {
       running.last_step = next.step;
     }
     ++stats_.steps;
-    return true;
+    return agreed;
   } catch (const std::bad_alloc&) {
     throw;
   } catch (const std::exception& error) {
+    // Others have begun a step that they cannot end without this rank.
+    if (agreement_ != nullptr) {
+      end_ranks(concat(runner_->communicator()->name(), " cannot launch a step: ", error.what()));
+    }
     fail_touched(error.what(), out);
     end_with_ranks(out);
-    return false;
+    return Launch::kNothing;
   }
 }
 
@@ -461,6 +517,7 @@ void Engine::take_in(EventBatch& out) {
   }
   first_in_flight_ = (first_in_flight_ + 1) % in_flight_.size();
   --num_in_flight_;
+  num_busy_ -= !oldest.requests.empty();
   retired_ = oldest.step;
   for (size_t i = 0; i < oldest.requests.size(); ++i) {
     if (i + 2 * kPrefetch < oldest.requests.size()) {
@@ -597,7 +654,7 @@ EngineStats Engine::stats() const {
 }
 
 void Engine::check_idle() const {
-  check_internal(num_requests_ == 0 && num_in_flight_ == 0 && draining_.empty() && dropped_.empty(),
+  check_internal(num_requests_ == 0 && num_busy_ == 0 && draining_.empty() && dropped_.empty(),
                  kWhere, "requests are still running");
   check_internal(pool_.free() == pool_.total(), kWhere, pool_.total() - pool_.free(),
                  " blocks leaked");

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <set>
 #include <span>
 #include <string_view>
@@ -13,18 +14,24 @@
 #include "engine/mask_source.h"
 #include "engine/request.h"
 #include "runner/model_runner.h"
+#include "runner/step_agreement.h"
 
 namespace mrv1 {
 
 // Requests over a ModelRunner: which of them a step computes, with which blocks. Requests are known
 // by slots, small numbers of the caller's. engine/README.md has states, rules and invariants.
 // One thread at a time, but for check().
+//
+// Of ranks that have requests of their own each has an engine over its runner, in a thread of its
+// own: they run the same steps, and one without requests goes along with an empty batch.
 class Engine {
  public:
   // `mask_source` serves requests with a grammar; without one they are refused. Requests are spread
-  // over `micro_batches`, 0 = one for each stage of the runner's pipeline.
+  // over `micro_batches`, 0 = one for each stage of the runner's pipeline. `agreement` is what the
+  // engines of several ranks have in common; null where there is one.
   Engine(std::shared_ptr<ModelRunner> runner, bool enable_prefix_caching,
-         std::shared_ptr<MaskSource> mask_source = nullptr, int32_t micro_batches = 0);
+         std::shared_ptr<MaskSource> mask_source = nullptr, int32_t micro_batches = 0,
+         std::shared_ptr<StepAgreement> agreement = nullptr);
 
   // Throws kRequest or kInvalidArgument if the request could never run, and kDevice if nothing can
   // any more, as the ranks have ended. Any thread.
@@ -42,10 +49,17 @@ class Engine {
   // the requests that it touched. Throws std::bad_alloc only, and the engine may then only be
   // destroyed.
   void step(EventBatch& out);
-  // Whether step() has something to do.
+  // Whether step() has something to do by itself.
   bool has_work() const {
-    return num_requests_ > 0 || num_in_flight_ > 0 || !draining_.empty() || !dropped_.empty();
+    return num_requests_ > 0 || num_busy_ > 0 || !draining_.empty() || !dropped_.empty();
   }
+  // Whether other ranks wait for this one to come to their next step. Any thread.
+  bool is_wanted() const;
+  // Ends the other ranks with this one, if there are any: it will not come to their next step.
+  void end_ranks(std::string_view reason) noexcept;
+  // From now on every step() comes to one step of the ranks, whether one is wanted or not: for
+  // whoever has all of them step at once.
+  void always_come() { always_comes_ = true; }
 
   EngineStats stats() const;
   uint64_t device_wait_cpu_ns() const { return stats_.device_wait_cpu_ns; }
@@ -120,7 +134,10 @@ class Engine {
   int32_t first_block(int32_t group, int32_t position) const;
 
   // engine.cc: steps, and what comes of them.
-  bool launch(EventBatch& out);
+  enum class Launch { kNothing, kBatch, kEmptyBatch, kClosed };
+  Launch launch(EventBatch& out);
+  bool plan(EventBatch& out);
+  Launch agree();
   void take_in(EventBatch& out);
   void read(const InFlight& step, StepOutput& output);
   void prefetch(int32_t slot) const;
@@ -176,6 +193,9 @@ class Engine {
   int32_t blocks_for(int32_t tokens) const { return (tokens + block_size_ - 1) / block_size_; }
 
   std::shared_ptr<ModelRunner> runner_;
+  const std::shared_ptr<StepAgreement> agreement_;
+  bool always_comes_ = false;
+  std::optional<bool> in_halves_;  // whether the step that was agreed on runs so
   const bool enable_prefix_caching_;
   const int32_t micro_batches_;
   const int32_t block_size_;
@@ -195,6 +215,7 @@ class Engine {
 
   std::vector<InFlight> in_flight_;  // a ring: one more than micro-batches
   size_t first_in_flight_ = 0, num_in_flight_ = 0;
+  size_t num_busy_ = 0;   // steps in flight that have requests
   uint64_t retired_ = 0;  // newest step that was taken in
 
   // The batch that is planned.

@@ -23,18 +23,27 @@ constexpr const char* kOutOfMemory = "ran out of host memory and has ended; clos
 }  // namespace
 
 EngineThread::EngineThread(std::shared_ptr<ModelRunner> runner, const EngineOptions& options,
-                           std::shared_ptr<MaskSource> mask_source)
+                           std::shared_ptr<MaskSource> mask_source, EngineRanks ranks)
     : options_(options),
+      ranks_(std::move(ranks)),
       engine_(std::move(runner), options.enable_prefix_caching, std::move(mask_source),
-              options.micro_batches) {
+              options.micro_batches, ranks_.agreement) {
   static_cast<EngineStats&>(stats_) = engine_.stats();
-  if (!options_.background) return;
+  if (!options_.background) {
+    engine_.always_come();
+    return;
+  }
   try {
     thread_ = std::thread([this] { run(); });
     pthread_setname_np(thread_.native_handle(), "mrv1-engine");
   } catch (const std::system_error& error) {
     fail(ErrorKind::kDevice, kWhere, "cannot start the engine's thread: ", error.what());
   }
+  if (ranks_.agreement == nullptr) return;
+  ranks_.agreement->set_wake(rank(), [this] {
+    std::lock_guard lock(mutex_);
+    work_.notify_one();
+  });
 }
 
 EngineThread::~EngineThread() { stop(); }
@@ -110,7 +119,7 @@ bool EngineThread::abort(const std::string& id, int32_t index, bool report) {
       }
     }
     if (name.unheard == 0) names_.erase(place);
-    if (!report) news_.notify_all();
+    if (!report) tell();
   }
   work_.notify_one();
   apply_now();
@@ -147,12 +156,27 @@ std::vector<RequestOutput> EngineThread::wait_outputs(double timeout_s) {
   return take_outputs();
 }
 
+std::vector<RequestOutput> EngineThread::take_ready() {
+  std::lock_guard lock(mutex_);
+  return take_outputs();
+}
+
+int32_t EngineThread::num_unfinished() {
+  std::lock_guard lock(mutex_);
+  return num_samples_;
+}
+
+bool EngineThread::has_request(const std::string& id) {
+  std::lock_guard lock(mutex_);
+  return names_.count(id) > 0;
+}
+
 void EngineThread::wake() {
   {
     std::lock_guard lock(mutex_);
     woken_ = true;
   }
-  news_.notify_one();
+  tell();
 }
 
 bool EngineThread::has_unfinished() {
@@ -218,6 +242,12 @@ void EngineThread::end_unfinished(std::vector<RequestOutput>& outputs) {
   }
 }
 
+// Wakes whoever waits for outputs, or for nothing to be unfinished.
+void EngineThread::tell() {
+  news_.notify_all();
+  if (ranks_.on_news) ranks_.on_news();
+}
+
 // The last output of a slot's sample was handed out, or nobody may hear of it.
 void EngineThread::hear_end(int32_t slot) {
   if (const std::string* id = samples_[slot].id) {
@@ -240,7 +270,7 @@ void EngineThread::free_slot(int32_t slot) {
   free_slots_.push_back(slot);  // first, as it may find no memory
   num_unheard_of_ -= samples_[slot].id == nullptr;
   samples_[slot] = {};
-  if (--num_samples_ == 0) news_.notify_all();
+  if (--num_samples_ == 0) tell();
 }
 
 // --- the engine's thread -----------------------------------------------------------------------
@@ -251,8 +281,8 @@ void EngineThread::run() {
     if (!more || called_.load(std::memory_order_acquire)) {
       std::unique_lock lock(mutex_);
       work_.wait(lock, [&] {
-        return stopping_ ||
-               (!out_of_memory_ && visitors_ == 0 && (!commands_.empty() || engine_has_work_));
+        return stopping_ || (!out_of_memory_ && visitors_ == 0 &&
+                             (!commands_.empty() || engine_has_work_ || engine_.is_wanted()));
       });
       if (stopping_) return;
     }
@@ -269,14 +299,18 @@ void EngineThread::turn(bool step) {
   const uint64_t start = counts_turns ? thread_cpu_ns() : 0;
   const uint64_t waited = engine_.device_wait_cpu_ns();
   try {
-    try {
-      carry_out_commands();
-      if (step) engine_.step(events_);
-    } catch (const std::bad_alloc&) {
-      throw;
-    } catch (const std::exception& error) {
-      engine_.end_all(RequestEnd::kError, error.what(), events_);
-    }
+    // By themselves: other ranks wait for the step, whatever becomes of the commands.
+    const auto guarded = [&](const auto& fn) {
+      try {
+        fn();
+      } catch (const std::bad_alloc&) {
+        throw;
+      } catch (const std::exception& error) {
+        engine_.end_all(RequestEnd::kError, error.what(), events_);
+      }
+    };
+    guarded([&] { carry_out_commands(); });
+    if (step) guarded([&] { engine_.step(events_); });
     if (options_.background) cpu_ns_ = thread_cpu_ns() - engine_.device_wait_cpu_ns();
     publish();
   } catch (const std::exception&) {
@@ -287,12 +321,13 @@ void EngineThread::turn(bool step) {
 
 // A turn was left in the middle, and there may be no memory to say so with.
 void EngineThread::give_up() noexcept {
+  engine_.end_ranks("a rank's engine ran out of host memory");
   {
     std::lock_guard lock(mutex_);
     out_of_memory_ = true;
     engine_has_work_ = false;
   }
-  news_.notify_all();
+  tell();
 }
 
 void EngineThread::carry_out_commands() {
@@ -333,7 +368,7 @@ void EngineThread::publish() {
     news = !outputs_.events.empty();
   }
   events_.clear();
-  if (news) news_.notify_all();
+  if (news) tell();
 }
 
 // Adds the events to outputs that wait already, but for those of samples that nobody may hear of.
@@ -407,6 +442,10 @@ void EngineThread::check_invariants() {
 
 void EngineThread::stop() {
   std::lock_guard stop(stop_mutex_);
+  if (ranks_.agreement != nullptr) {
+    ranks_.agreement->close();
+    ranks_.agreement->set_wake(rank(), nullptr);
+  }
   {
     std::lock_guard lock(mutex_);
     stopping_ = true;
@@ -426,7 +465,7 @@ void EngineThread::stop() {
       give_up();
     }
   }
-  news_.notify_all();
+  tell();
 }
 
 }  // namespace mrv1

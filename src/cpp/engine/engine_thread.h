@@ -5,6 +5,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -20,6 +21,14 @@ struct EngineOptions {
   bool enable_prefix_caching = true;
   bool background = true;     // a thread of the engine's own takes the steps
   int32_t micro_batches = 0;  // as Engine has them
+};
+
+// What the engine threads of several ranks have in common.
+struct EngineRanks {
+  std::shared_ptr<StepAgreement> agreement;
+  // Called where a rank has news, or nothing unfinished any more; any thread, any lock of the rank
+  // may be held.
+  std::function<void()> on_news;
 };
 
 // A request by name. Names are the caller's, unique among the requests whose last output was not
@@ -60,7 +69,7 @@ class EngineThread {
   static constexpr int32_t kMaxSamples = 1024;
 
   EngineThread(std::shared_ptr<ModelRunner> runner, const EngineOptions& options,
-               std::shared_ptr<MaskSource> mask_source = nullptr);
+               std::shared_ptr<MaskSource> mask_source = nullptr, EngineRanks ranks = {});
   ~EngineThread();  // as stop()
   EngineThread(const EngineThread&) = delete;
   EngineThread& operator=(const EngineThread&) = delete;
@@ -76,6 +85,12 @@ class EngineThread {
   // Waits for outputs and returns them; with `background` only. Empty if nothing is unfinished,
   // after the timeout, and after wake().
   std::vector<RequestOutput> wait_outputs(double timeout_s);
+  // What there is of outputs, without waiting.
+  std::vector<RequestOutput> take_ready();
+  // Samples whose last output was not handed out yet.
+  int32_t num_unfinished();
+  // Whether a request of that name is among them.
+  bool has_request(const std::string& id);
   // Ends one wait_outputs() early, the next one if nobody waits.
   void wake();
   // Whether outputs are still to come, or something is left to bring home.
@@ -86,7 +101,10 @@ class EngineThread {
   void check_invariants();
   // Ends all requests with a kAbort, waits for the steps in flight and joins the thread. Later
   // calls find an engine without requests that takes no new ones. Not from the engine's own thread.
+  // Other ranks run no step any more: they end with this one.
   void stop();
+  // Ends all ranks, as it cannot come to their next step. Any thread.
+  void end_ranks(std::string_view reason) noexcept { engine_.end_ranks(reason); }
   // Whether the engine's own thread calls this, as from within a mask source.
   bool is_own_thread() const { return thread_.get_id() == std::this_thread::get_id(); }
 
@@ -121,12 +139,15 @@ class EngineThread {
   void hear_end(int32_t slot);
   int32_t new_slot();
   void drop_outputs(int32_t slot);
+  void tell();
+  int rank() { return engine_.runner().communicator()->rank(); }
   void free_slot(int32_t slot);
   template <typename Fn>
   void visit_engine(Fn&& fn);
 
   const EngineOptions options_;
 
+  const EngineRanks ranks_;
   // Held by whoever works on the engine. Taken before mutex_, never while holding it.
   std::mutex engine_mutex_;
   Engine engine_;

@@ -88,7 +88,8 @@ WorkspaceLimits Executable::workspace_limits(const Program& program, const PlanL
     } else if (op.kind == OpKind::kMoeExperts) {
       const WeightSpec& down = program.weights()[op.weights[1]];
       const int64_t top_k = program.values()[op.inputs[1]].cols;
-      sizes.moe_rows = std::max(sizes.moe_rows, limits.max_tokens * top_k);
+      const RowSpace space = program.values()[op.inputs[0]].space;
+      sizes.moe_rows = std::max(sizes.moe_rows, space_rows(space, limits) * top_k);
       sizes.moe_hidden = std::max(sizes.moe_hidden, down.rows / down.matrices);
       sizes.moe_intermediate = std::max(sizes.moe_intermediate, down.cols);
       sizes.moe_experts = std::max(sizes.moe_experts, down.matrices);
@@ -108,7 +109,8 @@ Executable::Executable(const Program& program, const PlanLimits& limits, Device&
     : device_(&device),
       plan_(plan_buffers(program, limits)),
       kv_layout_(program.kv_layout()),
-      max_position_(max_position) {
+      max_position_(max_position),
+      expert_ranks_(static_cast<int32_t>(limits.ranks)) {
   check_internal(weights.size() == program.weights().size(), "executable", "weights missing");
   check_internal(kv.size() >= program.kv_layers().size(), "executable", "kv layers missing");
   arena_ = device.allocate(plan_.arena_bytes, "activations");
@@ -130,6 +132,7 @@ Executable::Executable(const Program& program, const PlanLimits& limits, Device&
     plan.cache_dtype = kv.front().dtype;  // of all layers, as are the scales
     plan.cache_scales = kv.front().scales.kind;
   }
+  find_expert_buffers(program, limits.max_tokens);
   calls_.reserve(program.ops().size());
   for (const Op& op : program.ops()) calls_.push_back(bind(program, op, weights, kv));
 }
@@ -206,7 +209,24 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
                               .activation = op.activation,
                               .top_k = static_cast<int32_t>(program.values()[op.inputs[1]].cols),
                               .first_expert = op.first_expert,
-                              .num_experts = op.num_experts};
+                              .num_experts = op.num_experts,
+                              .regions = op.inputs.size() > 3 ? expert_ranks_ : 0,
+                              .region_rows = expert_buffers_.region_rows,
+                              .counts = op.inputs.size() > 3 ? expert_buffers_.counts : nullptr};
+    case OpKind::kMoeDispatch:
+      check(op.share.ranks == expert_ranks_, "executable", "a program for ", op.share.ranks,
+            " ranks is planned for ", expert_ranks_);
+      return MoeDispatchParams{.x = in(0),
+                               .experts = static_cast<const int32_t*>(in(1)),
+                               .weights = static_cast<const float*>(in(2)),
+                               .places = static_cast<int32_t*>(out(0)),
+                               .share = op.share,
+                               .received = expert_buffers_};
+    case OpKind::kMoeCombine:
+      return MoeCombineParams{.partial = in(0),
+                              .places = static_cast<const int32_t*>(in(1)),
+                              .out = out(1),
+                              .received = expert_buffers_};
     case OpKind::kAllReduce:
       return AllReduceParams{in(0),        op.weights.empty() ? nullptr : vector(0), out(0),
                              result->cols, program.values()[op.inputs[0]].dtype,     result->dtype,
@@ -282,6 +302,26 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
   fail(ErrorKind::kInternal, "executable", "no kernel for ", op_name(op));
 }
 
+void Executable::find_expert_buffers(const Program& program, int64_t region_rows) {
+  // Those of all layers lie at one place.
+  for (const Op& op : program.ops()) {
+    if (op.kind == OpKind::kMoeDispatch) {
+      const Value& x = program.values()[op.outputs[4]];
+      expert_buffers_.region_rows = region_rows;
+      expert_buffers_.hidden = x.cols;
+      expert_buffers_.top_k = static_cast<int32_t>(program.values()[op.outputs[2]].cols);
+      expert_buffers_.dtype = x.dtype;
+      expert_buffers_.counts = static_cast<int32_t*>(value(op.outputs[1]));
+      expert_buffers_.experts = static_cast<int32_t*>(value(op.outputs[2]));
+      expert_buffers_.weights = static_cast<float*>(value(op.outputs[3]));
+      expert_buffers_.x = value(op.outputs[4]);
+    } else if (op.kind == OpKind::kMoeCombine) {
+      expert_buffers_.sum_dtype = program.values()[op.outputs[0]].dtype;
+      expert_buffers_.sums = value(op.outputs[0]);
+    }
+  }
+}
+
 const AttentionPlan* Executable::plan_of(const Op& op) const {
   for (const AttentionPlan& plan : attention_plans_) {
     if (plan.serves(op.heads, op.window, op.softcap)) return &plan;
@@ -321,6 +361,8 @@ void Executable::run(const StepContext& ctx, size_t first, size_t last) const {
     void operator()(const GatherRowsParams& params) const { kernels.gather_rows(params, ctx); }
     void operator()(const MoeRouteParams& params) const { kernels.moe_route(params, ctx); }
     void operator()(const MoeExpertsParams& params) const { kernels.moe_experts(params, ctx); }
+    void operator()(const MoeDispatchParams& params) const { kernels.moe_dispatch(params, ctx); }
+    void operator()(const MoeCombineParams& params) const { kernels.moe_combine(params, ctx); }
     void operator()(const QkvPrepareParams& params) const { kernels.qkv_prepare(params, ctx); }
     void operator()(const CacheWriteParams& params) const { kernels.cache_write(params, ctx); }
     void operator()(PagedAttentionParams params) const {

@@ -44,6 +44,10 @@ class Executable {
   void run_apart(StepContext ctx, size_t first, size_t last) const;
   size_t num_ops() const { return calls_.size(); }
 
+  // Where other ranks write what they send this one's experts, and what theirs have made of its
+  // tokens; empty if the program has no moe_dispatch. Ranks link them (dist/expert_link.h).
+  const ExpertBuffers& expert_buffers() const { return expert_buffers_; }
+
   // Device address of a value. Its bytes are reused after its last reader, unless it is an input,
   // an output or received from another stage. kInvalidArgument if no op writes it.
   void* value(int32_t id) const;
@@ -52,14 +56,15 @@ class Executable {
   // Ops without parameters.
   struct StageReceive {};
   struct StageRelease {};
-  using Call =
-      std::variant<EmbeddingParams, RmsNormParams, LinearParams, AddParams, GatedMulParams,
-                   SoftCapParams, GatherRowsParams, MoeRouteParams, MoeExpertsParams,
-                   QkvPrepareParams, CacheWriteParams, PagedAttentionParams, AllReduceParams,
-                   AllGatherParams, StageSendParams, StageReceive, StageRelease>;
+  using Call = std::variant<EmbeddingParams, RmsNormParams, LinearParams, AddParams, GatedMulParams,
+                            SoftCapParams, GatherRowsParams, MoeRouteParams, MoeExpertsParams,
+                            MoeDispatchParams, MoeCombineParams, QkvPrepareParams, CacheWriteParams,
+                            PagedAttentionParams, AllReduceParams, AllGatherParams, StageSendParams,
+                            StageReceive, StageRelease>;
   Call bind(const Program& program, const Op& op, std::span<const WeightView> weights,
             std::span<const KvCacheLayer> kv) const;
   const AttentionPlan* plan_of(const Op& op) const;
+  void find_expert_buffers(const Program& program, int64_t region_rows);
 
   Device* device_;
   Plan plan_;
@@ -70,6 +75,8 @@ class Executable {
   std::vector<AttentionPlan> attention_plans_;  // one for each geometry of attention
   std::vector<Buffer> attention_buffers_;
   int64_t max_position_;
+  ExpertBuffers expert_buffers_;
+  int32_t expert_ranks_;
   std::vector<Call> calls_;
 };
 

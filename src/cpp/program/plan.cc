@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <limits>
 #include <map>
+#include <span>
+#include <utility>
 
 #include "core/error.h"
 
@@ -25,6 +27,14 @@ bool works_in_place(OpKind kind) {
     default:
       return false;
   }
+}
+
+// Outputs that other ranks write.
+std::span<const int32_t> sent_by_ranks(const Op& op) {
+  const std::span<const int32_t> outputs(op.outputs);
+  if (op.kind == OpKind::kMoeDispatch) return outputs.subspan(1);
+  if (op.kind == OpKind::kMoeCombine) return outputs.first(1);
+  return {};
 }
 
 // Best-fit allocation over [0, inf): free ranges by offset, the tail implicit.
@@ -79,8 +89,22 @@ class ArenaPlanner {
 
 }  // namespace
 
+int64_t space_rows(RowSpace space, const PlanLimits& limits) {
+  switch (space) {
+    case RowSpace::kTokens:
+      return limits.max_tokens;
+    case RowSpace::kLogits:
+      return limits.max_logits;
+    case RowSpace::kReceived:
+      return limits.ranks * limits.max_tokens;
+    case RowSpace::kRanks:
+      return limits.ranks;
+  }
+  fail(ErrorKind::kInternal, "plan", "there is no such row space");
+}
+
 int64_t value_bytes(const Value& value, const PlanLimits& limits) {
-  const int64_t rows = value.space == RowSpace::kTokens ? limits.max_tokens : limits.max_logits;
+  const int64_t rows = space_rows(value.space, limits);
   const int64_t row_bytes = value.cols * static_cast<int64_t>(dtype_size(value.dtype));
   check(rows <= kMaxTensorBytes / row_bytes, "plan", "a value of ", rows, " rows and ", value.cols,
         " columns is too large: at most 2^48 bytes are allowed");
@@ -111,6 +135,22 @@ Plan plan_buffers(const Program& program, const PlanLimits& limits) {
   for (int32_t id : given) {
     plan.offsets[id] = arena.allocate(value_bytes(values[id], limits));
   }
+  // A value of the first layer for each kind of what ranks send.
+  std::map<std::pair<OpKind, size_t>, int32_t> first_sent;
+  for (const Op& op : ops) {
+    const std::span<const int32_t> sent = sent_by_ranks(op);
+    for (size_t i = 0; i < sent.size(); ++i) {
+      const auto [first, is_new] = first_sent.try_emplace({op.kind, i}, sent[i]);
+      const int64_t bytes = value_bytes(values[sent[i]], limits);
+      if (is_new) plan.offsets[sent[i]] = arena.allocate(bytes);
+      const Value& shape = values[first->second];
+      check(shape.cols == values[sent[i]].cols && shape.dtype == values[sent[i]].dtype, "plan",
+            "layers differ in what their experts are sent: ", shape.cols, " and ",
+            values[sent[i]].cols, " columns");
+      plan.offsets[sent[i]] = plan.offsets[first->second];
+      last_use[sent[i]] = kForever;
+    }
+  }
   for (int32_t i = 0; i < static_cast<int32_t>(ops.size()); ++i) {
     const Op& op = ops[i];
     std::vector<int32_t> dying;
@@ -120,7 +160,7 @@ Plan plan_buffers(const Program& program, const PlanLimits& limits) {
       }
     }
     for (int32_t id : op.outputs) {
-      if (plan.offsets[id] >= 0) continue;  // received
+      if (plan.offsets[id] >= 0) continue;  // others write it
       const int64_t bytes = value_bytes(values[id], limits);
       auto reuse = dying.end();
       if (works_in_place(op.kind)) {

@@ -40,6 +40,10 @@ std::string_view op_name(const Op& op) {
       return "moe_route";
     case OpKind::kMoeExperts:
       return "moe_experts";
+    case OpKind::kMoeDispatch:
+      return "moe_dispatch";
+    case OpKind::kMoeCombine:
+      return "moe_combine";
     case OpKind::kAllReduce:
       return "all_reduce";
     case OpKind::kAllGather:
@@ -283,12 +287,18 @@ std::pair<int32_t, int32_t> Program::moe_route(int32_t logits, int32_t bias,
 
 int32_t Program::moe_experts(int32_t x, int32_t experts, int32_t weights, int32_t gate_up,
                              int32_t down, const ExpertsSpec& spec) {
+  check(value(x, "moe_experts").space == RowSpace::kTokens, "moe_experts",
+        "x must have one row a token");
+  return emit_experts({x, experts, weights}, gate_up, down, spec);
+}
+
+int32_t Program::emit_experts(std::vector<int32_t> inputs, int32_t gate_up, int32_t down,
+                              const ExpertsSpec& spec) {
   constexpr std::string_view kOp = "moe_experts";
-  const Value in = value(x, kOp);
-  const Value ids = value(experts, kOp);
-  const Value shares = value(weights, kOp);
-  check(in.dtype == dtype_ && in.space == RowSpace::kTokens, kOp, "x must be ", dtype_name(dtype_),
-        ", one row a token");
+  const Value in = value(inputs[0], kOp);
+  const Value ids = value(inputs[1], kOp);
+  const Value shares = value(inputs[2], kOp);
+  check(in.dtype == dtype_, kOp, "x must be ", dtype_name(dtype_));
   check(ids.dtype == DType::kI32 && shares.dtype == DType::kF32 && ids.cols == shares.cols &&
             ids.space == in.space && shares.space == in.space,
         kOp, "experts must be int32 and weights float32, of as many rows and columns");
@@ -312,13 +322,52 @@ int32_t Program::moe_experts(int32_t x, int32_t experts, int32_t weights, int32_
   check(spec.first_expert >= 0 && spec.first_expert <= all - count, kOp,
         "first_expert must be in [0, ", all - count, "], not ", spec.first_expert);
   return emit({.kind = OpKind::kMoeExperts,
-               .inputs = {x, experts, weights},
+               .inputs = std::move(inputs),
                .weights = {gate_up, down},
                .activation = spec.activation,
                .row_parallel = spec.row_parallel,
                .first_expert = spec.first_expert,
                .num_experts = static_cast<int32_t>(all)},
               in.space, in.cols, spec.wide ? DType::kF32 : dtype_);
+}
+
+int32_t Program::moe_exchange(int32_t x, int32_t experts, int32_t weights, int32_t gate_up,
+                              int32_t down, const ExpertsSpec& spec, const ExpertShare& share) {
+  constexpr std::string_view kOp = "moe_dispatch";
+  const Value in = value(x, kOp);
+  const Value ids = value(experts, kOp);
+  check(in.space == RowSpace::kTokens && in.dtype == dtype_ && ids.dtype == DType::kI32, kOp,
+        "x must be ", dtype_name(dtype_), ", one row a token, and experts int32");
+  check(share.ranks >= 2 && share.ranks <= kMaxRanks, kOp, "there are ", share.ranks,
+        " ranks; must be 2 to ", kMaxRanks);
+  check(share.num_experts >= 1 && share.num_experts <= kMaxExperts, kOp, "there are ",
+        share.num_experts, " experts; must be 1 to ", kMaxExperts);
+  const size_t num_ops = ops_.size(), num_values = values_.size();
+  try {
+    Op send{.kind = OpKind::kMoeDispatch,
+            .inputs = {x, experts, weights},
+            .layer = layer_,
+            .share = share};
+    const int32_t places = add_value("", RowSpace::kTokens, share.ranks, DType::kI32);
+    const int32_t counts = add_value("", RowSpace::kRanks, 1, DType::kI32);
+    const int32_t there = add_value("", RowSpace::kReceived, ids.cols, DType::kI32);
+    const int32_t shares = add_value("", RowSpace::kReceived, ids.cols, DType::kF32);
+    const int32_t tokens = add_value("", RowSpace::kReceived, in.cols, dtype_);
+    send.outputs = {places, counts, there, shares, tokens};
+    ops_.push_back(std::move(send));
+    const int32_t partial = emit_experts({tokens, there, shares, counts}, gate_up, down, spec);
+    const DType sum_dtype = values_[partial].dtype;
+    Op add_up{.kind = OpKind::kMoeCombine, .inputs = {partial, places}, .layer = layer_};
+    const int32_t sums = add_value("", RowSpace::kReceived, in.cols, sum_dtype);
+    const int32_t total = add_value("", RowSpace::kTokens, in.cols, dtype_);
+    add_up.outputs = {sums, total};
+    ops_.push_back(std::move(add_up));
+    return total;
+  } catch (const Error&) {
+    ops_.resize(num_ops);
+    values_.resize(num_values);
+    throw;
+  }
 }
 
 int32_t Program::rope_table(RopeSpec spec) {
@@ -476,7 +525,7 @@ std::vector<Cut> Program::cuts() const {
     if (op.kind == OpKind::kPagedAttention) {
       cuts.push_back({CutKind::kAttention, i});
     }
-    if (op.row_parallel) {
+    if (op.row_parallel || op.kind == OpKind::kMoeDispatch || op.kind == OpKind::kMoeCombine) {
       cuts.push_back({CutKind::kCollective, i + 1});
     }
   }
@@ -486,7 +535,8 @@ std::vector<Cut> Program::cuts() const {
 namespace {
 
 std::string describe(const Value& value) {
-  return concat(value.space == RowSpace::kTokens ? "tokens" : "logits", " x ", value.cols, " ",
+  constexpr std::string_view kNames[] = {"tokens", "logits", "received", "ranks"};
+  return concat(kNames[static_cast<int>(value.space)], " x ", value.cols, " ",
                 dtype_name(value.dtype));
 }
 

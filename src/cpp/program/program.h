@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "dist/expert_link.h"
 #include "dist/stage_link.h"
 #include "ops/activation.h"
 #include "ops/kv_cache.h"
@@ -18,8 +19,9 @@
 
 namespace mrv1 {
 
-// What a value has one row of.
-enum class RowSpace { kTokens, kLogits };
+// What a value has one row of: a token or a logits row of the step, a place for a token that a rank
+// may send, or a rank.
+enum class RowSpace { kTokens, kLogits, kReceived, kRanks };
 
 // A value of the program: a matrix [rows of the space, cols] that one op writes.
 struct Value {
@@ -43,7 +45,11 @@ enum class OpKind {
   kGatherRows,
   kSoftCap,
   kMoeRoute,    // outputs: experts, weights
-  kMoeExperts,  // inputs: x, experts, weights; weights: gate_up, down
+  kMoeExperts,  // inputs: x, experts, weights, counts if received; weights: gate_up, down
+  // Inputs: x, experts, weights; outputs: places, then what ranks have sent: counts, experts,
+  // weights, x.
+  kMoeDispatch,
+  kMoeCombine,  // inputs: partial, places; outputs: sums that ranks have sent back, the total
   kAllReduce,
   kAllGather,
   // Made by Program::stage() only.
@@ -87,10 +93,12 @@ struct Op {
   RouteSpec route = {};   // moe_route
   // moe_experts: the expert of its first matrices, and how many all ranks have.
   int32_t first_expert = 0, num_experts = 0;
+  ExpertShare share = {};  // moe_dispatch
 };
 // Whether ranks meet in an op: it waits for those of the others.
 constexpr bool is_collective(OpKind kind) {
-  return kind == OpKind::kAllReduce || kind == OpKind::kAllGather;
+  return kind == OpKind::kAllReduce || kind == OpKind::kAllGather || kind == OpKind::kMoeDispatch ||
+         kind == OpKind::kMoeCombine;
 }
 // The name of its kind, with the activation in it: silu_mul, linear_gelu_mul.
 std::string_view op_name(const Op& op);
@@ -200,6 +208,11 @@ class Program {
   };
   int32_t moe_experts(int32_t x, int32_t experts, int32_t weights, int32_t gate_up, int32_t down,
                       const ExpertsSpec& spec);
+  // The same over ranks that each have tokens of their own: they are sent to the ranks of `share`
+  // that have their experts, go through those of them that this rank has, and what comes of that is
+  // sent back and added up.
+  int32_t moe_exchange(int32_t x, int32_t experts, int32_t weights, int32_t gate_up, int32_t down,
+                       const ExpertsSpec& spec, const ExpertShare& share);
   int32_t rope_table(RopeSpec spec);
   struct AttentionSpec {
     HeadShape heads;
@@ -270,6 +283,8 @@ class Program {
   const WeightSpec& weight_spec(int32_t id, std::string_view op) const;
   void check_vector(int32_t weight, int64_t size, std::string_view op) const;
   void check_matrix(int32_t weight, int64_t cols, std::string_view op) const;
+  int32_t emit_experts(std::vector<int32_t> inputs, int32_t gate_up, int32_t down,
+                       const ExpertsSpec& spec);
   void check_addend(const Value& value, int64_t cols, std::string_view op) const;
   CrossingValues crossing(std::span<const int32_t> layers, int32_t boundary) const;
   void place_release();

@@ -145,6 +145,8 @@ const Value& ProgramSession::lasting_value(int32_t id) const {
 }
 
 int64_t ProgramSession::max_rows(const Value& value) const {
+  check(value.space == RowSpace::kTokens || value.space == RowSpace::kLogits, "session",
+        "has one rank, and none sends it anything");
   return value.space == RowSpace::kTokens ? limits_.max_tokens : limits_.max_logits;
 }
 

@@ -10,6 +10,7 @@
 
 #include "core/device.h"
 #include "core/error.h"
+#include "runner/data_ranks.h"
 #include "runner/rank_followers.h"
 #include "sampling/math.h"
 
@@ -77,7 +78,8 @@ PlanLimits ModelRunner::plan_limits(const RunnerConfig& config) {
   const int64_t keys = int64_t{config.max_num_seqs} * config.max_model_len;
   const int32_t logits =
       config.max_logprobs < 0 ? max_logits_rows(config) : PromptScorer::max_rows(config);
-  return {config.max_num_batched_tokens, logits, config.max_num_seqs, dequantises ? keys : 0};
+  return {config.max_num_batched_tokens, logits, config.max_num_seqs, dequantises ? keys : 0,
+          config.data_parallel ? config.num_ranks : 1};
 }
 
 Program ModelRunner::prepared(Program program, const RunnerConfig& config) {
@@ -176,7 +178,9 @@ void ModelRunner::check_limits(const Program& program, const RunnerConfig& confi
   check(config.num_stages >= 1 && config.num_ranks % config.num_stages == 0, "runner",
         "num_stages must be a divisor of num_ranks = ", config.num_ranks, ", not ",
         config.num_stages);
-  const int32_t stage_ranks = config.num_ranks / config.num_stages;
+  check(!config.data_parallel || config.num_stages == 1, "runner",
+        "ranks with requests of their own have no stages; num_stages is ", config.num_stages);
+  const int32_t stage_ranks = tensor_ranks(config);
   for (const Op& op : program.ops()) {
     if (!op.row_parallel || !config.batch_invariant || stage_ranks == 1) continue;
     const WeightSpec& weight = program.weights()[op.weights[0]];
@@ -423,6 +427,11 @@ void ModelRunner::free_row(RowHandle row) {
 
 void ModelRunner::fill_kv_random(uint64_t seed) {
   if (followers_ != nullptr) followers_->fill_kv_random(seed);
+  if (data_ranks_ != nullptr && global_rank() == 0) {
+    for (int rank = 1; rank < data_ranks_->size(); ++rank) {
+      data_ranks_->runner(rank).fill_kv_random(seed);
+    }
+  }
   kv_->fill_random(seed);
   if (followers_ != nullptr) followers_->join();
 }
@@ -466,16 +475,12 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch, std::optional<bo
   return execute(batch, take_injected(batch), in_halves);
 }
 
-uint64_t ModelRunner::execute(std::span<const BatchItem> batch, const std::string& injected,
-                              std::optional<bool> in_halves) {
-  const auto start = std::chrono::steady_clock::now();
-  waited_ns_ = 0;
+// Checks a batch, and fills in what the step's record says of it.
+ModelRunner::BatchWork ModelRunner::prepare(std::span<const BatchItem> batch) {
   check_no_cut("execute");
   check(batch.size() <= static_cast<size_t>(config_.max_num_seqs), "execute", "a batch holds ",
         config_.max_num_seqs, " rows, not ", batch.size());
-  int64_t tokens = 0;
-  int32_t samples = 0;
-  PrefillWork prefill;
+  BatchWork work;
   entries_.clear();
   masked_items_.clear();
   scored_.clear();
@@ -485,32 +490,50 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch, const std::strin
     check(row.batch_mark != batch_mark_, "execute", "row ", item.row, " is in the batch twice");
     row.batch_mark = batch_mark_;
     rows_->check_tokens(item, row);
-    tokens += item.num_tokens;
+    work.tokens += item.num_tokens;
     if (row.num_launched < row.prefill_target) {
       const int64_t keys = int64_t{row.num_launched} + item.num_tokens;
-      prefill.keys += keys;
-      prefill.scores += keys * item.num_tokens;
+      work.prefill.keys += keys;
+      work.prefill.scores += keys * item.num_tokens;
       ScoredTokens scored;
       scored.entry = static_cast<int32_t>(entries_.size());
       if (rows_->scores(item, scored)) scored_.push_back(scored);
     }
     const int32_t draws = RowTable::num_samples(item, row);
-    samples += draws;
+    work.samples += draws;
     if (row.has_grammar && draws > 0) {
       masked_items_.push_back(static_cast<int32_t>(entries_.size()));
     }
     entries_.push_back({item.row, row.generation, item.num_tokens, draws});
   }
-  check(tokens <= config_.max_num_batched_tokens, "execute", "the batch has ", tokens,
+  check(work.tokens <= config_.max_num_batched_tokens, "execute", "the batch has ", work.tokens,
         " tokens, max_num_batched_tokens is ", config_.max_num_batched_tokens);
+  return work;
+}
+
+StepLoad ModelRunner::check_batch(std::span<const BatchItem> batch) {
+  const BatchWork work = prepare(batch);
+  return {static_cast<int32_t>(work.tokens), work.prefill.keys > 0};
+}
+
+uint64_t ModelRunner::execute(std::span<const BatchItem> batch, const std::string& injected,
+                              std::optional<bool> in_halves) {
+  const auto start = std::chrono::steady_clock::now();
+  waited_ns_ = 0;
+  const BatchWork work = prepare(batch);
   if (!scored_.empty() && scorer_ != nullptr) scorer_->place(scored_);
   StepShape shape;
-  if (!batch.empty()) {
-    const StepSizes exact{static_cast<int32_t>(batch.size()), static_cast<int32_t>(tokens),
-                          samples};
+  // Ranks with requests of their own run the program without any too, on padding, and in halves
+  // only where all do.
+  if (data_ranks_ != nullptr) in_halves = in_halves.value_or(false);
+  const bool runs = !batch.empty() || data_ranks_ != nullptr;
+  if (runs) {
+    StepSizes exact{static_cast<int32_t>(batch.size()), static_cast<int32_t>(work.tokens),
+                    work.samples};
+    if (batch.empty()) exact = {1, 1, 1};
     const bool scores = std::any_of(scored_.begin(), scored_.end(),
                                     [](const ScoredTokens& tokens) { return tokens.count > 0; });
-    shape = choose_shape(exact, scores, prefill, in_halves);
+    shape = choose_shape(exact, scores, work.prefill, in_halves);
   }
   // Before this rank's own: it may wait for a step that the others have not launched yet.
   if (followers_ != nullptr) followers_->execute(batch, injected, shape.cut_token > 0);
@@ -525,14 +548,14 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch, const std::strin
       if (config_.num_speculative_tokens > 0) slot.marks.push_back(rows_->mark(item.row));
     }
   }
-  if (!batch.empty()) {
+  if (runs) {
     newest_sizes_ = shape.sizes;
     newest_cut_ = shape.cut_token;
     newest_entries_ = static_cast<int32_t>(batch.size());
     newest_batch_step_ = step;
   }
   std::lock_guard lock(side_mutex_);
-  if (!batch.empty()) {
+  if (runs) {
     ++stats_.batches;
     ++stats_.steps_by_mode[static_cast<int>(shape.mode)];
     stats_.steps_in_halves += shape.cut_token > 0 ? 1 : 0;
@@ -618,9 +641,12 @@ uint64_t ModelRunner::submit(std::span<const BatchEntry> entries, const StepShap
   slot.marks.clear();
   slot.num_logprobs.clear();
   slot.scored.assign(scored.begin(), scored.end());
+  count_batch(slot);
   {
     std::lock_guard lock(side_mutex_);
-    if (!entries.empty() && (fails_alone_ || communicator_ == nullptr)) {
+    const bool is_batch =
+        !entries.empty() || (data_ranks_ != nullptr && shape.sizes.num_requests > 0);
+    if (is_batch && (fails_alone_ || communicator_ == nullptr)) {
       slot.injected.swap(injected_failure_);
       slot.alone = std::exchange(fails_alone_, false);
     }
@@ -712,6 +738,10 @@ void ModelRunner::warm_up(const StepShape& shape) {
 }
 
 CaptureReport ModelRunner::capture_graphs() {
+  return data_ranks_ != nullptr ? data_ranks_->capture_graphs() : capture_own_graphs();
+}
+
+CaptureReport ModelRunner::capture_own_graphs() {
   CaptureReport report;
   check_no_cut("capture_graphs");
   if (config_.graph_mode == StepMode::kEager) return report;
@@ -724,9 +754,10 @@ CaptureReport ModelRunner::capture_graphs() {
   if (config_.graph_mode == StepMode::kFull) {
     for (size_t i = full.size(); i-- > 0;) {
       const StepSizes sizes = ladder_.sizes_of(full[i]);
-      const int32_t cut_token = cut_of_graph(sizes);
-      warm_up({.whole = true, .sizes = sizes, .cut_token = cut_token});
-      run_on_stream(*device_, [&] { step_->capture_full(i, sizes, cut_token); });
+      for (const int32_t cut_token : cuts_of_graphs(sizes)) {
+        warm_up({.whole = true, .sizes = sizes, .cut_token = cut_token});
+        run_on_stream(*device_, [&] { step_->capture_full(i, sizes, cut_token); });
+      }
       ++report.full_graphs;
     }
   }

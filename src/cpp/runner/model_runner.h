@@ -1,6 +1,8 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -31,6 +33,7 @@
 
 namespace mrv1 {
 
+class DataRanks;      // runner/data_ranks.h
 class RankFollowers;  // runner/rank_followers.h
 
 // What the ranks of a runner must be able to send each other.
@@ -112,6 +115,9 @@ struct CaptureReport {
 // that of rank 0 of the last stage, which leads: logits, hidden states and outputs are its own. The
 // others have the same rows and launch the same steps. Those of earlier stages have no logits: they
 // draw nothing, and take up what the last stage has drawn when a step needs it (state/adopt.h).
+//
+// Ranks with requests of their own (runner/data_ranks.h) are called by themselves, each in a thread
+// or in turns. All of them must run as many batches: an empty one does nothing but go along.
 class ModelRunner {
  public:
   // The program is copied. Memory is allocated here, before any request; kOutOfMemory says how
@@ -123,6 +129,14 @@ class ModelRunner {
 
   // From now on the other ranks do what this runner is asked to do.
   void lead(std::unique_ptr<RankFollowers> followers);
+  // From now on the runner is one of these, each with requests of its own; they outlive it.
+  void join_data_ranks(DataRanks& ranks) { data_ranks_ = &ranks; }
+  // Null unless it is one of such ranks.
+  DataRanks* data_ranks() const { return data_ranks_; }
+  // Batches that were launched, those of capture_graphs() included; whether one of them has ended.
+  // Any thread.
+  uint64_t launched_batches() const { return launched_batches_.load(std::memory_order_acquire); }
+  bool has_ended_batch(uint64_t batch) const;
   // Null where there is one rank.
   Communicator* communicator() const { return communicator_.get(); }
   // Throws kDevice if the ranks have ended: no step can succeed any more.
@@ -131,6 +145,8 @@ class ModelRunner {
   }
   // The runner of a rank, counted over all stages; its own is this one.
   ModelRunner& rank_runner(int rank);
+  // What ranks with requests of their own show each other, for link_experts(), of each set.
+  std::vector<ExpertBuffers> expert_buffers() const;
   // What a stage of a pipeline shows the others, for link_stages().
   StageBuffers stage_buffers() const;
 
@@ -173,8 +189,10 @@ class ModelRunner {
 
   // Records the graphs of all sizes, largest first. Until then, and with StepMode::kEager, steps
   // run eagerly. Runs every size once first, with an empty batch: call it when weights are loaded
-  // and no step is in flight.
+  // and no step is in flight. All ranks do so, whichever is called.
   CaptureReport capture_graphs();
+  // Of one of several ranks with requests of their own, while the others do the same.
+  CaptureReport capture_own_graphs();
   // Why steps do not run in the mode that was asked for, each reason once.
   GraphLadder::Miss take_miss() {
     std::lock_guard lock(side_mutex_);
@@ -183,7 +201,9 @@ class ModelRunner {
 
   // Launches a step; returns its number. Each row at most once; the rows of a step that failed are
   // in an unknown state and must be freed. Decode rows take 1 token and up to as many more as they
-  // may have drafts, prefill and extend rows up to what is left of their prefill target.
+  // may have drafts, prefill and extend rows up to what is left of their prefill target. Without a
+  // batch it carries out what has changed; one of several ranks with requests of their own also
+  // runs the program.
   //
   // A step that draws for rows with a grammar is *cut*: what comes before the draw is launched at
   // once, so that it runs while the masks are made; finish_step() launches the rest. Until then
@@ -191,8 +211,11 @@ class ModelRunner {
   // refused.
   //
   // `in_halves`: whether the step runs as two halves, where that was decided for all ranks together
-  // (runs_in_halves()); else this runner decides.
+  // (runs_in_halves()). Else this runner decides; one of several ranks with requests of their own
+  // cannot, and takes it whole.
   uint64_t execute(std::span<const BatchItem> batch, std::optional<bool> in_halves = {});
+  // Throws what execute() would throw for the batch before anything is launched; what it brings.
+  StepLoad check_batch(std::span<const BatchItem> batch);
   // The step that waits for finish_step(); 0 if there is none.
   uint64_t cut_step() const { return cut_step_; }
   // Places in its batch of the items whose rows need a mask.
@@ -254,7 +277,8 @@ class ModelRunner {
   // only change rows, too, but none that failed.
   std::vector<StepTime> take_step_log(int rank);
 
-  // Fills the KV cache with random values (program/kv_store.h): timing without a prefill.
+  // Fills the KV cache with random values (program/kv_store.h): timing without a prefill. The first
+  // of ranks with requests of their own fills those of all.
   void fill_kv_random(uint64_t seed);
 
   // Makes the next step fail with this message after it is launched: for testing error paths. All
@@ -281,8 +305,12 @@ class ModelRunner {
     std::string error;                  // set by the stream when the step failed
     std::string injected;               // test failure
     bool alone = false;                 // other ranks do not have it
+    uint64_t batch = 0;                 // that was launched last with it, or before it
     StepTime time;                      // requests and tokens, for the log
   };
+
+  // Of batches so far back their steps are known.
+  static constexpr size_t kRememberedBatches = 64;
 
   static void check_limits(const Program& program, const RunnerConfig& config);
   // The program as the runner runs it: with the outputs that the configuration asks for.
@@ -293,7 +321,9 @@ class ModelRunner {
   // Not so on stages of a pipeline before the last.
   bool has_logits() const { return program_.logits_value() >= 0; }
   // Results are the business of whoever leads.
-  bool follows() const { return communicator_ != nullptr && followers_ == nullptr; }
+  bool follows() const {
+    return communicator_ != nullptr && followers_ == nullptr && data_ranks_ == nullptr;
+  }
   int global_rank() const { return communicator_ == nullptr ? 0 : communicator_->global_rank(); }
   void check_no_cut(const char* where) const {
     if (cut_step_ != 0) refuse_cut(where);
@@ -306,14 +336,22 @@ class ModelRunner {
   void end_allocation();
   void allocate_state();
   void allocate_rings();
+  struct BatchWork {
+    int64_t tokens = 0;
+    int32_t samples = 0;
+    PrefillWork prefill;
+  };
+  BatchWork prepare(std::span<const BatchItem> batch);
   uint64_t execute(std::span<const BatchItem> batch, const std::string& injected,
                    std::optional<bool> in_halves);
   StepShape choose_shape(StepSizes exact, bool scores, const PrefillWork& prefill,
                          std::optional<bool> in_halves);
-  int32_t cut_of_graph(const StepSizes& sizes) const;
+  std::vector<int32_t> cuts_of_graphs(const StepSizes& sizes) const;
   uint64_t adopt_through(std::span<const BatchEntry> entries) const;
   std::string take_injected(std::span<const BatchItem> batch);
   bool has_written(uint64_t step) const;
+  bool others_have_ended(const Slot& slot) const;
+  void count_batch(Slot& slot);
   void abort_ranks(const Slot& slot, const char* what) noexcept;
   void wait_among_ranks(const Slot& slot) const;
   uint64_t submit(std::span<const BatchEntry> entries, const StepShape& shape,
@@ -364,6 +402,8 @@ class ModelRunner {
   // Outputs of steps whose slot was needed before they were asked for.
   std::unordered_map<uint64_t, StepOutput> kept_;
   uint64_t next_step_ = 1;
+  std::atomic<uint64_t> launched_batches_{0};
+  std::array<std::atomic<uint64_t>, kRememberedBatches> batch_steps_{};  // by batch
   StepSizes newest_sizes_;
   int32_t newest_cut_ = 0;
   int32_t newest_entries_ = 0;
@@ -383,6 +423,7 @@ class ModelRunner {
   size_t control_slot_bytes_ = 0, output_slot_bytes_ = 0;
   mutable bool given_up_ = false;             // on steps of a group that has ended
   std::unique_ptr<RankFollowers> followers_;  // of the leader, where there are others
+  DataRanks* data_ranks_ = nullptr;
 };
 
 }  // namespace mrv1

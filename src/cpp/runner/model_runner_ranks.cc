@@ -9,6 +9,7 @@
 
 #include "core/error.h"
 #include "core/side_stream.h"
+#include "runner/data_ranks.h"
 #include "runner/model_runner.h"
 #include "runner/rank_followers.h"
 
@@ -32,7 +33,7 @@ GroupOptions group_options(const Program& program, const RunnerConfig& config) {
         std::max(options.max_bytes, value_bytes(program.values()[op.inputs[0]], limits));
   }
   // The logits are gathered on the last stage alone, but all stages have as large groups.
-  const int32_t stage_ranks = config.num_ranks / config.num_stages;
+  const int32_t stage_ranks = tensor_ranks(config);
   if (config.num_stages > 1 && stage_ranks > 1) {
     Value logits;
     logits.space = RowSpace::kLogits;
@@ -48,16 +49,19 @@ void ModelRunner::lead(std::unique_ptr<RankFollowers> followers) {
 
 ModelRunner& ModelRunner::rank_runner(int rank) {
   if (rank == global_rank()) return *this;
-  check(rank >= 0 && rank < config_.num_ranks && followers_ != nullptr, "runner",
-        "there is no rank ", rank);
-  return followers_->runner(rank);
+  check(rank >= 0 && rank < config_.num_ranks && !follows(), "runner", "there is no rank ", rank);
+  return data_ranks_ != nullptr ? data_ranks_->runner(rank) : followers_->runner(rank);
 }
 
 // A GPU may have to be idle, and with it those that reach its memory, before memory can be had. So
 // while a rank allocates no device may wait for a step that another has not launched: the leader
 // allocates when all have launched what it has, and launches more when all have allocated.
+// Of ranks with requests of their own none may have launched a batch that this one has not; that
+// they launch what it has needs nothing of it.
 void ModelRunner::begin_allocation() {
   if (followers_ != nullptr) followers_->join();
+  check(data_ranks_ == nullptr || !data_ranks_->is_behind(global_rank()), "runner",
+        "needs memory of the device while other ranks wait for its next step; launch that first");
 }
 
 void ModelRunner::end_allocation() {
@@ -67,6 +71,15 @@ void ModelRunner::end_allocation() {
   } catch (const Error&) {
     // The group has ended: execute() says so.
   }
+}
+
+std::vector<ExpertBuffers> ModelRunner::expert_buffers() const {
+  if (executable_->expert_buffers().x == nullptr) return {};  // ranks send each other nothing
+  std::vector<ExpertBuffers> sets{executable_->expert_buffers()};
+  for (int half = 0; halves_ != nullptr && half < 2; ++half) {
+    sets.push_back(halves_->executable(half).expert_buffers());
+  }
+  return sets;
 }
 
 StageBuffers ModelRunner::stage_buffers() const {
@@ -90,7 +103,7 @@ void ModelRunner::fail_next_step(std::string message, int rank) {
   }
   std::lock_guard lock(side_mutex_);
   injected_failure_ = std::move(message);
-  fails_alone_ = rank != kAllRanks;
+  fails_alone_ = rank != kAllRanks || data_ranks_ != nullptr;
 }
 
 // What the other ranks are told to fail with as this one does.
@@ -100,15 +113,39 @@ std::string ModelRunner::take_injected(std::span<const BatchItem> batch) {
   return std::exchange(injected_failure_, {});
 }
 
-// Where the graph of whole steps of a size is cut.
-int32_t ModelRunner::cut_of_graph(const StepSizes& sizes) const {
+// Where the graphs of whole steps of a size are cut. Ranks with requests of their own have both
+// kinds, as whether a step runs in halves does not depend on its own size alone.
+std::vector<int32_t> ModelRunner::cuts_of_graphs(const StepSizes& sizes) const {
+  if (halves_ == nullptr || sizes.num_tokens < 2) return {0};
+  const int32_t cut = halves_->cut_of(sizes.num_tokens, sizes.num_tokens, sizes.speculates);
+  if (config_.data_parallel) return {0, cut};
   const StepLoad load{sizes.num_tokens, /*has_prompts=*/false};
-  if (halves_ == nullptr || !runs_in_halves(config_.two_batch, {&load, 1})) return 0;
-  return halves_->cut_of(sizes.num_tokens, sizes.num_tokens, sizes.speculates);
+  return {runs_in_halves(config_.two_batch, {&load, 1}) ? cut : 0};
 }
 
 bool ModelRunner::has_written(uint64_t step) const {
   return slot_of(step).output->sequence.load(std::memory_order_acquire) >= step + 1;
+}
+
+void ModelRunner::count_batch(Slot& slot) {
+  uint64_t batch = launched_batches_.load(std::memory_order_relaxed);
+  if (slot.shape.sizes.num_requests > 0) {
+    batch_steps_[++batch % kRememberedBatches].store(slot.step, std::memory_order_relaxed);
+    launched_batches_.store(batch, std::memory_order_release);
+  }
+  slot.batch = batch;
+}
+
+bool ModelRunner::has_ended_batch(uint64_t batch) const {
+  if (batch == 0) return true;
+  return launched_batches() >= batch &&
+         has_written(batch_steps_[batch % kRememberedBatches].load(std::memory_order_relaxed));
+}
+
+// Whether all other ranks have ended the step, or what corresponds to it.
+bool ModelRunner::others_have_ended(const Slot& slot) const {
+  if (data_ranks_ != nullptr) return data_ranks_->others_have_ended(global_rank(), slot.batch);
+  return followers_ != nullptr && followers_->has_retired(slot.step);
 }
 
 // A step failed here that may have gone well elsewhere. In a pipeline others count on what it would
@@ -143,7 +180,8 @@ bool ModelRunner::settles(std::chrono::steady_clock::time_point until) {
 }
 
 // A rank that hangs is missed by those who wait for what it sends; one that hangs behind the last
-// such place, by whoever leads, once the others have ended the step and this one comes no further.
+// such place, by whoever reads its results, once the others have ended the step and this one comes
+// no further.
 void ModelRunner::wait_among_ranks(const Slot& slot) const {
   using Clock = std::chrono::steady_clock;
   constexpr auto kNever = Clock::time_point::max();
@@ -159,7 +197,7 @@ void ModelRunner::wait_among_ranks(const Slot& slot) const {
         fail(ErrorKind::kDevice, "ranks", communicator_->name(), " does not end step ", slot.step,
              ": ", communicator_->abort_reason());
       }
-    } else if (followers_ != nullptr && followers_->has_retired(slot.step)) {
+    } else if (others_have_ended(slot)) {
       const uint64_t signs = retired_step() + communicator_->signs_of_life();
       if (too_late == kNever || signs != seen) too_late = now + config_.rank_timeout;
       seen = signs;

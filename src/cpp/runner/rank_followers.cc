@@ -10,7 +10,9 @@
 
 #include "core/error.h"
 #include "dist/communicator.h"
+#include "dist/expert_link.h"
 #include "dist/stage_link.h"
+#include "runner/data_ranks.h"
 
 namespace mrv1 {
 namespace {
@@ -272,11 +274,33 @@ constexpr std::chrono::seconds kLastWait{2};
 // Between two calls of `progress` while others load.
 constexpr std::chrono::milliseconds kProgressInterval{20};
 
-// Ends a group's runners, unless a device is stuck: its memory is in use for as long as it is.
-void release(ModelRunner* leader) {
+void link_expert_buffers(const std::vector<std::unique_ptr<ModelRunner>>& runners) {
+  std::vector<Communicator*> ranks;
+  std::vector<std::vector<ExpertBuffers>> sets;  // by set, by rank
+  for (const std::unique_ptr<ModelRunner>& runner : runners) {
+    ranks.push_back(runner->communicator());
+    const std::vector<ExpertBuffers> own = runner->expert_buffers();
+    sets.resize(std::max(sets.size(), own.size()));
+    for (size_t set = 0; set < own.size(); ++set) sets[set].push_back(own[set]);
+  }
+  for (size_t set = 0; set < sets.size(); ++set) {
+    link_experts(ranks, sets[set], static_cast<int>(set));
+  }
+}
+
+// Until when a group's devices may be at work that nobody needs any more.
+Clock::time_point last_wait(ModelRunner& runner) {
   auto until = Clock::now() + kLastWait;
-  if (!leader->communicator()->is_aborted()) until += leader->config().rank_timeout;
-  if (leader->settles(until)) delete leader;
+  if (!runner.communicator()->is_aborted()) until += runner.config().rank_timeout;
+  return until;
+}
+
+// Each ends a group's runners, unless a device is stuck: its memory is in use for as long as it is.
+void release(ModelRunner* leader) {
+  if (leader->settles(last_wait(*leader))) delete leader;
+}
+void release_all(DataRanks* ranks) {
+  if (ranks->settle(last_wait(ranks->runner(0)))) delete ranks;
 }
 
 }  // namespace
@@ -293,6 +317,8 @@ std::shared_ptr<ModelRunner> make_runner(const std::vector<std::shared_ptr<Devic
           ", there are ", size, " devices");
     check(config.num_stages == configs[0].num_stages, kWhere,
           "num_stages differs: ", config.num_stages, " and ", configs[0].num_stages);
+    check(config.data_parallel == configs[0].data_parallel, kWhere,
+          "data_parallel differs between ranks");
   }
   if (size == 1) {
     return std::make_shared<ModelRunner>(devices[0], std::move(programs[0]), configs[0]);
@@ -318,6 +344,11 @@ std::shared_ptr<ModelRunner> make_runner(const std::vector<std::shared_ptr<Devic
       buffers.push_back(runner->stage_buffers());
     }
     link_stages(ranks, buffers);
+  }
+  if (configs[0].data_parallel) {
+    link_expert_buffers(runners);
+    const std::shared_ptr<DataRanks> ranks(new DataRanks(std::move(runners)), release_all);
+    return {ranks, &ranks->runner(0)};
   }
   const auto leading = static_cast<std::ptrdiff_t>(size - size / num_stages);
   std::unique_ptr<ModelRunner> leader = std::move(runners[leading]);

@@ -120,6 +120,8 @@ class RankFollowers {
 // The runner of rank 0 of the last stage, which leads the others. A device, program and
 // configuration for each rank, in the order of make_group(); programs differ in their layers from
 // stage to stage, and in their weights' slices within one. One device makes a runner without ranks.
+// Of ranks with requests of their own it is the first one's runner, which has the others
+// (ModelRunner::rank_runner); all live as long as one of them is referred to.
 //
 // A device that does not end its work when the last reference is gone is left alone, with its
 // memory: nobody waits for it.

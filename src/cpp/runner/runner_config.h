@@ -60,7 +60,14 @@ struct RunnerConfig {
   int32_t num_stages = 1;
   std::chrono::milliseconds rank_timeout{8000};
   TwoBatchConfig two_batch;
+  // Ranks have requests of their own each (runner/data_ranks.h); there are no stages then.
+  bool data_parallel = false;
 };
+
+// Ranks that compute each layer together.
+inline int32_t tensor_ranks(const RunnerConfig& config) {
+  return config.data_parallel ? 1 : config.num_ranks / config.num_stages;
+}
 
 // A request as the runner sees it.
 struct RowSpec {

@@ -137,6 +137,7 @@ std::array<StepContext, 2> TwoBatch::contexts(const StepContext& ctx, int32_t cu
     const int32_t first = i == 0 ? 0 : cut;
     half.sizes.num_tokens = i == 0 ? cut : ctx.sizes.num_tokens - cut;
     half.sizes.num_logits = 0;
+    half.expert_set = 1 + i;
     half.infer = halves_[i].infer;
     half.infer.token_batch = ctx.infer.token_batch + first;
     half.infer.token_ids = ctx.infer.token_ids + first;

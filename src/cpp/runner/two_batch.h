@@ -12,15 +12,10 @@
 #include "program/plan.h"
 #include "program/program.h"
 #include "runner/runner_config.h"
+#include "runner/step_agreement.h"
 #include "state/step_context.h"
 
 namespace mrv1 {
-
-// What a rank brings to a step.
-struct StepLoad {
-  int32_t tokens = 0;
-  bool has_prompts = false;
-};
 
 // Whether a step of ranks that compute one model, but maybe each a batch of its own, runs as two
 // halves: one answer for all, as each half has its own collectives. The fullest rank, whose step
@@ -65,6 +60,8 @@ class TwoBatch {
   // from lie where whole steps have them. The op that follows must not overlap with it.
   void run(const StepContext& ctx, int32_t cut) const;
   size_t num_ops() const { return num_ops_; }
+  // What runs a half; 0 is the first.
+  const Executable& executable(int half) const { return *halves_[half].executable; }
   // Where a half's counts and arrays of batch positions lie; 0 is the first.
   const InferParams& infer(int half) const { return halves_[half].infer; }
 
