@@ -329,6 +329,35 @@ def test_command(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "must be a checkpoint with plain weights" in capsys.readouterr().err
 
 
+def test_large_checkpoints_are_written_in_several_files(
+    plain: Path, quantised: Path, tmp_path: Path
+) -> None:
+    # Two scales of the cache, which the new checkpoint keeps as they are.
+    def add_scales(tensors: dict[str, Any]) -> None:
+        for layer in (0, 1):
+            for side in "kv":
+                name = f"model.layers.{layer}.self_attn.{side}_proj.{side}_scale"
+                tensors[name] = ["F32", [], np.float32(0.5).tobytes()]
+
+    source = rewrite(plain, tmp_path / "source", add_scales)
+    scheme = {"num_bits": 8, "type": "float", "dynamic": False}
+    write_model(source, {**SMALL, "quantization_config": {"kv_cache_scheme": scheme}})
+    target = tmp_path / "target"
+    quantize_checkpoint(source, target, shard_bytes=30_000, progress=False)
+    assert len(list(target.glob("model-*-of-*.safetensors"))) > 2
+    config = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"] == scheme
+    section = json.loads((target / "hf_quant_config.json").read_text())["quantization"]
+    assert section["kv_cache_quant_algo"] == "FP8"
+    one, several = read_checkpoint(quantised), read_checkpoint(target)
+    assert one.keys() < several.keys()
+    for name in one:
+        raw = [read_tensor(root, name).tobytes() for root in (quantised, target)]
+        assert raw[0] == raw[1]
+    assert greedy(target, device="cpu") == greedy(quantised, device="cpu")
+    greedy(target, device="cpu", kv_cache_dtype="fp8_e4m3")
+
+
 def test_what_fails_leaves_nothing_behind(plain: Path, tmp_path: Path) -> None:
     def spoil(tensors: dict[str, Any]) -> None:
         dtype, shape, raw = tensors["model.layers.1.mlp.down_proj.weight"]
