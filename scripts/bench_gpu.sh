@@ -14,7 +14,9 @@
 #   decode-0.6b decode-8b              steps at batch 1 to 256, beside vLLM
 #   prefill-0.6b prefill-8b            256 prompts of 1024 tokens
 #   mix-0.6b mix-8b                    256 requests of many lengths
-#   linear-0.6b linear-8b              the matrix products of a layer
+#   decode-30b prefill-30b             the same with experts
+#   decode-8b-nvfp4 prefill-8b-nvfp4 decode-30b-nvfp4 prefill-30b-nvfp4    with NVFP4 weights
+#   linear-0.6b linear-8b linear-8b-nvfp4    the matrix products of a layer
 #   attention-8b                       batch x context, and uneven lengths, by two backends
 #   profile-0.6b-1 profile-8b-1 profile-8b-64 profile-8b-256    where the rest of a step goes
 #   sampler                            the draw of a token for each row
@@ -36,7 +38,8 @@ out=${2:?${usage}}
 shift 2
 parts=("$@")
 ((${#parts[@]})) || parts=(decode-0.6b decode-8b prefill-0.6b prefill-8b mix-0.6b mix-8b
-  linear-0.6b linear-8b attention-8b profile-0.6b-1 profile-8b-1 profile-8b-64 profile-8b-256
+  decode-30b prefill-30b decode-8b-nvfp4 prefill-8b-nvfp4 decode-30b-nvfp4 prefill-30b-nvfp4
+  linear-0.6b linear-8b linear-8b-nvfp4 attention-8b profile-0.6b-1 profile-8b-1 profile-8b-64 profile-8b-256
   kv-write kv-attention kv-attention-uneven sampler load-0.6b load-8b)
 commit=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
 
@@ -51,6 +54,7 @@ out=$(cd "${out}" && pwd)
 shape_of() {
   case $1 in
     *-0.6b*) echo qwen3-0.6b ;;
+    *-30b*) echo qwen3-30b-a3b ;;
     *) echo llama3-8b ;;
   esac
 }
@@ -110,8 +114,9 @@ run_mix() {
 }
 
 run_part() {
-  local part=$1 shape figure
+  local part=$1 shape figure weights=bf16
   shape=$(shape_of "${part}")
+  [[ ${part} == *-nvfp4 ]] && weights=nvfp4
   case ${part} in
     pp2-mix-*)
       run_mix "${part}" --pipeline-parallel-size 2 --trace "${out}/${part}.trace.json"
@@ -120,11 +125,12 @@ run_part() {
       figure=${part#pp2-}
       bench "${part}" "${figure%%-*}" --shape "${shape}" --pipeline-parallel-size 2
       ;;
-    decode-*) bench "${part}" decode --shape "${shape}" ;;
-    prefill-*) bench "${part}" prefill --shape "${shape}" ;;
+    decode-*) bench "${part}" decode --shape "${shape}" --weights "${weights}" ;;
+    prefill-*) bench "${part}" prefill --shape "${shape}" --weights "${weights}" ;;
     mix-*) run_mix "${part}" ;;
     linear-*)
-      bench "${part}" op --shape "${shape}" --ops qkv_proj,o_proj,gate_up_proj,down_proj,logits
+      bench "${part}" op --shape "${shape}" --weights "${weights}" \
+        --ops qkv_proj,o_proj,gate_up_proj,down_proj,logits
       ;;
     attention-8b)
       # The heads of Llama-3-8B, with room for longer contexts.
