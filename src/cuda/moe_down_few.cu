@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kColumns = 16;     // of the output, of a block
 constexpr int kTileTokens = 16;  // the fewest of a product; pairs are fewer
+constexpr int kPrefetchGroups = 16;
 constexpr int kPairBytes = kColumns * kRowBytes;
 
 struct DownFewArgs {
@@ -86,6 +87,10 @@ __global__ void __launch_bounds__(DownFewShape<kWarpgroups>::kThreads)
     num_here = __popc(__ballot_sync(0xffffffffu, expert >= 0));
     if (num_here > 0) {
       for (int s = 0; s < ahead; ++s) load_weights(s, s);
+      // What the ring has no room for comes nearer, at least, until there is something to multiply.
+      for (int i = ahead; expert >= 0 && i < min(groups, ahead + kPrefetchGroups); ++i) {
+        prefetch_expert_tile(weight_map, i * kGroup, blockIdx.x * kColumns, expert);
+      }
     }
   }
   __syncthreads();

@@ -35,7 +35,6 @@ struct MoeWgmmaArgs {
   Activation activation;
   bool sorted, few;
   bool weights_first;
-  bool launch_early;
   bool read_once;
 };
 
@@ -112,13 +111,7 @@ __device__ __forceinline__ void load_expert_pair_tile(void* to, const CUtensorMa
   }
 }
 
-// Has the second cache fetch what load_expert_tile() will, of kRows / kShare rows.
-__device__ __forceinline__ void prefetch_expert_tile(const CUtensorMap& map, int col, int row,
-                                                     int expert) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map),
-               "r"(col), "r"(row), "r"(expert)
-               : "memory");
-}
+// prefetch_expert_tile() for load_expert_pair_tile().
 __device__ __forceinline__ void prefetch_expert_pair_tile(const CUtensorMap& map, int col,
                                                           int piece, int expert) {
   asm volatile(
@@ -376,7 +369,6 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
   // Choices that this kernel may read early were made by one that ended before the one before this
   // was past its own wait, and that one lets this start only then.
   if (!args.weights_first) wait_for_previous();
-  if (args.launch_early) launch_next();
   // Nobody reaches into another block before its barriers are there.
   if constexpr (kShare > 1) cluster_sync();
   int ahead = 0;  // stages whose weights are requested before all others
@@ -443,8 +435,8 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
         place.next(args.stages);
       }
     }
-    // Next blocks that come sooner take room and bandwidth from this kernel's last loads.
-    if (!args.launch_early) launch_next();
+    // Only now: next blocks that come sooner take room and bandwidth from this kernel's last loads.
+    launch_next();
     __syncwarp();
   } else {
     Consumer<Shape, kShare, kGated> consumer{args, shared_address(ring), full, empty};
@@ -501,8 +493,6 @@ void launch_tiles(const MoeProduct& product, const DeviceLimits& limits, bool we
   args.stages = Shape::stages(moe_block_bytes(limits, Shape::kBlocks));
   args.activation = product.activation;
   args.weights_first = weights_first;
-  // Where this one leaves room, the next one's blocks may fill it with their weights.
-  args.launch_early = product.few && !weights_first;
   args.read_once = kTokens <= 64;
   const size_t shared_bytes = Shape::shared_bytes(args.stages);
   auto* kernel = moe_wgmma_kernel<kRows, kTokens, kShare, kGated>;

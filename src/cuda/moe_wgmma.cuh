@@ -53,6 +53,14 @@ __device__ __forceinline__ void load_expert_tile(void* to, const CUtensorMap& ma
   }
 }
 
+// Has the second cache fetch what load_expert_tile() will, of as many rows.
+__device__ __forceinline__ void prefetch_expert_tile(const CUtensorMap& map, int col, int row,
+                                                     int expert) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map),
+               "r"(col), "r"(row), "r"(expert)
+               : "memory");
+}
+
 // Where a ring's next stage is.
 struct RingPlace {
   int stage = 0;
