@@ -1,5 +1,5 @@
 # Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
-"""Experts of every size that kernels treat apart, against float64, and rows by themselves."""
+"""Experts and routers of every size that kernels treat apart, and rows by themselves."""
 
 from __future__ import annotations
 
@@ -149,3 +149,62 @@ def test_experts_of_other_ranks_add_nothing(
     assert (actual[:2] == 0.0).all()
     error = np.linalg.norm(actual - expected, axis=1)[2:] / np.linalg.norm(expected, axis=1)[2:]
     assert error.max() < (2e-6 if dtype == "float32" else 1.5e-2)
+
+
+def _run_router(
+    device: _core.Device,
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    *,
+    fused: bool,
+    **options: object,
+) -> list[np.ndarray]:
+    """Logits, experts and weights of a router that chooses 3."""
+    program = _core.Program("bfloat16")
+    value = program.input("x", x.shape[1])
+    gate = program.weight("gate", False, x.shape[1], [("gate", len(weight))])
+    shift = program.weight("bias", True, 1, [("bias", len(weight))]) if bias is not None else -1
+    logits = program.linear(value, gate, wide=True)
+    outputs = [logits, *program.moe_route(logits, top_k=3, bias=shift, scores="sigmoid")]
+    for output in outputs:
+        program.output(output)
+    if fused:
+        assert dict(program.fuse())["linear + moe_route"] == 1
+        assert program.op_names == ["router"]
+    session = _core.ProgramSession(device, program, max_tokens=len(x))
+    session.load_weight(gate, weight.astype(np.float32))
+    if bias is not None:
+        session.load_weight(shift, bias.astype(np.float32))
+    session.set_options(**options)
+    session.set_value(value, x.astype(np.float32))
+    session.run(1, len(x))
+    results = [session.value(output, len(x)) for output in outputs]
+    session.close()
+    return results
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "hidden", "experts"),
+    [(1, 2048, 128), (4, 4096, 8), (3, 72, 60), (5, 64, 16), (2, 36, 12), (1, 64, 300)],
+)
+def test_router_is_linear_and_route(
+    native_device: _core.Device, rows: int, hidden: int, experts: int, with_bias: bool
+) -> None:
+    rng = np.random.default_rng(rows + experts)
+    x, weight = rng.standard_normal((rows, hidden)), rng.standard_normal((experts, hidden))
+    weight /= np.sqrt(hidden)
+    bias = rng.uniform(-0.2, 0.2, experts) if with_bias else None
+    parts = _run_router(native_device, x, weight, bias, fused=False, batch_invariant=True)
+    whole = _run_router(native_device, x, weight, bias, fused=True, batch_invariant=True)
+    for part, both in zip(parts, whole, strict=True):
+        np.testing.assert_array_equal(both, part)
+    logits, chosen, shares = _run_router(native_device, x, weight, bias, fused=True)
+    exact = _rounded(x, "bfloat16") @ _rounded(weight, "bfloat16").T
+    np.testing.assert_allclose(logits, exact, atol=1e-5, rtol=1e-5)
+    scores = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
+    order = np.argsort(-(scores + (0.0 if bias is None else bias)), axis=1, kind="stable")
+    np.testing.assert_array_equal(chosen.astype(np.int64), order[:, :3])
+    picked = np.take_along_axis(scores, order[:, :3], axis=1)
+    np.testing.assert_allclose(shares, picked / picked.sum(axis=1, keepdims=True), rtol=1e-5)

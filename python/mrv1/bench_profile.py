@@ -38,7 +38,7 @@ _KINDS: Final = (
     ("qkv_prepare", r"qkv_prepare|^cache_"),
     ("attention", r"attention|^dead_rows|(Prefill|Decode)With"),
     ("gather_rows", r"gather_rows"),
-    ("moe_route", r"^route_"),
+    ("moe_route", r"^route"),
     ("moe_experts", r"^moe_|^(count|place|sum|down_few)_kernel"),
     ("linear", r"linear|mma_kernel|tiled_kernel|gemm|gemv|nvjet|cutlass|xmma|cublas"),
     ("gated_mul", r"gated"),
@@ -150,13 +150,18 @@ def step_ops(program: _core.Program) -> list[StepOp]:
         and "embed_tokens" not in name
         and name != "lm_head.weight"
     ]
-    linears = [name for name in program.op_names if _OP_KINDS.get(name) == "linear"]
+    names = [
+        part
+        for name in program.op_names
+        for part in (("linear", "moe_route") if name == "router" else (name,))
+    ]
+    linears = [name for name in names if _OP_KINDS.get(name) == "linear"]
     # The head is the last, tied or not.
     if len(linears) != len(weights) + 1:
         raise InternalError(f"{len(linears)} products but {len(weights)} weights and a head")
     labels = iter([*weights, "logits"])
     ops = [StepOp(name, name) for name in _FRONT]
-    for name in program.op_names:
+    for name in names:
         kind = _OP_KINDS.get(name, name)
         ops.append(StepOp(next(labels) if kind == "linear" else kind, kind))
     return ops + [StepOp(name, name) for name in _BACK]

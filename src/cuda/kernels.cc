@@ -20,6 +20,7 @@ const Kernels& cuda_kernels() {
       .gated_mul = gated_mul_cuda,
       .soft_cap = soft_cap_cuda,
       .gather_rows = gather_rows_cuda,
+      .router = router_cuda,
       .moe_route = moe_route_cuda,
       .moe_experts = moe_experts_cuda,
       .qkv_prepare = qkv_prepare_cuda,

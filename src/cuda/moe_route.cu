@@ -7,105 +7,32 @@
 // order that the header states.
 #include "block.cuh"
 #include "launch.h"
-#include "ops/moe_route.h"
+#include "moe_route.cuh"
 
 namespace mrv1 {
 namespace {
+
+using cuda::kMaxCounted;
+using cuda::order_of;
+using cuda::route_by_count;
+using cuda::RouteScratch;
 
 constexpr std::string_view kOp = "moe_route";
 constexpr int kMaxWarps = 4;  // tokens of a block
 
 static_assert(kRouterLanes == cuda::kWarpSize);
 
-// The upper half of choice_key(), which orders values.
-__device__ __forceinline__ uint32_t order_of(float value) {
-  return static_cast<uint32_t>(choice_key(value, 0) >> 32);
-}
-
-constexpr int kMaxCounted = 256;  // experts of route_by_count_kernel
-
 __global__ void __launch_bounds__(kMaxCounted)
     route_by_count_kernel(MoeRouteParams params, const int32_t* token_batch) {
-  constexpr unsigned kAll = cuda::kFullWarp;
-  __shared__ uint4 orders4[kMaxCounted / 4];
-  __shared__ float powers[kMaxCounted], chosen[kMaxCounted];
-  __shared__ uint32_t largest_of_warp[kMaxCounted / cuda::kWarpSize];
-  __shared__ int nan_of_warp[kMaxCounted / cuda::kWarpSize];
-  uint32_t* orders = reinterpret_cast<uint32_t*>(orders4);
-  const int lane = threadIdx.x % cuda::kWarpSize;
-  const int warp = threadIdx.x / cuda::kWarpSize;
-  const int warps = blockDim.x / cuda::kWarpSize;
+  __shared__ RouteScratch scratch;
   const int e = threadIdx.x;
-  const int64_t token = blockIdx.x;
   const bool exists = e < params.num_experts;
   const float bias = params.bias != nullptr && exists ? params.bias[e] : 0.0f;
   cuda::launch_next();
   cuda::wait_for_previous();
-  int32_t* experts = params.experts + token * params.top_k;
-  float* weights = params.weights + token * params.top_k;
-  if (token_batch != nullptr && token_batch[token] < 0) {
-    for (int j = e; j < params.top_k; j += blockDim.x) {
-      experts[j] = -1;
-      weights[j] = 0.0f;
-    }
-    return;
-  }
-
-  // Experts that do not exist are like those of NaN, and have higher ids.
-  const float nan = bits_to_float(0x7fc00000u);
-  const float logit = exists ? params.logits[token * params.num_experts + e] : nan;
-  uint32_t order = order_of(logit);
-  orders[e] = order;
-  const uint32_t largest = __reduce_max_sync(kAll, order);
-  const bool has_nan = __any_sync(kAll, exists && logit != logit);
-  if (lane == 0) {
-    largest_of_warp[warp] = largest;
-    nan_of_warp[warp] = has_nan;
-  }
-  float score = 0.0f;
-  if (params.scores == RouterScores::kSigmoid) score = sigmoid_score(logit);
-  __syncthreads();
-  if (params.scores == RouterScores::kSoftmax) {
-    uint32_t top = 0;
-    for (int w = 0; w < warps; ++w) top = max(top, largest_of_warp[w]);
-    // NaN alone has no largest logit.
-    score =
-        top == 0 ? nan : router_exp(logit - logit_of_key(static_cast<int32_t>(top ^ 0x80000000u)));
-    powers[e] = score;
-    __syncthreads();
-    float sum = 0.0f;
-    for (int other = lane; other < params.num_experts; other += cuda::kWarpSize) {
-      sum += powers[other];
-    }
-    score /= cuda::warp_sum(sum);
-  }
-  if (params.bias != nullptr) {
-    order = exists ? order_of(score + bias) : 0;
-    orders[e] = order;
-    __syncthreads();
-  }
-  int place = 0;
-  for (int i = 0; i < static_cast<int>(blockDim.x) / 4; ++i) {
-    const uint4 four = orders4[i];
-    const int before = e - i * 4;  // how many of them have lower ids
-    place += four.x > order || (four.x == order && 0 < before);
-    place += four.y > order || (four.y == order && 1 < before);
-    place += four.z > order || (four.z == order && 2 < before);
-    place += four.w > order || (four.w == order && 3 < before);
-  }
-  if (place < params.top_k) {
-    experts[place] = e;
-    chosen[place] = score;
-  }
-  __syncthreads();
-  if (e >= params.top_k) return;
-  float sum = 0.0f;
-  for (int j = 0; j < params.top_k; ++j) sum += chosen[j];
-  const float divisor = sum > params.min_sum ? sum : params.min_sum;
-  const float share = params.renormalize ? chosen[e] / divisor : chosen[e];
-  bool any_nan = false;
-  for (int w = 0; w < warps; ++w) any_nan |= nan_of_warp[w] != 0;
-  weights[e] = any_nan ? nan : share * params.scale;
+  const int64_t token = blockIdx.x;
+  const float logit = exists ? params.logits[token * params.num_experts + e] : 0.0f;
+  route_by_count(params, token_batch, token, logit, bias, scratch);
 }
 
 // kPerLane experts a lane at most.

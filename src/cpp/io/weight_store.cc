@@ -78,7 +78,8 @@ std::vector<WeightView> stored_weights(const Program& program, const Kernels& ke
     if (weights[id].dtype != DType::kE2M1) weights[id].layout = kernels.linear_layout;
   };
   for (const Op& op : program.ops()) {
-    if (op.kind == OpKind::kLinear || op.kind == OpKind::kLinearGatedMul) {
+    if (op.kind == OpKind::kLinear || op.kind == OpKind::kLinearGatedMul ||
+        op.kind == OpKind::kRouter) {
       is_multiplied(op.weights[0]);
     } else if (op.kind == OpKind::kMoeExperts) {
       for (const int32_t id : op.weights) is_multiplied(id);

@@ -19,6 +19,7 @@
 #include "ops/paged_attention.h"
 #include "ops/qkv_prepare.h"
 #include "ops/rms_norm.h"
+#include "ops/router.h"
 #include "ops/sampling_rows.h"
 #include "ops/stage_receive.h"
 #include "ops/stage_send.h"
@@ -62,6 +63,7 @@ struct Kernels {
   void (*gated_mul)(const GatedMulParams&, const StepContext&);
   void (*soft_cap)(const SoftCapParams&, const StepContext&);
   void (*gather_rows)(const GatherRowsParams&, const StepContext&);
+  void (*router)(const RouterParams&, const StepContext&);
   void (*moe_route)(const MoeRouteParams&, const StepContext&);
   void (*moe_experts)(const MoeExpertsParams&, const StepContext&);
   void (*qkv_prepare)(const QkvPrepareParams&, const StepContext&);

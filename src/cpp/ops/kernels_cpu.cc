@@ -24,6 +24,7 @@ const Kernels& cpu_kernels() {
       .gated_mul = gated_mul_cpu,
       .soft_cap = soft_cap_cpu,
       .gather_rows = gather_rows_cpu,
+      .router = router_cpu,
       .moe_route = moe_route_cpu,
       .moe_experts = moe_experts_cpu,
       .qkv_prepare = qkv_prepare_cpu,

@@ -155,6 +155,19 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
   };
   const Value* result = op.outputs.empty() ? nullptr : &program.values()[op.outputs.back()];
   const bool logits_rows = result != nullptr && result->space == RowSpace::kLogits;
+  const auto route = [&](const void* logits, const float* bias, void* experts, void* shares) {
+    const int32_t logits_value = op.kind == OpKind::kRouter ? op.outputs[0] : op.inputs[0];
+    return MoeRouteParams{.logits = static_cast<const float*>(logits),
+                          .bias = bias,
+                          .experts = static_cast<int32_t*>(experts),
+                          .weights = static_cast<float*>(shares),
+                          .num_experts = static_cast<int32_t>(program.values()[logits_value].cols),
+                          .top_k = op.route.top_k,
+                          .scores = op.route.scores,
+                          .renormalize = op.route.renormalize,
+                          .min_sum = op.route.min_sum,
+                          .scale = op.route.scale};
+  };
   switch (op.kind) {
     case OpKind::kEmbedding:
       return EmbeddingParams{weights[op.weights[0]], out(0), dtype, op.scale, op.first_row};
@@ -186,17 +199,19 @@ Executable::Call Executable::bind(const Program& program, const Op& op,
     case OpKind::kGatherRows:
       return GatherRowsParams{in(0), out(0), result->cols, dtype};
     case OpKind::kMoeRoute:
-      return MoeRouteParams{
-          .logits = static_cast<const float*>(in(0)),
-          .bias = op.weights.empty() ? nullptr : vector(0),
-          .experts = static_cast<int32_t*>(out(0)),
-          .weights = static_cast<float*>(out(1)),
-          .num_experts = static_cast<int32_t>(program.values()[op.inputs[0]].cols),
-          .top_k = op.route.top_k,
-          .scores = op.route.scores,
-          .renormalize = op.route.renormalize,
-          .min_sum = op.route.min_sum,
-          .scale = op.route.scale};
+      return route(in(0), op.weights.empty() ? nullptr : vector(0), out(0), out(1));
+    case OpKind::kRouter: {
+      const WeightSpec& weight = program.weights()[op.weights[0]];
+      LinearParams linear{};
+      linear.x = in(0);
+      linear.weight = weights[op.weights[0]];
+      linear.out = out(0);
+      linear.dtype = dtype;
+      linear.out_dtype = DType::kF32;
+      linear.whole_rows = weight.whole_rows;
+      return RouterParams{
+          linear, route(out(0), op.weights.size() > 1 ? vector(1) : nullptr, out(1), out(2))};
+    }
     case OpKind::kMoeExperts:
       return MoeExpertsParams{.x = in(0),
                               .experts = static_cast<const int32_t*>(in(1)),
@@ -359,6 +374,7 @@ void Executable::run(const StepContext& ctx, size_t first, size_t last) const {
     void operator()(const GatedMulParams& params) const { kernels.gated_mul(params, ctx); }
     void operator()(const SoftCapParams& params) const { kernels.soft_cap(params, ctx); }
     void operator()(const GatherRowsParams& params) const { kernels.gather_rows(params, ctx); }
+    void operator()(const RouterParams& params) const { kernels.router(params, ctx); }
     void operator()(const MoeRouteParams& params) const { kernels.moe_route(params, ctx); }
     void operator()(const MoeExpertsParams& params) const { kernels.moe_experts(params, ctx); }
     void operator()(const MoeDispatchParams& params) const { kernels.moe_dispatch(params, ctx); }

@@ -57,10 +57,10 @@ class Executable {
   struct StageReceive {};
   struct StageRelease {};
   using Call = std::variant<EmbeddingParams, RmsNormParams, LinearParams, AddParams, GatedMulParams,
-                            SoftCapParams, GatherRowsParams, MoeRouteParams, MoeExpertsParams,
-                            MoeDispatchParams, MoeCombineParams, QkvPrepareParams, CacheWriteParams,
-                            PagedAttentionParams, AllReduceParams, AllGatherParams, StageSendParams,
-                            StageReceive, StageRelease>;
+                            SoftCapParams, GatherRowsParams, RouterParams, MoeRouteParams,
+                            MoeExpertsParams, MoeDispatchParams, MoeCombineParams, QkvPrepareParams,
+                            CacheWriteParams, PagedAttentionParams, AllReduceParams,
+                            AllGatherParams, StageSendParams, StageReceive, StageRelease>;
   Call bind(const Program& program, const Op& op, std::span<const WeightView> weights,
             std::span<const KvCacheLayer> kv) const;
   const AttentionPlan* plan_of(const Op& op) const;

@@ -64,9 +64,23 @@ bool gate_up_aligned(Chain chain, const Program& program) {
          program.weights()[linear.weights[0]].rows / 2 % kPanelRows == 0;
 }
 
+Op fuse_router(Chain chain) {
+  Op op = *chain[1];
+  op.kind = OpKind::kRouter;
+  op.inputs = chain[0]->inputs;
+  op.weights.insert(op.weights.begin(), chain[0]->weights[0]);
+  op.outputs.insert(op.outputs.begin(), chain[0]->outputs[0]);
+  return op;
+}
+
+// Of all columns, on this rank alone, without a bias.
+bool is_whole_router(Chain chain, const Program&) {
+  return chain[0]->weights.size() == 1 && !chain[0]->row_parallel;
+}
+
 // Longer chains first: they contain the shorter ones.
-const std::array<Pattern, 4>& patterns() {
-  static const std::array<Pattern, 4> table = {{
+const std::array<Pattern, 5>& patterns() {
+  static const std::array<Pattern, 5> table = {{
       {"qk_norm + rope + cache_write",
        {OpKind::kQkNorm, OpKind::kRope, OpKind::kCacheWrite},
        false,
@@ -83,6 +97,11 @@ const std::array<Pattern, 4>& patterns() {
        false,
        gate_up_aligned,
        fuse_linear_gate},
+      {"linear + moe_route",
+       {OpKind::kLinear, OpKind::kMoeRoute},
+       true,
+       is_whole_router,
+       fuse_router},
   }};
   return table;
 }

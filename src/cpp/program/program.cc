@@ -60,6 +60,8 @@ std::string_view op_name(const Op& op) {
       return "qkv_prepare";
     case OpKind::kLinearGatedMul:
       return silu ? "linear_silu_mul" : "linear_gelu_mul";
+    case OpKind::kRouter:
+      return "router";
   }
   return "?";
 }
@@ -505,7 +507,9 @@ void Program::end_layer() { layer_ = -1; }
 
 bool Program::is_route_bias(int32_t weight) const {
   return std::any_of(ops_.begin(), ops_.end(), [&](const Op& op) {
-    return op.kind == OpKind::kMoeRoute && !op.weights.empty() && op.weights[0] == weight;
+    const size_t bias = op.kind == OpKind::kRouter ? 1 : 0;
+    return (op.kind == OpKind::kMoeRoute || op.kind == OpKind::kRouter) &&
+           op.weights.size() > bias && op.weights[bias] == weight;
   });
 }
 

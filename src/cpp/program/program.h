@@ -60,6 +60,7 @@ enum class OpKind {
   kAddRmsNorm,  // outputs: sum, normed
   kQkvPrepare,  // QK-norm (optional), RoPE and cache write in one
   kLinearGatedMul,
+  kRouter,  // linear and moe_route; weights: the linear's, bias; outputs: logits, experts, weights
 };
 
 // How a router chooses: MoeRouteParams.

@@ -28,7 +28,7 @@ std::vector<int32_t> layers_of(const std::vector<Op>& ops) {
 
 bool is_fused(OpKind kind) {
   return kind == OpKind::kAddRmsNorm || kind == OpKind::kQkvPrepare ||
-         kind == OpKind::kLinearGatedMul;
+         kind == OpKind::kLinearGatedMul || kind == OpKind::kRouter;
 }
 
 bool holds(const std::vector<int32_t>& ids, int32_t id) {
