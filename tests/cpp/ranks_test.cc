@@ -3,6 +3,7 @@
 // Ranks that fail, hang or come late: the others hear of it in time, and nothing stays behind.
 #include <doctest/doctest.h>
 
+#include <array>
 #include <chrono>
 #include <filesystem>
 #include <fstream>
@@ -160,11 +161,15 @@ TEST_CASE("an abort wakes whoever waits, and the first reason stays") {
 
 TEST_CASE("ranks draw the same tokens in every mode of steps") {
   std::vector<int32_t> expected;
-  for (const StepMode mode : {StepMode::kEager, StepMode::kPiecewise, StepMode::kFull}) {
+  constexpr std::array kModes{StepMode::kEager, StepMode::kPiecewise, StepMode::kFull};
+  for (size_t i = 0; i < 2 * kModes.size(); ++i) {
     RunnerConfig config = small_config();
-    config.graph_mode = mode;
+    config.graph_mode = kModes[i % kModes.size()];
     config.capture_sizes = {{1, 1}, {4, 1}};
     config.piecewise_sizes = {16, 32};
+    const bool in_halves = i >= kModes.size();
+    config.two_batch.mode = in_halves ? TwoBatchMode::kOn : TwoBatchMode::kOff;
+    CAPTURE(i);
     Group group(2, config);
     group.runner->capture_graphs();
     EngineThread engine(group.runner, {});
@@ -174,6 +179,9 @@ TEST_CASE("ranks draw the same tokens in every mode of steps") {
     CHECK(tokens.size() == 40);
     if (expected.empty()) expected = tokens;
     CHECK(tokens == expected);
+    CHECK((group.runner->stats().steps_in_halves > 0) == in_halves);
+    CHECK(group.runner->rank_runner(1).stats().steps_in_halves ==
+          group.runner->stats().steps_in_halves);
     engine.check_idle();
     // Every rank has computed every step, and holds what rank 0 holds.
     REQUIRE(group.runner->settles(Clock::now() + seconds(5)));
@@ -225,7 +233,9 @@ TEST_CASE("a rank that hangs ends the engine, and nobody waits for it") {
     for (const bool comes_back : {true, false}) {
       CAPTURE(rank);
       CAPTURE(comes_back);
-      auto group = std::make_unique<Group>(2);
+      RunnerConfig config = small_config();
+      config.two_batch.mode = comes_back ? TwoBatchMode::kOn : TwoBatchMode::kOff;
+      auto group = std::make_unique<Group>(2, config);
       const std::shared_ptr<Device> stuck = group->devices[rank];
       const auto start = Clock::now();
       Hold hold(*stuck);
@@ -257,7 +267,9 @@ TEST_CASE("a rank that hangs ends the engine, and nobody waits for it") {
 TEST_CASE("a steady step of several ranks allocates nothing") {
   for (const bool grammar : {false, true}) {
     CAPTURE(grammar);
-    Group group(2);
+    RunnerConfig config = small_config();
+    config.two_batch.mode = TwoBatchMode::kOn;
+    Group group(2, config);
     ModelRunner& runner = *group.runner;
     RowSpec spec = request("a").spec.row;
     spec.max_tokens = 230;
@@ -269,7 +281,7 @@ TEST_CASE("a steady step of several ranks allocates nothing") {
     const RowHandle row = runner.add_row(spec);
     StepOutput output;
     const auto run = [&](const std::vector<BatchItem>& batch) {
-      const uint64_t step = runner.execute(batch);
+      const uint64_t step = runner.execute(batch, /*in_halves=*/true);
       if (runner.cut_step() != 0) {
         runner.wait_masks();
         runner.masks().allow_all(row.row);
@@ -288,6 +300,7 @@ TEST_CASE("a steady step of several ranks allocates nothing") {
     }
     CHECK(count_allocations() == before);
     CHECK(output.error.empty());
+    CHECK(output.cut_token == 1);
   }
 }
 
