@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 T_co = TypeVar("T_co", covariant=True)
 
 MAX_THREADS: Final = 1024
+MAX_BLOCKS: Final = 64
 
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"0", "false", "no", "off"})
@@ -75,6 +76,12 @@ def _parse_threads(text: str) -> int:
 
 def _parse_limit(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError(text)
+    return int(text)
+
+
+def _parse_blocks(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,2}", text) or int(text) > MAX_BLOCKS:
         raise ValueError(text)
     return int(text)
 
@@ -210,6 +217,15 @@ TBO_MIN_DECODE_TOKENS: Final = EnvVar[int](
     help="The same of a step without prompts, or that is captured as one graph.",
     parse=_parse_limit,
 )
+TBO_BLOCKS: Final = EnvVar[int](
+    name="MRV1_TBO_BLOCKS",
+    default=32,
+    default_text="`32`",
+    allowed=f"an integer in [0, {MAX_BLOCKS}]",
+    help="Thread blocks of up to 512 threads that a sum of a half takes of a GPU at most, so that the "
+    "other half has the rest; `0` is as many as in whole steps.",
+    parse=_parse_blocks,
+)
 CHECK_SLOTS: Final = EnvVar[bool](
     name="MRV1_CHECK_SLOTS",
     default=False,
@@ -283,6 +299,7 @@ REGISTRY: Final[Mapping[str, EnvVar[object]]] = MappingProxyType(
         USE_TBO.name: USE_TBO,
         TBO_MIN_PREFILL_TOKENS.name: TBO_MIN_PREFILL_TOKENS,
         TBO_MIN_DECODE_TOKENS.name: TBO_MIN_DECODE_TOKENS,
+        TBO_BLOCKS.name: TBO_BLOCKS,
         CHECK_SLOTS.name: CHECK_SLOTS,
         CUBLASLT.name: CUBLASLT,
         NCCL.name: NCCL,

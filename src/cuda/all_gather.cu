@@ -223,7 +223,7 @@ void all_gather_cuda(const AllGatherParams& params, const StepContext& ctx) {
     rows.aligned = cuda::is_vector_aligned(rows.x) && cuda::is_vector_aligned(rows.out) &&
                    params.cols % piece == 0;
     const int64_t pieces = cuda::divide_up(length, piece);
-    const cuda::PeerGrid grid = cuda::peer_grid(pieces);
+    const cuda::PeerGrid grid = cuda::peer_grid(pieces, ctx.collective_blocks);
     cuda::launch(kOp, ctx, packets ? kernels.packets : kernels.bulk, grid.blocks, grid.threads, 0,
                  peers, rows);
   }

@@ -348,7 +348,7 @@ void all_reduce_cuda(const AllReduceParams& params, const StepContext& ctx) {
     const int64_t length = std::min(count - first, most * piece);
     const int64_t pieces =
         cuda::divide_up(cuda::divide_up(length, piece), one_shot ? 1 : peers.size);
-    const cuda::PeerGrid grid = cuda::peer_grid(pieces);
+    const cuda::PeerGrid grid = cuda::peer_grid(pieces, ctx.collective_blocks);
     cuda::launch(kOp, ctx, one_shot ? kernels.one_shot : kernels.two_shot, grid.blocks,
                  grid.threads, 0, peers, range_at(first, length));
   }

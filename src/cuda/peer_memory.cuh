@@ -28,11 +28,12 @@ struct PeerGrid {
 };
 
 // For a collective whose threads have `pieces` places to share. Blocks of few threads spread a
-// small message over processors.
-inline PeerGrid peer_grid(int64_t pieces) {
+// small message over processors. `most` blocks at most, if it is not 0.
+inline PeerGrid peer_grid(int64_t pieces, int32_t most) {
   constexpr int64_t kLeastThreads = 128;
+  const int64_t limit = most > 0 ? std::min(most, kPeerBlocks) : kPeerBlocks;
   const int64_t blocks =
-      std::min<int64_t>(std::max<int64_t>(divide_up(pieces, kLeastThreads), 1), kPeerBlocks);
+      std::min<int64_t>(std::max<int64_t>(divide_up(pieces, kLeastThreads), 1), limit);
   const int64_t warps = std::max<int64_t>(divide_up(divide_up(pieces, blocks), 32), 1);
   const int64_t threads = std::min<int64_t>(warps * 32, kPeerThreads);
   return {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads))};

@@ -267,16 +267,19 @@ void bind_runner(nb::module_& m) {
           "two_batch",
           [](const RunnerConfig& self) {
             const TwoBatchConfig& halves = self.two_batch;
-            return std::make_tuple(halves.mode, halves.min_prefill_tokens,
-                                   halves.min_decode_tokens);
+            return std::make_tuple(halves.mode, halves.min_prefill_tokens, halves.min_decode_tokens,
+                                   halves.collective_blocks);
           },
-          [](RunnerConfig& self, const std::tuple<TwoBatchMode, int32_t, int32_t>& halves) {
-            const auto& [mode, prefill, decode] = halves;
-            self.two_batch = {mode, prefill, decode};
+          [](RunnerConfig& self,
+             const std::tuple<TwoBatchMode, int32_t, int32_t, int32_t>& halves) {
+            const auto& [mode, prefill, decode, blocks] = halves;
+            self.two_batch = {mode, prefill, decode, blocks};
           },
           "Whether steps run as two halves, and from how many tokens on if that is AUTO: of steps "
           "with\n"
-          "prompts, and of those without or that run as one graph.");
+          "prompts, and of those without or that run as one graph; and the thread blocks of a GPU "
+          "that\n"
+          "collectives of halves take at most, 0 for as many as they like.");
 
   nb::class_<RowSpec>(m, "RowSpec")
       .def(nb::init<>())

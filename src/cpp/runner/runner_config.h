@@ -21,6 +21,9 @@ struct TwoBatchConfig {
   TwoBatchMode mode = TwoBatchMode::kOff;
   int32_t min_prefill_tokens = 0;  // of steps with prompts
   int32_t min_decode_tokens = 0;   // of others, and of those that run as one graph
+  // Of a GPU's collectives in halves, at most, so that the other half keeps its processors; 0: as
+  // many as they like.
+  int32_t collective_blocks = 0;
 };
 
 struct RunnerConfig {

@@ -80,6 +80,7 @@ TwoBatch::TwoBatch(const Program& program, const Executable& whole, const Runner
       device_(device),
       max_tokens_(max_tokens(config)),
       places_(1 + config.num_speculative_tokens),
+      collective_blocks_(config.two_batch.collective_blocks),
       num_ops_(num_token_ops(program)) {
   for (Half& half : halves_) {
     half.executable = std::make_unique<Executable>(program, half_limits(limits, config), device,
@@ -164,6 +165,7 @@ void TwoBatch::run(const StepContext& ctx, int32_t cut) const {
   std::array<StepContext, 2> meeting = computing;
   for (StepContext& half : meeting) {
     half.stream = device_.side_stream();
+    half.collective_blocks = collective_blocks_;
     half.workspace = nullptr;  // the other half uses it meanwhile
     half.workspace_bytes = 0;
   }

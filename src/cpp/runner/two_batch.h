@@ -84,7 +84,7 @@ class TwoBatch {
   const Program& program_;
   const Executable& whole_;
   Device& device_;
-  int32_t max_tokens_, places_;
+  int32_t max_tokens_, places_, collective_blocks_;
   std::array<Half, 2> halves_;
   size_t num_ops_ = 0;
   std::vector<Piece> pieces_;
