@@ -216,12 +216,16 @@ MIXED = (
 )
 
 
-def answers(device: str, model: Path = LLAMA, **options: Any) -> list[Any]:
-    """What requests of all kinds get, text and times aside."""
+def answers(
+    device: str, model: Path = LLAMA, stats: dict[str, int] | None = None, **options: Any
+) -> list[Any]:
+    """What requests of all kinds get, text and times aside; `stats` gets the runner's counts."""
     prompts = [make_prompt(5 + 7 * index, index) for index in range(len(MIXED))]
     with LLM(model, device=device, **{**SIZES, **options}) as llm:
         results = llm.generate(prompts, list(MIXED), progress=False)
         llm.engine.check_idle()
+        if stats is not None:
+            stats.update(llm.engine.model.runner.stats())
     for result in results:
         assert result.error is None
     return [

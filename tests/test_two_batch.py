@@ -15,6 +15,7 @@ import pytest
 from golden_data import load_golden
 from mrv1 import LLM
 from mrv1.errors import DeviceError, InvalidArgumentError, Mrv1Error
+from mrv1.random_model import save_random_model
 from mrv1.runner import ModelRunner
 from serving_tools import (
     LLAMA,
@@ -28,6 +29,7 @@ from serving_tools import (
     run_to_end,
     seeded,
 )
+from test_expert_parallel import CONFIG
 from test_models import forced, open_golden
 from test_parallel import INVARIANT, SIZES, WAIT_S, answers
 
@@ -68,11 +70,44 @@ def test_requests_of_all_kinds_get_the_answers_of_whole_steps(
     device: str, options: dict[str, Any]
 ) -> None:
     """Prompts in chunks, shared prefixes, penalties, logprobs of prompts, masks of grammars."""
-    shared = {"tensor_parallel_size": 2, "max_num_batched_tokens": 23, **options}
-    with halves("0"):
-        whole = answers(device, **shared)
-    with halves("1"):
-        assert answers(device, **shared) == whole
+    check_answers(device, LLAMA, tensor_parallel_size=2, **options)
+
+
+def check_answers(device: str, model: Path, **options: Any) -> None:
+    """Checks that requests of all kinds get the answers of whole steps from halves."""
+
+    def run(mode: str) -> list[Any]:
+        stats: dict[str, int] = {}
+        with halves(mode):
+            found = answers(device, model, stats, max_num_batched_tokens=23, **options)
+        assert (stats["steps_in_halves"] > 0) == (mode == "1")
+        return found
+
+    assert run("1") == run("0")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with experts, whose sizes several ranks can share out in any way."""
+    config = {**CONFIG, "vocab_size": VOCAB, "hidden_size": 64, "moe_intermediate_size": 32}
+    return save_random_model(tmp_path_factory.mktemp("experts") / "model", config, seed=11)
+
+
+@pytest.mark.parametrize("graph_mode", ["eager", "full"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 2, "expert_parallel": True},
+        {"data_parallel_size": 2, "expert_parallel": True},
+    ],
+    ids=["parts of experts", "whole experts", "own requests"],
+)
+def test_experts_give_the_answers_of_whole_steps(
+    device: str, experts: Path, options: dict[str, Any], graph_mode: str
+) -> None:
+    """With sums, and with tokens that travel to experts, between the pieces of halves."""
+    check_answers(device, experts, graph_mode=graph_mode, **options)
 
 
 @pytest.mark.parametrize("name", [name for name, ranks in INVARIANT if ranks == 2])
