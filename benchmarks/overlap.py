@@ -48,11 +48,17 @@ def open_model(arguments: argparse.Namespace, values: dict[str, object], mode: s
         options = bench_decode.decode_options(
             arguments.device, "bfloat16", arguments.tokens, [arguments.context], STEPS
         )
-    options = dataclasses.replace(options, tensor_parallel_size=arguments.tensor_parallel_size)
+    options = dataclasses.replace(
+        options,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        expert_parallel=arguments.expert_parallel,
+        data_parallel_size=arguments.data_parallel_size,
+    )
     os.environ["MRV1_USE_TBO"] = mode
     model = random_runner(ModelConfig.from_values(values), options)
     if arguments.figure == "decode":
-        model.runner.fill_kv_random(0)
+        for runner in model.data_runners:
+            runner.fill_kv_random(0)
     return model
 
 
@@ -100,6 +106,8 @@ def record_of(
         "shape": arguments.shape,
         "device": bench.describe_device(off.device),
         "tp": off.tensor_parallel_size,
+        "dp": off.data_parallel_size,
+        "ep": len(off.devices) if arguments.expert_parallel else 1,
         "tokens": tokens,
         "off_ms": round(off_ms, 4),
         "on_ms": round(on_ms, 4),
@@ -123,8 +131,14 @@ def main() -> None:
     parser.add_argument("--shape", default="llama3-8b")
     parser.add_argument("--layers", type=int, help="cut the shape to so many")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tensor-parallel-size", type=int, default=2)
-    parser.add_argument("--tokens", default="256,1024,4096,8192", help="of a step")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--data-parallel-size", type=int, default=1)
+    parser.add_argument("--expert-parallel", action="store_true")
+    parser.add_argument(
+        "--tokens",
+        default="256,1024,4096,8192",
+        help="of a step, on each rank with requests of its own",
+    )
     parser.add_argument("--context", type=int, default=1024, help="of decoding requests")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
