@@ -352,7 +352,7 @@ def test_a_steady_step_of_halves_is_one_launch(device: str) -> None:
         ("MRV1_USE_TBO", "2"),
         ("MRV1_TBO_MIN_PREFILL_TOKENS", "-1"),
         ("MRV1_TBO_MIN_DECODE_TOKENS", "many"),
-        ("MRV1_TBO_BLOCKS", "65"),
+        ("MRV1_TBO_PROCESSORS", "65"),
     ],
 )
 def test_what_is_not_allowed_is_refused(

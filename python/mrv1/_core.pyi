@@ -718,14 +718,15 @@ class RunnerConfig:
     def sync_launches(self, arg: bool, /) -> None: ...
 
     @property
-    def two_batch(self) -> tuple[TwoBatchMode, int, int]:
+    def two_batch(self) -> tuple[TwoBatchMode, int, int, int]:
         """
         Whether steps run as two halves, and from how many tokens on if that is AUTO: of steps with
-        prompts, and of those without or that run as one graph.
+        prompts, and of those without or that run as one graph; and the thread blocks of a GPU that
+        collectives of halves take at most, 0 for as many as they like.
         """
 
     @two_batch.setter
-    def two_batch(self, arg: tuple[TwoBatchMode, int, int], /) -> None: ...
+    def two_batch(self, arg: tuple[TwoBatchMode, int, int, int], /) -> None: ...
 
 class RowSpec:
     def __init__(self) -> None: ...

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 T_co = TypeVar("T_co", covariant=True)
 
 MAX_THREADS: Final = 1024
-MAX_BLOCKS: Final = 64
+MAX_PROCESSORS: Final = 64
 
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"0", "false", "no", "off"})
@@ -80,8 +80,8 @@ def _parse_limit(text: str) -> int:
     return int(text)
 
 
-def _parse_blocks(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,2}", text) or int(text) > MAX_BLOCKS:
+def _parse_processors(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,2}", text) or int(text) > MAX_PROCESSORS:
         raise ValueError(text)
     return int(text)
 
@@ -217,14 +217,14 @@ TBO_MIN_DECODE_TOKENS: Final = EnvVar[int](
     help="The same of a step without prompts, or that is captured as one graph.",
     parse=_parse_limit,
 )
-TBO_BLOCKS: Final = EnvVar[int](
-    name="MRV1_TBO_BLOCKS",
-    default=32,
-    default_text="`32`",
-    allowed=f"an integer in [0, {MAX_BLOCKS}]",
-    help="Thread blocks of up to 512 threads that a sum of a half takes of a GPU at most, so that the "
-    "other half has the rest; `0` is as many as in whole steps.",
-    parse=_parse_blocks,
+TBO_PROCESSORS: Final = EnvVar[int](
+    name="MRV1_TBO_PROCESSORS",
+    default=8,
+    default_text="`8`",
+    allowed=f"an integer in [0, {MAX_PROCESSORS}]",
+    help="Processors of a GPU that collectives of a half take, and the other half leaves to them; "
+    "`0` is as many as in whole steps, and leaves none.",
+    parse=_parse_processors,
 )
 CHECK_SLOTS: Final = EnvVar[bool](
     name="MRV1_CHECK_SLOTS",
@@ -299,7 +299,7 @@ REGISTRY: Final[Mapping[str, EnvVar[object]]] = MappingProxyType(
         USE_TBO.name: USE_TBO,
         TBO_MIN_PREFILL_TOKENS.name: TBO_MIN_PREFILL_TOKENS,
         TBO_MIN_DECODE_TOKENS.name: TBO_MIN_DECODE_TOKENS,
-        TBO_BLOCKS.name: TBO_BLOCKS,
+        TBO_PROCESSORS.name: TBO_PROCESSORS,
         CHECK_SLOTS.name: CHECK_SLOTS,
         CUBLASLT.name: CUBLASLT,
         NCCL.name: NCCL,

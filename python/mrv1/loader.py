@@ -600,7 +600,7 @@ def make_runner(
         _TWO_BATCH_MODES[envs.USE_TBO.get()],
         envs.TBO_MIN_PREFILL_TOKENS.get(),
         envs.TBO_MIN_DECODE_TOKENS.get(),
-        envs.TBO_BLOCKS.get(),
+        envs.TBO_PROCESSORS.get(),
     )
     configs = [_of_rank(native, kv_scales, ranks, rank) for rank in range(native.num_ranks)]
     native.num_blocks = _num_blocks(ranks, configs, devices, options)

@@ -155,6 +155,12 @@ CublasLtProduct::CublasLtProduct(const CublasLt& library, int64_t n, int64_t k, 
   describe(out_, out_dtype_, n, rows, out_stride);
 }
 
+void CublasLtProduct::set_processors(int32_t count) {
+  library_.check_status(
+      library_.desc_set(&desc_, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &count, sizeof(count)),
+      "cublasLtMatmulDescSetAttribute");
+}
+
 int CublasLtProduct::heuristics(cublasLtHandle_t handle, size_t workspace_bytes, int64_t alignment,
                                 int count, cublasLtMatmulHeuristicResult_t* results) const {
   cublasLtMatmulPreferenceOpaque_t preference;

@@ -60,6 +60,8 @@ class CublasLtProduct {
   CublasLtProduct(const CublasLt& library, int64_t n, int64_t k, int64_t rows, DType dtype,
                   DType out_dtype, const float* bias, int64_t out_stride, bool scaled);
 
+  // The GPU's processors that it may take; 0 is all.
+  void set_processors(int32_t count);
   // Writes up to `count` algorithms, the best guess first; returns how many there are. Pointers
   // will be aligned to `alignment` bytes.
   int heuristics(cublasLtHandle_t handle, size_t workspace_bytes, int64_t alignment, int count,

@@ -1,12 +1,14 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <string_view>
 
 #include "dist/expert_link.h"
 #include "launch.h"
 #include "peer_group.h"
 #include "peer_memory.cuh"
+#include "spare_processors.h"
 
 namespace mrv1::cuda {
 
@@ -41,6 +43,13 @@ inline ExpertView expert_view(const ExpertLink& link, const StepContext& ctx, st
     fail(ErrorKind::kDevice, op, "needs GPUs that reach each other's memory");
   }
   return view;
+}
+
+// Blocks of a launch: fewer beside another half of a step.
+inline dim3 expert_grid(const ExpertView& view, const StepContext& ctx) {
+  const int32_t spare = spare_processors(ctx);
+  const int32_t blocks = view.peers.expert_blocks;
+  return dim3(static_cast<unsigned>(spare > 0 ? std::min(spare, blocks) : blocks));
 }
 
 // Of what a row of bytes can be copied by: both addresses, and rows, are multiples of it.

@@ -8,6 +8,7 @@
 
 #include "launch.h"
 #include "linear_fp4.h"
+#include "spare_processors.h"
 
 namespace mrv1::cuda {
 namespace {
@@ -22,7 +23,7 @@ constexpr int64_t kSkinnyRows = 64;
 // ones as fast, in an order of sums that does not depend on the number of rows.
 constexpr int64_t kLargeProduct = int64_t{1} << 22;
 
-constexpr uint8_t kGated = 1, kBias = 2, kInvariant = 4, kScaled = 8;
+constexpr uint8_t kGated = 1, kBias = 2, kInvariant = 4, kScaled = 8, kBeside = 16;
 
 // The number of rows that a plan is made for: rounded up to a power of two up to 16, then to a
 // quarter of the next lower one. Decides how many plans there can be.
@@ -126,12 +127,22 @@ LinearContext::LinearContext(const LinearOptions& options, std::string_view card
     }
     table_.read(path);
   }
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), kOp, "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device), kOp,
+             "cudaDeviceGetAttribute");
   // Last, so that nothing that throws comes after it.
   if (library_ != nullptr) library_->check_status(library_->create(&handle_), "cublasLtCreate");
 }
 
 LinearContext::~LinearContext() {
   if (handle_ != nullptr) library_->destroy(handle_);
+}
+
+// That cuBLASLt may take; 0 is all.
+int32_t LinearContext::processors(const StepContext& ctx) const {
+  const int32_t spare = spare_processors(ctx);
+  return spare > 0 ? processors_ - spare : 0;
 }
 
 LinearPlan LinearContext::plan(const LinearParams& params, int64_t rows, const StepContext& ctx) {
@@ -149,7 +160,8 @@ LinearPlan LinearContext::plan(const LinearParams& params, int64_t rows, const S
   key.out_dtype = params.out_dtype;
   key.flags = static_cast<uint8_t>(
       (params.gated() ? kGated : 0) | (params.bias != nullptr ? kBias : 0) |
-      (ctx.batch_invariant ? kInvariant : 0) | (weight.row_scales != nullptr ? kScaled : 0));
+      (ctx.batch_invariant ? kInvariant : 0) | (weight.row_scales != nullptr ? kScaled : 0) |
+      (spare_processors(ctx) > 0 ? kBeside : 0));
   key.alignment = static_cast<uint8_t>(alignment);
   const LinearShape shape = {weight.rows,           weight.cols,      key.rows,
                              params.dtype,          params.out_dtype, params.gated(),
@@ -214,7 +226,8 @@ bool LinearContext::make_plan(const LinearParams& params, const LinearConfig& co
     if (library_ == nullptr) return false;
     const CublasLtSteps steps = cublaslt_steps(params, rows, ctx);
     if (steps.piece_rows == 0) return false;
-    const CublasLtProduct described = main_product(*library_, params, steps, rows);
+    CublasLtProduct described = main_product(*library_, params, steps, rows);
+    described.set_processors(processors(ctx));
     if (!described.algorithm(handle_, config.cublaslt, &made.algo) ||
         !described.supports(handle_, made.algo, product_workspace(ctx))) {
       return false;
@@ -230,8 +243,9 @@ bool LinearContext::heuristic_plan(const LinearParams& params, int64_t rows, int
   const CublasLtSteps steps = cublaslt_steps(params, rows, ctx);
   if (steps.piece_rows == 0) return false;
   cublasLtMatmulHeuristicResult_t result;
-  if (main_product(*library_, params, steps, rows)
-          .heuristics(handle_, product_workspace(ctx), alignment, 1, &result) == 0) {
+  CublasLtProduct described = main_product(*library_, params, steps, rows);
+  described.set_processors(processors(ctx));
+  if (described.heuristics(handle_, product_workspace(ctx), alignment, 1, &result) == 0) {
     return false;
   }
   plan->kind = LinearKind::kCublasLt;
@@ -250,7 +264,8 @@ void LinearContext::multiply(const LinearParams& params, const LinearPlan& plan,
   const bool scaled = weight.row_scales != nullptr;
   for (size_t i = 0; i < num_runs(weight); ++i) {
     const Run part = run_of(weight, i);
-    const CublasLtProduct described = product(*library_, params, steps, rows, part);
+    CublasLtProduct described = product(*library_, params, steps, rows, part);
+    described.set_processors(processors(ctx));
     const auto at = [&](const void* base, int64_t elements, DType dtype) {
       return static_cast<const char*>(base) + elements * static_cast<int64_t>(dtype_size(dtype));
     };

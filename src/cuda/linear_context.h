@@ -81,6 +81,7 @@ class LinearContext {
     LinearPlan plan;
   };
 
+  int32_t processors(const StepContext& ctx) const;
   LinearPlan choose(const LinearParams& params, const LinearShape& shape, int64_t rows,
                     int64_t alignment, const StepContext& ctx);
   // False if the config cannot be used for these operands.
@@ -99,6 +100,7 @@ class LinearContext {
 
   const CublasLt* library_ = nullptr;
   cublasLtHandle_t handle_ = nullptr;
+  int processors_ = 0;
   bool tune_;
   std::string tuned_path_;
   LinearTable table_;

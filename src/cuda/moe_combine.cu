@@ -251,8 +251,7 @@ void moe_combine_cuda(const MoeCombineParams& params, const StepContext& ctx) {
   sums.pieces = static_cast<uint32_t>(ctx.sizes.num_tokens * row_pieces);
   sums.by_row_pieces = cuda::FastDivider(static_cast<uint32_t>(row_pieces));
   cuda::launch(kOp, ctx, choose_kernel(own.sum_dtype, own.dtype, view.peers.size),
-               dim3(static_cast<unsigned>(view.peers.expert_blocks)), dim3(kThreads), 0, view, sums,
-               unit);
+               cuda::expert_grid(view, ctx), dim3(kThreads), 0, view, sums, unit);
 }
 
 }  // namespace mrv1

@@ -223,8 +223,8 @@ void moe_dispatch_cuda(const MoeDispatchParams& params, const StepContext& ctx) 
   tokens.count = ctx.sizes.num_tokens;
   tokens.top_k = own.top_k;
   tokens.row_units = static_cast<int32_t>(row_bytes / unit);
-  cuda::launch(kOp, ctx, choose_kernel(unit), dim3(static_cast<unsigned>(view.peers.expert_blocks)),
-               dim3(kThreads), 0, view, tokens);
+  cuda::launch(kOp, ctx, choose_kernel(unit), cuda::expert_grid(view, ctx), dim3(kThreads), 0, view,
+               tokens);
 }
 
 }  // namespace mrv1

@@ -139,6 +139,7 @@ std::array<StepContext, 2> TwoBatch::contexts(const StepContext& ctx, int32_t cu
     half.sizes.num_tokens = i == 0 ? cut : ctx.sizes.num_tokens - cut;
     half.sizes.num_logits = 0;
     half.expert_set = 1 + i;
+    half.collective_blocks = collective_blocks_;
     half.infer = halves_[i].infer;
     half.infer.token_batch = ctx.infer.token_batch + first;
     half.infer.token_ids = ctx.infer.token_ids + first;
@@ -165,7 +166,6 @@ void TwoBatch::run(const StepContext& ctx, int32_t cut) const {
   std::array<StepContext, 2> meeting = computing;
   for (StepContext& half : meeting) {
     half.stream = device_.side_stream();
-    half.collective_blocks = collective_blocks_;
     half.workspace = nullptr;  // the other half uses it meanwhile
     half.workspace_bytes = 0;
   }

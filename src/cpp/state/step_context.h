@@ -68,7 +68,9 @@ struct StepContext {
   size_t workspace_bytes = 0;
   Communicator* communicator = nullptr;  // of the rank; null where there is one rank
   int32_t expert_set = 0;                // of ExpertBuffers, that the step uses
-  int32_t collective_blocks = 0;  // thread blocks of a collective at most; 0: as many as it likes
+  // Of a half of a step: thread blocks that a collective takes at most, and that kernels which fill
+  // a GPU leave room for, as it runs beside them; 0: as many as it likes, as nothing else runs.
+  int32_t collective_blocks = 0;
   // A row's results must not depend on what else is in the batch, bit for bit.
   bool batch_invariant = false;
   AttentionBackend attention_backend = AttentionBackend::kNative;
