@@ -391,8 +391,19 @@ def test_experts_are_quantised_and_routers_are_not(device: str, experts: tuple[P
     assert "model.layers.0.mlp.gate" in section["exclude_modules"]
     expected = greedy(wide, device=device, dtype="float32")
     assert greedy(quantised, device=device, dtype="float32") == expected
-    if device == "cpu":
-        assert greedy(quantised, device="cpu", dtype="float32", tensor_parallel_size=2) == expected
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 2, "expert_parallel": True},
+        {"data_parallel_size": 2, "expert_parallel": True},
+    ],
+)
+def test_ranks_share_quantised_experts(experts: tuple[Path, Path], ranks: dict[str, Any]) -> None:
+    expected = greedy(experts[0], device="cpu", dtype="float32")
+    assert greedy(experts[0], device="cpu", dtype="float32", **ranks) == expected
 
 
 def test_ranks_give_the_tokens_of_one(quantised: Path) -> None:
