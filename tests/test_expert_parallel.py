@@ -386,6 +386,51 @@ def test_aborts_leave_the_other_ranks_alone(device: str, model: Path) -> None:
         assert [len(found[name]) for name in ("1", "3", "5")] == [40, 40, 40]
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_requests_come_and_go_at_random(device: str, model: Path, seed: int) -> None:
+    """On ranks that are full, empty and in between, with little memory."""
+    need_ranks(device, 3)
+    draw = np.random.default_rng(seed)
+    prompts = [make_prompt(int(length), 7, VOCAB) for length in draw.integers(1, 40, 24)]
+    params = [greedy(int(count)) for count in draw.integers(1, 25, 24)]
+    with LLM(model, device=device, **SIZES) as one:
+        expected = [result.token_ids for result in one.generate(prompts, params)]
+    sizes = {**SIZES, "num_kv_blocks": 18, "max_model_len": 64}
+    found: dict[str, list[int]] = {}
+    ends: dict[str, str] = {}
+    with Engine(
+        model, device=device, data_parallel_size=3, background=False, **DATA, **sizes
+    ) as engine:
+        waiting = list(range(24))
+        for turn in range(100_000):
+            while waiting and draw.random() < 0.6:
+                index = waiting.pop()
+                rank = None if draw.random() < 0.5 else int(draw.integers(3))
+                engine.add_request(
+                    str(index), prompts[index], params[index], data_parallel_rank=rank
+                )
+                found[str(index)] = []
+            running = [name for name in found if name not in ends]
+            if running and draw.random() < 0.08:
+                engine.abort(running[int(draw.integers(len(running)))])
+            for update in engine.step():
+                found[update.request_id].extend(update.token_ids)
+                if update.finish_reason is not None:
+                    ends[update.request_id] = update.finish_reason
+            if turn % 8 == 0:
+                engine._native.check_invariants()
+            if not waiting and not engine.has_unfinished():
+                break
+        engine.check_idle()
+        stats = engine.stats()
+    # What it is there for has happened.
+    assert set(ends.values()) == {"length", "abort"}
+    assert stats["preemptions"] > 0 and stats["prefix_hit_tokens"] > 0
+    for name, tokens in found.items():
+        whole = expected[int(name)]
+        assert tokens == (whole if ends[name] == "length" else whole[: len(tokens)])
+
+
 def test_an_engine_of_ranks_is_closed_in_the_middle(device: str, model: Path) -> None:
     need_ranks(device, 3)
     llm = LLM(model, device=device, data_parallel_size=3, **DATA, **SIZES)
