@@ -41,7 +41,8 @@ sanitizer() {
 sanitized() {
   if [[ $1 != racecheck ]]; then
     MRV1_TEST_EXAMPLES=6 sanitizer "$1" python3 -m pytest -q -p no:cacheprovider --device cuda \
-      tests/test_ops_parity.py tests/test_kv_attention.py tests/test_nvfp4.py || return 1
+      tests/test_ops_parity.py tests/test_moe_ops.py tests/test_moe_sizes.py \
+      tests/test_kv_attention.py tests/test_nvfp4.py || return 1
   fi
   local tokens=6 examples=6
   [[ $1 == racecheck ]] && tokens=2 examples=2

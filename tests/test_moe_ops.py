@@ -8,6 +8,7 @@ of other ranks, NaN.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ Array = np.ndarray
 DTYPES = ("float32", "bfloat16")
 ROW_COUNTS = (1, 2, 3, 8, 17, 40)
 GATE_UP = ("gate", "up")
+# Drawn for each test; fewer where a tool makes each of them slow.
+EXAMPLES = int(os.environ.get("MRV1_TEST_EXAMPLES", "20"))
 
 
 def rounded(values: Array, dtype: str) -> Array:
@@ -114,7 +117,7 @@ def draw_route(draw: st.DataObject, *, ties: bool) -> Route:
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=EXAMPLES)
 @given(draw=st.data())
 def test_router_chooses_by_logits(native_device: _core.Device, draw: st.DataObject) -> None:
     route = draw_route(draw, ties=draw.draw(st.booleans()))
@@ -125,7 +128,7 @@ def test_router_chooses_by_logits(native_device: _core.Device, draw: st.DataObje
     np.testing.assert_allclose(weights, route.reference_weights(chosen), rtol=1e-5, atol=1e-37)
 
 
-@settings(max_examples=25)
+@settings(max_examples=EXAMPLES)
 @given(draw=st.data())
 def test_router_chooses_with_a_bias(native_device: _core.Device, draw: st.DataObject) -> None:
     route = draw_route(draw, ties=False)
@@ -142,7 +145,7 @@ def test_router_chooses_with_a_bias(native_device: _core.Device, draw: st.DataOb
     np.testing.assert_allclose(weights, route.reference_weights(chosen), rtol=1e-5, atol=1e-37)
 
 
-@settings(max_examples=15)
+@settings(max_examples=EXAMPLES)
 @given(draw=st.data())
 def test_routers_of_all_devices_agree(native_device: _core.Device, draw: st.DataObject) -> None:
     """Bit for bit, with ties, biases, infinities and NaN."""
@@ -323,7 +326,7 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=25)
+@settings(max_examples=EXAMPLES)
 @given(draw=st.data())
 def test_experts_agree_with_float64(
     native_device: _core.Device, dtype: str, draw: st.DataObject
@@ -339,7 +342,7 @@ def test_experts_agree_with_float64(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=15)
+@settings(max_examples=EXAMPLES)
 @given(draw=st.data())
 def test_rows_do_not_depend_on_the_batch(
     native_device: _core.Device, dtype: str, draw: st.DataObject

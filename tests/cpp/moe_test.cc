@@ -120,6 +120,8 @@ struct Layer {
 
 TEST_CASE("moe_experts agrees with float64") {
   const Case cases[] = {{1, 64, 32, 8, 2}, {5, 33, 7, 3, 3}, {40, 96, 40, 5, 2}, {9, 20, 17, 4, 1}};
+  // Beside the roundings of the parts, sums of float32 add up theirs over columns.
+  const double summing = 2e-6;
   for (CpuIsa isa : supported_isas()) {
     const IsaScope scope(isa);
     CAPTURE(cpu_isa_name(isa));
@@ -140,7 +142,7 @@ TEST_CASE("moe_experts agrees with float64") {
             error += difference * difference;
             size += expected[c] * expected[c];
           }
-          REQUIRE(std::sqrt(error / size) <= 8 * unit_roundoff(dtype));
+          REQUIRE(std::sqrt(error / size) <= summing + 6 * unit_roundoff(dtype));
         }
       }
     }
