@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from mrv1 import cli
+from mrv1.random_model import save_random_model
 from test_bench import check_record, check_table
+from test_expert_parallel import CONFIG
 
 
 def test_sums_over_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,3 +72,20 @@ def test_tokens_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     check_table(capsys.readouterr().out, records)
     for wrong in (["--kernels", "auto"], ["--ranks", "1"], ["--shape", "demo"]):
         assert cli.main(["bench", "expert_exchange", "--device", "cpu", *wrong]) != 0
+
+
+@pytest.mark.parametrize("figure", ["decode", "prefill"])
+def test_ranks_with_requests_of_their_own(
+    figure: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_random_model(tmp_path / "model", CONFIG)
+    path = tmp_path / "out.json"
+    arguments = ["bench", figure, "--model", str(model), "--device", "cpu", "--json", str(path)]
+    arguments += ["--batch", "2", "--context", "20", "--steps", "3", "--read-mb", "4"]
+    assert cli.main([*arguments, "--expert-parallel", "--data-parallel-size", "3"]) == 0
+    (record,) = json.loads(path.read_text())
+    check_record(record)
+    # As many requests on each, all of which count.
+    assert (record["batch"], record["ep"], record["tbo"]) == (6, 3, 0)
+    assert record["floor_ms"] is None
+    check_table(capsys.readouterr().out, [record])
