@@ -112,7 +112,8 @@ def quantize_checkpoint(
     try:
         work.write(root, partial, shard_bytes, progress)
         partial.chmod(0o755)
-        _sync(partial)
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
         partial.rename(goal)
         _sync(goal.parent)
     except OSError as error:
@@ -129,9 +130,9 @@ def _cannot_write(goal: Path, error: OSError) -> InvalidArgumentError:
     )
 
 
-def _sync(directory: Path) -> None:
-    """Waits until a directory's entries are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Waits until a file, or a directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Final
@@ -45,7 +44,7 @@ def write_checkpoint(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes tensors into one file, or into several and an index; all are on the disk at the end.
+    """Writes tensors into one file, or into several and an index.
 
     Args:
         root: The directory.
@@ -74,8 +73,6 @@ def write_checkpoint(
                     written += len(piece)
                     advance(len(piece))
                 assert written == tensor.nbytes, tensor.name
-            file.flush()
-            os.fsync(file.fileno())
     if len(shards) > 1:
         places = {
             tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
