@@ -65,6 +65,36 @@ struct RowChoices {
   const float* weights;
 };
 
+// kCount columns of a row, as they lie in memory: so more of them are in flight.
+template <typename T, int kCount>
+struct Columns {
+  static constexpr int kSize = kVectorSize<T>;
+  uint4 words[kCount / kSize];
+  __device__ __forceinline__ void load(const T* from) {
+#pragma unroll
+    for (int i = 0; i < kCount / kSize; ++i) words[i] = load_vector(from, i);
+  }
+  __device__ __forceinline__ void add_to(float (&sums)[kCount], float factor) const {
+#pragma unroll
+    for (int i = 0; i < kCount / kSize; ++i) {
+      float values[kSize];
+      unpack(words[i], values);
+#pragma unroll
+      for (int c = 0; c < kSize; ++c) {
+        sums[i * kSize + c] = fmaf(factor, values[c], sums[i * kSize + c]);
+      }
+    }
+  }
+};
+template <typename T>
+struct Columns<T, 1> {
+  T value;
+  __device__ __forceinline__ void load(const T* from) { value = *from; }
+  __device__ __forceinline__ void add_to(float (&sums)[1], float factor) const {
+    sums[0] = fmaf(factor, to_float(value), sums[0]);
+  }
+};
+
 // kCount columns of the sum over a row's choices, in their order, of each of kGroups groups of
 // experts by itself.
 template <typename T, typename Out, int kCount, int kGroups>
@@ -72,7 +102,7 @@ __device__ __forceinline__ void sum_row(const RowChoices& choices, const T* resu
                                         Out* out) {
   float sums[kGroups][kCount] = {};
   for (int first = 0; first < choices.top_k; first += kAtOnce) {
-    float values[kAtOnce][kCount];
+    Columns<T, kCount> values[kAtOnce];
     float factor[kAtOnce];
     bool here[kAtOnce];
     int32_t group[kAtOnce] = {};
@@ -84,21 +114,14 @@ __device__ __forceinline__ void sum_row(const RowChoices& choices, const T* resu
       factor[i] = here[i] ? choices.weights[j] : 0.0f;
       if (!here[i]) continue;
       if constexpr (kGroups > 1) group[i] = choices.experts[j] * kGroups / choices.num_experts;
-      const T* from = result + int64_t{at} * hidden;
-      if constexpr (kCount == 1) {
-        values[i][0] = to_float(*from);
-      } else {
-        load_values(from, values[i]);
-      }
+      values[i].load(result + int64_t{at} * hidden);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (!here[i]) continue;
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        if (group[i] != g) continue;
-#pragma unroll
-        for (int c = 0; c < kCount; ++c) sums[g][c] = fmaf(factor[i], values[i][c], sums[g][c]);
+        if (group[i] == g) values[i].add_to(sums[g], factor[i]);
       }
     }
   }

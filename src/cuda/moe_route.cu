@@ -1,7 +1,8 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
-// Up to 256 experts a block routes a token, and a thread has an expert: it counts how many come
-// before its own in the choice, which is its place. For more a warp routes a token: lane l has
+// Up to 256 experts and 1,024 tokens a block routes a token, and a thread has an expert: it counts
+// how many come before its own in the choice, which is its place, which is quick for a token but
+// more work. Else a warp routes a token: lane l has
 // experts l, l + 32, ..., in registers, and a choice is two reductions over the warp: the largest
 // value among the experts left, and the lowest expert that has it. Sums of the softmax have the
 // order that the header states.
@@ -19,6 +20,7 @@ using cuda::RouteScratch;
 
 constexpr std::string_view kOp = "moe_route";
 constexpr int kMaxWarps = 4;  // tokens of a block
+constexpr int32_t kMaxCountedTokens = 1024;
 
 static_assert(kRouterLanes == cuda::kWarpSize);
 
@@ -154,7 +156,7 @@ void moe_route_cuda(const MoeRouteParams& params, const StepContext& ctx) {
         ", must be in [1, ", params.num_experts, "]");
   const int32_t tokens = ctx.sizes.num_tokens;
   if (tokens == 0) return;
-  if (params.num_experts <= kMaxCounted) {
+  if (params.num_experts <= kMaxCounted && tokens <= kMaxCountedTokens) {
     const int threads =
         (params.num_experts + cuda::kWarpSize - 1) / cuda::kWarpSize * cuda::kWarpSize;
     cuda::launch(kOp, ctx, route_by_count_kernel, tokens, threads, 0, params,
@@ -168,6 +170,9 @@ void moe_route_cuda(const MoeRouteParams& params, const StepContext& ctx) {
                  shared_bytes, params, ctx.infer.token_batch, tokens);
   };
   const int32_t per_lane = (params.num_experts + cuda::kWarpSize - 1) / cuda::kWarpSize;
+  if (per_lane <= 2) return run(route_kernel<2>);
+  if (per_lane <= 4) return run(route_kernel<4>);
+  if (per_lane <= 8) return run(route_kernel<8>);
   if (per_lane <= 16) return run(route_kernel<16>);
   run(route_kernel<32>);
 }

@@ -21,9 +21,6 @@
 namespace mrv1::cuda {
 namespace {
 
-// Groups of columns that are fetched into the second cache before they are loaded.
-constexpr int kPrefetchAhead = 8;
-
 struct MoeWgmmaArgs {
   const BFloat16* x;
   BFloat16* out;
@@ -49,10 +46,7 @@ struct MoeWgmmaShape {
   static constexpr int kBlocks = kRows == 64 ? 4 : 1;  // on a multiprocessor
   static constexpr int kWeightBytes = kRows * kRowBytes;
   static constexpr int kStageBytes = kWeightBytes + kTokens * kRowBytes;
-  // Tall tiles have results enough to be worth turning round in shared memory: 64 columns of each
-  // row, for each warpgroup.
-  static constexpr bool kStaged = kHigh > 1;
-  static constexpr int kStagingBytes = kStaged ? kTokens * kRowBytes : 0;
+  static constexpr int kStagingBytes = kTokens * kRowBytes;  // of a warpgroup
   static int stages(size_t block_bytes) {
     const size_t room = block_bytes - kMoeReservedBytes - kWarpgroups * kStagingBytes;
     return std::clamp(static_cast<int>(room / kStageBytes), kMinStages, kMaxStages);
@@ -111,41 +105,33 @@ __device__ __forceinline__ void load_expert_pair_tile(void* to, const CUtensorMa
   }
 }
 
-// prefetch_expert_tile() for load_expert_pair_tile().
-__device__ __forceinline__ void prefetch_expert_pair_tile(const CUtensorMap& map, int col,
-                                                          int piece, int expert) {
-  asm volatile(
-      "cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %2, %3, %4}];" ::"l"(&map),
-      "r"(col), "r"(0), "r"(piece), "r"(expert)
-      : "memory");
-}
-
-// A warp's 8 x 8 matrix of two bytes an element, transposed: each lane has two neighbours of a row.
-__device__ __forceinline__ uint32_t transpose(uint32_t pair) {
-  uint32_t result;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
-  return result;
-}
-
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
 
-// Stores 8 x 8 matrices that a warp holds, transposed; lane l has the address of row l % 8 of
-// matrix l / 8.
-__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
-               "r"(a), "r"(b)
-               : "memory");
-}
+// Stores 8 x 8 matrices of two bytes an element that a warp holds, transposed; lane l has the
+// address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b,
                                                  uint32_t c, uint32_t d) {
   asm volatile(
       "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
       "r"(a), "r"(b), "r"(c), "r"(d)
       : "memory");
+}
+
+// Four elements from shared memory.
+__device__ __forceinline__ void load_four(uint32_t address, float (&values)[4]) {
+  uint32_t low, high;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(low), "=r"(high)
+               : "r"(address)
+               : "memory");
+  values[0] = __uint_as_float(low << 16);
+  values[1] = __uint_as_float(low & 0xffff0000u);
+  values[2] = __uint_as_float(high << 16);
+  values[3] = __uint_as_float(high & 0xffff0000u);
 }
 
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
@@ -161,9 +147,13 @@ __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
   asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
 }
 
-// The part of a block that multiplies: a warpgroup.
-template <typename Shape, int kShare, bool kGated>
+// The part of a block that multiplies: a warpgroup. What is unrolled is kept short: code that the
+// instruction caches do not hold costs more than its instructions.
+template <typename Shape, int kTokens, int kShare, bool kGated>
 struct Consumer {
+  static constexpr int kHigh = Shape::kHigh;
+  using Sums = float[kHigh][kTokens / 2];
+
   const MoeWgmmaArgs& args;
   uint32_t ring;
   uint64_t* full;
@@ -180,19 +170,13 @@ struct Consumer {
     }
   }
 
-  // A tile of a group of at most kCount rows.
+  // The products of a tile of a group of at most kCount rows.
   template <int kCount>
-  __device__ __forceinline__ void tile(const MoeGroup& group, int row_tile) {
-    constexpr int kHigh = Shape::kHigh;
+  __device__ __forceinline__ void multiply_tile(Sums& sums) {
     const int warpgroup = threadIdx.x / 128;
     const int groups = (args.k + kGroup - 1) / kGroup;
-    float sums[kHigh][kCount / 2];
-#pragma unroll
-    for (auto& part : sums) {
-#pragma unroll
-      for (float& sum : part) sum = 0.0f;
-    }
     int previous = -1;
+#pragma unroll 1
     for (int i = 0; i < groups; ++i) {
       barrier_wait(&full[place.stage], place.parity);
       proxy_fence();
@@ -204,7 +188,8 @@ struct Consumer {
       for (int k = 0; k < kGroup / 16; ++k) {
 #pragma unroll
         for (int high = 0; high < kHigh; ++high) {
-          multiply(sums[high], a + high * (64 * kRowBytes / 16) + k * 2, b + k * 2);
+          multiply(reinterpret_cast<float (&)[kCount / 2]>(sums[high]),
+                   a + high * (64 * kRowBytes / 16) + k * 2, b + k * 2);
         }
       }
       multiply_commit();
@@ -216,98 +201,104 @@ struct Consumer {
       place.next(args.stages);
     }
     multiply_wait<0>();
+    release(previous);
+  }
+
+  __device__ __forceinline__ void tile(MoeGroup group, int row_tile) {
+    group.count = min(group.count, kTokens);  // more only if a row has chosen an expert twice
+    Sums sums;
+#pragma unroll
+    for (auto& part : sums) {
+#pragma unroll
+      for (float& sum : part) sum = 0.0f;
+    }
+    if (kTokens == 16 || group.count <= 16) {
+      multiply_tile<16>(sums);
+    } else if (kTokens == 32 || group.count <= 32) {
+      if constexpr (kTokens >= 32) multiply_tile<32>(sums);
+    } else if (kTokens == 64) {
+      if constexpr (kTokens >= 64) multiply_tile<64>(sums);
+    } else if constexpr (kTokens == 128) {
+      if (group.count <= 48) {
+        multiply_tile<48>(sums);
+      } else if (group.count <= 64) {
+        multiply_tile<64>(sums);
+      } else if (group.count <= 80) {
+        multiply_tile<80>(sums);
+      } else if (group.count <= 96) {
+        multiply_tile<96>(sums);
+      } else if (group.count <= 112) {
+        multiply_tile<112>(sums);
+      } else {
+        multiply_tile<128>(sums);
+      }
+    }
     // Keeps what reads the sums behind the wait.
 #pragma unroll
     for (auto& part : sums) {
 #pragma unroll
       for (float& sum : part) asm volatile("" : "+f"(sum)::"memory");
     }
-    release(previous);
-    if constexpr (Shape::kStaged) {
-      store_staged<kCount>(group, sums, row_tile);
-    } else {
-      store<kCount>(group, sums[0], row_tile * Shape::kWarpgroups + warpgroup);
+    const int tile = (row_tile * Shape::kWarpgroups + threadIdx.x / 128) * kHigh;
+#pragma unroll 1
+    for (int high = 0; high < kHigh; ++high) {
+      if (high == 0) {
+        stage_results(group.count, sums[0]);
+      } else {
+        stage_results(group.count, sums[kHigh - 1]);
+      }
+      warpgroup_sync(threadIdx.x / 128);
+      store_results(group, tile + high);
+      warpgroup_sync(threadIdx.x / 128);
     }
   }
 
-  // The output of a gate and an up, or the neighbours of a product, as two elements.
-  __device__ __forceinline__ uint32_t gated_pair(const float* sums) const {
-    return pack_pair(skinny_gated_mul(args.activation, sums[0], sums[2]),
-                     skinny_gated_mul(args.activation, sums[1], sums[3]));
+  // Results of 64 weight rows lie in shared memory as [row][64 weight rows], their 16 bytes
+  // swizzled as the ring's are.
+  __device__ __forceinline__ uint32_t staged(int row, int chunk) const {
+    return ring + args.stages * Shape::kStageBytes + threadIdx.x / 128 * Shape::kStagingBytes +
+           row * kRowBytes + (chunk ^ (row & 7)) * 16;
   }
 
-  // Stores what comes of the warpgroup's weight rows, by way of shared memory: [row][64 columns],
-  // the 16 bytes of 8 columns swizzled as the ring's are.
-  template <int kCount>
-  __device__ __forceinline__ void store_staged(const MoeGroup& group,
-                                               const float (&sums)[Shape::kHigh][kCount / 2],
-                                               int row_tile) const {
-    const int warpgroup = threadIdx.x / 128;
+  __device__ __forceinline__ void stage_results(int count, const float (&sums)[kTokens / 2]) const {
     const int warp = threadIdx.x % 128 / 32;
     const int lane = threadIdx.x % 32;
-    const uint32_t staging =
-        ring + args.stages * Shape::kStageBytes + warpgroup * Shape::kStagingBytes;
-    const auto address = [&](int row, int chunk) {
-      return staging + row * kRowBytes + (chunk ^ (row & 7)) * 16;
-    };
-    constexpr int kHigh = Shape::kHigh;
 #pragma unroll
-    for (int high = 0; high < kHigh; ++high) {
-#pragma unroll
-      for (int i = 0; i < kCount / 8; i += 2) {
-        if (i * 8 >= group.count) break;
-        const float* sum = &sums[high][i * 4];
-        if constexpr (kGated) {
-          const int row = i * 8 + lane % 16;
-          store_transposed(address(row, high * 4 + warp), gated_pair(sum), gated_pair(sum + 4));
-        } else {
-          const int row = i * 8 + lane / 16 * 8 + lane % 8;
-          store_transposed(address(row, warp * 2 + lane / 8 % 2), pack_pair(sum[0], sum[1]),
-                           pack_pair(sum[2], sum[3]), pack_pair(sum[4], sum[5]),
-                           pack_pair(sum[6], sum[7]));
-        }
-      }
-      if (kGated && high + 1 < kHigh) continue;  // both halves make 64 columns
-      warpgroup_sync(warpgroup);
-      const int chunk = lane % 8;
-      const int tile = row_tile * Shape::kWarpgroups + warpgroup;
-      const int col = (kGated ? tile : tile * kHigh + high) * 64 + chunk * 8;
-      if (col < args.out_cols) {
-        for (int row = warp * 4 + lane / 8; row < group.count; row += 16) {
-          const int64_t at = int64_t{group.first_place + row} * args.out_cols + col;
-          *reinterpret_cast<uint4*>(args.out + at) = load_shared(address(row, chunk));
-        }
-      }
-      warpgroup_sync(warpgroup);
+    for (int i = 0; i < kTokens / 8; i += 2) {
+      if (i * 8 >= count) break;
+      const float* sum = &sums[i * 4];
+      store_transposed(staged(i * 8 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2),
+                       pack_pair(sum[0], sum[1]), pack_pair(sum[2], sum[3]),
+                       pack_pair(sum[4], sum[5]), pack_pair(sum[6], sum[7]));
     }
   }
 
-  // Stores what comes of 64 weight rows, the `number`th of the expert's.
-  template <int kCount>
-  __device__ __forceinline__ void store(const MoeGroup& group, const float (&sums)[kCount / 2],
-                                        int number) const {
-    // A warp has 16 weight rows: with an activation 8 of gate and 8 of up.
-    const int lane = threadIdx.x % 32;
-    const int first_col = (number * 4 + threadIdx.x % 128 / 32) * (kGated ? 8 : 16);
-    BFloat16* out =
-        args.out + int64_t{group.first_place} * args.out_cols + first_col + lane % 4 * 2;
+  // Stores what comes of the `number`th 64 weight rows of the expert.
+  __device__ __forceinline__ void store_results(const MoeGroup& group, int number) const {
+    const int first_row = threadIdx.x % 128 / 8;
+    const int part = threadIdx.x % 8;
+    if constexpr (kGated) {
+      // Each 16 weight rows are 8 of gate and 8 of up; a thread has half of them.
+      const int col = number * 32 + part * 4;
+      if (col >= args.out_cols) return;
+#pragma unroll kTokens> 64 ? 2 : 1
+      for (int row = first_row; row < group.count; row += 16) {
+        float gate[4], up[4];
+        load_four(staged(row, part / 2 * 2) + part % 2 * 8, gate);
+        load_four(staged(row, part / 2 * 2 + 1) + part % 2 * 8, up);
 #pragma unroll
-    for (int i = 0; i < kCount / 8; ++i) {
-      if (i * 8 >= group.count) break;
-      const int row = i * 8 + lane / 4;
-      BFloat16* to = out + int64_t{row} * args.out_cols;
-      if constexpr (kGated) {
-        const uint32_t pair = transpose(gated_pair(&sums[i * 4]));
-        if (row < group.count && first_col < args.out_cols) {
-          *reinterpret_cast<uint32_t*>(to) = pair;
-        }
-      } else {
-        const uint32_t low = transpose(pack_pair(sums[i * 4], sums[i * 4 + 1]));
-        const uint32_t high = transpose(pack_pair(sums[i * 4 + 2], sums[i * 4 + 3]));
-        if (row < group.count) {
-          if (first_col < args.out_cols) *reinterpret_cast<uint32_t*>(to) = low;
-          if (first_col + 8 < args.out_cols) *reinterpret_cast<uint32_t*>(to + 8) = high;
-        }
+        for (int i = 0; i < 4; ++i) gate[i] = gated_mul(args.activation, gate[i], up[i]);
+        const int64_t at = int64_t{group.first_place + row} * args.out_cols + col;
+        *reinterpret_cast<uint2*>(args.out + at) =
+            make_uint2(pack_pair(gate[0], gate[1]), pack_pair(gate[2], gate[3]));
+      }
+    } else {
+      const int col = number * 64 + part * 8;
+      if (col >= args.out_cols) return;
+#pragma unroll 4
+      for (int row = first_row; row < group.count; row += 16) {
+        const int64_t at = int64_t{group.first_place + row} * args.out_cols + col;
+        *reinterpret_cast<uint4*>(args.out + at) = load_shared(staged(row, part));
       }
     }
   }
@@ -343,16 +334,6 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
                                     policy);
     } else {
       load_expert_tile<kShare>(to, weight_map, &full[stage], group * kGroup, row, expert, policy);
-    }
-  };
-
-  const auto prefetch_weight = [&](int expert, int tile, int group) {
-    constexpr int kPart = kRows / kShare;
-    const int row = tile % args.row_tiles * kRows + blockIdx.x % kShare * kPart;
-    if constexpr (kGated) {
-      prefetch_expert_pair_tile(weight_map, group * kGroup, row / 16, expert);
-    } else {
-      prefetch_expert_tile(weight_map, group * kGroup, row, expert);
     }
   };
 
@@ -392,10 +373,9 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
     const int first_row = thread / 8;
     const int tiles = schedule.num_tiles();
     RingPlace place;
+#pragma unroll 1
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
       const MoeGroup group = schedule.group(tile);
-      const int next_expert =
-          leads && tile + tile_step < tiles ? schedule.group(tile + tile_step).expert : 0;
       const BFloat16* source[kTurns];
 #pragma unroll
       for (int i = 0; i < kTurns; ++i) {
@@ -403,6 +383,7 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
         const int at = row < group.count ? schedule.row(group.first_place + row) : 0;
         source[i] = args.x + int64_t{at} * args.k + chunk * 8;
       }
+#pragma unroll 1
       for (int i = 0; i < groups; ++i) {
         barrier_wait(&empty[place.stage], place.parity ^ 1);
         if (leads) {
@@ -410,15 +391,6 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
             --ahead;
           } else {
             load_weight(group.expert, tile % args.row_tiles, i, place.stage);
-          }
-          // A ring of few large stages does not cover the memory's latency, but the cache's.
-          if constexpr (Shape::kStaged) {
-            const int later = i + kPrefetchAhead;
-            if (later < groups) {
-              prefetch_weight(group.expert, tile, later);
-            } else if (tile + tile_step < tiles && later - groups < groups) {
-              prefetch_weight(next_expert, tile + tile_step, later - groups);
-            }
           }
         }
         const bool in_cols = i * kGroup + chunk * 8 < args.k;
@@ -439,32 +411,11 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
     launch_next();
     __syncwarp();
   } else {
-    Consumer<Shape, kShare, kGated> consumer{args, shared_address(ring), full, empty};
+    Consumer<Shape, kTokens, kShare, kGated> consumer{args, shared_address(ring), full, empty};
     const int tiles = schedule.num_tiles();
+#pragma unroll 1
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
-      const MoeGroup group = schedule.group(tile);
-      const int row_tile = tile % args.row_tiles;
-      if (kTokens == 16 || group.count <= 16) {
-        consumer.template tile<16>(group, row_tile);
-      } else if (kTokens == 32 || group.count <= 32) {
-        consumer.template tile<32>(group, row_tile);
-      } else if constexpr (kTokens == 64) {
-        consumer.template tile<64>(group, row_tile);
-      } else if constexpr (kTokens == 128) {
-        if (group.count <= 48) {
-          consumer.template tile<48>(group, row_tile);
-        } else if (group.count <= 64) {
-          consumer.template tile<64>(group, row_tile);
-        } else if (group.count <= 80) {
-          consumer.template tile<80>(group, row_tile);
-        } else if (group.count <= 96) {
-          consumer.template tile<96>(group, row_tile);
-        } else if (group.count <= 112) {
-          consumer.template tile<112>(group, row_tile);
-        } else {
-          consumer.template tile<128>(group, row_tile);
-        }
-      }
+      consumer.tile(schedule.group(tile), tile % args.row_tiles);
     }
   }
   // Others may still write to this block, or arrive at its barriers.
