@@ -38,12 +38,14 @@ struct PassMemory {
   char* inner;            // [pairs, intermediate] of dtype, by place
 };
 
-// Places the parts of the scratch from `base` on; returns how many bytes they take.
+// Places the parts of the scratch from `base` on, unless it is null; returns how many bytes they
+// take.
 int64_t place_memory(PassMemory& memory, char* base, int64_t experts, int64_t pairs,
                      int64_t wide_bytes, int64_t inner_bytes) {
   int64_t used = 0;
   const auto take = [&](auto*& part, int64_t bytes) {
-    part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(base + used);
+    using Part = std::remove_reference_t<decltype(part)>;
+    if (base != nullptr) part = reinterpret_cast<Part>(base + used);
     used += aligned(bytes);
   };
   take(memory.expert_begin, (experts + 1) * 4);
