@@ -36,6 +36,7 @@ SIZES = (
     Sizes(64, 12, 8, 2, 5, 8),
     Sizes(16, 8, 1024, 12, 30, 1024),
     Sizes(8, 8, 2, 1, 1, 2),
+    Sizes(64, 32, 1, 1, 28, 1),  # an expert with many rows of few pairs
 )
 
 

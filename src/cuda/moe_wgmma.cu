@@ -484,7 +484,8 @@ MoeCut moe_wgmma_cut(int64_t rows, int64_t top_k, int64_t num_experts) {
   if (rows <= 16) return {.tile_rows = 16};  // a row goes through an expert once
   const int64_t each = rows * top_k / num_experts;
   if (each <= 4) return {.tile_rows = 32};
-  if (each <= 24) return {.tile_rows = 64};
+  // Few pairs have groups that nothing shares out to the blocks of a cluster.
+  if (each <= 24 || rows * top_k <= kMoeFewPairs) return {.tile_rows = 64};
   return {.tile_rows = 128, .share = 2};
 }
 
