@@ -249,6 +249,12 @@ def test_sizes_of_experts_that_ranks_share_out() -> None:
     values = {**config_of("qwen3_moe"), "moe_intermediate_size": 33}
     with pytest.raises(InvalidArgumentError, match="moe_intermediate_size = 33"):
         check_sizes(ModelConfig.from_values(values), 2, batch_invariant=False)
+    # Whole experts have any width, but not those for all tokens, which ranks share out.
+    for width, invariant in ((33, False), (20, True)):
+        values = {**config_of("ernie4_5_moe"), "moe_intermediate_size": width}
+        shared = ModelConfig.from_values({**values, "moe_num_shared_experts": 1})
+        with pytest.raises(InvalidArgumentError, match=rf"moe_num_shared_experts \* .* = {width}"):
+            check_sizes(shared, 2, batch_invariant=invariant, expert_parallel=True)
 
 
 def test_ernie_without_what_it_may_lack() -> None:

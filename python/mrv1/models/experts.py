@@ -48,10 +48,13 @@ class ExpertsConfig(ModelConfig):
 
     @property
     def mlp_sizes(self) -> dict[str, int]:
-        """As `ModelConfig`: of layers without experts, and of experts."""
+        """As `ModelConfig`: of layers without experts, of experts, and of those for all tokens."""
         sizes = {} if all(self.sparse_layers) else super().mlp_sizes
         if any(self.sparse_layers):
             sizes["moe_intermediate_size"] = self.moe_intermediate_size
+        if any(self.sparse_layers) and self.num_shared_experts:
+            width = self.num_shared_experts * self.moe_intermediate_size
+            sizes["moe_num_shared_experts * moe_intermediate_size"] = width
         return sizes
 
 
