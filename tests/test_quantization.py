@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -369,6 +370,56 @@ def test_what_fails_leaves_nothing_behind(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightError, match=r"layers.1.mlp.down_proj.weight.*not finite"):
         quantize_checkpoint(source, tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["spoilt"]
+
+
+@pytest.mark.parametrize(
+    "shape", [[64, 80], [32, 96], [0, 96], [64, 0], None], ids=["cols", "rows", "0", "no", "gone"]
+)
+def test_a_source_must_fit_its_config(plain: Path, tmp_path: Path, shape: list[int] | None) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def change(tensors: dict[str, Any]) -> None:
+        del tensors[name]
+        if shape is not None:
+            tensors[name] = ["BF16", shape, bytes(2 * math.prod(shape))]
+
+    source = rewrite(plain, tmp_path / "source", change)
+    with pytest.raises(WeightError, match=name):
+        quantize_checkpoint(source, tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    "exclude", ["lm_head", [""], ["re:.*"], [3], ["model.layers.0.mpl"]], ids=str
+)
+def test_what_is_excluded_must_be_modules_of_the_model(
+    plain: Path, tmp_path: Path, exclude: Any
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"exclude = .*module"):
+        quantize_checkpoint(plain, tmp_path / "out", exclude=exclude, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_that_are_excluded_are_not_listed_one_by_one(
+    experts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    target = tmp_path / "out"
+    quantize_checkpoint(
+        experts[0].parent / "experts", target, exclude=["*.experts"], progress=False
+    )
+    routers = [f"model.layers.{layer}.mlp.gate" for layer in range(2)]
+    excluded = json.loads((target / "config.json").read_text())["quantization_config"]["ignore"]
+    assert sorted(excluded) == sorted(["*.experts", "lm_head", "model.embed_tokens", *routers])
+    assert greedy(target, device="cpu")
+
+
+def test_a_target_may_be_a_link_to_a_directory(plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    quantize_checkpoint(plain, tmp_path / "link", progress=False)
+    assert ModelConfig.from_dir(tmp_path / "real").quantization is not None
+    with pytest.raises(InvalidArgumentError, match="target = ''"):
+        quantize_checkpoint(plain, "", progress=False)
 
 
 # --- running one ----------------------------------------------------------------------------------

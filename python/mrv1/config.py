@@ -43,8 +43,12 @@ MAX_POSITIONS: Final = 2**24
 MAX_EOS_IDS: Final = 256
 
 
-def model_root(directory: str | os.PathLike[str]) -> Path:
+def model_root(directory: str | os.PathLike[str], field: str = "model") -> Path:
     """Returns a model directory as a path, which may not exist.
+
+    Args:
+        directory: The path.
+        field: What errors call it.
 
     Raises:
         InvalidArgumentError: It is empty, or no path at all.
@@ -56,7 +60,7 @@ def model_root(directory: str | os.PathLike[str]) -> Path:
     # An empty path would mean the working directory.
     if not isinstance(path, str) or not path:
         raise InvalidArgumentError(
-            field="model", value=directory, allowed="the path of a model directory"
+            field=field, value=directory, allowed="the path of a model directory"
         )
     return Path(path)
 

@@ -459,7 +459,7 @@ def load_model(
     tensors = read_checkpoint(root)
     dtype = resolve_dtype(options.dtype, config)
     ranks = wire_ranks(config, dtype, options)
-    sources = _match_tensors(ranks.programs, tensors, config)
+    sources = match_tensors(ranks.programs, tensors, config)
     kv_scales: KvScales = []
     if resolve_kv_cache_dtype(options.kv_cache_dtype) != "auto":
         heads = [config.num_key_value_heads] * config.num_hidden_layers
@@ -867,8 +867,8 @@ class _Source:
     """Of what the rank reads."""
 
 
-def _match_tensors(
-    programs: Sequence[_core.Program], tensors: dict[str, TensorInfo], config: ModelConfig
+def match_tensors(
+    programs: Sequence[_core.Program], tensors: Mapping[str, TensorInfo], config: ModelConfig
 ) -> list[list[_Source]]:
     """Pairs every segment of every weight of each rank with its tensor.
 
@@ -895,7 +895,7 @@ def _match_tensors(
 
 
 def _match_rank(
-    program: _core.Program, tensors: dict[str, TensorInfo], used: set[str]
+    program: _core.Program, tensors: Mapping[str, TensorInfo], used: set[str]
 ) -> list[_Source]:
     sources = []
     slices = program.weight_slices

@@ -20,6 +20,8 @@ QUANT_CONFIG_NAME: Final = "hf_quant_config.json"
 NVFP4: Final = "NVFP4"
 # Columns that share a scale.
 NVFP4_BLOCK: Final = 16
+# What a list of modules is of.
+MODULE_NAME: Final = "the name of a module, in which * stands for any characters"
 _METHODS: Final = ("modelopt", "modelopt_fp4")
 _WEIGHT: Final = ".weight"
 # Of a list; every matrix is compared with those that have wildcards.
@@ -59,6 +61,11 @@ class Quantization:
 
 # Of models with random weights: what `mrv1 quantize` would quantise.
 RANDOM_NVFP4: Final = Quantization(("lm_head",))
+
+
+def is_module_name(name: object) -> bool:
+    """Whether it may stand in a list of modules that are not quantised: as `MODULE_NAME` says."""
+    return isinstance(name, str) and name != "" and not name.startswith("re:")
 
 
 def nvfp4_tensors(name: str) -> dict[str, str]:
@@ -157,7 +164,6 @@ def _names(fields: Fields, name: str) -> Iterable[str]:
     if not isinstance(value, list) or len(value) > _MAX_NAMES:
         raise fields.error(name, f"a list of at most {_MAX_NAMES} names of modules")
     for place, entry in enumerate(value):
-        if not isinstance(entry, str) or not entry or entry.startswith("re:"):
-            allowed = "the name of a module, in which * stands for any characters"
-            raise fields.error(f"{name}[{place}]", allowed, entry)
+        if not is_module_name(entry):
+            raise fields.error(f"{name}[{place}]", MODULE_NAME, entry)
     return value

@@ -21,13 +21,15 @@ from mrv1._files import FileError, open_regular, parse_json, read_exactly, read_
 from mrv1._version import __version__
 from mrv1.config import CONFIG_NAME, MAX_FILE_BYTES, MAX_JSON_VALUES, ModelConfig, model_root
 from mrv1.errors import InvalidArgumentError, WeightError
-from mrv1.loader import LOADABLE, wire_model
+from mrv1.loader import LOADABLE, match_tensors, wire_model
 from mrv1.progress import is_shown, progress_bar
 from mrv1.quantization import (
+    MODULE_NAME,
     NVFP4,
     NVFP4_BLOCK,
     QUANT_CONFIG_NAME,
     Quantization,
+    is_module_name,
     nvfp4_tensors,
 )
 from mrv1.safetensors_reader import INDEX_NAME, TensorInfo, read_checkpoint
@@ -84,17 +86,23 @@ def quantize_checkpoint(
     Args:
         source: A model directory with plain weights.
         target: Where to; it must not exist, or be empty.
-        exclude: More modules that stay as they are; `*` stands for any characters.
+        exclude: More modules that stay as they are; `*` stands for any characters. Each must be of
+            the model.
         shard_bytes: Size of a weight file from which on the next is begun.
         progress: Whether to show a progress bar; None shows it on a terminal.
 
     Raises:
         ConfigError: The source's config is not supported, or it is quantised already.
-        WeightError: The source's weights are damaged, or a value is not finite.
-        InvalidArgumentError: The target is there already, or cannot be written to.
+        WeightError: The source's weights are damaged or not those of its config, or a value is not
+            finite.
+        InvalidArgumentError: The target is there already, or cannot be written to, or `exclude` has
+            what is no module of the model.
     """
     is_shown(progress)
-    root, goal = model_root(source), Path(target)
+    _check_exclude(exclude)
+    root = model_root(source, "source")
+    # The directory itself is replaced, and not a link to it.
+    goal = model_root(target, "target").resolve()
     config = ModelConfig.from_dir(root)
     if config.quantization is not None:
         raise InvalidArgumentError(
@@ -103,7 +111,7 @@ def quantize_checkpoint(
     if os.path.lexists(goal) and not (goal.is_dir() and not any(goal.iterdir())):
         raise InvalidArgumentError(field="target", value=os.fspath(goal), allowed="new or empty")
     tensors = read_checkpoint(root)
-    work = _Quantizer(config, tensors, (*_DEFAULT_EXCLUDE, *exclude))
+    work = _Quantizer(config, tensors, exclude)
     try:
         goal.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{goal.name}.", dir=goal.parent))
@@ -151,11 +159,23 @@ class _Quantizer:
     ) -> None:
         self.reports: list[TensorReport] = []
         self._tensors = tensors
-        quantised, plain = _split(config, Quantization(tuple(exclude)))
-        for name in quantised:
-            _check_matrix(name, tensors)
+        match_tensors([wire_model(config, "bfloat16", fusion=False)], tensors, config)
+        quantization = Quantization((*_DEFAULT_EXCLUDE, *exclude))
+        quantised, plain = _split(config, quantization)
+        matrices = [*quantised, *plain]
+        for name in exclude:
+            one = Quantization((name,))
+            if name not in _DEFAULT_EXCLUDE and all(one.covers(each) for each in matrices):
+                raise InvalidArgumentError(
+                    "no matrix of the model is in it",
+                    field="exclude",
+                    value=name,
+                    allowed=MODULE_NAME,
+                )
         self._quantised = quantised
-        self._exclude = list(dict.fromkeys((*exclude, *plain)))
+        # A list that names what its patterns do already would have all experts.
+        modules = [name.removesuffix(".weight") for name in plain if quantization.covers(name)]
+        self._exclude = list(dict.fromkeys((*quantization.exclude, *modules)))
         self._global_scales: dict[str, float] = {}
 
     def write(self, root: Path, partial: Path, shard_bytes: int, progress: bool | None) -> None:
@@ -253,7 +273,7 @@ class _Quantizer:
 
 
 def _split(config: ModelConfig, quantization: Quantization) -> tuple[set[str], list[str]]:
-    """The tensors that are quantised, and the modules of matrices that are not."""
+    """The tensors of matrices that are quantised, and of those that are not."""
     program = wire_model(
         dataclasses.replace(config, quantization=quantization), "bfloat16", fusion=False
     )
@@ -265,30 +285,14 @@ def _split(config: ModelConfig, quantization: Quantization) -> tuple[set[str], l
         if is_nvfp4:
             quantised.update(names)
         elif not is_vector:
-            plain += [name.removesuffix(".weight") for name in names]
+            plain += names
     return quantised, plain
 
 
-def _check_matrix(name: str, tensors: Mapping[str, TensorInfo]) -> None:
-    info = tensors.get(name)
-    if info is None:
-        raise WeightError("is missing from the checkpoint", tensor=name)
-    if len(info.shape) != 2 or not name.endswith(".weight"):
-        raise WeightError(
-            "is not the matrix of one linear layer",
-            path=info.path,
-            tensor=name,
-            field="shape",
-            value=list(info.shape),
-            allowed="[out, in], of a tensor <module>.weight",
-        )
-    if info.dtype not in LOADABLE:
-        raise WeightError(
-            path=info.path,
-            tensor=name,
-            field="dtype",
-            value=info.dtype,
-            allowed=", ".join(LOADABLE),
+def _check_exclude(exclude: Sequence[str]) -> None:
+    if isinstance(exclude, str) or not all(map(is_module_name, exclude)):
+        raise InvalidArgumentError(
+            field="exclude", value=exclude, allowed=f"a sequence, of which each is {MODULE_NAME}"
         )
 
 
