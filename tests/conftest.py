@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -88,8 +89,9 @@ def models_dir() -> Path:
 def _native_threads() -> int:
     names = []
     for task in Path("/proc/self/task").iterdir():
-        with task.joinpath("comm").open() as file:
-            names.append(file.read().strip())
+        # A thread may have ended since.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            names.append(task.joinpath("comm").read_text().strip())
     return sum(name.startswith("mrv1-") for name in names)
 
 

@@ -81,11 +81,14 @@ def test_ranks_with_requests_of_their_own(
     model = save_random_model(tmp_path / "model", CONFIG)
     path = tmp_path / "out.json"
     arguments = ["bench", figure, "--model", str(model), "--device", "cpu", "--json", str(path)]
-    arguments += ["--batch", "2", "--context", "20", "--steps", "3", "--read-mb", "4"]
-    assert cli.main([*arguments, "--expert-parallel", "--data-parallel-size", "3"]) == 0
+    arguments += ["--context", "20", "--steps", "3", "--read-mb", "4"]
+    arguments += ["--expert-parallel", "--data-parallel-size", "3"]
+    assert cli.main([*arguments, "--batch", "7"]) != 0
+    assert "a multiple of --data-parallel-size = 3" in capsys.readouterr().err
+    assert cli.main([*arguments, "--batch", "6"]) == 0
     (record,) = json.loads(path.read_text())
     check_record(record)
-    # As many requests on each, all of which count.
+    # Two requests on each.
     assert (record["batch"], record["ep"], record["tbo"]) == (6, 3, 0)
     assert record["floor_ms"] is None
     check_table(capsys.readouterr().out, [record])

@@ -242,7 +242,8 @@ def add_bench(
         "--batch",
         type=_positive_list,
         metavar="N[,N]",
-        help="decode, prefill, op, profile, decode_attention, sampler: requests (default: 1,8; "
+        help="decode, prefill, op, profile, decode_attention, sampler: requests, of all ranks "
+        "together (default: 1,8; "
         f"profile: 1; on a GPU {','.join(map(str, _GPU_BATCHES))}; prefill: 256; profile: 64; "
         "decode_attention: 64,256; sampler: 1,32,256)",
     )
@@ -608,6 +609,7 @@ def _decode_records(options: argparse.Namespace) -> list[Record]:
     from mrv1 import bench, bench_decode, bench_ranks
 
     shape, directory, config = _source(options)
+    options.batch = bench_ranks.share_out(options.batch, options.data_parallel_size)
     runner_options = bench_decode.decode_options(
         options.device,
         options.dtype,
@@ -641,6 +643,7 @@ def _prefill_records(options: argparse.Namespace) -> list[Record]:
     from mrv1 import bench, bench_prefill, bench_ranks
 
     shape, directory, config = _source(options)
+    options.batch = bench_ranks.share_out(options.batch, options.data_parallel_size)
     runner_options = bench_prefill.prefill_options(
         options.device, options.dtype, options.batch, options.context
     )

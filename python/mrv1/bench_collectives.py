@@ -26,6 +26,8 @@ _MOST_CALLS: Final = 100
 _LEAST_CALLS: Final = 2
 # A GPU that did nothing for a while comes back to its clocks in the course of milliseconds.
 _WARM_SECONDS: Final = 0.2
+# The same of tokens on their way to experts, which a step has just written.
+_EXCHANGE_BYTES: Final = 8 << 20
 # Of Qwen3 30B-A3B.
 _HIDDEN: Final = 2048
 _EXPERTS: Final = 128
@@ -215,11 +217,11 @@ def measure_expert_exchange(
     row_bytes = _HIDDEN * bench.element_size(dtype)
     draw = np.random.default_rng(0)
     for count in tokens:
-        calls = min(_MOST_CALLS, max(_LEAST_CALLS, _GRAPH_BYTES // (count * row_bytes)))
+        calls = min(_MOST_CALLS, max(1, _EXCHANGE_BYTES // (count * row_bytes)))
         if not on_gpus:
             calls = _LEAST_CALLS
-        order = np.argsort(draw.random((size, calls, count, _EXPERTS), np.float32), axis=-1)
-        experts = order[..., :_TOP_K].astype(np.int32)
+        keys = draw.random((size, calls, count, _EXPERTS), np.float32)
+        experts = np.argpartition(keys, _TOP_K, axis=-1)[..., :_TOP_K].astype(np.int32)
         values = draw.integers(-8, 8, (size, calls, count, _HIDDEN), np.int8).astype(np.float32)
         weights = np.full(experts.shape, 1 / _TOP_K, np.float32)
         owners = _owners(experts, size)

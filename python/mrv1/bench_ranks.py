@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mrv1 import _core, bench
-from mrv1.errors import InternalError
+from mrv1.errors import InternalError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from mrv1.bench import Figure, OpCost, Rates, Record, Timing
@@ -67,6 +67,22 @@ class AllRanks:
             if output.error:
                 raise InternalError(f"step {output.step} failed: {output.error}")
         return outputs[0]
+
+
+def share_out(batches: Sequence[int], ranks: int) -> list[int]:
+    """The requests of each rank, for batches of all ranks with requests of their own together.
+
+    Raises:
+        InvalidArgumentError: They do not come out even.
+    """
+    for batch in batches:
+        if ranks > 1 and batch % ranks:
+            raise InvalidArgumentError(
+                field="--batch",
+                value=batch,
+                allowed=f"a multiple of --data-parallel-size = {ranks}",
+            )
+    return [batch // max(ranks, 1) for batch in batches]
 
 
 def model_record(
