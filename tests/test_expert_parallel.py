@@ -363,7 +363,9 @@ def test_a_rank_that_fails_ends_all(device: str, model: Path, rank: int, backgro
 
 def test_aborts_leave_the_other_ranks_alone(device: str, model: Path) -> None:
     need_ranks(device, 2)
-    with Engine(model, device=device, data_parallel_size=2, **DATA, **SIZES) as engine:
+    with Engine(
+        model, device=device, data_parallel_size=2, background=False, **DATA, **SIZES
+    ) as engine:
         for index, prompt in enumerate(_prompts(6)):
             engine.add_request(str(index), prompt, greedy(40), data_parallel_rank=index % 2)
         found: dict[str, list[int]] = {str(index): [] for index in range(6)}
