@@ -23,7 +23,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from mrv1 import bench, bench_decode, bench_prefill, shapes
+from mrv1 import bench, bench_decode, bench_prefill, envs, shapes
 from mrv1._cupti import KernelTrace, open_cupti
 from mrv1.bench_overlap import Overlap, overlap_of
 from mrv1.config import ModelConfig
@@ -108,6 +108,7 @@ def record_of(
         "tp": off.tensor_parallel_size,
         "dp": off.data_parallel_size,
         "ep": len(off.devices) if arguments.expert_parallel else 1,
+        "processors": envs.TBO_PROCESSORS.get(),
         "tokens": tokens,
         "off_ms": round(off_ms, 4),
         "on_ms": round(on_ms, 4),
@@ -119,7 +120,8 @@ def record_of(
     if off.device.kind == "cuda":
         whole, halves = (trace(arguments, model, tokens) for model in (off, on))
         record["collective_ms"] = round(whole.collective_ms, 4)
-        record["hidden_share"] = round((off_ms - on_ms) / whole.collective_ms, 4)
+        if whole.collective_ms > 0:
+            record["hidden_share"] = round((off_ms - on_ms) / whole.collective_ms, 4)
         record["beside_share"] = round(halves.hidden_share, 4)
     return record
 

@@ -26,10 +26,13 @@ def test_the_hidden_share_is_that_of_collectives() -> None:
         kernel("rms_norm_kernel", 3.5, 5),
         kernel("one_shot_kernel", 5, 6),  # alone
         kernel("nvjet_tst_128x256", 7, 9),
+        kernel("moe_wgmma_kernel", 9, 10),
+        kernel("moe_dispatch_kernel", 10, 11),
+        kernel("moe_combine_kernel", 11, 12),
     ]
     found = overlap_of(kernels)
-    assert found.collective_ms == pytest.approx(4)
+    assert found.collective_ms == pytest.approx(6)
     assert found.hidden_ms == pytest.approx(1.5)
-    assert found.compute_ms == pytest.approx(5.5)
-    assert found.hidden_share == pytest.approx(1.5 / 4)
+    assert found.compute_ms == pytest.approx(6.5)
+    assert found.hidden_share == pytest.approx(1.5 / 6)
     assert overlap_of([]).hidden_share == 0

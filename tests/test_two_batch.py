@@ -49,7 +49,8 @@ def halves(mode: str) -> Iterator[None]:
 
 
 def open_two(device: str, mode: str, model: Path = LLAMA, **options: Any) -> ModelRunner:
-    with halves(mode):
+    with halves(mode), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MRV1_TBO_PROCESSORS", "8")
         return open_runner(device, model, tensor_parallel_size=2, batch_invariant=True, **options)
 
 
@@ -301,9 +302,21 @@ def test_a_step_is_cut_between_the_places_of_requests(device: str) -> None:
         assert [(step.tokens, step.cut_token) for step in log] == [(15, 8), (12, 8), (4, 2)]
 
 
+def test_auto_leaves_ranks_with_requests_of_their_own_alone(
+    device: str, experts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MRV1_TBO_MIN_PREFILL_TOKENS", "2")
+    for options, is_there in (
+        ({"tensor_parallel_size": 2}, True),
+        ({"data_parallel_size": 2}, False),
+    ):
+        with open_runner(device, experts, expert_parallel=True, **options) as runner:
+            assert (runner.model.runner.memory_plan["two_batch"] > 0) == is_there
+
+
 @pytest.mark.parametrize(
     ("mode", "ranks", "tokens", "is_there"),
-    [("0", 2, 256, False), ("1", 1, 256, False), ("1", 2, 256, True), ("auto", 2, 64, False)],
+    [("0", 2, 256, False), ("1", 1, 256, False), ("1", 2, 256, True), ("auto", 2, 256, False)],
 )
 def test_halves_take_memory_where_steps_may_run_so(
     device: str,

@@ -39,6 +39,8 @@ _KINDS: Final = (
     ("attention", r"attention|^dead_rows|(Prefill|Decode)With"),
     ("gather_rows", r"gather_rows"),
     ("moe_route", r"^route"),
+    ("moe_dispatch", r"^moe_dispatch"),
+    ("moe_combine", r"^moe_combine"),
     ("moe_experts", r"^moe_|^(count|place|sum|down_few)_kernel"),
     ("linear", r"linear|mma_kernel|tiled_kernel|gemm|gemv|nvjet|cutlass|xmma|cublas"),
     ("gated_mul", r"gated"),

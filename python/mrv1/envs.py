@@ -198,29 +198,29 @@ USE_TBO: Final = EnvVar[str](
     allowed="0, 1 or auto",
     help="Whether ranks run a step as two halves, each of which computes while the other meets the "
     "other ranks ([two-batch overlap](parallel.md#two-batch-overlap)): never, always, or from so "
-    "many tokens on.",
+    "many tokens on, but not with `data_parallel_size`.",
     parse=_one_of("0", "1", "auto"),
 )
 TBO_MIN_PREFILL_TOKENS: Final = EnvVar[int](
     name="MRV1_TBO_MIN_PREFILL_TOKENS",
-    default=4096,
-    default_text="`4096`",
+    default=16384,
+    default_text="`16384`",
     allowed="an integer in [0, 999999999]",
     help="Tokens of a step with prompts from which on `MRV1_USE_TBO=auto` runs it as two halves.",
     parse=_parse_limit,
 )
 TBO_MIN_DECODE_TOKENS: Final = EnvVar[int](
     name="MRV1_TBO_MIN_DECODE_TOKENS",
-    default=1024,
-    default_text="`1024`",
+    default=16384,
+    default_text="`16384`",
     allowed="an integer in [0, 999999999]",
     help="The same of a step without prompts, or that is captured as one graph.",
     parse=_parse_limit,
 )
 TBO_PROCESSORS: Final = EnvVar[int](
     name="MRV1_TBO_PROCESSORS",
-    default=8,
-    default_text="`8`",
+    default=0,
+    default_text="`0`",
     allowed=f"an integer in [0, {MAX_PROCESSORS}]",
     help="Processors of a GPU that collectives of a half take, and the other half leaves to them; "
     "`0` is as many as in whole steps, and leaves none.",

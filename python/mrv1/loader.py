@@ -596,8 +596,10 @@ def make_runner(
     )
     native.attention_backend = _BACKENDS[backend]
     native.batch_invariant = resolve_batch_invariant(options)
+    halves = envs.USE_TBO.get()
     native.two_batch = (
-        _TWO_BATCH_MODES[envs.USE_TBO.get()],
+        # Nothing was found yet that it gains where tokens travel to experts.
+        _TWO_BATCH_MODES["0" if halves == "auto" and ranks.data_parallel else halves],
         envs.TBO_MIN_PREFILL_TOKENS.get(),
         envs.TBO_MIN_DECODE_TOKENS.get(),
         envs.TBO_PROCESSORS.get(),

@@ -184,38 +184,25 @@ __global__ void __launch_bounds__(cuda::kPeerThreads)
 
   const uint4* from = reinterpret_cast<const uint4*>(cuda::scatter_of(peers, peers.rank, call));
   const int64_t own = peers.rank * part;
-  // As many sums at a time as registers have room for: beside other work blocks are few.
-  constexpr int kSums = kMost <= 2 ? cuda::kPeerInFlight : kMost <= 4 ? 2 : 1;
-  const int64_t own_length = length_of(peers.rank);
-  for (int64_t place = begin; place < own_length; place += kSums * stride) {
-    uint4 parts[kSums][kMost];
+  for (int64_t place = begin; place < length_of(peers.rank); place += stride) {
+    const uint4 own_part = load_part<T>(range, own + place);
+    uint4 parts[kMost];
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      const int64_t at = place + i * stride;
-      if (at >= own_length) break;
-      const uint4 own_part = load_part<T>(range, own + at);
-#pragma unroll
-      for (int rank = 0; rank < kMost; ++rank) {
-        parts[i][rank] = own_part;
-        if (rank < peers.size && rank != peers.rank) {
-          parts[i][rank] = __ldcg(from + rank * part + at);
-        }
+    for (int rank = 0; rank < kMost; ++rank) {
+      parts[rank] = own_part;
+      if (rank < peers.size && rank != peers.rank) {
+        parts[rank] = __ldcg(from + rank * part + place);
       }
     }
+    float sums[kSize];
+    sum_pieces<T>(peers, range, parts, (own + place) * kSize, sums);
+    const Stored stored = cuda::round_sums<T, Out>(sums);
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      const int64_t piece = own + place + i * stride;
-      if (place + i * stride >= own_length) break;
-      float sums[kSize];
-      sum_pieces<T>(peers, range, parts[i], piece * kSize, sums);
-      const Stored stored = cuda::round_sums<T, Out>(sums);
-#pragma unroll
-      for (int step = 1; step < kMost; ++step) {
-        if (step >= peers.size) break;
-        reinterpret_cast<Stored*>(cuda::gather_of(peers, peer_at(step), call))[piece] = stored;
-      }
-      store_sums<T, Out>(range, piece * kSize, stored);
+    for (int step = 1; step < kMost; ++step) {
+      if (step >= peers.size) break;
+      reinterpret_cast<Stored*>(cuda::gather_of(peers, peer_at(step), call))[own + place] = stored;
     }
+    store_sums<T, Out>(range, (own + place) * kSize, stored);
   }
   __syncthreads();
   cuda::signal_peers(peers, 1, call);

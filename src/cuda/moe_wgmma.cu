@@ -17,6 +17,7 @@
 #include <algorithm>
 
 #include "moe_wgmma.cuh"
+#include "spare_processors.h"
 
 namespace mrv1::cuda {
 namespace {
@@ -448,7 +449,8 @@ void launch_tiles(const MoeProduct& product, const DeviceLimits& limits, bool we
   const size_t shared_bytes = Shape::shared_bytes(args.stages);
   auto* kernel = moe_wgmma_kernel<kRows, kTokens, kShare, kGated>;
   allow_shared_memory(kMoeOp, kernel, shared_bytes);
-  const int64_t at_once = limits.sms * Shape::kBlocks / kShare * kShare;
+  const int sms = limits.sms - spare_processors(ctx);
+  const int64_t at_once = sms * Shape::kBlocks / kShare * kShare;
   const auto blocks = static_cast<unsigned>(std::min(product.max_groups * args.row_tiles, at_once));
   if constexpr (kShare == 1) {
     launch(kMoeOp, ctx, kernel, blocks, Shape::kThreads, shared_bytes, map, args);
