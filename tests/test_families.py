@@ -249,6 +249,10 @@ def test_sizes_of_experts_that_ranks_share_out() -> None:
     values = {**config_of("qwen3_moe"), "moe_intermediate_size": 33}
     with pytest.raises(InvalidArgumentError, match="moe_intermediate_size = 33"):
         check_sizes(ModelConfig.from_values(values), 2, batch_invariant=False)
+    check_sizes(ModelConfig.from_values(values), 2, batch_invariant=True)
+    few = ModelConfig.from_values({**values, "num_experts": 1, "num_experts_per_tok": 1})
+    with pytest.raises(InvalidArgumentError, match="at most the model's num_experts = 1"):
+        check_sizes(few, 2, batch_invariant=True)
     # Whole experts have any width, but not those for all tokens, which ranks share out.
     for width, invariant in ((33, False), (20, True)):
         values = {**config_of("ernie4_5_moe"), "moe_intermediate_size": width}

@@ -148,7 +148,7 @@ def check_sizes(
 ) -> None:
     """Refuses a number of ranks that the sizes of a model cannot be shared out among.
 
-    With `expert_parallel` experts may have any width, as none is cut.
+    With `expert_parallel`, as with `batch_invariant`, experts may have any width: none is cut.
 
     Raises:
         InvalidArgumentError: Naming the size of the model and what would be allowed.
@@ -156,7 +156,7 @@ def check_sizes(
     if size == 1:
         return
     widths = dict(config.mlp_sizes)
-    if expert_parallel:
+    if expert_parallel or batch_invariant:
         widths.pop("moe_intermediate_size", None)
     for field, value in (
         ("num_attention_heads", config.num_attention_heads),
@@ -172,6 +172,9 @@ def check_sizes(
         return
     if _INVARIANT_PARTS % size:
         raise _error(size, "1, 2, 4 or 8 with batch_invariant")
+    experts = getattr(config, "num_experts", size)
+    if experts < size:
+        raise _error(size, f"at most the model's num_experts = {experts} with batch_invariant")
     step = _INVARIANT_PARTS * (_PAIR if config.quantization is None else NVFP4_BLOCK)
     for field, value in (
         ("num_attention_heads * head_dim", config.num_attention_heads * config.head_dim),
