@@ -26,7 +26,7 @@ namespace {
 
 constexpr int kStreamWarps = 8;
 constexpr int kStreamThreads = kStreamWarps * 32;
-constexpr int kMaxStages = 8;
+constexpr int kMaxStages = 4;
 constexpr int kLaneBytes = 16;  // of codes, a unit
 // Of the ring: a multiprocessor has room for two blocks, and mostly for one of the next kernel.
 constexpr size_t kRingBytes = 60 * 1024;
@@ -114,16 +114,8 @@ __device__ __forceinline__ void wait_stage(int stages) {
       return wait_pending<1>();
     case 3:
       return wait_pending<2>();
-    case 4:
-      return wait_pending<3>();
-    case 5:
-      return wait_pending<4>();
-    case 6:
-      return wait_pending<5>();
-    case 7:
-      return wait_pending<6>();
     default:
-      return wait_pending<7>();
+      return wait_pending<3>();
   }
 }
 
@@ -134,6 +126,12 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
                : "r"(address)
                : "memory");
   return value;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, const uint4& value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
 }
 
 __device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
@@ -171,6 +169,7 @@ struct StreamWalk {
 
 // `Items` has
 //   kEarly: whether items are known before the kernel before this one has ended;
+//   kSameRows: whether all items have the same rows of x if one has them all;
 //   void prepare(): called by all threads, before anything else is;
 //   int count(); StreamItem at(int); int x_row(const StreamItem&, int): the row of x of a token.
 template <int kParts, int kNs, bool kGated, typename Items>
@@ -258,9 +257,12 @@ __global__ void __launch_bounds__(kStreamThreads,
   StreamItem loaded{};  // the item of `load`
   if (load.item < last_item) loaded = items.at(load.item);
   if constexpr (Items::kEarly) {
-    for (int s = 0; s < stages && load.item < last_item; ++s) {
-      load_weight(load, loaded, ring + s * stage_bytes);
-      if (load.next(warp, args.units) && load.item < last_item) loaded = items.at(load.item);
+    for (int s = 0; s < stages; ++s) {
+      if (load.item < last_item) {
+        load_weight(load, loaded, ring + s * stage_bytes);
+        if (load.next(warp, args.units) && load.item < last_item) loaded = items.at(load.item);
+      }
+      commit();
     }
     launch_next();
     wait_for_previous();
@@ -281,7 +283,30 @@ __global__ void __launch_bounds__(kStreamThreads,
     }
     commit();
   };
-  for (int s = 0; s < stages; ++s) load_next(ring + s * stage_bytes, !Items::kEarly);
+  // Copies arrive in the order in which they were asked for, x after the weights of all stages. Of
+  // one or two tokens it comes by way of registers, so that the first stages need not wait.
+  if (Items::kSameRows && kNs == 1 && args.tile_tokens <= kStep) {
+    uint4 values[kMaxStages];
+#pragma unroll
+    for (int s = 0; s < kMaxStages; ++s) {
+      values[s] = {0, 0, 0, 0};
+      if (s >= stages || load.item >= last_item) continue;
+      const int col = load.unit * kFp4TileCols + load.half * kFp4UnitCols;
+      if (x_row < loaded.count && col + x_chunk * 8 < args.k) {
+        values[s] = __ldcg(reinterpret_cast<const uint4*>(x_from[0] + col));
+      }
+      load.next(warp, args.units);
+    }
+    if (load.item < last_item) loaded = items.at(load.item);
+#pragma unroll
+    for (int s = 0; s < kMaxStages; ++s) {
+      if (s < stages && x_row < args.tile_tokens) {
+        store_shared(ring + s * stage_bytes + x_to, values[s]);
+      }
+    }
+  } else {
+    for (int s = 0; s < stages; ++s) load_next(ring + s * stage_bytes, !Items::kEarly);
+  }
 
   const int g = lane / 4, t = lane % 4;
   int slot = 0;

@@ -16,6 +16,7 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // side by side.
 struct LinearItems {
   static constexpr bool kEarly = true;
+  static constexpr bool kSameRows = true;
   int tiles, token_tiles;
   int tile_tokens, tokens;
 

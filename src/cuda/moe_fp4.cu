@@ -13,6 +13,7 @@ namespace {
 template <bool kFollows>
 struct MoeItems {
   static constexpr bool kEarly = kFollows;
+  static constexpr bool kSameRows = false;
   MoeRows rows;
   MoeSchedule schedule;
   int tiles;  // of a group
