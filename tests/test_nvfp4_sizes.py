@@ -162,3 +162,43 @@ def test_a_weight_is_loaded_again(native_device: _core.Device) -> None:
         session.run(1, 4)
         check_close(session.value(out, 4), expected_product(stored, given, False))
     session.close()
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(64, 48), (272, 80), (512, 192)])
+@pytest.mark.parametrize("tokens", [9, 70, 260])
+def test_experts(native_device: _core.Device, hidden: int, width: int, tokens: int) -> None:
+    """Many rows take other kernels than few, and those of batch-invariant steps."""
+    count, top_k = 5, 2
+    rng = np.random.default_rng(hidden)
+    program = _core.Program("bfloat16")
+    x = program.input("x", hidden)
+    experts = program.input("experts", top_k, dtype="int32")
+    shares = program.input("shares", top_k, dtype="float32")
+    halves = [(f"{expert}.{half}", width) for expert in range(count) for half in ("gate", "up")]
+    gate_up = program.weight("gate_up", False, hidden, halves, matrices=count, nvfp4=True)
+    rows = [(f"{expert}.down", hidden) for expert in range(count)]
+    down = program.weight("down", False, width, rows, matrices=count, nvfp4=True)
+    out = program.moe_experts(x, experts, shares, gate_up, down)
+    program.output(out)
+    session = _core.ProgramSession(native_device, program, max_tokens=tokens)
+    first = Stored.random(rng, [width] * 2 * count, hidden)
+    second = Stored.random(rng, [hidden] * count, width)
+    load(session, gate_up, first)
+    load(session, down, second)
+    given = rng.standard_normal((tokens, hidden)) / hidden
+    chosen = np.array([rng.permutation(count)[:top_k] for _ in range(tokens)])
+    given_shares = rng.random((tokens, top_k), np.float32)
+    for value, data in ((x, given), (experts, chosen), (shares, given_shares)):
+        session.set_value(value, data.astype(np.float32))
+    sums = rounded(given, "bfloat16") @ first.values.T
+    gate, up = np.moveaxis(sums.reshape(tokens, count, 2, width), 2, 0)
+    inner = gate / (1 + np.exp(-gate)) * up
+    terms = np.einsum("tew,ehw->teh", inner, second.values.reshape(count, hidden, width))
+    picked = np.take_along_axis(terms, chosen[:, :, None], axis=1)
+    expected = (given_shares[:, :, None] * picked).sum(axis=1)
+    for invariant in (False, True):
+        session.set_options(batch_invariant=invariant)
+        session.run(1, tokens)
+        error = np.linalg.norm(session.value(out, tokens) - expected, axis=-1)
+        assert (error <= 1e-2 * np.linalg.norm(expected, axis=-1)).all()
+    session.close()

@@ -86,11 +86,14 @@ __global__ void __launch_bounds__(kThreads)
 // out[i, c] = code * block scale of rows first_row + i, in bfloat16. A thread has what a lane has
 // of a unit of 64 columns; blockIdx.y is a tile's row.
 __global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(WeightView weight, int64_t first_row, int64_t rows, BFloat16* out) {
+    dequantize_kernel(WeightView weight, int64_t matrix_tiles, int64_t first_row, int64_t rows,
+                      BFloat16* out) {
   const int64_t row_tiles = (weight.cols + kFp4TileCols - 1) / kFp4TileCols;
   const int64_t unit = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int64_t tile = (first_row / kFp4TileRows + blockIdx.y) * row_tiles + unit / 2;
+  const int64_t tile_row = blockIdx.z * matrix_tiles + first_row / kFp4TileRows + blockIdx.y;
+  const int64_t tile = tile_row * row_tiles + unit / 2;
+  out += blockIdx.z * rows * weight.cols;
   const int64_t col = unit * kFp4UnitCols + lane % 4 * 16;
   const bool valid = col < weight.cols;
   uint4 codes = {0, 0, 0, 0};
@@ -134,7 +137,7 @@ void dequantize(const WeightView& weight, int64_t first_row, int64_t rows, BFloa
     launch(
         kOp, ctx, dequantize_kernel,
         dim3(static_cast<unsigned>(ceil_div(units, kThreads / 32)), static_cast<unsigned>(count)),
-        kThreads, 0, weight, first_row + done, rows - done, out + done * weight.cols);
+        kThreads, 0, weight, 0, first_row + done, rows - done, out + done * weight.cols);
   }
 }
 
@@ -333,6 +336,22 @@ void run_plain(const LinearParams& params, int64_t first_col, int64_t cols, int6
 }
 
 }  // namespace
+
+void fp4_dequantize(const WeightView& weight, int64_t first, int64_t count, BFloat16* out,
+                    const StepContext& ctx) {
+  const int64_t rows = weight.rows / weight.matrices;
+  const int64_t tiles = ceil_div(rows, kFp4TileRows);
+  check(tiles <= kMaxGridY && count <= kMaxGridY, kOp, "matrices have ", rows, " rows, at most ",
+        kMaxGridY * kFp4TileRows, " are possible");
+  const int64_t units = ceil_div(weight.cols, kFp4TileCols) * 2;
+  const dim3 grid(static_cast<unsigned>(ceil_div(units, kThreads / 32)),
+                  static_cast<unsigned>(tiles), static_cast<unsigned>(count));
+  WeightView from = weight;
+  const WeightView one = matrix(weight, first);
+  from.data = one.data;
+  from.scales = one.scales;
+  launch(kOp, ctx, dequantize_kernel, grid, kThreads, 0, from, tiles, 0, rows, out);
+}
 
 const float* fp4_zero() {
   void* address = nullptr;

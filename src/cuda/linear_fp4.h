@@ -26,6 +26,11 @@ constexpr int64_t fp4_workspace_bytes(int64_t elements, int64_t max_tokens) {
 // A zero in the memory of the current device.
 const float* fp4_zero();
 
+// Copies `count` matrices of an NVFP4 weight from the first on to bfloat16, row-major: codes times
+// block scales, which is exact, without the scales of rows.
+void fp4_dequantize(const WeightView& weight, int64_t first, int64_t count, BFloat16* out,
+                    const StepContext& ctx);
+
 // Whether the streaming kernel takes columns [first_col, first_col + cols) of this linear: x is
 // bfloat16 and aligned, the columns whole tiles, or the weight's last.
 bool fp4_streams(const LinearParams& params, int64_t first_col, int64_t cols, int64_t x_stride);

@@ -10,6 +10,7 @@
 
 #include "block.cuh"
 #include "launch.h"
+#include "linear_skinny_kernels.h"
 #include "moe_schedule.h"
 #include "ops/moe_route.h"
 #include "vector.cuh"
@@ -24,6 +25,7 @@ constexpr int kSumThreads = 256;
 constexpr int64_t kMaxSumBlocks = 2048;
 constexpr int kAtOnce = 8;  // choices whose loads are in flight together
 constexpr int64_t kAlignment = 128;
+constexpr int64_t kRestAlignment = 256;
 
 // The cuts of those that kernels ask for that make most groups.
 constexpr MoeCut kFinestCuts[] = {{.tile_rows = 16, .share = 2}, {.tile_rows = 8}};
@@ -33,6 +35,9 @@ struct PassMemory {
   MoeSchedule schedule;
   void* inner;   // [pairs, intermediate] of dtype: activation(gate) * up, by place
   void* result;  // [pairs, hidden] of dtype: what comes of down, by place
+  // The rest of the workspace.
+  void* rest;
+  int64_t rest_bytes;
 };
 
 // Lays the scratch out from `base` on; returns how many bytes it takes.
@@ -258,9 +263,16 @@ void run_pass(const MoeExpertsParams& params, const MoeRows& rows, const PassMem
       params.regions > 0 ? std::min<int64_t>(ctx.sizes.num_tokens, rows.num_rows) : rows.num_rows;
   const bool few = (wgmma || fp4) && pairs <= kMoeFewPairs;
   const int64_t cut_rows = few ? rows.num_rows : likely_rows;  // groups of few are not cut again
+  // Copies of NVFP4 weights, where they are bfloat16 products that moe_wgmma takes.
+  const int64_t copy_bytes =
+      moe_fp4_copy_bytes(params.gate_up.rows * params.gate_up.cols, rows.num_experts, pairs);
+  const bool copied = fp4 && !ctx.batch_invariant &&
+                      moe_fp4_copies(likely_rows, rows.top_k, rows.num_experts) &&
+                      device_limits().wgmma && params.intermediate() % 8 == 0 &&
+                      params.hidden() % 8 == 0 && copy_bytes <= memory.rest_bytes;
   MoeCut cut{.tile_rows = kMoeTiledRows};
-  if (wgmma) cut = moe_wgmma_cut(cut_rows, rows.top_k, rows.num_experts);
-  if (fp4) cut = moe_fp4_cut(cut_rows, rows.top_k, rows.num_experts);
+  if (wgmma || copied) cut = moe_wgmma_cut(cut_rows, rows.top_k, rows.num_experts);
+  if (fp4 && !copied) cut = moe_fp4_cut(cut_rows, rows.top_k, rows.num_experts);
   gate_up.max_groups = down.max_groups = moe_max_groups(pairs, rows.num_experts, cut);
   gate_up.few = down.few = few;
   if (!few) moe_schedule(rows, memory.schedule, cut, ctx);
@@ -270,6 +282,9 @@ void run_pass(const MoeExpertsParams& params, const MoeRows& rows, const PassMem
       return moe_down_few(down, params.weights, params.out, params.out_dtype, ctx);
     }
     moe_wgmma(down, cut, /*weights_first=*/true, ctx);
+  } else if (copied) {
+    moe_fp4_copied(gate_up, cut, memory.rest, copy_bytes, ctx);
+    moe_fp4_copied(down, cut, memory.rest, copy_bytes, ctx);
   } else if (fp4) {
     moe_fp4(gate_up, cut, /*follows=*/false, ctx);
     moe_fp4(down, cut, /*follows=*/true, ctx);
@@ -286,9 +301,12 @@ void run_pass(const MoeExpertsParams& params, const MoeRows& rows, const PassMem
 int64_t moe_experts_workspace_cuda(const WorkspaceLimits& limits) {
   if (limits.moe_rows == 0) return 0;
   cuda::PassMemory memory{};
-  return cuda::place_memory(memory, nullptr, std::min(limits.moe_rows, cuda::kMaxPassPairs),
-                            limits.moe_experts, limits.moe_intermediate * limits.moe_element_bytes,
-                            limits.moe_hidden * limits.moe_element_bytes);
+  const int64_t pairs = std::min(limits.moe_rows, cuda::kMaxPassPairs);
+  return cuda::place_memory(memory, nullptr, pairs, limits.moe_experts,
+                            limits.moe_intermediate * limits.moe_element_bytes,
+                            limits.moe_hidden * limits.moe_element_bytes) +
+         cuda::kRestAlignment +
+         cuda::moe_fp4_copy_bytes(limits.moe_fp4_elements, limits.moe_experts, pairs);
 }
 
 void moe_experts_cuda(const MoeExpertsParams& params, const StepContext& ctx) {
@@ -307,6 +325,10 @@ void moe_experts_cuda(const MoeExpertsParams& params, const StepContext& ctx) {
                                           params.intermediate() * size, params.hidden() * size);
   check_internal(used <= static_cast<int64_t>(ctx.workspace_bytes), kMoeOp, "workspace has ",
                  ctx.workspace_bytes, " bytes, of which ", used, " are needed");
+  const int64_t rest =
+      (used + cuda::kRestAlignment - 1) / cuda::kRestAlignment * cuda::kRestAlignment;
+  memory.rest = static_cast<char*>(ctx.workspace) + rest;
+  memory.rest_bytes = static_cast<int64_t>(ctx.workspace_bytes) - rest;
   cuda::MoeRows rows{.experts = params.experts,
                      .counts = params.regions > 0 ? params.counts : nullptr,
                      .regions = params.regions,

@@ -112,6 +112,14 @@ bool moe_fp4_supports(const MoeProduct& product);
 MoeCut moe_fp4_cut(int64_t rows, int64_t top_k, int64_t num_experts);
 void moe_fp4(const MoeProduct& product, const MoeCut& cut, bool follows, const StepContext& ctx);
 
+// The same by moe_wgmma, and cut for it, of copies of the weights in bfloat16, some experts at a
+// time: for so many rows that experts are worth copying. The product's sums are scaled by row.
+bool moe_fp4_copies(int64_t rows, int64_t top_k, int64_t num_experts);
+// Scratch for experts whose larger matrices have so many elements, and passes of so many pairs.
+int64_t moe_fp4_copy_bytes(int64_t elements, int64_t num_experts, int64_t pairs);
+void moe_fp4_copied(const MoeProduct& product, const MoeCut& cut, void* scratch, int64_t bytes,
+                    const StepContext& ctx);
+
 #if defined(__CUDACC__)
 // Device code. All of these read past the first cache, whose lines another kernel may have filled:
 // some kernels read the choices before the kernel before them has ended.

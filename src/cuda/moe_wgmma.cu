@@ -25,10 +25,12 @@ namespace {
 struct MoeWgmmaArgs {
   const BFloat16* x;
   BFloat16* out;
+  const float* row_scales;  // of all weight rows, or null
   MoeRows rows;
   MoeSchedule schedule;
   int k, out_cols;
-  int row_tiles;  // tiles of weight rows of an expert
+  int weight_rows;  // of an expert
+  int row_tiles;    // tiles of weight rows of an expert
   int stages;
   Activation activation;
   bool sorted, few;
@@ -240,6 +242,7 @@ struct Consumer {
 #pragma unroll
       for (float& sum : part) asm volatile("" : "+f"(sum)::"memory");
     }
+    if (args.row_scales != nullptr) scale(group.expert, row_tile, sums);
     const int tile = (row_tile * Shape::kWarpgroups + threadIdx.x / 128) * kHigh;
 #pragma unroll 1
     for (int high = 0; high < kHigh; ++high) {
@@ -251,6 +254,28 @@ struct Consumer {
       warpgroup_sync(threadIdx.x / 128);
       store_results(group, tile + high);
       warpgroup_sync(threadIdx.x / 128);
+    }
+  }
+
+  // A thread has sums of two weight rows in each 16: with an activation of gate and of up.
+  __device__ __forceinline__ void scale(int expert, int row_tile, Sums& sums) const {
+    const int lane = threadIdx.x % 32;
+    const float* scales = args.row_scales + int64_t{expert} * args.weight_rows;
+#pragma unroll
+    for (int high = 0; high < kHigh; ++high) {
+      const int number = (row_tile * Shape::kWarpgroups + threadIdx.x / 128) * kHigh + high;
+      const int first = number * 64 + threadIdx.x % 128 / 32 * 16;
+      const int row = (kGated ? first / 2 : first) + lane / 4;
+      const int other = kGated ? args.out_cols + row : row + 8;
+      const float low = row < args.out_cols ? scales[row] : 0.0f;
+      const float up = (kGated ? row : other) < args.out_cols ? scales[other] : 0.0f;
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(sums[high]) / sizeof(float)); i += 4) {
+        sums[high][i] *= low;
+        sums[high][i + 1] *= low;
+        sums[high][i + 2] *= up;
+        sums[high][i + 3] *= up;
+      }
     }
   }
 
@@ -435,6 +460,8 @@ void launch_tiles(const MoeProduct& product, const DeviceLimits& limits, bool we
   MoeWgmmaArgs args{};
   args.x = static_cast<const BFloat16*>(product.x);
   args.out = static_cast<BFloat16*>(product.out);
+  args.row_scales = weight.row_scales;
+  args.weight_rows = static_cast<int>(product.weight_rows());
   args.rows = product.rows;
   args.schedule = product.schedule;
   args.sorted = product.sorted;

@@ -50,6 +50,7 @@ struct WorkspaceLimits {
   // Of moe_experts, 0 if there is none: rows times top_k, a matrix's sizes, matrices, and the bytes
   // of an element of x; each the largest of any layer.
   int64_t moe_rows, moe_hidden, moe_intermediate, moe_experts, moe_element_bytes;
+  int64_t moe_fp4_elements;  // of gate and up of all experts, where they are NVFP4; else 0
   int num_threads;
 };
 

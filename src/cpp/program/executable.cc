@@ -94,6 +94,9 @@ WorkspaceLimits Executable::workspace_limits(const Program& program, const PlanL
       sizes.moe_intermediate = std::max(sizes.moe_intermediate, down.cols);
       sizes.moe_experts = std::max(sizes.moe_experts, down.matrices);
       sizes.moe_element_bytes = static_cast<int64_t>(dtype_size(program.dtype()));
+      if (down.format == WeightFormat::kNvfp4) {
+        sizes.moe_fp4_elements = std::max(sizes.moe_fp4_elements, 2 * down.rows * down.cols);
+      }
     }
   }
   sizes.float8_keys = limits.float8_keys;
