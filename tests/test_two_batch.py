@@ -283,6 +283,16 @@ def test_auto_goes_by_the_tokens_of_a_step(device: str, monkeypatch: pytest.Monk
     assert cuts == [0, 0, 6, 0, 0, 2]
 
 
+def test_a_step_of_one_token_is_whole(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MRV1_TBO_MIN_PREFILL_TOKENS", "0")
+    monkeypatch.setenv("MRV1_TBO_MIN_DECODE_TOKENS", "0")
+    with open_two(device, "auto") as runner:
+        row = runner.add_row(make_prompt(3, 1), greedy(6), block_ids=[BlockPool(runner).take(2)])
+        for tokens, halves_run in ((1, 0), (2, 1), (1, 1)):
+            runner.execute([(row, tokens)]).result()
+            assert runner.stats()["steps_in_halves"] == halves_run
+
+
 def test_a_step_is_cut_between_the_places_of_requests(device: str) -> None:
     """Half of 12 places is 6, half of 4 is 2, but a request with drafts has 4."""
     drafts = {"method": "ngram", "num_speculative_tokens": 3}

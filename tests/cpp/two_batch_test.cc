@@ -21,6 +21,10 @@ TEST_CASE("the fullest rank decides for all whether a step runs in halves") {
   CHECK_FALSE(decide({{10, false}, {3, true}}));  // as long as a prompt of 10 takes
   CHECK_FALSE(decide({{99, true}}));
   CHECK(decide({{0, false}, {100, true}}));
+  config = {TwoBatchMode::kAuto, /*min_prefill_tokens=*/0, /*min_decode_tokens=*/0};
+  CHECK_FALSE(decide({{1, true}, {0, false}}));  // of which no two halves can be made
+  CHECK_FALSE(decide({{1, false}}));
+  CHECK(decide({{2, false}}));
   config.mode = TwoBatchMode::kOn;
   CHECK_FALSE(decide({{1, true}, {0, false}}));
   CHECK(decide({{1, true}, {2, false}}));

@@ -135,7 +135,12 @@ void Step::run(const StepShape& shape, const Scoring& scoring) {
     size_t next = 0;
     for (const Piece& piece : pieces_) {
       if (in_halves && !piece.head) continue;
-      if (piece.head && !scoring.tokens.empty()) score(scoring, ctx, piece);
+      if (piece.head && !scoring.tokens.empty()) {
+        // Halves end with copies, which its first launch must not overlap with.
+        StepContext apart = ctx;
+        apart.overlap_launches &= !in_halves;
+        score(scoring, apart, piece);
+      }
       if (shape.mode == StepMode::kPiecewise && piece.captured) {
         device_.launch(*piecewise_.at(static_cast<size_t>(shape.graph)).at(next++));
       } else if (in_halves) {

@@ -42,7 +42,8 @@ bool runs_in_halves(const TwoBatchConfig& config, std::span<const StepLoad> rank
     most.tokens = std::max(most.tokens, load.tokens);
     most.has_prompts |= load.has_prompts;
   }
-  if (config.mode == TwoBatchMode::kOn) return most.tokens > 1;
+  if (most.tokens < 2) return false;  // each half has a token
+  if (config.mode == TwoBatchMode::kOn) return true;
   return most.tokens >= (most.has_prompts ? config.min_prefill_tokens : config.min_decode_tokens);
 }
 
