@@ -221,13 +221,15 @@ def test_halves_of_steps_that_overlap_give_the_same_tokens(
         assert llm.model.runner.stats()["steps_in_halves"] > 4
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_invariant_ranks_give_the_bits_of_one(device: str, model: Path, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, "float32"), (2, "bfloat16"), (4, "bfloat16")])
+def test_invariant_ranks_give_the_bits_of_one(
+    device: str, model: Path, ranks: int, dtype: str
+) -> None:
     need_ranks(device, ranks)
     prompt = make_prompt(20, 3, VOCAB)
 
     def logits(**options: Any) -> list[np.ndarray]:
-        options = {"dtype": "bfloat16", "batch_invariant": True, **options}
+        options = {"dtype": dtype, "batch_invariant": True, **options}
         with _open(device, model, **options) as runner:
             rows = [
                 rank.add_row(prompt[index:], greedy(3), block_ids=range(1, 9))
@@ -469,6 +471,10 @@ def test_a_step_has_no_more_tokens_than_there_is_room_for(device: str, model: Pa
         ({"data_parallel_size": 2}, "must be 1 without expert_parallel"),
         ({"data_parallel_size": 9, **DATA}, r"integer in \[1, 8\]"),
         ({"data_parallel_size": 8, **DATA}, "num_experts = 7"),
+        (
+            {"data_parallel_size": 3, **DATA, "batch_invariant": True},
+            "data_parallel_size = 3: must be 1, 2, 4 or 8 with batch_invariant",
+        ),
         ({"data_parallel_size": 2, "tensor_parallel_size": 2, **DATA}, "tensor_parallel_size = 2"),
         (
             {"data_parallel_size": 2, "pipeline_parallel_size": 2, **DATA},

@@ -405,7 +405,7 @@ def wire_ranks(config: ModelConfig, dtype: str, options: RunnerOptions) -> Wired
     )
     size = max(data, tensor)
     if options.expert_parallel:
-        parallel.check_experts(config, size)
+        parallel.check_experts(config, size, batch_invariant=invariant)
     # Of every layer, and cut before they are fused.
     wholes = [
         wire_model(

@@ -188,8 +188,8 @@ def check_sizes(
             )
 
 
-def check_experts(config: ModelConfig, size: int) -> None:
-    """Refuses expert parallelism where a rank would have no expert.
+def check_experts(config: ModelConfig, size: int, *, batch_invariant: bool) -> None:
+    """Refuses expert parallelism where a rank would have no expert, or sums no order for all.
 
     Raises:
         InvalidArgumentError: Naming what the model has.
@@ -203,6 +203,10 @@ def check_experts(config: ModelConfig, size: int) -> None:
             allowed=f"False with {size} ranks, as the model's num_experts = {experts}"
             if experts
             else "False",
+        )
+    if batch_invariant and _INVARIANT_PARTS % size:
+        raise InvalidArgumentError(
+            field="data_parallel_size", value=size, allowed="1, 2, 4 or 8 with batch_invariant"
         )
 
 

@@ -10,7 +10,9 @@ namespace mrv1 {
 
 int num_invariant_parts(const LinearParams& params, const StepContext& ctx) {
   if (!ctx.batch_invariant || !params.row_parallel) return 1;
-  if (ctx.communicator != nullptr) return kInvariantParts / ctx.communicator->size();
+  // Ranks that are linked by their experts have whole weights of everything else.
+  const Communicator* ranks = ctx.communicator;
+  if (ranks != nullptr && ranks->expert_link(0) == nullptr) return kInvariantParts / ranks->size();
   return has_invariant_parts(params.weight.cols, 1, params.weight.dtype) ? kInvariantParts : 1;
 }
 
