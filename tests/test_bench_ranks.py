@@ -92,3 +92,17 @@ def test_ranks_with_requests_of_their_own(
     assert (record["batch"], record["ep"], record["tbo"]) == (6, 3, 0)
     assert record["floor_ms"] is None
     check_table(capsys.readouterr().out, [record])
+
+
+def test_a_workload_of_such_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are of all ranks together, as are its requests."""
+    monkeypatch.setenv("MRV1_USE_TBO", "1")
+    model = save_random_model(tmp_path / "model", {**CONFIG, "max_position_embeddings": 4096})
+    path = tmp_path / "out.json"
+    arguments = ["bench", "mix", "--model", str(model), "--device", "cpu", "--json", str(path)]
+    arguments += ["--requests", "3", "--read-mb", "4"]
+    assert cli.main([*arguments, "--expert-parallel", "--data-parallel-size", "2"]) == 0
+    (record,) = json.loads(path.read_text())
+    check_record(record)
+    assert (record["batch"], record["ep"], record["tbo"]) == (3, 2, 1)
+    assert record["floor_ms"] is None

@@ -660,7 +660,7 @@ def _prefill_records(options: argparse.Namespace) -> list[Record]:
 
 
 def _mix_records(options: argparse.Namespace) -> list[Record]:
-    from mrv1 import bench, bench_mix
+    from mrv1 import bench, bench_mix, bench_ranks
     from mrv1.config import ModelConfig
     from mrv1.engine import Engine
     from mrv1.random_model import byte_tokenizer
@@ -695,20 +695,9 @@ def _mix_records(options: argparse.Namespace) -> list[Record]:
         )
         for cost in bench.mix_costs(model.config, model.dtype, lengths, cache)
     ]
-    record = bench.make_record(
-        "mix",
-        shape,
-        device,
-        model.dtype,
-        timing,
-        costs,
-        rates,
-        cache,
-        model.tensor_parallel_size,
-        model.pipeline_parallel_size,
-        bench.weights_name(model.config, model.dtype),
-    )
-    return [record]
+    return [
+        bench_ranks.model_record("mix", shape, device, model, timing, costs, rates, of_all=True)
+    ]
 
 
 def _op_records(options: argparse.Namespace) -> list[Record]:

@@ -93,21 +93,25 @@ def model_record(
     timing: Timing,
     costs: Sequence[OpCost],
     rates: Rates,
+    *,
+    of_all: bool = False,
 ) -> Record:
     """A record of steps of a model, of all ranks together.
 
-    `timing` and `costs` are those of one rank, of which all do the same at the same time. Where
-    each has requests of its own there is no floor, as what experts read follows from the tokens of
-    all.
+    `timing` and `costs` are those of one rank, of which all do the same at the same time, or with
+    `of_all` those of all together. Where each has requests of its own there is no floor, as what
+    experts read follows from the tokens of all.
     """
     size = model.data_parallel_size
-    tokens = None if timing.tokens is None else timing.tokens * size
+    if not of_all:
+        tokens = None if timing.tokens is None else timing.tokens * size
+        timing = dataclasses.replace(timing, batch=timing.batch * size, tokens=tokens)
     record = bench.make_record(
         figure,
         shape,
         device,
         model.dtype,
-        dataclasses.replace(timing, batch=timing.batch * size, tokens=tokens),
+        timing,
         costs if size == 1 else (),
         rates,
         bench.CacheFormat(model.kv_cache_dtype, model.kv_scales),
