@@ -338,6 +338,10 @@ void Executable::find_expert_buffers(const Program& program, int64_t region_rows
       expert_buffers_.sums = value(op.outputs[0]);
     }
   }
+  if (expert_buffers_.counts == nullptr) return;
+  // Experts go by them even where the ranks end before any have come.
+  const std::vector<int32_t> none(static_cast<size_t>(expert_ranks_));
+  device_->copy_in(expert_buffers_.counts, none.data(), none.size() * sizeof(int32_t));
 }
 
 const AttentionPlan* Executable::plan_of(const Op& op) const {
