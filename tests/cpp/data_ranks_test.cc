@@ -161,6 +161,8 @@ TEST_CASE("Nothing is launched on any rank if one refuses its batch") {
   const uint64_t ahead = all.runner(0).execute({});
   CHECK(all.is_behind(1));
   CHECK(!all.is_behind(0));
+  CHECK_THROWS_WITH_AS(all.capture_graphs(), doctest::Contains("rank 1 has a step to launch"),
+                       Error);
   all.runner(1).execute({});
   CHECK(all.runner(0).result(ahead).error.empty());
 }

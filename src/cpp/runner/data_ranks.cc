@@ -116,6 +116,11 @@ bool DataRanks::is_behind(int rank) const {
 }
 
 CaptureReport DataRanks::capture_graphs() {
+  // Here nobody has begun anything yet.
+  for (int rank = 0; rank < size(); ++rank) {
+    check(!is_behind(rank) && runner(rank).cut_step() == 0, "capture_graphs", "rank ", rank,
+          " has a step to launch or to finish first");
+  }
   std::vector<CaptureReport> reports(runners_.size());
   each_rank([&](int rank) {
     try {

@@ -566,10 +566,8 @@ uint64_t ModelRunner::execute(std::span<const BatchItem> batch, const std::strin
 
 StepShape ModelRunner::choose_shape(StepSizes exact, bool scores, const PrefillWork& prefill,
                                     std::optional<bool> in_halves) {
-  // Halves have a token each, one of them padding if need be. Followers have the leader's batch,
-  // and must choose what it has chosen.
-  if (data_ranks_ != nullptr && in_halves.value_or(false))
-    exact.num_tokens = std::max(exact.num_tokens, 2);
+  // Halves have a token each, one of them padding if need be.
+  if (in_halves.value_or(false)) exact.num_tokens = std::max(exact.num_tokens, 2);
   StepShape shape;
   {
     std::lock_guard lock(side_mutex_);
