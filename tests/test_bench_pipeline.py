@@ -91,9 +91,8 @@ def test_decode_over_stages(device: str, tmp_path: Path, monkeypatch: pytest.Mon
         assert "peer_name" not in record
         shares = [float(share) for share in record["stage_waits"].split(",")]
         assert len(shares) == 2
-        # How much it is follows from when threads run, but the last stage waits for values.
-        assert 0 <= shares[0] < 1
-        assert 0 < shares[1] < 1
+        # How much it is follows from when threads run: values may be there before a stage looks.
+        assert all(0 <= share < 1 for share in shares)
     # A step has two micro-batches, of two rows and of one.
     events = json.loads(trace.read_text())["traceEvents"]
     steps = 6 if device == "cpu" else 500
