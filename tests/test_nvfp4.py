@@ -280,49 +280,6 @@ def test_a_row_does_not_depend_on_its_batch(
     session.close()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("hidden", "width"), [(64, 48), (128, 16), (272, 80)])
-@pytest.mark.parametrize("tokens", [1, 37])
-def test_experts_against_float64(
-    native_device: _core.Device, dtype: str, hidden: int, width: int, tokens: int
-) -> None:
-    count, top_k = 5, 2
-    rng = np.random.default_rng(hidden)
-    program = _core.Program(dtype)
-    x = program.input("x", hidden)
-    experts = program.input("experts", top_k, dtype="int32")
-    shares = program.input("shares", top_k, dtype="float32")
-    halves = [(f"{expert}.{half}", width) for expert in range(count) for half in ("gate", "up")]
-    gate_up = program.weight("gate_up", False, hidden, halves, matrices=count, nvfp4=True)
-    rows = [(f"{expert}.down", hidden) for expert in range(count)]
-    down = program.weight("down", False, width, rows, matrices=count, nvfp4=True)
-    out = program.moe_experts(x, experts, shares, gate_up, down)
-    program.output(out)
-    session = _core.ProgramSession(native_device, program, max_tokens=tokens)
-    first = Stored.random(rng, [width] * 2 * count, hidden)
-    second = Stored.random(rng, [hidden] * count, width)
-    load(session, gate_up, first)
-    load(session, down, second)
-    given_x = rng.standard_normal((tokens, hidden)) / hidden
-    chosen = np.array([rng.permutation(count)[:top_k] for _ in range(tokens)])
-    given_shares = rng.random((tokens, top_k), np.float32)
-    for value, data in ((x, given_x), (experts, chosen), (shares, given_shares)):
-        session.set_value(value, data.astype(np.float32))
-    session.run(1, tokens)
-    held = rounded(given_x, dtype)
-    expected = np.zeros((tokens, hidden))
-    for row in range(tokens):
-        for expert, share in zip(chosen[row], given_shares[row], strict=True):
-            weights = first.values.reshape(count, 2 * width, hidden)[expert]
-            gate, up = np.split(weights @ held[row], 2)
-            inner = gate / (1 + np.exp(-gate)) * up
-            expected[row] += share * (second.values.reshape(count, hidden, width)[expert] @ inner)
-    error = np.linalg.norm(session.value(out, tokens) - expected, axis=-1)
-    allowed = {"float32": 2e-6, "bfloat16": 1e-2}[dtype]
-    assert (error <= allowed * np.linalg.norm(expected, axis=-1)).all()
-    session.close()
-
-
 def test_scales_that_are_not_numbers_are_refused(native_device: _core.Device) -> None:
     program, x, weight = wire("bfloat16", [16], 16)
     program.output(program.linear(x, weight))
