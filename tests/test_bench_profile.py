@@ -102,6 +102,17 @@ def test_experts_are_one_op_of_several_kernels() -> None:
     assert read == 2 * 8 * 3 * 2048 * 768 * 2  # eight experts in each of two layers
 
 
+def test_products_of_nvfp4_are_of_linears_or_of_experts() -> None:
+    config = ModelConfig.from_values(shapes.shape_config("qwen3-30b-a3b", 1)[1])
+    ops = step_ops(wire_model(config, "bfloat16"))
+    layer = [name.replace("linear_skinny_kernel", "fp4_stream_kernel") for name in LAYER[:7]]
+    layer += ["mma_kernel", "route_by_count_kernel"]
+    layer += ["place_kernel", "fp4_stream_kernel", "fp4_stream_kernel", "sum_kernel"]
+    labels = [*LAYER_LABELS[:7], "gate", "moe_route", *["moe_experts"] * 4]
+    names = [*FRONT, "embedding_kernel", *layer, *BACK]
+    assert assign(ops, names) == [*LABELS[:5], *labels, *LABELS[-6:]]
+
+
 def test_what_ranks_send_each_other_is_an_op() -> None:
     options = RunnerOptions(tensor_parallel_size=2)
     ops = step_ops(wire_ranks(CONFIG, "bfloat16", options).programs[0])

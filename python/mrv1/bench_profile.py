@@ -131,6 +131,18 @@ def kernel_kind(name: str) -> str | None:
     return None
 
 
+def kernel_kinds(names: Sequence[str]) -> list[str | None]:
+    """Kinds of a step's kernels, in order: one kernel multiplies NVFP4 weights of linears and, behind
+    a router or other kernels of experts, those of experts."""
+    kinds: list[str | None] = []
+    for name in names:
+        kind = kernel_kind(name)
+        if name.startswith("fp4_stream"):
+            kind = "moe_experts" if kinds and kinds[-1] in ("moe_route", "moe_experts") else "linear"
+        kinds.append(kind)
+    return kinds
+
+
 def weight_label(name: str) -> str:
     """What tables call a weight: "qkv_proj" for the three that are stacked."""
     parts = [part.removesuffix(".weight").rsplit(".", 1)[-1] for part in name.split("+")]
@@ -182,7 +194,7 @@ def assign(ops: Sequence[StepOp], names: Sequence[str]) -> list[str]:
     labels: list[str] = []
     op_runs = _runs([op.kind for op in ops])
     place = -1
-    kinds: list[str | None] = [kernel_kind(name) for name in names]
+    kinds = kernel_kinds(names)
     for begin, end in _kernel_runs(kinds):
         kind = kinds[begin]
         following = range(place + 1, min(place + 2 + _MAX_SKIPPED, len(op_runs)))
