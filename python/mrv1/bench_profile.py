@@ -132,13 +132,17 @@ def kernel_kind(name: str) -> str | None:
 
 
 def kernel_kinds(names: Sequence[str]) -> list[str | None]:
-    """Kinds of a step's kernels, in order: one kernel multiplies NVFP4 weights of linears and, behind
-    a router or other kernels of experts, those of experts."""
+    """Kinds of a step's kernels, in order.
+
+    One kernel multiplies NVFP4 weights of linears and, behind a router or other kernels of experts,
+    those of experts.
+    """
     kinds: list[str | None] = []
     for name in names:
         kind = kernel_kind(name)
         if name.startswith("fp4_stream"):
-            kind = "moe_experts" if kinds and kinds[-1] in ("moe_route", "moe_experts") else "linear"
+            of_experts = bool(kinds) and kinds[-1] in ("moe_route", "moe_experts")
+            kind = "moe_experts" if of_experts else "linear"
         kinds.append(kind)
     return kinds
 
