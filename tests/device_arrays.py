@@ -154,3 +154,10 @@ def stored(values: np.ndarray, device: _core.Device) -> Any:
 def in_stream_of(device: _core.Device) -> dict[str, Any]:
     """Options of a call of an op that `device.synchronize()` waits for."""
     return {"stream": device.stream} if device.kind == "cuda" else {}
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 values as activations of the dtype hold them."""
+    if dtype == "float32":
+        return values
+    return values.astype(ml_dtypes.bfloat16).astype(np.float32)

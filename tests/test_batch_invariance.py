@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
+from device_arrays import rounded
 from mrv1 import _core
 from mrv1.runner import ModelRunner, RowHandle
 from mrv1.sampling_params import SamplingParams
@@ -173,8 +173,8 @@ def test_row_parallel_sums_are_those_of_eight_parts(
     """The linear equals linears of its parts, neighbours added first, bit for bit."""
     rng = np.random.default_rng(cols + rows)
     outputs, parts = 72, 8
-    x = _rounded(rng.standard_normal((rows, cols), np.float32), dtype)
-    weight = _rounded(rng.standard_normal((outputs, cols), np.float32), dtype)
+    x = rounded(rng.standard_normal((rows, cols), np.float32), dtype)
+    weight = rounded(rng.standard_normal((outputs, cols), np.float32), dtype)
     bias = rng.standard_normal(outputs, np.float32) if with_bias else None
 
     def run(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, whole: bool) -> np.ndarray:
@@ -203,7 +203,7 @@ def test_row_parallel_sums_are_those_of_eight_parts(
         sums = [sums[i] + sums[i + 1] for i in range(0, len(sums), 2)]
     expected = sums[0] if bias is None else sums[0] + bias
     got = run(x, weight, bias, True)
-    np.testing.assert_array_equal(got, _rounded(expected, dtype))
+    np.testing.assert_array_equal(got, rounded(expected, dtype))
     exact = x.astype(np.float64) @ weight.astype(np.float64).T + (0 if bias is None else bias)
     bound = np.abs(x).astype(np.float64) @ np.abs(weight).astype(np.float64).T
     assert np.all(np.abs(got - exact) <= bound * 1e-5 + np.abs(exact) * 2.0**-8)
@@ -216,8 +216,8 @@ def test_rows_that_a_rank_has_are_those_of_the_whole_weight(
     """However few they are, columns are summed in the same order: here a GPU splits them."""
     rng = np.random.default_rng(ranks)
     outputs, cols = 3072, 1024
-    x = _rounded(rng.standard_normal((3, cols), np.float32), "bfloat16")
-    weight = _rounded(rng.standard_normal((outputs, cols), np.float32), "bfloat16")
+    x = rounded(rng.standard_normal((3, cols), np.float32), "bfloat16")
+    weight = rounded(rng.standard_normal((outputs, cols), np.float32), "bfloat16")
 
     def run(weight: np.ndarray) -> np.ndarray:
         program = _core.Program("bfloat16")
@@ -237,9 +237,3 @@ def test_rows_that_a_rank_has_are_those_of_the_whole_weight(
 
     own = [run(part) for part in np.split(weight, ranks)]
     np.testing.assert_array_equal(np.concatenate(own, axis=1), run(weight))
-
-
-def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "float32":
-        return values
-    return values.astype(ml_dtypes.bfloat16).astype(np.float32)

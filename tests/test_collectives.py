@@ -8,10 +8,10 @@ import threading
 import time
 from collections.abc import Iterator
 
-import ml_dtypes
 import numpy as np
 import pytest
 
+from device_arrays import rounded
 from mrv1 import _core, _libraries
 from mrv1.errors import DeviceError, InvalidArgumentError
 from rank_devices import RankDevices, open_ranks
@@ -73,18 +73,12 @@ def _values(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "float32":
-        return values
-    return values.astype(ml_dtypes.bfloat16).astype(np.float32)
-
-
 def _sum(parts: list[np.ndarray], bias: np.ndarray | None, dtype: str) -> np.ndarray:
     """Neighbours first, in float32; then the bias; rounded once."""
     while len(parts) > 1:
         pairs = [parts[i] + parts[i + 1] for i in range(0, len(parts) - 1, 2)]
         parts = pairs + parts[2 * len(pairs) :]
-    return _rounded(parts[0] if bias is None else parts[0] + bias, dtype)
+    return rounded(parts[0] if bias is None else parts[0] + bias, dtype)
 
 
 def _check_sums(
@@ -103,7 +97,7 @@ def _check_sums(
     if bias is not None:
         probe.set_bias(bias)
     probe.run(launches)
-    expected = _sum([_rounded(values, dtypes[0]) for values in parts], bias, dtypes[1])
+    expected = _sum([rounded(values, dtypes[0]) for values in parts], bias, dtypes[1])
     for rank in range(size):
         np.testing.assert_array_equal(probe.result(rank), expected, err_msg=f"rank {rank}")
 
@@ -191,7 +185,7 @@ def test_columns_of_all_ranks_are_side_by_side(ranks: Ranks, dtype: str, kernels
                 for rank, values in enumerate(parts):
                     probe.set_values(rank, values)
                 probe.run(2)
-                expected = _rounded(np.concatenate(parts, axis=-1), dtype)
+                expected = rounded(np.concatenate(parts, axis=-1), dtype)
                 for rank in range(ranks.size):
                     np.testing.assert_array_equal(probe.result(rank), expected)
 
@@ -247,7 +241,7 @@ def test_one_rank_needs_no_group(device: str) -> None:
             values = _values((1, 3, 5), 4)
             probe.set_values(0, values)
             probe.run()
-            np.testing.assert_array_equal(probe.result(0), _rounded(values, "bfloat16"))
+            np.testing.assert_array_equal(probe.result(0), rounded(values, "bfloat16"))
     finally:
         ranks.close()
 

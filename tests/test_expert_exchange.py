@@ -8,10 +8,10 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 
-import ml_dtypes
 import numpy as np
 import pytest
 
+from device_arrays import rounded
 from mrv1 import _core
 from mrv1.errors import DeviceError, InvalidArgumentError
 from rank_devices import RankDevices, open_ranks
@@ -34,12 +34,6 @@ def ranks(request: pytest.FixtureRequest, device: str) -> Iterator[Ranks]:
     made = open_ranks(Ranks, device, request.param)
     yield made
     made.close()
-
-
-def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "float32":
-        return values
-    return values.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def _rank_of(num_experts: int, size: int) -> np.ndarray:
@@ -92,7 +86,7 @@ def _combined(rows: list[np.ndarray | None], dtype: str) -> np.ndarray | float:
     if all(row is None for row in rows):
         return 0.0
     there = next(row for row in rows if row is not None)
-    return _rounded(
+    return rounded(
         _sum_in_order([np.full_like(there, -0.0) if row is None else row for row in rows]), dtype
     )
 
@@ -138,7 +132,7 @@ def test_tokens_come_once_and_sums_come_back(
                 sent = np.flatnonzero(places[:, other] >= 0)
                 assert counts[rank] == len(sent)
                 np.testing.assert_array_equal(
-                    x[rank, : len(sent)], _rounded(own[rank].values[0, sent], dtype)
+                    x[rank, : len(sent)], rounded(own[rank].values[0, sent], dtype)
                 )
                 np.testing.assert_array_equal(
                     experts[rank, : len(sent)], own[rank].experts[0, sent]
@@ -149,7 +143,7 @@ def test_tokens_come_once_and_sums_come_back(
             for token, row in enumerate(places):
                 expected = _combined(
                     [
-                        None if place < 0 else _rounded(partial[other][rank, place], sum_dtype)
+                        None if place < 0 else rounded(partial[other][rank, place], sum_dtype)
                         for other, place in enumerate(row)
                     ],
                     dtype,
@@ -163,7 +157,7 @@ def _check_echo(
     """Without partial sums of its own, a token comes back once from every rank that had it."""
     rank_of = _rank_of(num_experts, size)
     for rank in range(size):
-        values = _rounded(own[rank].values, dtype)
+        values = rounded(own[rank].values, dtype)
         expected = np.zeros_like(values)
         for place in np.ndindex(values.shape[:2]):
             chosen = {int(rank_of[e]) for e in own[rank].experts[place] if e >= 0}

@@ -178,6 +178,13 @@ def test_requests_are_spread(device: str, model: Path) -> None:
     assert sum(each["decode_tokens"] for each in stats) == total["decode_tokens"] == 12 * 4
 
 
+def _scores(result: Any) -> list[float]:
+    """Log probabilities of a prompt's own tokens but the first, if they were asked for."""
+    places = (result.prompt_logprobs or [None])[1:]
+    tokens = result.prompt_token_ids[1:]
+    return [place[token].logprob for place, token in zip(places, tokens, strict=False)]
+
+
 def test_grammars_and_scores_of_ranks(device: str, model: Path) -> None:
     need_ranks(device, 2)
     regex = StructuredOutputsParams(regex="[ab]{3,9}c")
@@ -190,9 +197,13 @@ def test_grammars_and_scores_of_ranks(device: str, model: Path) -> None:
 
     def run(**options: Any) -> list[Any]:
         with LLM(model, device=device, **SIZES, **options) as llm:
-            return [result.token_ids for result in llm.generate(_prompts(4), params)]
+            return llm.generate(_prompts(4), params)
 
-    assert run(data_parallel_size=2, **DATA) == run()
+    ranks, alone = run(data_parallel_size=2, **DATA), run()
+    assert [result.token_ids for result in ranks] == [result.token_ids for result in alone]
+    scores, expected = ([_scores(result) for result in results] for results in (ranks, alone))
+    assert [len(each) for each in scores] == [0, len(_prompts(4)[1]) - 1, 0, 0]
+    np.testing.assert_allclose(scores[1], expected[1], atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
+from device_arrays import rounded
 from mrv1 import _core
 from mrv1.errors import DeviceError, InvalidArgumentError
 from rank_devices import RankDevices, open_ranks
@@ -59,12 +59,6 @@ def stages(request: pytest.FixtureRequest, device: str) -> Iterator[Stages]:
     made.close()
 
 
-def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "float32":
-        return values
-    return values.astype(ml_dtypes.bfloat16).astype(np.float32)
-
-
 class Model:
     """The probe's model by its definition, in NumPy."""
 
@@ -76,7 +70,7 @@ class Model:
     def value(self, index: int, token: int, layers: int) -> np.ndarray:
         x = self.tables[index][token]
         for shifts in self.shifts[:layers]:
-            x = _rounded(x + shifts[index], _VALUES[index][1])
+            x = rounded(x + shifts[index], _VALUES[index][1])
         return x
 
     def next_token(self, token: int) -> int:
@@ -233,7 +227,7 @@ def test_the_largest_batch_crosses(stages: Stages) -> None:
             for value, (_, dtype) in enumerate(values):
                 x = probe.table(value)[prompt]
                 for layer in range(rank * 4 // stages.num_stages):
-                    x = _rounded(x + probe.shift(layer, value), dtype)
+                    x = rounded(x + probe.shift(layer, value), dtype)
                 np.testing.assert_array_equal(probe.received(rank, value), x)
 
 

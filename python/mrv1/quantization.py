@@ -44,19 +44,17 @@ class Quantization:
         module = tensor.removesuffix(_WEIGHT)
         ends = [place for place, mark in enumerate(module) if mark == "."]
         around = [module[:end] for end in (*ends, len(module))]
-        return not any(
-            name in self._names or any(pattern.match(name) for pattern in self._patterns)
-            for name in around
-        )
+        return not any(name in self._names or self._wild.match(name) for name in around)
 
     @functools.cached_property
     def _names(self) -> frozenset[str]:
         return frozenset(self.exclude)
 
     @functools.cached_property
-    def _patterns(self) -> list[re.Pattern[str]]:
-        wild = [name for name in self.exclude if set("*?[") & set(name)]
-        return [re.compile(fnmatch.translate(name)) for name in wild]
+    def _wild(self) -> re.Pattern[str]:
+        """Matches what an entry with wildcards names: one expression, as lists may be long."""
+        wild = [fnmatch.translate(name) for name in self.exclude if set("*?[") & set(name)]
+        return re.compile("|".join(wild) or r"(?!)")
 
 
 # Of models with random weights: what `mrv1 quantize` would quantise.
