@@ -232,7 +232,7 @@ def main() -> int:
     parser.add_argument(
         "--build-only", action="store_true", help="leave the library, measure nothing"
     )
-    parser.add_argument("--commit", help="commit that the records name")
+    parser.add_argument("--commit", help="what the records name, outside of a checkout")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     library = options.library.resolve()

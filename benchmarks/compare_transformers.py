@@ -182,6 +182,8 @@ def compare(arguments: argparse.Namespace, shape: str) -> list[bench.Record]:
         record["peer"] = peer
         if peer == "transformers":
             record["versions"] = bench.versions("torch", "transformers")
+        if arguments.commit is not None:
+            record["commit"] = arguments.commit
         records.append(record)
     return records
 
@@ -197,6 +199,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9, help="steps of a turn (default: 9)")
     parser.add_argument("--rounds", type=int, default=4, help="turns of each (default: 4)")
     parser.add_argument("--json", help="write the records")
+    parser.add_argument("--commit", help="what the records name, outside of a checkout")
     arguments = parser.parse_args()
     arguments.batch = [int(part) for part in arguments.batch.split(",")]
     if arguments.steps < 2 or arguments.rounds < 1 or arguments.context < 8:

@@ -20,6 +20,7 @@ import datetime as dt
 import json
 import os
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def record_of(
         "on_ms": round(on_ms, 4),
         "gain": round(off_ms / on_ms - 1, 4),
         "halves_mb": round(on.runner.memory_plan["two_batch"] / 1e6, 1),
-        "commit": commit(),
+        "commit": arguments.commit or commit(),
         "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
     }
     if off.device.kind == "cuda":
@@ -126,7 +127,7 @@ def record_of(
     return record
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Measures, prints a line a size, and writes the records."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--figure", choices=("prefill", "decode"), default="prefill")
@@ -144,7 +145,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="of decoding requests")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    parser.add_argument("--commit", help="what the records name, outside of a checkout")
+    arguments = parser.parse_args(given)
     arguments.tokens = [int(tokens) for tokens in arguments.tokens.split(",")]
     if arguments.device == "cuda":
         open_cupti()  # before minutes go into what cannot be traced

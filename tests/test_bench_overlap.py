@@ -3,10 +3,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+from pathlib import Path
+
 import pytest
 
+from mrv1 import shapes
 from mrv1._cupti import Kernel
 from mrv1.bench_overlap import common, merged, overlap_of
+from test_expert_parallel import CONFIG
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def kernel(name: str, start: float, end: float) -> Kernel:
@@ -36,3 +44,25 @@ def test_the_hidden_share_is_that_of_collectives() -> None:
     assert found.compute_ms == pytest.approx(6.5)
     assert found.hidden_share == pytest.approx(1.5 / 6)
     assert overlap_of([]).hidden_share == 0
+
+
+def test_records_name_the_commit_that_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("overlap", BENCHMARKS / "overlap.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(shapes, "shape_config", lambda *_: ("tiny", CONFIG))
+    monkeypatch.setenv("MRV1_USE_TBO", "0")  # the script sets it
+    file = tmp_path / "records.json"
+    arguments = ["--device", "cpu", "--tokens", "8", "--repeats", "1", "--json", str(file)]
+    script.main([*arguments, "--commit", "0123abc"])
+    (record,) = json.loads(file.read_text())
+    assert (record["commit"], record["shape"], record["tokens"]) == ("0123abc", "tiny", 8)
+
+
+@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_takes_a_commit(script: Path) -> None:
+    text = script.read_text(encoding="utf-8")
+    assert ('"--commit"' in text) == ('"--json"' in text)
