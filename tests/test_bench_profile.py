@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import collections
+import re
+from pathlib import Path
 
 import pytest
 
@@ -178,3 +180,12 @@ def test_times_add_up_to_the_step() -> None:
     assert lines[-1].startswith("2 steps: 59.0 us")
     with pytest.raises(InternalError, match="graph"):
         take_apart(ops, kernels[:1], 0.06)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"), [("linear_tiled.cu", "linear"), ("moe_tiled.cu", "moe_experts")]
+)
+def test_tiled_kernels_say_what_they_multiply(file: str, kind: str) -> None:
+    source = (Path(__file__).parents[1] / "src/cuda" / file).read_text(encoding="utf-8")
+    (name,) = set(re.findall(r"\b\w*tiled_kernel\b", source))
+    assert kernel_kind(name) == kind

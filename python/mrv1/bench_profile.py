@@ -42,7 +42,7 @@ _KINDS: Final = (
     ("moe_dispatch", r"^moe_dispatch"),
     ("moe_combine", r"^moe_combine"),
     ("moe_experts", r"^moe_|^(count|place|sum|down_few)_kernel"),
-    ("linear", r"linear|mma_kernel|tiled_kernel|gemm|gemv|nvjet|cutlass|xmma|cublas"),
+    ("linear", r"linear|mma_kernel|gemm|gemv|nvjet|cutlass|xmma|cublas"),
     ("gated_mul", r"gated"),
     ("soft_cap", r"soft_cap"),
     ("add", r"^add_"),

@@ -36,7 +36,7 @@ __device__ void load_tile(float (&tile)[kDepth][kTile + 1], const T* src, int64_
 
 template <typename T, typename Out, bool kGated>
 __global__ void __launch_bounds__(kThreads)
-    tiled_kernel(LinearParams params, int64_t rows, int64_t stride) {
+    linear_tiled_kernel(LinearParams params, int64_t rows, int64_t stride) {
   wait_for_previous();
   launch_next();
   constexpr int kParts = kGated ? 2 : 1;
@@ -100,11 +100,11 @@ void run(const LinearParams& params, int64_t rows, int64_t stride, const StepCon
                   static_cast<unsigned>((rows + kTile - 1) / kTile));
   if constexpr (std::is_same_v<T, Out>) {
     if (params.gated()) {
-      launch(kOp, ctx, tiled_kernel<T, Out, true>, grid, kThreads, 0, params, rows, stride);
+      launch(kOp, ctx, linear_tiled_kernel<T, Out, true>, grid, kThreads, 0, params, rows, stride);
       return;
     }
   }
-  launch(kOp, ctx, tiled_kernel<T, Out, false>, grid, kThreads, 0, params, rows, stride);
+  launch(kOp, ctx, linear_tiled_kernel<T, Out, false>, grid, kThreads, 0, params, rows, stride);
 }
 
 }  // namespace

@@ -48,7 +48,7 @@ struct ExpertRows {
 };
 
 template <typename T, bool kGated, bool kFp4>
-__global__ void __launch_bounds__(kThreads) tiled_kernel(MoeProduct product) {
+__global__ void __launch_bounds__(kThreads) moe_tiled_kernel(MoeProduct product) {
   launch_next();
   wait_for_previous();
   constexpr int kParts = kGated ? 2 : 1;
@@ -129,9 +129,9 @@ void moe_tiled(const MoeProduct& product, const StepContext& ctx) {
     using T = typename decltype(tag)::type;
     const auto run = [&](auto* kernel) { launch(kMoeOp, ctx, kernel, grid, kThreads, 0, product); };
     if (product.weight.dtype == DType::kE2M1) {
-      run(product.gated() ? tiled_kernel<T, true, true> : tiled_kernel<T, false, true>);
+      run(product.gated() ? moe_tiled_kernel<T, true, true> : moe_tiled_kernel<T, false, true>);
     } else {
-      run(product.gated() ? tiled_kernel<T, true, false> : tiled_kernel<T, false, false>);
+      run(product.gated() ? moe_tiled_kernel<T, true, false> : moe_tiled_kernel<T, false, false>);
     }
   });
 }
