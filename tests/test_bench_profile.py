@@ -104,6 +104,21 @@ def test_experts_are_one_op_of_several_kernels() -> None:
     assert read == 2 * 8 * 3 * 2048 * 768 * 2  # eight experts in each of two layers
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_expert_is_no_linear(ranks: int) -> None:
+    """The only one, or the only one of a rank."""
+    values = {**shapes.shape_config("qwen3-30b-a3b", 1)[1], "num_experts": ranks}
+    config = ModelConfig.from_values({**values, "num_experts_per_tok": 1})
+    options = RunnerOptions(tensor_parallel_size=ranks, expert_parallel=ranks > 1)
+    (program, *_) = wire_ranks(config, "bfloat16", options).programs
+    labels = [op.label for op in step_ops(program)]
+    assert [label for label in labels if label.endswith("_proj")] == ["qkv_proj", "o_proj"]
+    assert labels.count("moe_experts") == 1
+    read = [cost.read_bytes for cost in bench.decode_costs(config, "bfloat16", 8, 100)]
+    costs = costs_by_label(bench.decode_costs(config, "bfloat16", 8, 100))
+    assert "moe_experts" in costs and "gate_up_proj" not in costs and min(read) > 0
+
+
 def test_products_of_nvfp4_are_of_linears_or_of_experts() -> None:
     config = ModelConfig.from_values(shapes.shape_config("qwen3-30b-a3b", 1)[1])
     ops = step_ops(wire_model(config, "bfloat16"))

@@ -87,6 +87,14 @@ def test_random_models_choose_at_random(native_device: _core.Device, tmp_path: P
     session.close()
 
 
+def test_one_expert_is_counted_as_experts(tmp_path: Path) -> None:
+    values = json.loads((ERNIE / "config.json").read_text("utf-8"))
+    values |= {"moe_num_experts": 1, "moe_k": 1}
+    directory = save_random_model(tmp_path / "model", values, progress=False)
+    with open_runner("cpu", directory) as runner:
+        assert runner.model.runner.memory_plan["experts"] == 2 * 1 * 3 * 32 * 64 * 4
+
+
 def test_the_log_says_what_experts_take(device: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "mrv1"), open_runner(device, ERNIE) as runner:
         plan = runner.model.runner.memory_plan

@@ -246,6 +246,9 @@ class Program:
         Whether the weight corrects the choice of experts: random models have zeros there.
         """
 
+    def is_expert_weight(self, weight: int) -> bool:
+        """Whether experts multiply by the weight, however many there are."""
+
     @property
     def weight_is_nvfp4(self) -> list[bool]:
         """Whether each weight is stored in NVFP4."""

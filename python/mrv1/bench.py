@@ -430,11 +430,11 @@ def _step_costs(
     size = element_size(dtype)
     costs = []
     program = wire_model(config, dtype)
-    for (name, is_vector, cols, segments), matrices, nbytes in zip(
-        program.weights, program.weight_matrices, program.weight_bytes, strict=True
+    for index, ((name, is_vector, cols, segments), nbytes) in enumerate(
+        zip(program.weights, program.weight_bytes, strict=True)
     ):
         rows = sum(count for _, count in segments)
-        if matrices > 1:
+        if program.is_expert_weight(index):
             assert isinstance(config, ExpertsConfig)
             costs.append(experts_cost(config, rows * cols, nbytes, tokens, steps))
         elif is_vector:

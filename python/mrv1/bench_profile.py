@@ -160,11 +160,9 @@ def step_ops(program: _core.Program) -> list[StepOp]:
     """The phases of a step and the ops of its program, in order."""
     weights = [
         weight_label(name)
-        for (name, is_vector, _, _), matrices in zip(
-            program.weights, program.weight_matrices, strict=True
-        )
+        for index, (name, is_vector, _, _) in enumerate(program.weights)
         if not is_vector
-        and matrices == 1  # those of experts are no linear's
+        and not program.is_expert_weight(index)
         and "embed_tokens" not in name
         and name != "lm_head.weight"
     ]

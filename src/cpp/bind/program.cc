@@ -235,6 +235,8 @@ void bind_program(nb::module_& m) {
           "How many equal matrices the rows of each weight are.")
       .def("is_route_bias", &Program::is_route_bias, nb::arg("weight"),
            "Whether the weight corrects the choice of experts: random models have zeros there.")
+      .def("is_expert_weight", &Program::is_expert_weight, nb::arg("weight"),
+           "Whether experts multiply by the weight, however many there are.")
       .def_prop_ro(
           "weight_is_nvfp4",
           [](const Program& self) {

@@ -513,6 +513,13 @@ bool Program::is_route_bias(int32_t weight) const {
   });
 }
 
+bool Program::is_expert_weight(int32_t weight) const {
+  return std::any_of(ops_.begin(), ops_.end(), [&](const Op& op) {
+    return op.kind == OpKind::kMoeExperts &&
+           std::find(op.weights.begin(), op.weights.end(), weight) != op.weights.end();
+  });
+}
+
 int32_t Program::num_layers() const {
   int32_t count = 0;
   for (const Op& op : ops_) count = std::max(count, op.layer + 1);

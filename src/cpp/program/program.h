@@ -263,6 +263,8 @@ class Program {
   // Whether the weight corrects the choice of experts. Random models have zeros there: anything
   // else would choose the same experts for all tokens.
   bool is_route_bias(int32_t weight) const;
+  // Whether moe_experts multiplies by the weight: it may be one matrix, where there is one expert.
+  bool is_expert_weight(int32_t weight) const;
   // Of a stage: what it takes from the one before, at places that nothing else uses, and what it
   // gives to the next.
   const CrossingValues& received() const { return received_; }

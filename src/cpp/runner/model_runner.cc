@@ -96,10 +96,11 @@ MemoryPlan ModelRunner::plan_memory(const Program& wired, const RunnerConfig& co
   check_limits(wired, config);
   const Program program = prepared(wired, config);
   MemoryPlan plan;
-  for (const WeightView& weight : stored_weights(program, device.kernels())) {
-    const int64_t bytes = weight_parts(weight).bytes;
+  const std::vector<WeightView> weights = stored_weights(program, device.kernels());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const int64_t bytes = weight_parts(weights[i]).bytes;
     plan.weights += bytes;
-    if (weight.matrices > 1) plan.experts += bytes;
+    if (program.is_expert_weight(static_cast<int32_t>(i))) plan.experts += bytes;
   }
   const PlanLimits limits = plan_limits(config);
   plan.activations =
