@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from mrv1.config import ModelConfig
 from mrv1.errors import ConfigError, InvalidArgumentError
 from mrv1.loader import wire_model
 from mrv1.models.experts import ExpertsConfig
-from mrv1.parallel import check_sizes
+from mrv1.parallel import check_experts, check_sizes
 from mrv1.rope import rope_frequencies
 from published_configs import PUBLISHED
 from serving_tools import open_runner
@@ -243,7 +244,7 @@ def test_sizes_of_experts_that_ranks_share_out() -> None:
     moe = ModelConfig.from_values(config_of("qwen3_moe"))
     assert moe.mlp_sizes == {"intermediate_size": 96, "moe_intermediate_size": 32}
     mixtral = ModelConfig.from_values(config_of("mixtral"))
-    assert mixtral.mlp_sizes == {"moe_intermediate_size": 48}
+    assert mixtral.mlp_sizes == {"intermediate_size": 48}
     dense = ModelConfig.from_values({**config_of("qwen3_moe"), "decoder_sparse_step": 4})
     assert dense.mlp_sizes == {"intermediate_size": 96}
     values = {**config_of("qwen3_moe"), "moe_intermediate_size": 33}
@@ -259,6 +260,32 @@ def test_sizes_of_experts_that_ranks_share_out() -> None:
         shared = ModelConfig.from_values({**values, "moe_num_shared_experts": 1})
         with pytest.raises(InvalidArgumentError, match=rf"moe_num_shared_experts \* .* = {width}"):
             check_sizes(shared, 2, batch_invariant=invariant, expert_parallel=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "experts"),
+    [
+        ("mixtral", "intermediate_size", "num_local_experts"),
+        ("mixtral", "intermediate_size", "num_experts"),
+        ("ernie4_5_moe", "moe_intermediate_size", "moe_num_experts"),
+        ("qwen3_moe", "moe_intermediate_size", "num_experts"),
+    ],
+)
+def test_errors_name_the_fields_of_the_file(name: str, width: str, experts: str) -> None:
+    values = config_of(name)
+    for field in ("num_local_experts", "moe_num_experts", "num_experts"):
+        values.pop(field, None)
+    config = ModelConfig.from_values({**values, experts: 6, width: 66})
+    assert isinstance(config, ExpertsConfig)
+    with pytest.raises(InvalidArgumentError, match=f"the model's {width} = 66"):
+        check_sizes(config, 4, batch_invariant=False)
+    check_sizes(config, 4, batch_invariant=False, expert_parallel=True)
+    with pytest.raises(InvalidArgumentError, match=f"the model's {experts} = 6"):
+        check_experts(config, 8, batch_invariant=False)
+    sizes = {"num_attention_heads": 8, "vocab_size": 320, "num_shared_experts": 0}
+    even = dataclasses.replace(config, **sizes)
+    with pytest.raises(InvalidArgumentError, match=f"the model's {experts} = 6 with batch"):
+        check_sizes(even, 8, batch_invariant=True)
 
 
 def test_ernie_without_what_it_may_lack() -> None:

@@ -75,7 +75,7 @@ def choose_ops(config: ModelConfig, asked: Sequence[str] | None) -> tuple[str, .
     missing = set()
     if not isinstance(config, ExpertsConfig):
         missing = {_EXPERTS}
-    elif "intermediate_size" not in config.mlp_sizes:
+    elif all(config.sparse_layers):
         missing = {"gate_up_proj", "down_proj"}
     if asked is None:
         return tuple(op for op in OPS if op not in missing)

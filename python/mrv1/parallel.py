@@ -157,7 +157,7 @@ def check_sizes(
         return
     widths = dict(config.mlp_sizes)
     if expert_parallel or batch_invariant:
-        widths.pop("moe_intermediate_size", None)
+        widths.pop(getattr(config, "width_field", ""), None)
     for field, value in (
         ("num_attention_heads", config.num_attention_heads),
         *widths.items(),
@@ -174,7 +174,8 @@ def check_sizes(
         raise _error(size, "1, 2, 4 or 8 with batch_invariant")
     experts = getattr(config, "num_experts", size)
     if experts < size:
-        raise _error(size, f"at most the model's num_experts = {experts} with batch_invariant")
+        field = getattr(config, "experts_field", "")
+        raise _error(size, f"at most the model's {field} = {experts} with batch_invariant")
     step = _INVARIANT_PARTS * (_PAIR if config.quantization is None else NVFP4_BLOCK)
     for field, value in (
         ("num_attention_heads * head_dim", config.num_attention_heads * config.head_dim),
@@ -200,7 +201,8 @@ def check_experts(config: ModelConfig, size: int, *, batch_invariant: bool) -> N
             f"each of {size} ranks needs an expert" if experts else "the model has no experts",
             field="expert_parallel",
             value=True,
-            allowed=f"False with {size} ranks, as the model's num_experts = {experts}"
+            allowed=f"False with {size} ranks, as the model's "
+            f"{getattr(config, 'experts_field', '')} = {experts}"
             if experts
             else "False",
         )

@@ -35,6 +35,8 @@ class ExpertsConfig(ModelConfig):
             the weights.
         num_shared_experts: Experts that all tokens go through, stored as one MLP of so many times
             moe_intermediate_size.
+        experts_field: What config.json calls num_experts.
+        width_field: What it calls moe_intermediate_size.
     """
 
     num_experts: int
@@ -45,33 +47,40 @@ class ExpertsConfig(ModelConfig):
     norm_min: float = 0.0
     correction_bias: bool = False
     num_shared_experts: int = 0
+    # A config is the same however its file spells it.
+    experts_field: str = dataclasses.field(default="num_experts", compare=False)
+    width_field: str = dataclasses.field(default="moe_intermediate_size", compare=False)
 
     @property
     def mlp_sizes(self) -> dict[str, int]:
         """As `ModelConfig`: of layers without experts, of experts, and of those for all tokens."""
         sizes = {} if all(self.sparse_layers) else super().mlp_sizes
         if any(self.sparse_layers):
-            sizes["moe_intermediate_size"] = self.moe_intermediate_size
+            sizes[self.width_field] = self.moe_intermediate_size
         if any(self.sparse_layers) and self.num_shared_experts:
             width = self.num_shared_experts * self.moe_intermediate_size
             sizes["moe_num_shared_experts * moe_intermediate_size"] = width
         return sizes
 
 
-def read_num_experts(fields: Fields, *names: str, default: int | None = None) -> int:
-    """Reads the number of experts, which goes by several names: all that are there must agree."""
+def read_num_experts(fields: Fields, *names: str, default: int) -> tuple[str, int]:
+    """Reads the number of experts, which goes by several names: all that are there must agree.
+
+    Returns:
+        The first of the names that is there, and the number.
+    """
     present = [name for name in names if fields.has(name)] or [names[0]]
     count = fields.integer(present[0], 1, MAX_EXPERTS, default=default)
     for name in present[1:]:
         if fields.integer(name, 1, MAX_EXPERTS) != count:
             raise fields.error(name, f"the same as {present[0]} = {count}")
-    return count
+    return present[0], count
 
 
 def read_experts(
     fields: Fields,
     config: ModelConfig,
-    num_experts: int,
+    num_experts: tuple[str, int],
     sparse: Callable[[int], bool],
     *,
     top_k: tuple[str, int],
@@ -82,18 +91,21 @@ def read_experts(
     Args:
         fields: The config.json.
         config: The fields of all models.
-        num_experts: As `ExpertsConfig`.
+        num_experts: Field of `ExpertsConfig.num_experts`, and its value.
         sparse: Whether a layer has experts.
         top_k: Field of num_experts_per_tok, and its value where the file does not say.
         width: The same of moe_intermediate_size.
     """
-    widest = min(MAX_INTERMEDIATE_SIZE, MAX_WIDTH // num_experts)
+    experts_field, count = num_experts
+    widest = min(MAX_INTERMEDIATE_SIZE, MAX_WIDTH // count)
     return ExpertsConfig(
         **vars(config),
-        num_experts=num_experts,
-        num_experts_per_tok=fields.integer(top_k[0], 1, num_experts, default=top_k[1]),
+        num_experts=count,
+        num_experts_per_tok=fields.integer(top_k[0], 1, count, default=top_k[1]),
         moe_intermediate_size=fields.integer(width[0], 1, widest, default=width[1]),
         sparse_layers=tuple(sparse(layer) for layer in range(config.num_hidden_layers)),
+        experts_field=experts_field,
+        width_field=width[0],
     )
 
 
