@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from pathlib import Path
@@ -330,6 +331,39 @@ def test_runners_of_ranks_are_called_in_turns(device: str, model: Path) -> None:
 
 def test_each_rank_has_its_experts_only(device: str, model: Path) -> None:
     need_ranks(device, 3)
+def test_ranks_whose_batches_miss_the_sizes_say_so(
+    device: str, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    need_ranks(device, 2)
+    sizes = {"graph_mode": "full", "capture_sizes": [1], "piecewise_sizes": []}
+    runner = _open(device, model, data_parallel_size=2, **DATA, **sizes)
+    try:
+        rows = [
+            [
+                rank.add_row([1, 2, 3], greedy(9), block_ids=[[2 * place + 1, 2 * place + 2]])
+                for place in range(2)
+            ]
+            for rank in runner.ranks
+        ]
+
+        def run(*batches: list[tuple[RowHandle, int]]) -> list[str]:
+            caplog.clear()
+            for step in runner.execute_ranks(batches):
+                step.result()
+            return caplog.messages
+
+        with caplog.at_level(logging.INFO, logger="mrv1"):
+            prompts = [[(row, 3) for row in own] for own in rows]
+            (said,) = run(*prompts)
+            assert said.startswith("a batch of 2 requests with 6 tokens runs eager")
+            decode = [(row, 1) for row in rows[1]]
+            (said,) = run([], decode)
+            assert said.startswith("rank 1: a batch of 2 requests with 2 tokens runs eager")
+            assert run([], decode) == []
+    finally:
+        runner.close()
+
+
 
     def weights(**options: Any) -> tuple[list[int], int]:
         with _open(device, model, **options) as runner:

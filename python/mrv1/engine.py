@@ -97,7 +97,7 @@ class Engine(Closing):
         config = self.model.config
         self._grammars = GrammarCompiler(tokenizer, config.vocab_size, config.eos_token_ids)
         self._native = _core.Engine(self.model.runner, options)
-        self._pump = OutputPump(self.model.runner, self._native, background=self.background)
+        self._pump = OutputPump(self.model.data_runners, self._native, background=self.background)
         # For an engine that nobody closes, at the latest when the interpreter ends.
         self._finalizer = weakref.finalize(self, self._pump.abandon)
 

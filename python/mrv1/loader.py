@@ -530,14 +530,6 @@ def capture_graphs(model: LoadedModel) -> None:
         )
 
 
-def report_notices(runner: _core.ModelRunner) -> None:
-    """Logs why a step did not run in the mode that was asked for; each reason comes once."""
-    notice, decode_only = runner.take_miss()
-    if notice:
-        # Long prompts are meant to run so; decoding is not.
-        _LOG.log(logging.WARNING if decode_only else logging.INFO, "%s", notice)
-
-
 def make_runner(
     config: ModelConfig,
     ranks: WiredRanks,

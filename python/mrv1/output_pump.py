@@ -17,12 +17,12 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from mrv1 import _core
+from mrv1._notices import report_notices
 from mrv1.errors import ClosedError, InternalError, RequestError
-from mrv1.loader import report_notices
 from mrv1.logprobs import prompt_token_logprobs, token_logprobs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from mrv1.logprobs import Logprob
     from mrv1.sampling_params import SamplingParams
@@ -150,17 +150,17 @@ class OutputPump:
     """What an `Engine` shares with its output thread, which does not keep the engine alive.
 
     Args:
-        runner: The native runner of the engine.
+        runners: The native runners of the engine, of all ranks with requests of their own.
         native: The native engine.
         background: Whether a thread of its own drains the native engine; without it `step` does.
     """
 
     def __init__(
-        self, runner: _core.ModelRunner, native: _core.Engine, *, background: bool
+        self, runners: Sequence[_core.ModelRunner], native: _core.Engine, *, background: bool
     ) -> None:
         self.native = native
         self.requests: dict[str, Request] = {}
-        self._runner = runner
+        self._runners = runners
         self._background = background
         self._names = itertools.count()
         # Native name -> request that may still have outputs.
@@ -366,7 +366,7 @@ class OutputPump:
             elif not request.dropped:
                 self._call(request, request.callback, update)
                 self._calls_last = False
-        report_notices(self._runner)
+        report_notices(self._runners)
         # Under the lock even if nobody seems to wait: somebody may be about to.
         with self._lock:
             _wake(self._waiting)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 from mrv1 import _core
 from mrv1._closing import Closing
+from mrv1._notices import report_notices
 from mrv1.admission import check_bad_words, check_stops
 from mrv1.errors import InternalError, InvalidArgumentError
 from mrv1.hub import find_model
@@ -21,7 +22,6 @@ from mrv1.loader import (
     RunnerKwargs,
     RunnerOptions,
     load_model,
-    report_notices,
 )
 from mrv1.logprobs import token_logprobs
 from mrv1.sampling_params import MAX_INT32, SamplingParams
@@ -580,7 +580,7 @@ class ModelRunner(Closing):
             InvalidArgumentError: Something does not fit; nothing was launched.
         """
         step = self._current().execute(_items(batch, "batch"))
-        report_notices(self._native)
+        report_notices(self.model.data_runners)
         return PendingStep(self._native, step, self._unread)
 
     def execute_ranks(self, batches: Sequence[Sequence[tuple[int, int]]]) -> list[PendingStep]:
@@ -595,7 +595,7 @@ class ModelRunner(Closing):
         items = [_items(batch, f"batches[{rank}]") for rank, batch in enumerate(batches)]
         current = [rank._current() for rank in self._ranks]
         steps = current[0].execute_ranks(items)
-        report_notices(self._native)
+        report_notices(self.model.data_runners)
         return [
             PendingStep(native, step, rank._unread)
             for rank, native, step in zip(self._ranks, current, steps, strict=True)
