@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from mrv1 import LLM, Engine, cli
+from mrv1.config import ModelConfig
 from mrv1.errors import DeviceError, InvalidArgumentError, Mrv1Error, RequestError
+from mrv1.loader import RunnerOptions
 from mrv1.quantize import quantize_checkpoint
-from mrv1.random_model import save_random_model
+from mrv1.random_model import random_runner, save_random_model
 from mrv1.runner import ModelRunner, RowHandle
 from mrv1.structured_outputs_params import StructuredOutputsParams
 from serving_tools import LLAMA, greedy, make_prompt, need_ranks, seeded
@@ -329,8 +331,6 @@ def test_runners_of_ranks_are_called_in_turns(device: str, model: Path) -> None:
         assert runner.ranks[1].free_rows == SIZES["max_num_seqs"]
 
 
-def test_each_rank_has_its_experts_only(device: str, model: Path) -> None:
-    need_ranks(device, 3)
 def test_ranks_whose_batches_miss_the_sizes_say_so(
     device: str, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -364,6 +364,8 @@ def test_ranks_whose_batches_miss_the_sizes_say_so(
         runner.close()
 
 
+def test_each_rank_has_its_experts_only(device: str, model: Path) -> None:
+    need_ranks(device, 3)
 
     def weights(**options: Any) -> tuple[list[int], int]:
         with _open(device, model, **options) as runner:
@@ -384,6 +386,30 @@ def test_ranks_whose_batches_miss_the_sizes_say_so(
 
 
 # --- ends ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "most"),
+    [
+        # Pairs of a token and an expert, and pieces of 16 bytes of their sums.
+        ({"num_experts": 128, "num_experts_per_tok": 128}, 1, (2**31 - 1) // 128),
+        ({"num_experts": 96, "num_experts_per_tok": 96}, 2, (2**31 - 1) // (2 * 96)),
+        ({"hidden_size": 256}, 2, (2**30 - 1) // 64),
+    ],
+    ids=["pairs", "pairs of ranks", "sums of ranks"],
+)
+def test_steps_larger_than_kernels_count_are_refused(
+    changes: dict[str, Any], ranks: int, most: int
+) -> None:
+    config = {**CONFIG, "num_hidden_layers": 1, "moe_intermediate_size": 4, **changes}
+    size = {"dtype": "float32", "max_num_seqs": 1, "num_kv_blocks": 8, "max_model_len": 16}
+    if ranks > 1:
+        size |= {"data_parallel_size": ranks, **DATA}
+    options = RunnerOptions(device="cpu", max_num_batched_tokens=2**24, **size)
+    field = "max_num_batched_tokens" + (" or max_tokens_per_rank" if ranks > 1 else "")
+    match = rf"{field} must be in \[1, {most}\], not {2**24}: "
+    with pytest.raises(InvalidArgumentError, match=match):
+        random_runner(ModelConfig.from_values(config), options)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

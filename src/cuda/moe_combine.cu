@@ -245,8 +245,8 @@ void moe_combine_cuda(const MoeCombineParams& params, const StepContext& ctx) {
   sums.out = params.out;
   sums.hidden = static_cast<int32_t>(own.hidden);
   sums.row_units = static_cast<int32_t>(row_bytes / unit);
-  const int64_t row_pieces = cuda::divide_up(row_bytes, cuda::kPieceBytes);
-  check_internal(ctx.sizes.num_tokens * row_pieces < int64_t{1} << 30, kOp, "a step of ",
+  const int64_t row_pieces = combined_pieces(own.hidden, own.sum_dtype);
+  check_internal(ctx.sizes.num_tokens * row_pieces <= kMaxCombinedPieces, kOp, "a step of ",
                  ctx.sizes.num_tokens, " tokens of ", own.hidden, " columns is too large");
   sums.pieces = static_cast<uint32_t>(ctx.sizes.num_tokens * row_pieces);
   sums.by_row_pieces = cuda::FastDivider(static_cast<uint32_t>(row_pieces));

@@ -314,8 +314,8 @@ void moe_experts_cuda(const MoeExpertsParams& params, const StepContext& ctx) {
   cuda::check_params(params);
   const int64_t all_rows = params.num_rows(ctx);
   if (all_rows == 0) return;
-  check(all_rows * params.top_k <= INT32_MAX, kMoeOp, all_rows, " rows of ", params.top_k,
-        " choices, at most ", INT32_MAX, " choices are possible");
+  check(all_rows * params.top_k <= kMaxExpertPairs, kMoeOp, all_rows, " rows of ", params.top_k,
+        " choices, at most ", kMaxExpertPairs, " choices are possible");
   const auto size = static_cast<int64_t>(dtype_size(params.dtype));
   const int64_t pass_rows =
       std::min(all_rows, std::max<int64_t>(cuda::kMaxPassPairs / params.top_k, 1));

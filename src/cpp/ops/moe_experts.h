@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "ops/activation.h"
 #include "ops/linear.h"
@@ -9,6 +10,9 @@
 #include "state/step_context.h"
 
 namespace mrv1 {
+
+// Rows times top_k of a call.
+constexpr int64_t kMaxExpertPairs = std::numeric_limits<int32_t>::max();
 
 // Gated MLPs of which each row goes through some:
 //   out = sum over j of weights[j] * down_e (activation(gate_e x) * (up_e x)), e = experts[j].

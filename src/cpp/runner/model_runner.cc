@@ -70,6 +70,29 @@ int64_t staged_bytes(const RunnerConfig& config) {
          round_up(int64_t{config.max_num_seqs} * sizeof(BatchEntry), kSlotAlignment);
 }
 
+// That the kernels of experts can count what the largest step has.
+void check_expert_steps(const Program& program, const RunnerConfig& config) {
+  const int64_t ranks = config.data_parallel ? config.num_ranks : 1;
+  const auto at_most = [&](int64_t tokens, const auto&... reason) {
+    check(config.max_num_batched_tokens <= tokens, "runner", "max_num_batched_tokens",
+          config.data_parallel ? " or max_tokens_per_rank" : "", " must be in [1, ", tokens,
+          "], not ", config.max_num_batched_tokens, ": ", reason...);
+  };
+  for (const Op& op : program.ops()) {
+    if (op.kind == OpKind::kMoeExperts) {
+      const int64_t top_k = program.values()[op.inputs[1]].cols;
+      at_most(kMaxExpertPairs / (ranks * top_k), "tokens of ", ranks, " ranks with ", top_k,
+              " experts each are at most ", kMaxExpertPairs, " pairs");
+    } else if (op.kind == OpKind::kMoeCombine) {
+      const Value& sums = program.values()[op.outputs[0]];
+      const int64_t pieces = combined_pieces(sums.cols, sums.dtype);
+      at_most(kMaxCombinedPieces / pieces, "sums of ", sums.cols, " ", dtype_name(sums.dtype),
+              " columns are ", pieces, " pieces of 16 bytes, at most ", kMaxCombinedPieces,
+              " in a step");
+    }
+  }
+}
+
 }  // namespace
 
 PlanLimits ModelRunner::plan_limits(const RunnerConfig& config) {
@@ -195,6 +218,7 @@ void ModelRunner::check_limits(const Program& program, const RunnerConfig& confi
         "runner", "the program has no logits");
   check(!program.kv_layers().empty(), "runner", "the program has no attention");
   check_kv_spec(config.kv_cache, program, "runner");
+  check_expert_steps(program, config);
   positive(program.vocab_size(), "vocab_size", kMaxSampledVocab);
 }
 
