@@ -48,6 +48,30 @@ def test_costs_of_experts_by_hand() -> None:
     assert [cost.experts for cost in mix if cost.experts] == pytest.approx([expected] * 4)
 
 
+def test_costs_of_ranks_with_requests_of_their_own_by_hand() -> None:
+    """Each has half of the requests, and of the experts that all tokens go through."""
+    values = shapes.shape_config("qwen3-30b-a3b", 2)[1]
+    config = ModelConfig.from_values(values)
+    costs = bench.decode_costs(config, "bfloat16", 32, 1024)
+    own = bench.decode_costs(config, "bfloat16", 16, 1024)
+    shared = bench.shared_costs(costs, ranks=1, micro_batches=1, data_ranks=2)
+    for cost, half in zip(shared, own, strict=True):
+        assert cost.operations == half.operations
+        if cost.experts is None:
+            assert cost == half  # whole weights, and the rank's own keys and values
+        else:
+            assert cost.experts == pytest.approx(111.77, rel=1e-4)
+    one = 3 * 2048 * 768 * 2
+    experts = sum(cost.read_bytes for cost in shared if cost.experts is not None)
+    assert experts == pytest.approx(2 * 111.77 / 2 * one, rel=1e-4)
+    timing = bench.Timing(32, 1024, 1.0, 1.0, 1.0)
+    rates = bench.Rates(4000.0, 700e3)
+    record = bench.make_record("decode", "a", "b", "bfloat16", timing, costs, rates, data_ranks=2)
+    assert record["floor_ms"] == pytest.approx(bench.floor_ms(shared, rates), abs=1e-6)
+    whole = bench.make_record("decode", "a", "b", "bfloat16", timing, costs, rates)
+    assert record["floor_ms"] < (whole["floor_ms"] or 0) < 2 * record["floor_ms"]
+
+
 def test_expected_experts_are_those_of_random_choices() -> None:
     rng = np.random.default_rng(5)
     for experts, top_k, tokens in ((128, 8, 1), (128, 8, 32), (8, 2, 3), (11, 11, 2)):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mrv1 import cli
+from mrv1 import bench, cli
+from mrv1.config import ModelConfig
 from mrv1.random_model import save_random_model
 from test_bench import check_record, check_table
 from test_expert_parallel import CONFIG
@@ -90,7 +91,14 @@ def test_ranks_with_requests_of_their_own(
     check_record(record)
     # Two requests on each.
     assert (record["batch"], record["ep"], record["tbo"]) == (6, 3, 0)
-    assert record["floor_ms"] is None
+    tokens = 6 if figure == "decode" else 6 * 20
+    assert record["experts"] == round(bench.distinct_experts(7, 3, tokens), 2)
+    costs = bench.decode_costs if figure == "decode" else bench.prefill_costs
+    context = 21 if figure == "decode" else 20  # of the second of three steps
+    whole = costs(ModelConfig.from_values(CONFIG), "float32", 6, context)
+    rates = bench.Rates(record["read_gb_s"], record["gflops"])
+    shared = bench.shared_costs(whole, 1, 1, data_ranks=3)
+    assert record["floor_ms"] == pytest.approx(bench.floor_ms(shared, rates), rel=1e-2)
     check_table(capsys.readouterr().out, [record])
 
 
@@ -105,4 +113,4 @@ def test_a_workload_of_such_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (record,) = json.loads(path.read_text())
     check_record(record)
     assert (record["batch"], record["ep"], record["tbo"]) == (3, 2, 1)
-    assert record["floor_ms"] is None
+    assert record["floor_ms"] > 0 and 0 < record["experts"] <= 7

@@ -493,30 +493,38 @@ def attention_cost(
 
 
 def shared_costs(
-    costs: Iterable[OpCost], ranks: int, micro_batches: int, once: bool = False
+    costs: Iterable[OpCost],
+    ranks: int,
+    micro_batches: int,
+    once: bool = False,
+    data_ranks: int = 1,
 ) -> list[OpCost]:
-    """What each of a model's ranks must do of a step that is spread over a pipeline.
+    """What each of a model's ranks must do of a step, on average.
 
     Ranks of a stage share all of it. Of `micro_batches` that are on their way through as many
     stages, each stage computes each in turn, with a part of the layers: so it has its part of all
     arithmetic and of what belongs to requests, but reads its weights for each micro-batch, which
-    comes to as much as the whole model's once.
+    comes to as much as the whole model's once. Ranks with requests of their own share the requests
+    and the experts out, and read all other weights each.
 
     Args:
         costs: Of the whole model and all requests.
         ranks: Of a stage.
         micro_batches: As many as stages, or fewer.
         once: Whether weights are read once in all, as for prompts.
+        data_ranks: That have requests of their own.
     """
     shared = []
     for cost in costs:
         is_weight = cost.name not in ("embedding", "attention") and not once
         readers = ranks if is_weight else ranks * micro_batches
+        if cost.experts is not None or cost.name in ("embedding", "attention"):
+            readers *= data_ranks
         shared.append(
             dataclasses.replace(
                 cost,
                 read_bytes=cost.read_bytes // readers,
-                operations=cost.operations // (ranks * micro_batches),
+                operations=cost.operations // (ranks * micro_batches * data_ranks),
             )
         )
     return shared
@@ -542,14 +550,17 @@ def make_record(
     ranks: int = 1,
     stages: int = 1,
     weights: str | None = None,
+    data_ranks: int = 1,
 ) -> Record:
     """Sets a timing of mrv1 against what the machine can do, unless `rates` is None.
 
     `costs` are those of the whole model, `rates` of one device: `ranks` of them share each layer,
-    and `stages` of so many the layers (`shared_costs`). `weights` is as `weights_name` says.
+    `stages` of so many the layers, and `data_ranks` the requests (`shared_costs`). `weights` is as
+    `weights_name` says.
     """
     once = figure == "prefill"
-    costs = shared_costs(costs, ranks, stages if once else min(stages, timing.batch), once)
+    micro_batches = stages if once else min(stages, timing.batch)
+    costs = shared_costs(costs, ranks, micro_batches, once, data_ranks)
     seconds = timing.step_ms / 1e3
     tokens = timing.batch if timing.tokens is None else timing.tokens
     record: Record = {

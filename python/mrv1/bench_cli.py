@@ -630,9 +630,8 @@ def _decode_records(options: argparse.Namespace) -> list[Record]:
         # Rows grow while they are measured.
         mean = timing.context + (options.steps - 1) / 2
         micro_batches = min(model.pipeline_parallel_size, timing.batch)
-        costs = bench.decode_costs(
-            model.config, model.dtype, timing.batch, mean, cache, micro_batches
-        )
+        batch = timing.batch * model.data_parallel_size
+        costs = bench.decode_costs(model.config, model.dtype, batch, mean, cache, micro_batches)
         records.append(
             bench_ranks.model_record("decode", shape, device, model, timing, costs, rates)
         )
@@ -652,7 +651,8 @@ def _prefill_records(options: argparse.Namespace) -> list[Record]:
     cache = _cache(model)
     records = []
     for timing in timings:
-        costs = bench.prefill_costs(model.config, model.dtype, timing.batch, timing.context, cache)
+        batch = timing.batch * model.data_parallel_size
+        costs = bench.prefill_costs(model.config, model.dtype, batch, timing.context, cache)
         records.append(
             bench_ranks.model_record("prefill", shape, device, model, timing, costs, rates)
         )
@@ -918,12 +918,13 @@ def _kv_caches(
 
 
 def _profile_records(options: argparse.Namespace) -> list[Record]:
-    from mrv1 import _cupti, bench, bench_decode, bench_profile
+    from mrv1 import _cupti, bench, bench_decode, bench_profile, bench_ranks
 
     if options.device != "cuda":
         raise DeviceError("[bench] a profile is of kernels on a GPU: pass --device cuda")
     _cupti.open_cupti()  # before minutes go into what cannot be traced
     shape, directory, config = _source(options)
+    options.batch = bench_ranks.share_out(options.batch, options.data_parallel_size)
     runner_options = bench_decode.decode_options(
         options.device, options.dtype, options.batch, options.context, 2 * options.steps
     )
@@ -940,12 +941,14 @@ def _profile_records(options: argparse.Namespace) -> list[Record]:
     finally:
         model.close()
     records: list[Record] = []
-    for batch, context, profile in cases:
+    tensor, data = model.tensor_parallel_size, model.data_parallel_size
+    for own_batch, context, profile in cases:
+        batch = own_batch * data
         # Those traced come after as many that were not.
         mean = context + options.steps + (options.steps - 1) / 2
         costs = bench.decode_costs(model.config, model.dtype, batch, mean, _cache(model))
         print(f"{shape}, batch {batch}, context {round(mean)}, {device}:")
-        shared = bench.shared_costs(costs, model.tensor_parallel_size, micro_batches=1)
+        shared = bench.shared_costs(costs, tensor, micro_batches=1, data_ranks=data)
         print(bench_profile.format_profile(profile, shared, rates))
         by_label = bench_profile.costs_by_label(costs)
         for op in profile.ops:
@@ -958,9 +961,12 @@ def _profile_records(options: argparse.Namespace) -> list[Record]:
                 bench_profile.label_costs(op.label, by_label),
                 rates,
                 _cache(model),
-                model.tensor_parallel_size,
+                tensor,
                 weights=bench.weights_name(model.config, model.dtype),
+                data_ranks=data,
             )
+            if model.expert_parallel:
+                record["ep"] = max(tensor, data)
             record["op"] = op.label
             record["kernels"] = round(op.kernels)
             records.append(record)

@@ -98,9 +98,8 @@ def model_record(
 ) -> Record:
     """A record of steps of a model, of all ranks together.
 
-    `timing` and `costs` are those of one rank, of which all do the same at the same time, or with
-    `of_all` those of all together. Where each has requests of its own there is no floor, as what
-    experts read follows from the tokens of all.
+    `costs` are those of all together; `timing` is of one rank with requests of its own, of which
+    all do the same at the same time, or with `of_all` of all of them.
     """
     size = model.data_parallel_size
     if not of_all:
@@ -112,12 +111,13 @@ def model_record(
         device,
         model.dtype,
         timing,
-        costs if size == 1 else (),
+        costs,
         rates,
         bench.CacheFormat(model.kv_cache_dtype, model.kv_scales),
         model.tensor_parallel_size,
         model.pipeline_parallel_size,
         bench.weights_name(model.config, model.dtype),
+        size,
     )
     if model.expert_parallel:
         record["ep"] = len(model.devices) // model.pipeline_parallel_size
