@@ -26,7 +26,8 @@ from typing import Any
 
 from mrv1 import bench, bench_decode, bench_prefill, envs, shapes
 from mrv1._cupti import KernelTrace, open_cupti
-from mrv1.bench_overlap import Overlap, overlap_of
+from mrv1.bench_overlap import Overlap, kernel_events, overlap_of
+from mrv1.bench_trace import logged_steps, write_trace
 from mrv1.config import ModelConfig
 from mrv1.env_report import commit
 from mrv1.loader import LoadedModel, RunnerOptions
@@ -78,13 +79,18 @@ def measure(
         run.close()
 
 
-def trace(arguments: argparse.Namespace, model: LoadedModel, tokens: int) -> Overlap:
-    """Of one step on the first GPU, from the kernels of some."""
+def trace(
+    arguments: argparse.Namespace, model: LoadedModel, tokens: int, path: Path | None = None
+) -> Overlap:
+    """Of one step on the first GPU, from the kernels of some; writes those of all to `path`."""
     before = model.runner.stats()["batches"]
-    with KernelTrace() as kernels:
+    with KernelTrace() as kernels, logged_steps(model) as logs:
         measure(arguments, model, tokens, 1)
         for device in model.devices:
             device.synchronize()
+    if path is not None:
+        events = kernel_events(kernels.kernels, logs)
+        write_trace(path, logs, model.pipeline_parallel_size, events)
     steps = model.runner.stats()["batches"] - before
     ordinal = model.device.ordinal
     found = overlap_of([kernel for kernel in kernels.kernels if kernel.device == ordinal])
@@ -119,7 +125,8 @@ def record_of(
         "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
     }
     if off.device.kind == "cuda":
-        whole, halves = (trace(arguments, model, tokens) for model in (off, on))
+        whole = trace(arguments, off, tokens)
+        halves = trace(arguments, on, tokens, arguments.trace)
         record["collective_ms"] = round(whole.collective_ms, 4)
         if whole.collective_ms > 0:
             record["hidden_share"] = round((off_ms - on_ms) / whole.collective_ms, 4)
@@ -145,6 +152,9 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=1024, help="of decoding requests")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--trace", type=Path, help="write the last size's steps in halves, for Perfetto"
+    )
     parser.add_argument("--commit", help="what the records name, outside of a checkout")
     arguments = parser.parse_args(given)
     arguments.tokens = [int(tokens) for tokens in arguments.tokens.split(",")]

@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from mrv1.errors import DeviceError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from mrv1 import _core
+    from mrv1._cupti import Kernel
     from mrv1.bench import Bandwidth, CacheFormat, Figure, Rates, Record, Timing
     from mrv1.bench_kv import Geometry
     from mrv1.bench_trace import StepLogs
@@ -278,7 +279,7 @@ def add_bench(
         "--trace",
         metavar="FILE",
         help="decode, mix: write what each rank's device did when, for https://ui.perfetto.dev; of "
-        "decode, the last batch at the last context",
+        "decode, the last batch at the last context, on GPUs that exchange values with kernels",
     )
     parser.add_argument(
         "--ops",
@@ -598,11 +599,14 @@ def _measure(
         model.close()
 
 
-def _write_trace(options: argparse.Namespace, model: LoadedModel, logs: StepLogs) -> None:
-    from mrv1 import bench_trace
+def _write_trace(
+    options: argparse.Namespace, model: LoadedModel, logs: StepLogs, kernels: Sequence[Kernel] = ()
+) -> None:
+    from mrv1 import bench_overlap, bench_trace
 
     if options.trace is not None:
-        bench_trace.write_trace(options.trace, logs, model.pipeline_parallel_size)
+        events = bench_overlap.kernel_events(kernels, logs)
+        bench_trace.write_trace(options.trace, logs, model.pipeline_parallel_size, events)
 
 
 def _decode_records(options: argparse.Namespace) -> list[Record]:
@@ -621,9 +625,14 @@ def _decode_records(options: argparse.Namespace) -> list[Record]:
     model = _load(options, directory, config, runner_options)
     model.runner.fill_kv_random(0)
     logs: StepLogs = []
-    measure = functools.partial(bench_decode.measure_decode, trace=logs)
+    kernels: list[Kernel] = []
+    measure = functools.partial(
+        bench_decode.measure_decode,
+        trace=logs,
+        kernels=None if options.trace is None else kernels,
+    )
     timings, rates, device = _measure(options, model, measure)
-    _write_trace(options, model, logs)
+    _write_trace(options, model, logs, kernels)
     cache = _cache(model)
     records = []
     for timing in timings:

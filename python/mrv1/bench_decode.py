@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,19 +14,24 @@ from collections.abc import Sequence
 import numpy as np
 
 from mrv1 import _core
+from mrv1._cupti import Kernel, KernelTrace, open_cupti
 from mrv1.bench import Timing, main_mode, ran_in_halves, row_blocks
 from mrv1.bench_ranks import AllRanks
 from mrv1.bench_trace import StepLogs, logged_steps, stage_waits
-from mrv1.errors import InternalError
+from mrv1.errors import DeviceError, InternalError
 from mrv1.llm import peak_memory_mb
 from mrv1.loader import LoadedModel, RunnerOptions
 from mrv1.sampling_params import MAX_INT32
+
+_LOG = logging.getLogger("mrv1")
 
 # Steps before those that count.
 WARMUP = 4
 # On a GPU: runs whose median counts, and steps of the run that measures idle time.
 RUNS = 3
 IDLE_STEPS = 500
+# Whose kernels a trace shows.
+TRACED_STEPS = 8
 
 
 def decode_options(
@@ -187,7 +193,12 @@ def idle_share(spans: Sequence[tuple[int, int]]) -> float:
 
 
 def measure_decode(
-    model: LoadedModel, batch: int, context: int, steps: int, trace: StepLogs | None = None
+    model: LoadedModel,
+    batch: int,
+    context: int,
+    steps: int,
+    trace: StepLogs | None = None,
+    kernels: list[Kernel] | None = None,
 ) -> Timing:
     """Measures one batch size at one context length.
 
@@ -200,20 +211,51 @@ def measure_decode(
         context: As of `DecodeRun`.
         steps: That count.
         trace: Gets the last steps that count, of each rank.
+        kernels: Gets those of all GPUs in a few more steps, which `trace` then has, too, if there
+            are several that exchange values in each layer, and CUPTI.
     """
     before = model.runner.stats()
     measure = _measure_runs if model.device.kind == "cuda" else _measure_steps
     timing, logs = measure(model, batch, context, steps)
+    after = model.runner.stats()
     if trace is not None:
         trace[:] = logs
+    if trace is not None and kernels is not None and _can_trace_kernels(model):
+        traced, kernels[:] = _trace_kernels(model, batch, context)
+        trace[:] = [[*own, *more] for own, more in zip(logs, traced, strict=True)]
     stages = model.pipeline_parallel_size
-    after = model.runner.stats()
     return dataclasses.replace(
         timing,
         graph_mode=main_mode(before, after),
         in_halves=ran_in_halves(before, after),
         stage_waits=stage_waits(logs, stages) if stages > 1 else (),
     )
+
+
+def _can_trace_kernels(model: LoadedModel) -> bool:
+    if model.device.kind != "cuda" or len(model.devices) == model.pipeline_parallel_size:
+        return False
+    try:
+        open_cupti()
+    except DeviceError as error:
+        _LOG.warning("the trace has no kernels: %s", error)
+        return False
+    return True
+
+
+def _trace_kernels(model: LoadedModel, batch: int, context: int) -> tuple[StepLogs, list[Kernel]]:
+    """Steps that tracing lengthens, and their kernels."""
+    run = DecodeRun(model, batch, context)
+    try:
+        with KernelTrace() as trace, logged_steps(model) as logs:
+            run.measure(TRACED_STEPS)
+            for device in model.devices:
+                device.synchronize()
+    finally:
+        run.close()
+    if trace.dropped:
+        raise InternalError(f"CUPTI had no room for {trace.dropped} records")
+    return logs, trace.kernels
 
 
 def _measure_steps(

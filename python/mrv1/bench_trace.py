@@ -50,6 +50,11 @@ def stage_waits(logs: Sequence[Sequence[_core.StepTime]], stages: int) -> list[f
     return [sum(shares[first : first + size]) / size for first in range(0, len(logs), size)]
 
 
+def first_begin(logs: Sequence[Sequence[_core.StepTime]]) -> int:
+    """When the first step of all began, in nanoseconds: 0 of a trace."""
+    return min((steps[0].begin_ns for steps in logs if steps), default=0)
+
+
 def trace_events(
     logs: Sequence[Sequence[_core.StepTime]], stages: int
 ) -> list[Mapping[str, object]]:
@@ -62,7 +67,7 @@ def trace_events(
         stages: Of the pipeline that the ranks form.
     """
     size = len(logs) // stages
-    start = min((steps[0].begin_ns for steps in logs if steps), default=0)
+    start = first_begin(logs)
     events: list[Mapping[str, object]] = []
     for rank, steps in enumerate(logs):
         name = f"rank {rank}" if stages == 1 else f"rank {rank}, stage {rank // size}"
@@ -94,14 +99,24 @@ def trace_events(
 
 
 def write_trace(
-    path: str | os.PathLike[str], logs: Sequence[Sequence[_core.StepTime]], stages: int
+    path: str | os.PathLike[str],
+    logs: Sequence[Sequence[_core.StepTime]],
+    stages: int,
+    kernels: Sequence[Mapping[str, object]] = (),
 ) -> None:
     """Writes the events as a file that https://ui.perfetto.dev and chrome://tracing read.
+
+    Args:
+        path: Of the file.
+        logs: As of `trace_events`.
+        stages: As of `trace_events`.
+        kernels: Further events, of `bench_overlap.kernel_events`.
 
     Raises:
         InvalidArgumentError: The file cannot be written.
     """
-    trace = {"displayTimeUnit": "ns", "traceEvents": trace_events(logs, stages)}
+    events = [*trace_events(logs, stages), *kernels]
+    trace = {"displayTimeUnit": "ns", "traceEvents": events}
     try:
         Path(path).write_text(json.dumps(trace), encoding="utf-8")
     except OSError as error:
