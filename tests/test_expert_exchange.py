@@ -12,9 +12,15 @@ import numpy as np
 import pytest
 
 from device_arrays import rounded
-from mrv1 import _core
+from mrv1 import _core, _libraries
 from mrv1.errors import DeviceError, InvalidArgumentError
 from rank_devices import RankDevices, open_ranks
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kernels" in metafunc.fixturenames:
+        on_gpus = metafunc.config.getoption("--device") == "cuda"
+        metafunc.parametrize("kernels", ("auto", "nccl") if on_gpus else ("auto",))
 
 
 class Ranks(RankDevices):
@@ -22,6 +28,11 @@ class Ranks(RankDevices):
 
     @contextlib.contextmanager
     def probe(self, tokens: Sequence[int], **options: object) -> Iterator[_core.ExpertProbe]:
+        kernels = options.get("kernels", "auto")
+        if self.kind == "cpu" and kernels != "auto":
+            pytest.skip("ranks of the CPU have one way")
+        if kernels == "nccl":
+            options["nccl"] = _libraries.nccl_names()
         probe = _core.ExpertProbe(self.devices, tokens=list(tokens), **options)
         try:
             yield probe
@@ -96,7 +107,7 @@ def _combined(rows: list[np.ndarray | None], dtype: str) -> np.ndarray | float:
     "dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
 )
 def test_tokens_come_once_and_sums_come_back(
-    ranks: Ranks, dtypes: tuple[str, str], hidden: int
+    ranks: Ranks, dtypes: tuple[str, str], hidden: int, kernels: str
 ) -> None:
     """Against a slow and obvious model; experts that do not come out even, ranks without tokens."""
     dtype, sum_dtype = dtypes
@@ -117,6 +128,7 @@ def test_tokens_come_once_and_sums_come_back(
             region_rows=region_rows,
             dtype=dtype,
             sum_dtype=sum_dtype,
+            kernels=kernels,
         ) as probe:
             for rank in range(size):
                 probe.set_tokens(rank, own[rank].values, own[rank].experts, own[rank].weights)
@@ -166,7 +178,7 @@ def _check_echo(
         np.testing.assert_array_equal(probe.result(rank), expected)
 
 
-def test_many_calls_of_late_ranks_do_not_meet(ranks: Ranks) -> None:
+def test_many_calls_of_late_ranks_do_not_meet(ranks: Ranks, kernels: str) -> None:
     """Graphs of many calls whose ranks come at random times, replayed with new tokens."""
     draw = np.random.default_rng(5)
     size = ranks.size
@@ -180,6 +192,7 @@ def test_many_calls_of_late_ranks_do_not_meet(ranks: Ranks) -> None:
         region_rows=rows,
         calls=calls,
         delay=20e-6,
+        kernels=kernels,
     ) as probe:
         for _ in range(3):
             own = [_draw(draw, calls, count, hidden, top_k, num_experts) for count in tokens]
@@ -189,13 +202,20 @@ def test_many_calls_of_late_ranks_do_not_meet(ranks: Ranks) -> None:
             _check_echo(probe, size, own, num_experts, "bfloat16")
 
 
-def test_many_tokens_find_their_places(ranks: Ranks) -> None:
+def test_many_tokens_find_their_places(ranks: Ranks, kernels: str) -> None:
     """More than threads of a block have at a time, and not the same number on all ranks."""
     draw = np.random.default_rng(6)
     size = ranks.size
     rows = 20000 if ranks.kind == "cuda" else 1500
     tokens = [rows, rows // 3, *[7] * (size - 2)]
-    with ranks.probe(tokens, hidden=16, top_k=4, num_experts=4 * size, region_rows=rows) as probe:
+    with ranks.probe(
+        tokens,
+        hidden=16,
+        top_k=4,
+        num_experts=4 * size,
+        region_rows=rows,
+        kernels=kernels,
+    ) as probe:
         own = [_draw(draw, 1, count, 16, 4, 4 * size) for count in tokens]
         for rank, each in enumerate(own):
             probe.set_tokens(rank, each.values, each.experts, each.weights)
@@ -206,14 +226,16 @@ def test_many_tokens_find_their_places(ranks: Ranks) -> None:
             np.testing.assert_array_equal(probe.received(rank)[4], places)
 
 
-def test_all_ranks_without_tokens(ranks: Ranks) -> None:
-    with ranks.probe([0] * ranks.size, hidden=16, top_k=2, num_experts=4, region_rows=8) as probe:
+def test_all_ranks_without_tokens(ranks: Ranks, kernels: str) -> None:
+    with ranks.probe(
+        [0] * ranks.size, hidden=16, top_k=2, num_experts=4, region_rows=8, kernels=kernels
+    ) as probe:
         probe.run(2)
         assert all((probe.received(rank)[3] == 0).all() for rank in range(ranks.size))
 
 
-def test_a_rank_that_does_not_come_ends_the_group(ranks: Ranks) -> None:
-    sizes = {"hidden": 16, "top_k": 2, "num_experts": 4, "region_rows": 8}
+def test_a_rank_that_does_not_come_ends_the_group(ranks: Ranks, kernels: str) -> None:
+    sizes = {"hidden": 16, "top_k": 2, "num_experts": 4, "region_rows": 8, "kernels": kernels}
     with ranks.probe([4] * ranks.size, timeout=0.5, **sizes) as probe:
         probe.run()
         start = time.monotonic()
@@ -229,7 +251,7 @@ def test_a_rank_that_does_not_come_ends_the_group(ranks: Ranks) -> None:
             probe.run()
 
 
-def test_time_is_that_of_a_call(ranks: Ranks) -> None:
+def test_time_is_that_of_a_call(ranks: Ranks, kernels: str) -> None:
     for part in ("both", "dispatch", "combine"):
         with ranks.probe(
             [4] * ranks.size,
@@ -239,6 +261,7 @@ def test_time_is_that_of_a_call(ranks: Ranks) -> None:
             region_rows=8,
             calls=3,
             part=part,
+            kernels=kernels,
         ) as probe:
             seconds = probe.time(2, 2)
             assert len(seconds) == 2
@@ -271,6 +294,8 @@ def test_what_does_not_fit_is_refused(ranks: Ranks) -> None:
             ranks.probe([4] * ranks.size, **{**sizes, **changed}),
         ):
             pass
+    with pytest.raises(InvalidArgumentError, match="kernels = 'mpi': must be auto, one_shot, "):
+        _core.ExpertProbe(ranks.devices, tokens=[4] * ranks.size, kernels="mpi", **sizes)
     with (
         pytest.raises(InvalidArgumentError, match="tokens of 1 ranks"),
         ranks.probe([4], **sizes),

@@ -1710,14 +1710,16 @@ class ExpertProbe:
         part: "both", or for timing "dispatch" or "combine" alone.
         delay: Seconds that a rank waits before a call at most, at random.
         blocks: Thread blocks of a GPU that each takes.
+        kernels: Of GPUs: "auto", or "nccl", by which regions travel whole.
+        nccl: Names to open NCCL by, in order, for kernels="nccl".
         timeout: Seconds that a rank waits for others before the group ends.
 
     Raises:
         InvalidArgumentError: something is not what it must be.
-        DeviceError: GPUs do not reach each other's memory.
+        DeviceError: GPUs do not reach each other's memory, or NCCL was asked for and not found.
     """
 
-    def __init__(self, devices: Sequence[Device], *, tokens: Sequence[int], hidden: int, top_k: int, num_experts: int, region_rows: int, calls: int = 1, dtype: str = 'bfloat16', sum_dtype: str | None = None, part: str = 'both', delay: float = 0.0, blocks: int = 32, timeout: float = 8.0) -> None: ...
+    def __init__(self, devices: Sequence[Device], *, tokens: Sequence[int], hidden: int, top_k: int, num_experts: int, region_rows: int, calls: int = 1, dtype: str = 'bfloat16', sum_dtype: str | None = None, part: str = 'both', delay: float = 0.0, blocks: int = 32, kernels: str = 'auto', nccl: Sequence[str] = [], timeout: float = 8.0) -> None: ...
 
     def set_tokens(self, rank: int, values: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], experts: Annotated[NDArray[numpy.int32], dict(order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> None:
         """

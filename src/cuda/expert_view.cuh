@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <string_view>
 
 #include "dist/expert_link.h"
 #include "launch.h"
@@ -15,6 +14,7 @@ namespace mrv1::cuda {
 // What moe_dispatch and moe_combine have in common. They write straight into the buffers of other
 // ranks, as plain values with a flag for each thread block behind them (peer_memory.h), and take
 // few blocks, the same number on all ranks whatever each has to send: a block waits for its like.
+// Where NCCL carries everything they write and read this rank's memory alone.
 
 // Of a block: few blocks have to keep many bytes on their way.
 constexpr int kExpertThreads = 1024;
@@ -24,14 +24,13 @@ constexpr int kExpertWarps = kExpertThreads / 32;
 struct ExpertView {
   PeerView peers;  // of one rank without a group: its size and rank alone
   ExpertLink link;
-  bool meets;  // whether there are others
+  bool meets;  // whether kernels write to others, and wait for them
 };
 
-inline ExpertView expert_view(const ExpertLink& link, const StepContext& ctx, std::string_view op) {
+inline ExpertView expert_view(const ExpertLink& link, const StepContext& ctx) {
   ExpertView view{};
   view.link = link;
-  view.meets = ctx.communicator != nullptr && ctx.communicator->size() > 1;
-  if (!view.meets) {
+  if (ctx.communicator == nullptr || ctx.communicator->size() == 1) {
     view.peers.size = 1;
     view.peers.expert_blocks = GroupOptions{}.expert_blocks;
     return view;
@@ -39,10 +38,14 @@ inline ExpertView expert_view(const ExpertLink& link, const StepContext& ctx, st
   const auto& group = static_cast<const CudaCommunicator&>(*ctx.communicator);
   group.check_alive();
   view.peers = group.view();
-  if (!group.reaches_peers()) {
-    fail(ErrorKind::kDevice, op, "needs GPUs that reach each other's memory");
-  }
+  view.meets = group.reaches_peers();
   return view;
+}
+
+// The rank of a group where NCCL carries what kernels do not, else null.
+inline CudaCommunicator* nccl_rank(const ExpertView& view, const StepContext& ctx) {
+  if (view.meets || view.peers.size == 1) return nullptr;
+  return static_cast<CudaCommunicator*>(ctx.communicator);
 }
 
 // Blocks of a launch: fewer beside another half of a step.

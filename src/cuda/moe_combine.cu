@@ -231,7 +231,7 @@ void load_moe_combine(int size) {
 
 void moe_combine_cuda(const MoeCombineParams& params, const StepContext& ctx) {
   const ExpertBuffers& own = params.received;
-  const cuda::ExpertView view = cuda::expert_view(expert_link_of(own, ctx, kOp), ctx, kOp);
+  const cuda::ExpertView view = cuda::expert_view(expert_link_of(own, ctx, kOp), ctx);
   const int64_t row_bytes = own.hidden * static_cast<int64_t>(dtype_size(own.sum_dtype));
   const int unit = cuda::copy_unit(row_bytes);
   check_internal(cuda::is_vector_aligned(params.partial) && cuda::is_vector_aligned(own.sums) &&
@@ -250,6 +250,9 @@ void moe_combine_cuda(const MoeCombineParams& params, const StepContext& ctx) {
                  ctx.sizes.num_tokens, " tokens of ", own.hidden, " columns is too large");
   sums.pieces = static_cast<uint32_t>(ctx.sizes.num_tokens * row_pieces);
   sums.by_row_pieces = cuda::FastDivider(static_cast<uint32_t>(row_pieces));
+  if (cuda::CudaCommunicator* rank = cuda::nccl_rank(view, ctx)) {
+    rank->combine_by_nccl(params.partial, own, ctx);
+  }
   cuda::launch(kOp, ctx, choose_kernel(own.sum_dtype, own.dtype, view.peers.size),
                cuda::expert_grid(view, ctx), dim3(kThreads), 0, view, sums, unit);
 }

@@ -207,7 +207,7 @@ void load_moe_dispatch() {
 
 void moe_dispatch_cuda(const MoeDispatchParams& params, const StepContext& ctx) {
   const ExpertBuffers& own = params.received;
-  const cuda::ExpertView view = cuda::expert_view(expert_link_of(own, ctx, kOp), ctx, kOp);
+  const cuda::ExpertView view = cuda::expert_view(expert_link_of(own, ctx, kOp), ctx);
   const int64_t row_bytes = own.hidden * static_cast<int64_t>(dtype_size(own.dtype));
   const int unit = cuda::copy_unit(row_bytes);
   check_internal(cuda::is_vector_aligned(params.x) && cuda::is_vector_aligned(own.x), kOp,
@@ -225,6 +225,9 @@ void moe_dispatch_cuda(const MoeDispatchParams& params, const StepContext& ctx) 
   tokens.row_units = static_cast<int32_t>(row_bytes / unit);
   cuda::launch(kOp, ctx, choose_kernel(unit), cuda::expert_grid(view, ctx), dim3(kThreads), 0, view,
                tokens);
+  if (cuda::CudaCommunicator* rank = cuda::nccl_rank(view, ctx)) {
+    rank->dispatch_by_nccl(view.link, ctx);
+  }
 }
 
 }  // namespace mrv1

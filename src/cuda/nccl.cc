@@ -17,6 +17,7 @@ namespace {
 constexpr std::string_view kWhere = "NCCL";
 constexpr int kMajor = 2;
 constexpr int kOpSum = 0;  // ncclSum
+constexpr int kBytes = 0;  // ncclInt8
 // How long an end waits for a rank that is queuing: it may be inside a call that waits for others.
 constexpr std::chrono::seconds kQueuing{1};
 
@@ -58,11 +59,13 @@ std::string try_open(const std::string& name, Nccl& nccl) {
                         load(library, "ncclGroupStart", nccl.group_start) &&
                         load(library, "ncclGroupEnd", nccl.group_end) &&
                         load(library, "ncclAllReduce", nccl.all_reduce) &&
-                        load(library, "ncclAllGather", nccl.all_gather);
+                        load(library, "ncclAllGather", nccl.all_gather) &&
+                        load(library, "ncclSend", nccl.send) &&
+                        load(library, "ncclRecv", nccl.recv);
   int version = 0;
   std::string problem;
   if (!complete) {
-    problem = concat("it lacks functions of NCCL ", kMajor);
+    problem = concat("it lacks functions of NCCL ", kMajor, ".7");
   } else if (nccl.get_version(&version) != 0 || version / 10000 != kMajor) {
     problem = concat("it is version ", version_text(version), ", not ", kMajor);
   }
@@ -100,6 +103,7 @@ const Nccl& open_nccl(const std::vector<std::string>& libraries) {
     }
     tried += concat("\n  ", name, ": ", problem);
   }
+  if (libraries.empty()) fail(ErrorKind::kDevice, kWhere, "there is no library to open");
   fail(ErrorKind::kDevice, kWhere, "the library was not found; tried:", tried,
        "\nInstall the package nvidia-nccl-cu13, or give the library's path in MRV1_NCCL");
 }
@@ -140,18 +144,65 @@ void NcclGroup::gather(int rank, const void* x, void* out, int64_t rows, int64_t
   const std::lock_guard lock(own.mutex);
   if (own.comm == nullptr) fail(ErrorKind::kDevice, kWhere, "the group has ended");
   const size_t row_bytes = static_cast<size_t>(cols) * dtype_size(dtype);
-  // A group of calls is one launch. Ranks follow one another within each row.
+  const int type = data_type(dtype);
+  queue_together("ncclAllGather", [&] {
+    Nccl::Status status = 0;
+    // Ranks follow one another within each row.
+    for (int64_t row = 0; row < rows && status == 0; ++row) {
+      status = library_.all_gather(
+          static_cast<const char*>(x) + static_cast<size_t>(row) * row_bytes,
+          static_cast<char*>(out) + static_cast<size_t>(row) * row_bytes * ranks_.size(),
+          static_cast<size_t>(cols), type, own.comm, stream);
+    }
+    return status;
+  });
+}
+
+void NcclGroup::exchange(int rank, std::span<const NcclMessage> messages, cudaStream_t stream) {
+  Rank& own = *ranks_[rank];
+  const std::lock_guard lock(own.mutex);
+  if (own.comm == nullptr) fail(ErrorKind::kDevice, kWhere, "the group has ended");
+  // Sends and receives that are not of one launch would wait for each other.
+  queue_together("ncclSend or ncclRecv", [&] {
+    Nccl::Status status = 0;
+    for (const NcclMessage& message : messages) {
+      if (status == 0) status = queue(message, own.comm, stream);
+    }
+    return status;
+  });
+}
+
+void NcclGroup::connect(std::span<char* const> memory, std::span<const cudaStream_t> streams) {
+  if (std::exchange(connected_, true)) return;
+  queue_together("ncclSend or ncclRecv", [&] {
+    Nccl::Status status = 0;
+    const int size = static_cast<int>(ranks_.size());
+    for (int rank = 0; rank < size; ++rank) {
+      for (int peer = 0; peer < size && status == 0; ++peer) {
+        if (peer == rank) continue;
+        status = queue({peer, memory[rank] + rank, memory[rank] + peer, 1}, ranks_[rank]->comm,
+                       streams[rank]);
+      }
+    }
+    return status;
+  });
+}
+
+template <typename Fn>
+void NcclGroup::queue_together(std::string_view call, const Fn& fn) const {
   library_.check_status(library_.group_start(), "ncclGroupStart");
-  Nccl::Status status = 0;
-  for (int64_t row = 0; row < rows && status == 0; ++row) {
-    status = library_.all_gather(
-        static_cast<const char*>(x) + static_cast<size_t>(row) * row_bytes,
-        static_cast<char*>(out) + static_cast<size_t>(row) * row_bytes * ranks_.size(),
-        static_cast<size_t>(cols), data_type(dtype), own.comm, stream);
-  }
+  const Nccl::Status status = fn();
   const Nccl::Status ended = library_.group_end();
-  library_.check_status(status, "ncclAllGather");
+  library_.check_status(status, call);
   library_.check_status(ended, "ncclGroupEnd");
+}
+
+Nccl::Status NcclGroup::queue(const NcclMessage& message, Nccl::Comm comm,
+                              cudaStream_t stream) const {
+  const Nccl::Status status =
+      library_.send(message.sent, message.bytes, kBytes, message.peer, comm, stream);
+  if (status != 0) return status;
+  return library_.recv(message.received, message.bytes, kBytes, message.peer, comm, stream);
 }
 
 void NcclGroup::abort() noexcept {

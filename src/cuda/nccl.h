@@ -33,6 +33,8 @@ struct Nccl {
   Status (*group_end)() = nullptr;
   Status (*all_reduce)(const void*, void*, size_t, int, int, Comm, cudaStream_t) = nullptr;
   Status (*all_gather)(const void*, void*, size_t, int, Comm, cudaStream_t) = nullptr;
+  Status (*send)(const void*, size_t, int, int, Comm, cudaStream_t) = nullptr;
+  Status (*recv)(void*, size_t, int, int, Comm, cudaStream_t) = nullptr;
 
   // Throws kDevice naming the call unless it succeeded.
   void check_status(Status status, std::string_view call) const;
@@ -41,6 +43,14 @@ struct Nccl {
 // Opens the first of `libraries` that is there and fits, once for the process: later calls return
 // what is open. Throws kDevice with every name tried and what was wrong with it.
 const Nccl& open_nccl(const std::vector<std::string>& libraries);
+
+// What a rank sends to another one and takes from it, as many bytes.
+struct NcclMessage {
+  int peer;
+  const void* sent;
+  void* received;
+  size_t bytes;
+};
 
 // A communicator of NCCL for each of some GPUs, all in this process. A collective is queued by each
 // rank's own thread, in the same order.
@@ -58,6 +68,12 @@ class NcclGroup {
   // out[row, r * cols + c] = x of rank r [row, c].
   void gather(int rank, const void* x, void* out, int64_t rows, int64_t cols, DType dtype,
               cudaStream_t stream);
+  // Messages to and from other ranks, all at once. Every rank of a pair has as many of the same
+  // sizes in the same order.
+  void exchange(int rank, std::span<const NcclMessage> messages, cudaStream_t stream);
+  // Makes the connections of exchange(), which its first call would make in a step. By one thread
+  // for all ranks; of each, memory of a byte a rank that may be overwritten, and a stream. Once.
+  void connect(std::span<char* const> memory, std::span<const cudaStream_t> streams);
   // Ends what waits in the ranks' streams; nothing can be queued any more. Any thread.
   void abort() noexcept;
 
@@ -67,8 +83,14 @@ class NcclGroup {
     Nccl::Comm comm = nullptr;
   };
 
+  // Of fn(), which returns the status of its calls, one launch.
+  template <typename Fn>
+  void queue_together(std::string_view call, const Fn& fn) const;
+  Nccl::Status queue(const NcclMessage& message, Nccl::Comm comm, cudaStream_t stream) const;
+
   const Nccl& library_;
   std::vector<std::unique_ptr<Rank>> ranks_;
+  bool connected_ = false;
 };
 
 }  // namespace mrv1::cuda

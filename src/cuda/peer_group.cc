@@ -2,8 +2,10 @@
 #include "peer_group.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <new>
 #include <set>
 
@@ -17,6 +19,7 @@ namespace mrv1::cuda {
 namespace {
 
 constexpr std::string_view kWhere = "ranks";
+constexpr std::string_view kChooseOthers = "; choose GPUs that can (`nvidia-smi topo -p2p rw`)";
 
 // What a rank receives of large messages at a time, at most and at least; longer ones take several
 // launches.
@@ -45,6 +48,24 @@ AreaLayout area_layout(int size, int64_t max_bytes, bool has_values) {
   layout.bulk_offset = layout.bytes + 2 * size * layout.packet_pieces * 2 * kPieceBytes;
   layout.bytes = layout.bulk_offset + 4 * layout.bulk_pieces * kPieceBytes;
   return layout;
+}
+
+// Of what a rank sends to experts beside tokens, if it cannot write it to others: weights and
+// experts [ranks, choices], counts [ranks].
+int64_t staged_bytes(int size, int64_t choices) {
+  return size * (choices * int64_t{sizeof(float) + sizeof(int32_t)} + int64_t{sizeof(int32_t)});
+}
+
+// Region `index` of an array of them, of `bytes` each.
+const char* region_of(const void* base, int index, size_t bytes) {
+  return static_cast<const char*>(base) + index * static_cast<ptrdiff_t>(bytes);
+}
+char* region_of(void* base, int index, size_t bytes) {
+  return static_cast<char*>(base) + index * static_cast<ptrdiff_t>(bytes);
+}
+
+size_t region_bytes(const ExpertBuffers& own, DType dtype) {
+  return static_cast<size_t>(own.region_rows * own.hidden) * dtype_size(dtype);
 }
 
 // What a rank of a pipeline keeps for the stages.
@@ -100,9 +121,10 @@ PeerGroup::PeerGroup(std::span<const std::shared_ptr<Device>> devices, const Gro
         " ms; it must be positive");
   check(options.expert_blocks >= 1 && options.expert_blocks <= kPeerBlocks, kWhere,
         "expert_blocks is ", options.expert_blocks, "; must be in [1, ", kPeerBlocks, "]");
+  if (kernels_ == CollectiveKernels::kAuto) find_unreached();
   enable_peers();
   allocate_areas(options);
-  if (size() > 1 && kernels_ == CollectiveKernels::kNccl) open_nccl_groups(options.nccl);
+  if (size() > 1 && !reach_each_other_) open_nccl_groups(options.nccl);
   for (const std::shared_ptr<Device>& device : devices_) {
     const CurrentDevice current(device->ordinal(), kWhere);
     load_meeting();
@@ -158,6 +180,37 @@ bool PeerGroup::writes_to(int rank, int peer) const {
          (std::abs(stage - other) == 1 || stage == last || other == last);
 }
 
+bool PeerGroup::can_reach(int rank, int peer) const {
+  int can = 0;
+  check_cuda(cudaDeviceCanAccessPeer(&can, devices_[rank]->ordinal(), devices_[peer]->ordinal()),
+             kWhere, "cudaDeviceCanAccessPeer");
+  return can != 0;
+}
+
+std::string PeerGroup::unreached_text(int rank, int peer) const {
+  return concat("GPU ", devices_[rank]->ordinal(), " of ", name_of(rank),
+                " cannot reach the memory of GPU ", devices_[peer]->ordinal(), " of ",
+                name_of(peer));
+}
+
+void PeerGroup::find_unreached() {
+  for (int rank = 0; rank < num_ranks(); ++rank) {
+    for (int other = 0; other < num_ranks(); ++other) {
+      if (rank == other || rank / size() != other / size() || can_reach(rank, other)) continue;
+      unreached_ = unreached_text(rank, other);
+      reach_each_other_ = false;
+      return;
+    }
+  }
+}
+
+std::string PeerGroup::note() const {
+  if (nccl_.empty()) return "";
+  const Nccl& library = nccl_[0]->library();
+  return concat(unreached_, unreached_.empty() ? "" : ", so ", "NCCL ", library.version, " (",
+                library.name, ") carries what ranks exchange");
+}
+
 void PeerGroup::enable_peers() {
   for (int rank = 0; rank < num_ranks(); ++rank) {
     const int ordinal = devices_[rank]->ordinal();
@@ -165,12 +218,8 @@ void PeerGroup::enable_peers() {
     for (int other = 0; other < num_ranks(); ++other) {
       if (!writes_to(rank, other)) continue;
       const int peer = devices_[other]->ordinal();
-      int can = 0;
-      check_cuda(cudaDeviceCanAccessPeer(&can, ordinal, peer), kWhere, "cudaDeviceCanAccessPeer");
-      if (can == 0) {
-        fail(ErrorKind::kDevice, kWhere, "GPU ", ordinal, " of ", name_of(rank),
-             " cannot reach the memory of GPU ", peer, " of ", name_of(other),
-             "; choose GPUs that can (`nvidia-smi topo -p2p rw`)");
+      if (!can_reach(rank, other)) {
+        fail(ErrorKind::kDevice, kWhere, unreached_text(rank, other), kChooseOthers);
       }
       const cudaError_t status = cudaDeviceEnablePeerAccess(peer, 0);
       if (status == cudaErrorPeerAccessAlreadyEnabled) {
@@ -216,13 +265,19 @@ void PeerGroup::allocate_areas(const GroupOptions& options) {
 }
 
 void PeerGroup::open_nccl_groups(const std::vector<std::string>& libraries) {
-  const Nccl& library = open_nccl(libraries);
-  for (int stage = 0; stage < num_stages_; ++stage) {
-    std::vector<int> ordinals;
-    for (int rank = 0; rank < size(); ++rank) {
-      ordinals.push_back(devices_[stage * size() + rank]->ordinal());
+  try {
+    const Nccl& library = open_nccl(libraries);
+    for (int stage = 0; stage < num_stages_; ++stage) {
+      std::vector<int> ordinals;
+      for (int rank = 0; rank < size(); ++rank) {
+        ordinals.push_back(devices_[stage * size() + rank]->ordinal());
+      }
+      nccl_.push_back(std::make_unique<NcclGroup>(library, ordinals));
     }
-    nccl_.push_back(std::make_unique<NcclGroup>(library, ordinals));
+  } catch (const Error& error) {
+    if (unreached_.empty()) throw;
+    fail(error.kind(), kWhere, unreached_, kChooseOthers,
+         ". NCCL could carry what ranks exchange instead, but: ", error.what());
   }
 }
 
@@ -243,6 +298,42 @@ void PeerGroup::try_out() {
   if (is_aborted()) {
     fail(ErrorKind::kDevice, kWhere, "GPUs that should reach each other do not: ", abort_reason());
   }
+}
+
+// Tokens are staged where sums come back to: a rank has read these before it dispatches again, and
+// has sent its tokens before others' sums can come.
+void PeerGroup::stage_experts(int stage, std::span<ExpertLink> links) {
+  if (reach_each_other_ || size() == 1) return;
+  std::vector<char*> memory;
+  std::vector<cudaStream_t> streams;
+  for (int rank = 0; rank < size(); ++rank) {
+    Device& device = *devices_[stage * size() + rank];
+    ExpertLink& link = links[rank];
+    const ExpertBuffers own = link.ranks[rank];
+    check_internal(dtype_size(own.dtype) <= dtype_size(own.sum_dtype), kWhere,
+                   "tokens take more room than sums");
+    const int64_t choices = own.region_rows * own.top_k;
+    staged_.push_back(
+        device.allocate(static_cast<size_t>(staged_bytes(size(), choices)), "experts"));
+    auto* weights = static_cast<float*>(staged_.back().data());
+    auto* experts = reinterpret_cast<int32_t*>(weights + size() * choices);
+    int32_t* counts = experts + size() * choices;
+    for (int peer = 0; peer < size(); ++peer) {
+      if (peer == rank) continue;
+      // The region of this rank over there is that of the peer here.
+      const int shift = peer - rank;
+      ExpertBuffers& there = link.ranks[peer];
+      there.x = region_of(own.sums, shift, region_bytes(own, own.dtype));
+      there.weights = weights + shift * choices;
+      there.experts = experts + shift * choices;
+      there.counts = counts + shift;
+      there.sums = nullptr;
+    }
+    memory.push_back(static_cast<char*>(own.sums));
+    streams.push_back(static_cast<cudaStream_t>(device.stream()));
+  }
+  nccl_[stage]->connect(memory, streams);
+  for (int rank = 0; rank < size(); ++rank) devices_[stage * size() + rank]->synchronize();
 }
 
 // NCCL's kernels do not see that the group has ended; somebody has to tell it.
@@ -355,6 +446,44 @@ void CudaCommunicator::gather_by_nccl(const void* x, void* out, int64_t rows, in
   group_->nccl(stage())->gather(rank(), x, out, rows, cols, dtype, stream_of(ctx));
 }
 
+void CudaCommunicator::dispatch_by_nccl(const ExpertLink& link, const StepContext& ctx) {
+  const ExpertBuffers& own = link.ranks[rank()];
+  const auto choices = static_cast<size_t>(own.region_rows * own.top_k);
+  std::array<NcclMessage, size_t{4} * kMaxRanks> messages;
+  size_t count = 0;
+  for (int peer = 0; peer < size(); ++peer) {
+    if (peer == rank()) continue;
+    const ExpertBuffers& there = link.ranks[peer];
+    const auto add = [&](const void* sent, void* received, size_t bytes) {
+      messages[count++] = {peer, region_of(sent, rank(), bytes), region_of(received, peer, bytes),
+                           bytes};
+    };
+    add(there.x, own.x, region_bytes(own, own.dtype));
+    add(there.experts, own.experts, choices * sizeof(int32_t));
+    add(there.weights, own.weights, choices * sizeof(float));
+    add(there.counts, own.counts, sizeof(int32_t));
+  }
+  exchange({messages.data(), count}, ctx);
+}
+
+void CudaCommunicator::combine_by_nccl(const void* partial, const ExpertBuffers& own,
+                                       const StepContext& ctx) {
+  const size_t bytes = region_bytes(own, own.sum_dtype);
+  std::array<NcclMessage, kMaxRanks> messages;
+  size_t count = 0;
+  for (int peer = 0; peer < size(); ++peer) {
+    if (peer == rank()) continue;
+    messages[count++] = {peer, region_of(partial, peer, bytes), region_of(own.sums, peer, bytes),
+                         bytes};
+  }
+  exchange({messages.data(), count}, ctx);
+}
+
+void CudaCommunicator::exchange(std::span<const NcclMessage> messages, const StepContext& ctx) {
+  launch_meeting(view(), ctx);
+  group_->nccl(stage())->exchange(rank(), messages, stream_of(ctx));
+}
+
 StageView stage_view(std::string_view op, const StepContext& ctx) {
   check_internal(ctx.communicator != nullptr && ctx.communicator->stage_link() != nullptr, op,
                  "the rank is not linked with other stages");
@@ -373,10 +502,13 @@ std::vector<std::unique_ptr<Communicator>> make_group(
   return ranks;
 }
 
+// Either memory for peers, or what NCCL is to send.
 int64_t group_bytes(int size, const GroupOptions& options) {
   const bool has_values = options.kernels != CollectiveKernels::kNccl;
   const int64_t stages = options.num_stages > 1 ? int64_t{sizeof(StageMemory)} : 0;
-  return area_layout(size / options.num_stages, options.max_bytes, has_values).bytes + stages;
+  const int ranks = size / options.num_stages;
+  const int64_t staged = options.choices > 0 ? staged_bytes(ranks, options.choices) : 0;
+  return std::max(area_layout(ranks, options.max_bytes, has_values).bytes, staged) + stages;
 }
 
 }  // namespace mrv1::cuda

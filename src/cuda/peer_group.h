@@ -13,6 +13,7 @@
 
 #include "core/device.h"
 #include "dist/communicator.h"
+#include "dist/expert_link.h"
 #include "nccl.h"
 #include "peer_memory.h"
 #include "state/step_context.h"
@@ -40,6 +41,11 @@ class PeerGroup {
   NcclGroup* nccl(int stage) { return nccl_.empty() ? nullptr : nccl_[stage].get(); }
   bool reach_each_other() const { return reach_each_other_; }
   CollectiveKernels kernels() const { return kernels_; }
+  // Communicator::note.
+  std::string note() const;
+
+  // Communicator::stage_experts, of a stage.
+  void stage_experts(int stage, std::span<ExpertLink> links);
 
   void abort(std::string_view reason) noexcept;
   bool is_aborted() const noexcept;
@@ -51,6 +57,10 @@ class PeerGroup {
   std::string name_of(int rank) const { return rank_name(rank, size(), num_stages_); }
   // Whether a rank writes to the GPU of another one.
   bool writes_to(int rank, int peer) const;
+  bool can_reach(int rank, int peer) const;
+  std::string unreached_text(int rank, int peer) const;
+  // Sets unreached_ if ranks of a stage do not reach each other.
+  void find_unreached();
   void enable_peers();
   void allocate_areas(const GroupOptions& options);
   void open_nccl_groups(const std::vector<std::string>& libraries);
@@ -62,7 +72,9 @@ class PeerGroup {
   int num_stages_;
   CollectiveKernels kernels_;
   bool reach_each_other_;  // within a stage
+  std::string unreached_;  // why NCCL carries what ranks exchange, if nobody asked for it
   std::vector<Buffer> states_, areas_, stages_;
+  std::vector<Buffer> staged_;  // of each set of buffers for experts, by rank
   Buffer reports_;
   std::vector<PeerView> views_;
   std::vector<std::unique_ptr<NcclGroup>> nccl_;  // by stage
@@ -90,18 +102,33 @@ class CudaCommunicator final : public Communicator {
   CollectiveKernels choose_gather(int64_t bytes, int64_t rows) const;
 
   // Collectives of NCCL, each after a meeting of all ranks with a time limit, as NCCL has none.
+  // Ranks queue them in one order, as a step of each has it: those of halves share a stream.
   void sum_by_nccl(const void* x, void* out, int64_t count, DType dtype, const StepContext& ctx);
   void gather_by_nccl(const void* x, void* out, int64_t rows, int64_t cols, DType dtype,
                       const StepContext& ctx);
+  // What moe_dispatch and moe_combine exchange: whole regions, as only devices know how many rows
+  // have come. Tokens from where they are staged; `partial`, [ranks, region_rows, hidden], into
+  // the sums of others.
+  void dispatch_by_nccl(const ExpertLink& link, const StepContext& ctx);
+  void combine_by_nccl(const void* partial, const ExpertBuffers& own, const StepContext& ctx);
 
   void abort(std::string_view reason) noexcept override { group_->abort(reason); }
   bool is_aborted() const noexcept override { return group_->is_aborted(); }
   std::string abort_reason() const override { return group_->abort_reason(); }
+  std::string note() const override { return group_->note(); }
+  bool sums_anything() const override { return reaches_peers() || size() == 1; }
 
   StagePort* stage_port() override { return group_->stage_port(global_rank()); }
   StageCounters* stage_counters() override { return group_->stage_counters(global_rank()); }
 
+ protected:
+  void stage_experts(std::span<ExpertLink> links) override {
+    group_->stage_experts(stage(), links);
+  }
+
  private:
+  void exchange(std::span<const NcclMessage> messages, const StepContext& ctx);
+
   std::shared_ptr<PeerGroup> group_;
 };
 

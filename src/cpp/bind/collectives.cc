@@ -26,14 +26,6 @@ struct StageSendProbeHandle : Handle<StageSendProbe> {
   using Handle::Handle;
 };
 
-CollectiveKernels kernels_named(const std::string& name) {
-  if (name == "auto") return CollectiveKernels::kAuto;
-  if (name == "one_shot") return CollectiveKernels::kOneShot;
-  if (name == "two_shot") return CollectiveKernels::kTwoShot;
-  check(name == "nccl", kWhere, "kernels = '", name, "': must be auto, one_shot, two_shot or nccl");
-  return CollectiveKernels::kNccl;
-}
-
 CollectiveProbe::Op op_named(const std::string& name) {
   if (name == "all_reduce") return CollectiveProbe::Op::kAllReduce;
   check(name == "all_gather", kWhere, "op = '", name, "': must be all_reduce or all_gather");
@@ -182,7 +174,7 @@ void bind_collectives(nb::module_& m) {
             group.max_bytes = int64_t{rows} * cols * static_cast<int64_t>(sizeof(float));
             group.timeout =
                 std::chrono::duration_cast<std::chrono::milliseconds>(micros(timeout, "timeout"));
-            group.kernels = kernels_named(kernels);
+            group.kernels = collective_kernels_from_name(kernels);
             group.nccl = nccl;
             std::vector<std::shared_ptr<Device>> ranks = shared(devices);
             nb::gil_scoped_release release;

@@ -80,17 +80,21 @@ void bind_expert_probe(nb::module_& m) {
       "    part: \"both\", or for timing \"dispatch\" or \"combine\" alone.\n"
       "    delay: Seconds that a rank waits before a call at most, at random.\n"
       "    blocks: Thread blocks of a GPU that each takes.\n"
+      "    kernels: Of GPUs: \"auto\", or \"nccl\", by which regions travel whole.\n"
+      "    nccl: Names to open NCCL by, in order, for kernels=\"nccl\".\n"
       "    timeout: Seconds that a rank waits for others before the group ends.\n\n"
       "Raises:\n"
       "    InvalidArgumentError: something is not what it must be.\n"
-      "    DeviceError: GPUs do not reach each other's memory.")
+      "    DeviceError: GPUs do not reach each other's memory, or NCCL was asked for and not "
+      "found.")
       .def(
           "__init__",
           [](ExpertProbeHandle* self, const std::vector<const DeviceHandle*>& devices,
              const std::vector<int32_t>& tokens, int64_t hidden, int32_t top_k, int32_t num_experts,
              int64_t region_rows, int32_t calls, const std::string& dtype,
              const std::optional<std::string>& sum_dtype, const std::string& part, double delay,
-             int32_t blocks, double timeout) {
+             int32_t blocks, const std::string& kernels, const std::vector<std::string>& nccl,
+             double timeout) {
             check(delay >= 0 && delay <= 1 && timeout > 0 && timeout <= 3600, "expert_probe",
                   "delay and timeout must be in [0, 1] and (0, 3600] s");
             ExpertProbe::Options options;
@@ -106,6 +110,8 @@ void bind_expert_probe(nb::module_& m) {
             options.delay = std::chrono::microseconds(static_cast<int64_t>(1e6 * delay));
             GroupOptions group;
             group.expert_blocks = blocks;
+            group.kernels = collective_kernels_from_name(kernels);
+            group.nccl = nccl;
             group.timeout = std::chrono::milliseconds(static_cast<int64_t>(1e3 * timeout));
             std::vector<std::shared_ptr<Device>> ranks;
             for (const DeviceHandle* device : devices) ranks.push_back(device->share());
@@ -117,7 +123,8 @@ void bind_expert_probe(nb::module_& m) {
           nb::arg("num_experts"), nb::arg("region_rows"), nb::arg("calls") = 1,
           nb::arg("dtype") = "bfloat16", nb::arg("sum_dtype") = nb::none(),
           nb::arg("part") = "both", nb::arg("delay") = 0.0,
-          nb::arg("blocks") = GroupOptions{}.expert_blocks, nb::arg("timeout") = 8.0)
+          nb::arg("blocks") = GroupOptions{}.expert_blocks, nb::arg("kernels") = "auto",
+          nb::arg("nccl") = std::vector<std::string>(), nb::arg("timeout") = 8.0)
       .def(
           "set_tokens",
           [](const ExpertProbeHandle& self, int rank, const FloatArray& values,

@@ -1,16 +1,36 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 #include "dist/communicator.h"
 
+#include <algorithm>
+#include <array>
+
 #include "core/device.h"
 #include "core/error.h"
 #include "dist/expert_link.h"
 #include "dist/stage_link.h"
 
 namespace mrv1 {
+namespace {
+
+// In the order of CollectiveKernels.
+constexpr std::array<std::string_view, 4> kKernelNames = {"auto", "one_shot", "two_shot", "nccl"};
+
+}  // namespace
 
 std::string rank_name(int global_rank, int size, int num_stages) {
   if (num_stages == 1) return concat("rank ", global_rank);
   return concat("rank ", global_rank, " (stage ", global_rank / size, ")");
+}
+
+CollectiveKernels collective_kernels_from_name(std::string_view name) {
+  const auto found = std::find(kKernelNames.begin(), kKernelNames.end(), name);
+  check(found != kKernelNames.end(), "ranks", "kernels = '", name,
+        "': must be auto, one_shot, two_shot or nccl");
+  return static_cast<CollectiveKernels>(found - kKernelNames.begin());
+}
+
+std::string_view collective_kernels_name(CollectiveKernels kernels) {
+  return kKernelNames[static_cast<size_t>(kernels)];
 }
 
 Communicator::Communicator(int rank, int size, int stage, int num_stages)

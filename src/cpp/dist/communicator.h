@@ -23,9 +23,13 @@ constexpr int kMaxExpertSets = 3;
 
 // Which kernels carry the collectives of GPUs: packets that say themselves that they have come, or
 // plain values in two trips, both of our own and with the same bits; kAuto chooses by size. NCCL's
-// are there to be compared with: between two GPUs they were slower at every size, they sum more
-// ranks in an order of their own, and add no bias.
+// are for GPUs that do not reach each other's memory, and to be compared with: between two GPUs
+// they were slower at every size, they sum more ranks in an order of their own, and add no bias.
 enum class CollectiveKernels { kAuto, kOneShot, kTwoShot, kNccl };
+
+// "auto", "one_shot", "two_shot" or "nccl"; kInvalidArgument for any other name.
+CollectiveKernels collective_kernels_from_name(std::string_view name);
+std::string_view collective_kernels_name(CollectiveKernels kernels);
 
 struct GroupOptions {
   // Stages of a pipeline, each of as many ranks; all of them end together.
@@ -34,12 +38,14 @@ struct GroupOptions {
   int64_t max_bytes = 0;
   // How long a rank waits for the others in a collective before it ends the group.
   std::chrono::milliseconds timeout{8000};
-  // Of GPUs only.
+  // Of GPUs only. With kAuto NCCL's carry everything where GPUs of a stage do not reach each other.
   CollectiveKernels kernels = CollectiveKernels::kAuto;
   // Thread blocks, and so processors at most, that moe_dispatch and moe_combine take, at most 64:
   // enough to keep the links busy, few enough that other kernels can run beside them.
   int32_t expert_blocks = 32;
-  std::vector<std::string> nccl;  // names to open NCCL by, in order, for kNccl
+  std::vector<std::string> nccl;  // names to open NCCL by, in order, if it is needed
+  // Experts that the tokens of a rank may have in all its sets of buffers, for group_bytes().
+  int64_t choices = 0;
 };
 
 class Communicator;
@@ -85,6 +91,11 @@ class Communicator {
   // Why it has ended, naming rank and collective; empty while it has not. Any thread.
   virtual std::string abort_reason() const = 0;
 
+  // What the log should say of how the ranks reach each other; mostly nothing.
+  virtual std::string note() const { return {}; }
+  // Whether sums may have a bias, another dtype and the order of sum_in_order(): not with NCCL.
+  virtual bool sums_anything() const { return true; }
+
   // Throws kDevice with the reason if the group has ended.
   void check_alive() const;
 
@@ -107,6 +118,11 @@ class Communicator {
  protected:
   Communicator(int rank, int size, int stage = 0, int num_stages = 1);
 
+  // `links` are those of all ranks of the stage, by rank. Where a rank cannot write to the buffers
+  // of others, puts memory of its own in their place, to be sent from. By link_experts(), from one
+  // rank for all.
+  virtual void stage_experts(std::span<ExpertLink> /*links*/) {}
+
  private:
   friend void link_stages(std::span<Communicator* const> ranks,
                           std::span<const StageBuffers> buffers);
@@ -120,7 +136,8 @@ class Communicator {
 
 // A communicator for each device, in their order: the ranks of the first stage, then those of the
 // next. The devices are of one type; GPUs are distinct, reach each other's memory, and outlive the
-// group. kInvalidArgument naming what does not fit.
+// group. GPUs of a stage that do not reach each other need NCCL. kInvalidArgument naming what does
+// not fit; kDevice naming GPUs that cannot reach each other, and what NCCL was looked for by.
 std::vector<std::unique_ptr<Communicator>> make_group(
     std::span<const std::shared_ptr<Device>> devices, const GroupOptions& options);
 

@@ -2,6 +2,8 @@
 #include "dist/expert_link.h"
 
 #include <algorithm>
+#include <memory>
+#include <vector>
 
 #include "core/error.h"
 
@@ -35,7 +37,11 @@ void link_experts(std::span<Communicator* const> ranks, std::span<const ExpertBu
           kWhere, ranks[rank]->name(), " lacks a buffer");
     link.ranks[rank] = own;
   }
-  for (Communicator* rank : ranks) rank->expert_links_[set] = std::make_unique<ExpertLink>(link);
+  std::vector<ExpertLink> links(ranks.size(), link);
+  ranks[0]->stage_experts(links);
+  for (size_t rank = 0; rank < ranks.size(); ++rank) {
+    ranks[rank]->expert_links_[set] = std::make_unique<ExpertLink>(links[rank]);
+  }
 }
 
 }  // namespace mrv1

@@ -35,7 +35,8 @@ struct ExpertBuffers {
   void* sums = nullptr;
 };
 
-// The buffers of all ranks, as ops get them; addresses of other ranks can be written from here.
+// The buffers of all ranks, as ops of one get them. Those of other ranks can be written from here,
+// or are memory of this rank, laid out alike, from which NCCL sends (Communicator::stage_experts).
 struct ExpertLink {
   ExpertBuffers ranks[kMaxRanks];
 };
