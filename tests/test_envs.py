@@ -31,6 +31,7 @@ DEFAULTS = {
     "MRV1_CHECK_SLOTS": False,
     "MRV1_CUBLASLT": None,
     "MRV1_NCCL": None,
+    "MRV1_COLLECTIVES": "auto",
     "MRV1_TUNE": False,
     "MRV1_TUNE_DIR": "~/.cache/mrv1/tuning",
     "MRV1_MAX_BAD_WORDS_NUM": None,
@@ -73,6 +74,7 @@ def test_unset_or_empty_gives_the_default(
         ("MRV1_ATTENTION_BACKEND", "FlashInfer", "flashinfer"),
         ("MRV1_BATCH_INVARIANT", "1", True),
         ("MRV1_SYNC", "on", True),
+        ("MRV1_COLLECTIVES", "NCCL", "nccl"),
         ("MRV1_MAX_BAD_WORDS_NUM", "0", 0),
         ("MRV1_BAD_WORDS_MAX_LEN", "8", 8),
         ("MRV1_MAX_STOP_SEQS_NUM", "999999999", 999_999_999),
@@ -105,6 +107,7 @@ def test_a_value_is_read_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
         *[("MRV1_NO_PROGRESS", t) for t in ("2", "maybe")],
         *[("MRV1_MAX_STOP_SEQS_NUM", t) for t in ("-1", "1.5", "10000000000", "\uff19")],
         *[("MRV1_FUSION", t) for t in ("-1", "01", "none")],
+        *[("MRV1_COLLECTIVES", t) for t in ("one_shot", "mpi", "1")],
     ],
 )
 def test_a_bad_value_names_variable_value_and_what_is_allowed(

@@ -61,6 +61,7 @@ SIZES: dict[str, Any] = {
     "progress": False,
 }
 DATA = {"expert_parallel": True}
+EAGER: dict[str, Any] = {"graph_mode": "eager"}
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
@@ -143,6 +144,31 @@ def test_ranks_with_requests_of_their_own_give_the_tokens_of_one(
     need_ranks(device, ranks)
     options = {"data_parallel_size": ranks, **DATA, **options}
     assert _answers(device, model, _prompts(9), **options) == answers_of_one
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("halves", "options"),
+    [("0", {"graph_mode": "full", "capture_sizes": [1, 2, 4]}), ("1", {}), ("1", EAGER)],
+    ids=["graphs", "halves in graphs", "eager halves"],
+)
+def test_tokens_that_nccl_carries_are_those_of_one(
+    model: Path,
+    answers_of_one: list[Any],
+    ranks: int,
+    halves: str,
+    options: dict[str, Any],
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As where GPUs do not reach each other; ranks of the CPU have one way in any case."""
+    need_ranks(device, ranks)
+    monkeypatch.setenv("MRV1_COLLECTIVES", "nccl")
+    monkeypatch.setenv("MRV1_USE_TBO", halves)
+    options = {"data_parallel_size": ranks, **DATA, **options}
+    assert _answers(device, model, _prompts(9), **options) == answers_of_one
+    assert ("carries what ranks exchange" in caplog.text) == (device == "cuda")
 
 
 @pytest.mark.parametrize("background", [True, False])

@@ -574,6 +574,24 @@ class RunnerConfig:
     def rank_timeout_ms(self, arg: int, /) -> None: ...
 
     @property
+    def collectives(self) -> str:
+        """
+        What carries collectives of GPUs: "auto", "one_shot", "two_shot" or "nccl".
+        """
+
+    @collectives.setter
+    def collectives(self, arg: str, /) -> None: ...
+
+    @property
+    def nccl(self) -> list[str]:
+        """
+        Names to open NCCL by, in order, if GPUs do not reach each other's memory.
+        """
+
+    @nccl.setter
+    def nccl(self, arg: Sequence[str], /) -> None: ...
+
+    @property
     def max_num_seqs(self) -> int: ...
 
     @max_num_seqs.setter
@@ -1125,6 +1143,10 @@ class ModelRunner:
     @property
     def memory_plans(self) -> list[dict[str, int]]:
         """Of each rank."""
+
+    @property
+    def ranks_note(self) -> str:
+        """What the log should say of how ranks reach each other; mostly nothing."""
 
     def load_tensors(self, file: MappedFile, tensors: Sequence[Sequence[tuple[int, int, int, str]]], progress: Callable[[int], object]) -> None:
         """

@@ -249,9 +249,18 @@ NCCL: Final = EnvVar[str | None](
     default=None,
     default_text="found",
     allowed="a name or path of the library, or none",
-    help="NCCL that `mrv1 bench all_reduce` compares with, instead of the one that the loader or a "
-    "wheel has; `none` is without.",
+    help="NCCL for GPUs that do not reach each other's memory, and for `mrv1 bench all_reduce` to "
+    "compare with, instead of the one that the loader or a wheel has; `none` is without.",
     parse=str,
+)
+COLLECTIVES: Final = EnvVar[str](
+    name="MRV1_COLLECTIVES",
+    default="auto",
+    default_text="`auto`",
+    allowed="auto or nccl",
+    help="What carries what GPUs exchange within a stage: `auto` is memory of the peers, and NCCL "
+    "where they do not reach it ([how](parallel.md#gpus-without-peer-access)).",
+    parse=_one_of("auto", "nccl"),
 )
 TUNE: Final = EnvVar[bool](
     name="MRV1_TUNE",
@@ -303,6 +312,7 @@ REGISTRY: Final[Mapping[str, EnvVar[object]]] = MappingProxyType(
         CHECK_SLOTS.name: CHECK_SLOTS,
         CUBLASLT.name: CUBLASLT,
         NCCL.name: NCCL,
+        COLLECTIVES.name: COLLECTIVES,
         TUNE.name: TUNE,
         TUNE_DIR.name: TUNE_DIR,
         MAX_BAD_WORDS_NUM.name: MAX_BAD_WORDS_NUM,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
-from mrv1 import _core, envs, parallel, tuning
+from mrv1 import _core, _libraries, envs, parallel, tuning
 from mrv1._streams import Stream
 from mrv1.builder import Builder
 from mrv1.config import ModelConfig, model_root
@@ -567,6 +567,8 @@ def make_runner(
     native.kv_cache_dtype = resolve_kv_cache_dtype(options.kv_cache_dtype)
     native.num_ranks, native.num_stages = len(ranks.programs), len(ranks.stages)
     native.data_parallel = ranks.data_parallel
+    if kind == "cuda" and native.num_ranks > 1:
+        native.collectives, native.nccl = envs.COLLECTIVES.get(), _libraries.nccl_names()
     native.pad_requests = _integer("pad_requests", options.pad_requests, 0, native.max_num_seqs)
     native.pad_tokens = _integer("pad_tokens", options.pad_tokens, 0, native.max_num_batched_tokens)
     for field in ("infer_param_view", "keep_hidden_states", "force_tokens"):
@@ -605,6 +607,8 @@ def make_runner(
     for each in configs:
         each.num_blocks, each.max_model_len = native.num_blocks, native.max_model_len
     runner = _core.ModelRunner(devices, ranks.programs, configs)
+    if runner.ranks_note:
+        _LOG.warning("%s", runner.ranks_note)
     others = [
         runner.rank(rank) for rank in range(1, native.num_ranks if ranks.data_parallel else 1)
     ]

@@ -198,6 +198,17 @@ void bind_runner(nb::module_& m) {
             self.rank_timeout = std::chrono::milliseconds(milliseconds);
           },
           "How long a rank waits for the others before they all end.")
+      .def_prop_rw(
+          "collectives",
+          [](const RunnerConfig& self) {
+            return std::string(collective_kernels_name(self.collectives));
+          },
+          [](RunnerConfig& self, const std::string& name) {
+            self.collectives = collective_kernels_from_name(name);
+          },
+          "What carries collectives of GPUs: \"auto\", \"one_shot\", \"two_shot\" or \"nccl\".")
+      .def_rw("nccl", &RunnerConfig::nccl,
+              "Names to open NCCL by, in order, if GPUs do not reach each other's memory.")
       .def_rw("max_num_seqs", &RunnerConfig::max_num_seqs)
       .def_rw("max_num_batched_tokens", &RunnerConfig::max_num_batched_tokens)
       .def_rw("max_model_len", &RunnerConfig::max_model_len)
@@ -488,6 +499,13 @@ void bind_runner(nb::module_& m) {
             return plans;
           },
           nb::sig("def memory_plans(self) -> list[dict[str, int]]"), "Of each rank.")
+      .def_prop_ro(
+          "ranks_note",
+          [](const RunnerHandle& self) {
+            const Communicator* rank = self->communicator();
+            return rank == nullptr ? std::string() : rank->note();
+          },
+          "What the log should say of how ranks reach each other; mostly nothing.")
       .def("load_tensors", &load_tensors, nb::arg("file"), nb::arg("tensors"), nb::arg("progress"),
            "Loads tensors of a file: a list for each rank, of (weight, segment, offset in bytes,\n"
            "kind). The kind is the dtype of a plain weight, and of NVFP4 which of a segment's\n"

@@ -38,6 +38,9 @@ class RankFollowers;  // runner/rank_followers.h
 
 // What the ranks of a runner must be able to send each other.
 GroupOptions group_options(const Program& program, const RunnerConfig& config);
+// Refuses sums of the program that the group does not carry, before a step would have to; kDevice
+// naming what they need.
+void check_sums(const Communicator& group, const Program& program, const RunnerConfig& config);
 
 // Bytes a runner allocates, known before it is made.
 struct MemoryPlan {

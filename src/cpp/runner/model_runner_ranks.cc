@@ -27,7 +27,14 @@ GroupOptions group_options(const Program& program, const RunnerConfig& config) {
   GroupOptions options;
   options.num_stages = config.num_stages;
   options.timeout = config.rank_timeout;
+  options.kernels = config.collectives;
+  options.nccl = config.nccl;
   for (const Op& op : program.ops()) {
+    if (op.kind == OpKind::kMoeDispatch) {
+      const int64_t halves = TwoBatch::applies(program, config) ? 2 : 0;
+      options.choices = (limits.max_tokens + halves * TwoBatch::max_tokens(config)) *
+                        program.values()[op.inputs[1]].cols;
+    }
     if (op.kind != OpKind::kAllReduce && op.kind != OpKind::kAllGather) continue;
     options.max_bytes =
         std::max(options.max_bytes, value_bytes(program.values()[op.inputs[0]], limits));
@@ -41,6 +48,30 @@ GroupOptions group_options(const Program& program, const RunnerConfig& config) {
     options.max_bytes = std::max(options.max_bytes, value_bytes(logits, limits));
   }
   return options;
+}
+
+void check_sums(const Communicator& group, const Program& program, const RunnerConfig& config) {
+  if (group.sums_anything()) return;
+  constexpr std::string_view kWhere = "ranks";
+  for (const Op& op : program.ops()) {
+    if (op.kind != OpKind::kAllReduce) continue;
+    if (config.batch_invariant) {
+      fail(ErrorKind::kDevice, kWhere, group.note(),
+           ", whose sums have an order of their own: batch_invariant = True needs GPUs that reach "
+           "each other's memory; must be False");
+    }
+    if (!op.weights.empty()) {
+      fail(ErrorKind::kDevice, kWhere, group.note(), ", which adds no bias to sums: '",
+           program.weights()[op.weights[0]].name,
+           "' of the model needs GPUs that reach each other's memory");
+    }
+    const DType from = program.values()[op.inputs[0]].dtype;
+    const DType to = program.values()[op.outputs[0]].dtype;
+    if (from != to) {
+      fail(ErrorKind::kDevice, kWhere, group.note(), ", which keeps the dtype of sums: those of ",
+           dtype_name(from), " to ", dtype_name(to), " need GPUs that reach each other's memory");
+    }
+  }
 }
 
 void ModelRunner::lead(std::unique_ptr<RankFollowers> followers) {

@@ -326,6 +326,8 @@ std::shared_ptr<ModelRunner> make_runner(const std::vector<std::shared_ptr<Devic
   const int32_t num_stages = configs[0].num_stages;
   std::vector<std::unique_ptr<Communicator>> group =
       make_group(devices, group_options(programs[0], configs[0]));
+  for (size_t rank = 0; rank < size; ++rank)
+    check_sums(*group[rank], programs[rank], configs[rank]);
   std::vector<std::unique_ptr<ModelRunner>> runners;
   for (size_t rank = 0; rank < size; ++rank) {
     const std::string name = group[rank]->name();

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "dist/communicator.h"
 #include "program/kv_store.h"
 #include "runner/graph_ladder.h"
 #include "state/step_context.h"
@@ -62,6 +63,9 @@ struct RunnerConfig {
   int32_t num_ranks = 1;
   int32_t num_stages = 1;
   std::chrono::milliseconds rank_timeout{8000};
+  // Of ranks on GPUs, and the names that NCCL is opened by if it is needed.
+  CollectiveKernels collectives = CollectiveKernels::kAuto;
+  std::vector<std::string> nccl;
   TwoBatchConfig two_batch;
   // Ranks have requests of their own each (runner/data_ranks.h); there are no stages then.
   bool data_parallel = false;
