@@ -103,7 +103,9 @@ const Nccl& open_nccl(const std::vector<std::string>& libraries) {
     }
     tried += concat("\n  ", name, ": ", problem);
   }
-  if (libraries.empty()) fail(ErrorKind::kDevice, kWhere, "there is no library to open");
+  if (libraries.empty()) {
+    fail(ErrorKind::kDevice, kWhere, "there is no name to open it by, as with MRV1_NCCL = none");
+  }
   fail(ErrorKind::kDevice, kWhere, "the library was not found; tried:", tried,
        "\nInstall the package nvidia-nccl-cu13, or give the library's path in MRV1_NCCL");
 }
