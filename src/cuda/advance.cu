@@ -10,6 +10,7 @@
 #include <atomic>
 #include <type_traits>
 
+#include "dist/communicator.h"
 #include "launch.h"
 #include "stage_wait.cuh"
 #include "staged_record.h"

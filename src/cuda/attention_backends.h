@@ -3,12 +3,13 @@
 
 #include <cstdint>
 
-#include "core/device.h"
 #include "ops/kernels.h"
 #include "ops/paged_attention.h"
 #include "state/step_context.h"
 
 namespace mrv1 {
+
+class Device;  // core/device.h
 
 // Which kernels take which rows of a step. Batch order puts decode rows first, so a class of rows
 // is a range of batch positions that the device reads from InferParams::counts.

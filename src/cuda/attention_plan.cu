@@ -9,6 +9,7 @@
 
 #include "attention_backends.h"
 #include "block.cuh"
+#include "core/device.h"
 #include "launch.h"
 #include "native_attention.h"
 

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "dist/communicator.h"
+#include "dist/group_limits.h"
 
 namespace mrv1::cuda {
 

@@ -11,15 +11,9 @@
 #include <vector>
 
 #include "core/device.h"
+#include "dist/group_limits.h"
 
 namespace mrv1 {
-
-// Ranks of a group at most, as kernels keep a value of each in registers.
-constexpr int kMaxRanks = 8;
-
-// Sets of ExpertBuffers (dist/expert_link.h) that steps may use at the same time: that of whole
-// steps, and one for each half of those that are cut.
-constexpr int kMaxExpertSets = 3;
 
 // Which kernels carry the collectives of GPUs: packets that say themselves that they have come, or
 // plain values in two trips, both of our own and with the same bits; kAuto chooses by size. NCCL's

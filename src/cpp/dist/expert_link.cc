@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "dist/communicator.h"
 
 namespace mrv1 {
 

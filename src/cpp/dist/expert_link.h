@@ -6,9 +6,11 @@
 
 #include "core/dtype.h"
 #include "core/portable.h"
-#include "dist/communicator.h"
+#include "dist/group_limits.h"
 
 namespace mrv1 {
+
+class Communicator;  // dist/communicator.h
 
 // Which rank has which experts: neighbours, as many on each rank, or one more. Ranks may have none.
 struct ExpertShare {

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "dist/communicator.h"
 
 namespace mrv1 {
 namespace {

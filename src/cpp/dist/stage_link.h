@@ -8,9 +8,11 @@
 
 #include "core/dtype.h"
 #include "core/portable.h"
-#include "dist/communicator.h"
+#include "dist/group_limits.h"
 
 namespace mrv1 {
+
+class Communicator;  // dist/communicator.h
 
 // A value that crosses from one stage of a pipeline to the next: a row a token.
 struct StageValue {
