@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "async_copy.cuh"
 #include "native_attention.h"
 
 namespace mrv1::cuda {
@@ -63,39 +64,18 @@ __device__ __forceinline__ float capped(float product, const ScoreScale& scale) 
   return fmaf(-scale.cap, part, scale.cap);
 }
 
-__device__ __forceinline__ void copy_async(uint32_t target, const void* source, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-               "r"(bytes)
-               : "memory");
-}
-
-// 4 bytes of them. Their neighbours are other heads', which are read much later.
-__device__ __forceinline__ void copy_word_async(uint32_t target, const void* source, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source), "r"(bytes)
-               : "memory");
-}
-
 // Asks for a line of the second cache: nothing waits for it, and nothing is read.
 __device__ __forceinline__ void prefetch_line(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 // Waits until all but the `pending` newest groups have arrived. No table of jumps: it would come
 // from memory.
 __device__ __forceinline__ void wait_copies(int pending) {
-  if (pending <= 1) return pending <= 0 ? wait_copies<0>() : wait_copies<1>();
-  if (pending <= 3) return pending <= 2 ? wait_copies<2>() : wait_copies<3>();
-  if (pending <= 5) return pending <= 4 ? wait_copies<4>() : wait_copies<5>();
-  wait_copies<6>();
+  if (pending <= 1) return pending <= 0 ? cp_async_wait_group<0>() : cp_async_wait_group<1>();
+  if (pending <= 3) return pending <= 2 ? cp_async_wait_group<2>() : cp_async_wait_group<3>();
+  if (pending <= 5) return pending <= 4 ? cp_async_wait_group<4>() : cp_async_wait_group<5>();
+  cp_async_wait_group<6>();
 }
 static_assert(kMaxStages - 2 <= 6);
 

@@ -79,24 +79,6 @@ __device__ __forceinline__ void load_two_transposed(uint32_t (&d)[2], uint32_t a
                : "memory");
 }
 
-__device__ __forceinline__ float2 load_floats(uint32_t address) {
-  float2 value;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-               : "=f"(value.x), "=f"(value.y)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
-__device__ __forceinline__ uint2 load_words(uint32_t address) {
-  uint2 value;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-               : "=r"(value.x), "=r"(value.y)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
 __device__ __forceinline__ float log2_fast(float x) {
   float y;
   asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -165,7 +147,7 @@ struct E4M3Rows : TileRows<D> {
     for (int side = 0; side < 2; ++side) {
 #pragma unroll
       for (int k = 0; k < kChunks; ++k) {
-        const uint2 four = load_words(
+        const uint2 four = ld_shared_v2_u32(
             queries + QueryLayout<D>::offset(lane / 4 + 8 * side, 2 * k + (lane % 4) / 2) +
             lane % 2 * 8);
         query[k][side] = four.x;
@@ -220,8 +202,8 @@ struct E4M3Rows : TileRows<D> {
     for (int t = 0; t < 2 * kBlocks; ++t) {
       const uint32_t scales = keys + t / 2 * L::kBlockBytes + 2 * L::kMatrixBytes +
                               (8 * (t & 1) + 2 * (lane % 4)) * static_cast<int>(sizeof(float));
-      const float2 key_scale = load_floats(scales);
-      value_scale[t] = load_floats(scales + kScaleBytes / 2);
+      const float2 key_scale = ld_shared_v2_f32(scales);
+      value_scale[t] = ld_shared_v2_f32(scales + kScaleBytes / 2);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         score[t][i] = score[t][i] * row_factor[i / 2] * (i & 1 ? key_scale.y : key_scale.x);

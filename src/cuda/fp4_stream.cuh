@@ -18,6 +18,7 @@
 
 #include <algorithm>
 
+#include "async_copy.cuh"
 #include "fp4.cuh"
 #include "linear_skinny_kernels.h"
 
@@ -76,69 +77,6 @@ struct StreamShape {
            kPartials * kEndPairs * sizeof(float2);
   }
 };
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// Copies 16 bytes, or writes zeros.
-__device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-// By a policy of the second cache.
-__device__ __forceinline__ void copy_16(uint32_t to, const void* from, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
-               "l"(from), "l"(policy)
-               : "memory");
-}
-__device__ __forceinline__ void copy_4(uint32_t to, const void* from, uint64_t policy) {
-  asm volatile("cp.async.ca.shared.global.L2::cache_hint.L2::128B [%0], [%1], 4, %2;" ::"r"(to),
-               "l"(from), "l"(policy)
-               : "memory");
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ __forceinline__ void wait_pending() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// Waits until at most stages - 1 groups are pending.
-__device__ __forceinline__ void wait_stage(int stages) {
-  switch (stages) {
-    case 1:
-      return wait_pending<0>();
-    case 2:
-      return wait_pending<1>();
-    case 3:
-      return wait_pending<2>();
-    default:
-      return wait_pending<3>();
-  }
-}
-
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void store_shared(uint32_t address, const uint4& value) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x),
-               "r"(value.y), "r"(value.z), "r"(value.w)
-               : "memory");
-}
-
-__device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
-  uint32_t value;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-  return value;
-}
 
 __device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                          uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -217,11 +155,11 @@ __global__ void __launch_bounds__(kStreamThreads,
       const uint4* codes = args.codes + (where * 2 + at.half) * 32 + lane;
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
-        copy_16(stage + (part * kUnits + u) * kFp4UnitBytes + lane * kLaneBytes, codes + u * 32,
-                policy);
+        cp_async_16(stage + (part * kUnits + u) * kFp4UnitBytes + lane * kLaneBytes, codes + u * 32,
+                    policy);
       }
-      copy_4(stage + Shape::kCodeBytes + part * kFp4TileScaleBytes + lane * 4,
-             args.scales + where * 32 + lane, policy);
+      cp_async_4(stage + Shape::kCodeBytes + part * kFp4TileScaleBytes + lane * 4,
+                 args.scales + where * 32 + lane, policy);
     }
   };
   // A lane copies the same 16 bytes of every kStep-th row. Neighbouring rows have their even and
@@ -247,8 +185,8 @@ __global__ void __launch_bounds__(kStreamThreads,
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) {
       if (x_row + i * kStep >= item.count) break;
-      copy_16(stage + x_to + i * kStep * Shape::kXRowBytes, valid ? x_from[i] + col : args.x,
-              valid);
+      cp_async_16(stage + x_to + i * kStep * Shape::kXRowBytes, valid ? x_from[i] + col : args.x,
+                  valid);
     }
   };
 
@@ -262,7 +200,7 @@ __global__ void __launch_bounds__(kStreamThreads,
         load_weight(load, loaded, ring + s * stage_bytes);
         if (load.next(warp, args.units) && load.item < last_item) loaded = items.at(load.item);
       }
-      commit();
+      cp_async_commit_group();
     }
     launch_next();
     wait_for_previous();
@@ -281,7 +219,7 @@ __global__ void __launch_bounds__(kStreamThreads,
         find_x(loaded);
       }
     }
-    commit();
+    cp_async_commit_group();
   };
   // Copies arrive in the order in which they were asked for, x after the weights of all stages. Of
   // one or two tokens it comes by way of registers, so that the first stages need not wait.
@@ -301,7 +239,7 @@ __global__ void __launch_bounds__(kStreamThreads,
 #pragma unroll
     for (int s = 0; s < kMaxStages; ++s) {
       if (s < stages && x_row < args.tile_tokens) {
-        store_shared(ring + s * stage_bytes + x_to, values[s]);
+        st_shared_v4_u32(ring + s * stage_bytes + x_to, values[s]);
       }
     }
   } else {
@@ -338,7 +276,7 @@ __global__ void __launch_bounds__(kStreamThreads,
 #pragma unroll
       for (int half = 0; half < 2; half += kUnits) {
         const uint32_t stage = ring + slot * stage_bytes;
-        wait_stage(stages);
+        cp_async_wait_group<kMaxStages - 1>(stages - 1);
         __syncwarp();
         // All of a stage goes to registers, so that it can be filled again at once.
         uint32_t scales[kParts];
@@ -349,19 +287,19 @@ __global__ void __launch_bounds__(kStreamThreads,
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
             codes[u][part] =
-                load_shared(stage + (part * kUnits + u) * kFp4UnitBytes + lane * kLaneBytes);
+                ld_shared_v4_u32(stage + (part * kUnits + u) * kFp4UnitBytes + lane * kLaneBytes);
           }
 #pragma unroll
           for (int n = 0; n < kNs; ++n) {
             const uint32_t at = stage + u * kFp4UnitCols * 2 + x_at[n];
-            x[u][n][0] = load_shared(at);
-            x[u][n][1] = load_shared(at ^ 16);
+            x[u][n][0] = ld_shared_v4_u32(at);
+            x[u][n][1] = ld_shared_v4_u32(at ^ 16);
           }
         }
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
           scales[part] =
-              load_shared_word(stage + Shape::kCodeBytes + part * kFp4TileScaleBytes + lane * 4);
+              ld_shared_u32(stage + Shape::kCodeBytes + part * kFp4TileScaleBytes + lane * 4);
         }
         __syncwarp();
         load_next(stage, true);
@@ -463,7 +401,7 @@ __global__ void __launch_bounds__(kStreamThreads,
       __syncthreads();  // partial sums come again
     }
   }
-  wait_pending<0>();
+  cp_async_wait_group<0>();
 }
 
 // How many stages a ring has, and the shared memory of a block with it.

@@ -14,6 +14,7 @@
 // contiguous bytes of a row and uses them as its parts of two products.
 #include <algorithm>
 
+#include "async_copy.cuh"
 #include "linear_skinny_kernels.h"
 
 namespace mrv1::cuda {
@@ -22,64 +23,6 @@ namespace {
 constexpr int kGroup = 64;      // columns of a stage
 constexpr int kRowBytes = 128;  // of a stage
 constexpr int kMaxStages = 8;
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// Copies 16 bytes, or writes zeros.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-
-// The same by a policy of the second cache.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid,
-                                           uint64_t policy) {
-  asm volatile(
-      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to),
-      "l"(from), "r"(valid ? 16 : 0), "l"(policy)
-      : "memory");
-}
-
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ __forceinline__ void wait_pending() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// Waits until at most stages - 1 groups are pending.
-__device__ __forceinline__ void wait_stage(int stages) {
-  switch (stages) {
-    case 1:
-      return wait_pending<0>();
-    case 2:
-      return wait_pending<1>();
-    case 3:
-      return wait_pending<2>();
-    case 4:
-      return wait_pending<3>();
-    case 5:
-      return wait_pending<4>();
-    case 6:
-      return wait_pending<5>();
-    case 7:
-      return wait_pending<6>();
-    default:
-      return wait_pending<7>();
-  }
-}
-
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
 
 __device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                          uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -154,8 +97,8 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
       const int in_half = i / 4 * piece_stride + i % 2 * 4 + first;
       const int row = in_half + i / 2 % 2 * half_stride;
       const bool valid = col < args.k && (args.gated() ? in_half < args.out_cols : row < args.n);
-      copy_async(stage + load_to + i * 4 * kRowBytes,
-                 valid ? source + int64_t{row} * args.stride : args.weight, valid, policy);
+      cp_async_16(stage + load_to + i * 4 * kRowBytes,
+                  valid ? source + int64_t{row} * args.stride : args.weight, valid, policy);
     }
   };
   const auto load_x = [&](const Walk& at, uint32_t stage) {
@@ -164,8 +107,8 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
     for (int i = 0; i < kTokens / 4; ++i) {
       const int token = first_token + i * 4 + load_row;
       const bool valid = col < args.k && token < args.tokens;
-      copy_async(stage + load_to + (kRows + i * 4) * kRowBytes,
-                 valid ? args.x + int64_t{token} * args.stride + col : args.x, valid);
+      cp_async_16(stage + load_to + (kRows + i * 4) * kRowBytes,
+                  valid ? args.x + int64_t{token} * args.stride + col : args.x, valid);
     }
   };
 
@@ -183,7 +126,7 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
       load_x(load, ring + s * kStageBytes);
       load.next(warp, warps, groups);
     }
-    commit();
+    cp_async_commit_group();
   }
 
   const int g = lane / 4;
@@ -196,21 +139,21 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
     float sums[kParts][kNs][4] = {};
     for (int group = warp; group < groups; group += warps) {
       const uint32_t stage = ring + slot * kStageBytes;
-      wait_stage(stages);
+      cp_async_wait_group<kMaxStages - 1>(stages - 1);
       __syncwarp();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint4 b[kNs];
 #pragma unroll
         for (int n = 0; n < kNs; ++n) {
-          b[n] = load_shared(stage + (kRows + n * 8) * kRowBytes + read_at[half]);
+          b[n] = ld_shared_v4_u32(stage + (kRows + n * 8) * kRowBytes + read_at[half]);
         }
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          const uint4 low = load_shared(stage + part * 16 * kRowBytes + read_at[half]);
+          const uint4 low = ld_shared_v4_u32(stage + part * 16 * kRowBytes + read_at[half]);
           uint4 high = {0, 0, 0, 0};
           if constexpr (kHalves == 2) {
-            high = load_shared(stage + (part * 16 + 8) * kRowBytes + read_at[half]);
+            high = ld_shared_v4_u32(stage + (part * 16 + 8) * kRowBytes + read_at[half]);
           }
 #pragma unroll
           for (int n = 0; n < kNs; ++n) {
@@ -228,7 +171,7 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
         load_x(load, stage);
         load.next(warp, warps, groups);
       }
-      commit();
+      cp_async_commit_group();
       slot = slot + 1 == stages ? 0 : slot + 1;
     }
 
@@ -293,7 +236,7 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
     }
     if (tile + static_cast<int>(gridDim.x) < tiles) __syncthreads();  // `partial` is written again
   }
-  wait_pending<0>();
+  cp_async_wait_group<0>();
 }
 
 template <int kRows, int kTokens>

@@ -52,31 +52,31 @@ __global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads, kRows <=
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < stages; ++s) {
-      barrier_init(&full[s], 1);
-      barrier_init(&empty[s], kRows / 64);
+      mbarrier_init(&full[s], 1);
+      mbarrier_init(&empty[s], kRows / 64);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_mbarrier_init();
   }
   __syncthreads();
 
   float sums[kTokens / 2];
   if (threadIdx.x >= kRows * 2) {
     if (threadIdx.x == kRows * 2) {
-      prefetch_map(x_map);
+      prefetch_tensormap(x_map);
       const auto column = [&](int group) { return (first_group + group) * kGroup; };
       const uint64_t policy = weight_policy(gridDim.y == 1);
       const auto load_weight = [&](int group, int stage) {
         char* to = ring + stage * Shape::kStageBytes;
-        barrier_expect(&full[stage], Shape::kWeightBytes + tile_tokens * kRowBytes);
+        mbarrier_arrive_expect_tx(&full[stage], Shape::kWeightBytes + tile_tokens * kRowBytes);
         if (args.gated()) {
           load_pair_tile(to, weight_map, &full[stage], column(group), first_row / 16, policy);
         } else {
-          load_tile(to, weight_map, &full[stage], column(group), first_row, policy);
+          tma_load_2d(to, weight_map, &full[stage], column(group), first_row, policy);
         }
       };
       const auto load_x = [&](int group, int stage) {
-        load_tile(ring + stage * Shape::kStageBytes + Shape::kWeightBytes, x_map, &full[stage],
-                  column(group), first_token);
+        tma_load_2d(ring + stage * Shape::kStageBytes + Shape::kWeightBytes, x_map, &full[stage],
+                    column(group), first_token);
       };
       const int ahead = min(stages, num_groups);
       for (int s = 0; s < ahead; ++s) load_weight(s, s);
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads, kRows <=
       int stage = 0;
       int parity = 0;
       for (int group = ahead; group < num_groups; ++group) {
-        barrier_wait(&empty[stage], parity);
+        mbarrier_wait_parity(&empty[stage], parity);
         load_weight(group, stage);
         load_x(group, stage);
         if (++stage == stages) {
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads, kRows <=
     int parity = 0;
     int previous = 0;
     for (int group = 0; group < num_groups; ++group) {
-      barrier_wait(&full[stage], parity);
+      mbarrier_wait_parity(&full[stage], parity);
       const uint32_t at = shared_address(ring + stage * Shape::kStageBytes);
       const uint64_t a = tile_descriptor(at + warpgroup * 64 * kRowBytes);
       const uint64_t b = tile_descriptor(at + Shape::kWeightBytes);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads, kRows <=
       multiply_commit();
       if (group > 0) {
         multiply_wait<1>();
-        if (threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
+        if (threadIdx.x % 128 == 0) mbarrier_arrive(&empty[previous]);
       }
       previous = stage;
       if (++stage == stages) {

@@ -82,10 +82,10 @@ __global__ void __launch_bounds__(WideShape<kTokens, kRows>::kThreads, 1)
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < cut.stages; ++s) {
-      barrier_init(&full[s], 1);
-      barrier_init(&empty[s], kTokens / 64 * cut.share);
+      mbarrier_init(&full[s], 1);
+      mbarrier_init(&empty[s], kTokens / 64 * cut.share);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_mbarrier_init();
   }
   __syncthreads();
   // Nobody reaches into another block before its barriers are there.
@@ -97,28 +97,29 @@ __global__ void __launch_bounds__(WideShape<kTokens, kRows>::kThreads, 1)
     const uint64_t policy = weight_policy(gridDim.y == 1);
     const auto load_weight = [&](int group, int stage) {
       char* to = ring + stage * Shape::kStageBytes + Shape::kXBytes;
-      barrier_expect(&full[stage], Shape::kWeightBytes + cut.part_tokens * cut.share * kRowBytes);
+      mbarrier_arrive_expect_tx(&full[stage],
+                                Shape::kWeightBytes + cut.part_tokens * cut.share * kRowBytes);
       if (args.gated()) {
         load_pair_tile(to, weight_map, &full[stage], column(group), first_row / 16, policy);
       } else {
-        load_tile(to, weight_map, &full[stage], column(group), first_row, policy);
+        tma_load_2d(to, weight_map, &full[stage], column(group), first_row, policy);
       }
     };
     const auto load_x = [&](int group, int stage) {
       char* to = ring + stage * Shape::kStageBytes + place * cut.part_tokens * kRowBytes;
       const int row = first_token + place * cut.part_tokens;
       if (cut.share == 1) {
-        load_tile(to, x_map, &full[stage], column(group), row);
+        tma_load_2d(to, x_map, &full[stage], column(group), row);
       } else {
         uint16_t blocks = 0;
         for (int i = 0; i < cut.share; ++i) blocks |= uint16_t{1} << (i * split + rank);
-        load_tile_of_many(to, x_map, &full[stage], column(group), row, blocks);
+        tma_load_2d_multicast(to, x_map, &full[stage], column(group), row, blocks);
       }
     };
     const int ahead = min(cut.stages, num_groups);
     const bool loads = threadIdx.x == kConsumers;
     if (loads) {
-      prefetch_map(x_map);
+      prefetch_tensormap(x_map);
       for (int s = 0; s < ahead; ++s) load_weight(s, s);
     }
     __syncwarp();
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(WideShape<kTokens, kRows>::kThreads, 1)
       int stage = 0;
       int parity = 0;
       for (int group = ahead; group < num_groups; ++group) {
-        barrier_wait(&empty[stage], parity);
+        mbarrier_wait_parity(&empty[stage], parity);
         load_weight(group, stage);
         load_x(group, stage);
         if (++stage == cut.stages) {
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(WideShape<kTokens, kRows>::kThreads, 1)
     int parity = 0;
     int previous = 0;
     for (int group = 0; group < num_groups; ++group) {
-      barrier_wait(&full[stage], parity);
+      mbarrier_wait_parity(&full[stage], parity);
       const uint32_t at = shared_address(ring + stage * Shape::kStageBytes);
       const uint64_t a = tile_descriptor(at + warpgroup * 64 * kRowBytes);
       const uint64_t b = tile_descriptor(at + Shape::kXBytes);
@@ -173,9 +174,9 @@ __global__ void __launch_bounds__(WideShape<kTokens, kRows>::kThreads, 1)
         // What a stage holds of x came from all blocks that share it.
         const int peer = threadIdx.x % 128;
         if (cut.share == 1) {
-          if (peer == 0) barrier_arrive(&empty[previous]);
+          if (peer == 0) mbarrier_arrive(&empty[previous]);
         } else if (peer < cut.share) {
-          barrier_arrive_at(&empty[previous], peer * split + rank);
+          mbarrier_arrive_cluster(&empty[previous], peer * split + rank);
         }
       }
       previous = stage;

@@ -1,7 +1,7 @@
 // Copyright 2026 The mrv1 authors. SPDX-License-Identifier: Apache-2.0
 //
-// What the wgmma kernels of linear have in common: barriers, loads by TMA, the products, the sum
-// over the blocks of a cluster, and launching with clusters.
+// What the wgmma kernels of linear have in common: the ring, the products, the sum over the blocks
+// of a cluster, maps of tensors, and launching with clusters.
 #pragma once
 
 #include <cuda.h>
@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "async_copy.cuh"
 #include "linear_skinny_kernels.h"
 
 namespace mrv1::cuda {
@@ -24,98 +25,11 @@ constexpr int kSwizzleBytes = 1024;  // the period of the swizzle, to which the 
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(arrivals)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
-// Arrives at the barrier that lies at the same place in another block of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
-  uint32_t done = 0;
-  while (done == 0) {
-    asm volatile(
-        "{\n"
-        ".reg .pred complete;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, complete;\n"
-        "}"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  }
-}
-
-__device__ __forceinline__ void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier,
-                                          int col, int row) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, "
-      "{%3, %4}], [%2];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row)
-      : "memory");
-}
-
-// load_tile() by a policy of the second cache.
-__device__ __forceinline__ void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier,
-                                          int col, int row, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row), "l"(policy)
-      : "memory");
-}
-
-// load_tile() to the same place in every block of the cluster whose bit is set in `blocks`, each
-// of which is told by its own barrier.
-__device__ __forceinline__ void load_tile_of_many(void* to, const CUtensorMap& map,
-                                                  uint64_t* barrier, int col, int row,
-                                                  uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row), "h"(blocks)
-      : "memory");
-}
-
-__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
-// [pieces of 8 + 8 rows][gate, up][8 rows][columns]
+// Weight rows in pieces of 8 of gate and the 8 of up that go with them:
+// [pieces][gate, up][8 rows][columns]
 __device__ __forceinline__ void load_pair_tile(void* to, const CUtensorMap& map, uint64_t* barrier,
                                                int col, int piece, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(0), "r"(piece), "l"(policy)
-      : "memory");
+  tma_load_4d(to, map, barrier, col, 0, 0, piece, policy);
 }
 
 // Describes a tile of rows of 128 bytes, swizzled by 128 bytes, 8 rows after 8 rows.
@@ -270,40 +184,6 @@ __device__ __forceinline__ void multiply(float (&sum)[64], uint64_t a, uint64_t 
       : "l"(a), "l"(b));
 }
 
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
-}
-
-__device__ __forceinline__ float4 load_own(uint32_t address) {
-  float4 value;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
-__device__ __forceinline__ float4 load_peer(uint32_t address, int rank) {
-  float4 value;
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n"
-      "}"
-      : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-      : "r"(address), "r"(rank)
-      : "memory");
-  return value;
-}
-
 // Adds up the partial sums of a tile and stores the outputs, a block its share of them. Loads from
 // other blocks take long, so many are in flight. In a block the kRows sums of a token lie side by
 // side, all of gate before all of up; those of the next token kStride floats on.
@@ -343,9 +223,9 @@ struct Finish {
 #pragma unroll
           for (int peer = 0; peer < kPeers; ++peer) {
             if (kPeers == 1 || peer == rank) {
-              parts[i][which][peer] = load_own(address);
+              parts[i][which][peer] = ld_shared_v4_f32(address);
             } else if (peer < split) {
-              parts[i][which][peer] = load_peer(address, first_peer + peer);
+              parts[i][which][peer] = ld_shared_cluster_v4_f32(address, first_peer + peer);
             }
           }
         }

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(DownFewShape<kWarpgroups>::kThreads)
   int expert = -1;  // of pair `lane`, in the warp that loads
   int num_here = 0;
   const auto load_weights = [&](int group, int stage) {
-    if (lane == 0) barrier_expect(&full[stage], num_here * kPairBytes);
+    if (lane == 0) mbarrier_arrive_expect_tx(&full[stage], num_here * kPairBytes);
     __syncwarp();
     if (expert >= 0) {
       load_expert_tile<1>(ring + stage * Shape::kStageBytes + lane * kPairBytes, weight_map,
@@ -71,12 +71,12 @@ __global__ void __launch_bounds__(DownFewShape<kWarpgroups>::kThreads)
   const int ahead = min(args.stages, groups);
   if (loads) {
     if (lane == 0) {
-      prefetch_map(weight_map);
+      prefetch_tensormap(weight_map);
       for (int s = 0; s < args.stages; ++s) {
-        barrier_init(&full[s], 1 + 32);
-        barrier_init(&empty[s], kWarpgroups);
+        mbarrier_init(&full[s], 1 + 32);
+        mbarrier_init(&empty[s], kWarpgroups);
       }
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      fence_mbarrier_init();
     }
     moe_schedule_few(args.rows, &few);
     if (lane < Shape::kPairs && few.place[lane] >= 0) {
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(DownFewShape<kWarpgroups>::kThreads)
     constexpr int kTurns = Shape::kPairs / 4;  // 4 rows of 8 times 16 bytes at a time
     const int chunk = lane % 8;
     for (int i = 0; any_here && i < groups; ++i) {
-      barrier_wait(&empty[place.stage], place.parity ^ 1);
+      mbarrier_wait_parity(&empty[place.stage], place.parity ^ 1);
       if (i >= ahead) load_weights(i, place.stage);
       const bool in_cols = i * kGroup + chunk * 8 < args.k;
       const uint32_t to =
@@ -113,10 +113,10 @@ __global__ void __launch_bounds__(DownFewShape<kWarpgroups>::kThreads)
         const int row = few.place[pair];
         if (row < 0) continue;
         const BFloat16* source = args.x + int64_t{row} * args.k + i * kGroup + chunk * 8;
-        copy_async(to + pair * kRowBytes + (chunk ^ (pair & 7)) * 16, in_cols ? source : args.x,
-                   in_cols);
+        cp_async_16_no_prefetch(to + pair * kRowBytes + (chunk ^ (pair & 7)) * 16,
+                                in_cols ? source : args.x, in_cols);
       }
-      barrier_arrive_copied(&full[place.stage]);
+      cp_async_mbarrier_arrive(&full[place.stage]);
       place.next(args.stages);
     }
     launch_next();
@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(DownFewShape<kWarpgroups>::kThreads)
     float sums[kTileTokens / 2] = {};
     int previous = -1;
     for (int i = 0; i < groups; ++i) {
-      barrier_wait(&full[place.stage], place.parity);
-      proxy_fence();
+      mbarrier_wait_parity(&full[place.stage], place.parity);
+      fence_proxy_async();
       const uint32_t at = shared_address(ring) + place.stage * Shape::kStageBytes;
       const uint64_t a = tile_descriptor(at + warpgroup * 4 * kPairBytes);
       const uint64_t b = tile_descriptor(at + Shape::kWeightBytes);
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(DownFewShape<kWarpgroups>::kThreads)
       multiply_commit();
       if (previous >= 0) {
         multiply_wait<1>();
-        if (threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
+        if (threadIdx.x % 128 == 0) mbarrier_arrive(&empty[previous]);
       }
       previous = place.stage;
       place.next(args.stages);

@@ -91,20 +91,10 @@ __device__ __forceinline__ void load_expert_pair_tile(void* to, const CUtensorMa
                                                       uint64_t* barrier, int col, int piece,
                                                       int expert, uint64_t policy) {
   if constexpr (kShare == 1) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%0], [%1, {%3, %4, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
-        "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(0), "r"(piece), "r"(expert),
-        "l"(policy)
-        : "memory");
+    tma_load_5d(to, map, barrier, col, 0, 0, piece, expert, policy);
   } else {
     constexpr uint16_t kAllBlocks = (1 << kShare) - 1;
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%3, %4, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
-        "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(0), "r"(piece), "r"(expert),
-        "h"(kAllBlocks)
-        : "memory");
+    tma_load_5d_multicast(to, map, barrier, col, 0, 0, piece, expert, kAllBlocks);
   }
 }
 
@@ -126,24 +116,11 @@ __device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, u
 
 // Four elements from shared memory.
 __device__ __forceinline__ void load_four(uint32_t address, float (&values)[4]) {
-  uint32_t low, high;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-               : "=r"(low), "=r"(high)
-               : "r"(address)
-               : "memory");
+  const auto [low, high] = ld_shared_v2_u32(address);
   values[0] = __uint_as_float(low << 16);
   values[1] = __uint_as_float(low & 0xffff0000u);
   values[2] = __uint_as_float(high << 16);
   values[3] = __uint_as_float(high & 0xffff0000u);
-}
-
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
 }
 
 __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
@@ -167,9 +144,9 @@ struct Consumer {
   __device__ __forceinline__ void release(int stage) const {
     const int peer = threadIdx.x % 128;
     if constexpr (kShare == 1) {
-      if (peer == 0) barrier_arrive(&empty[stage]);
+      if (peer == 0) mbarrier_arrive(&empty[stage]);
     } else {
-      if (peer < kShare) barrier_arrive_at(&empty[stage], peer);
+      if (peer < kShare) mbarrier_arrive_cluster(&empty[stage], peer);
     }
   }
 
@@ -181,8 +158,8 @@ struct Consumer {
     int previous = -1;
 #pragma unroll 1
     for (int i = 0; i < groups; ++i) {
-      barrier_wait(&full[place.stage], place.parity);
-      proxy_fence();
+      mbarrier_wait_parity(&full[place.stage], place.parity);
+      fence_proxy_async();
       const uint32_t at = ring + place.stage * Shape::kStageBytes;
       const uint64_t a = tile_descriptor(at + warpgroup * kHigh * 64 * kRowBytes);
       const uint64_t b = tile_descriptor(at + Shape::kWeightBytes);
@@ -324,7 +301,7 @@ struct Consumer {
 #pragma unroll 4
       for (int row = first_row; row < group.count; row += 16) {
         const int64_t at = int64_t{group.first_place + row} * args.out_cols + col;
-        *reinterpret_cast<uint4*>(args.out + at) = load_shared(staged(row, part));
+        *reinterpret_cast<uint4*>(args.out + at) = ld_shared_v4_u32(staged(row, part));
       }
     }
   }
@@ -353,7 +330,7 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
     constexpr int kPart = kRows / kShare;  // of the rows, that a block loads
     const int part = blockIdx.x % kShare;
     char* to = ring + stage * Shape::kStageBytes + part * kPart * kRowBytes;
-    barrier_expect(&full[stage], Shape::kWeightBytes);
+    mbarrier_arrive_expect_tx(&full[stage], Shape::kWeightBytes);
     const int row = row_tile * kRows + part * kPart;
     if constexpr (kGated) {
       load_expert_pair_tile<kShare>(to, weight_map, &full[stage], group * kGroup, row / 16, expert,
@@ -366,12 +343,12 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
   // The first thread of those that load requests the first weights as soon as may be, on its own.
   const bool leads = threadIdx.x == Shape::kConsumers;
   if (leads) {
-    prefetch_map(weight_map);
+    prefetch_tensormap(weight_map);
     for (int s = 0; s < args.stages; ++s) {
-      barrier_init(&full[s], 1 + Shape::kLoaders);
-      barrier_init(&empty[s], Shape::kWarpgroups * kShare);
+      mbarrier_init(&full[s], 1 + Shape::kLoaders);
+      mbarrier_init(&empty[s], Shape::kWarpgroups * kShare);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_mbarrier_init();
   }
   // Choices that this kernel may read early were made by one that ended before the one before this
   // was past its own wait, and that one lets this start only then.
@@ -411,7 +388,7 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
       }
 #pragma unroll 1
       for (int i = 0; i < groups; ++i) {
-        barrier_wait(&empty[place.stage], place.parity ^ 1);
+        mbarrier_wait_parity(&empty[place.stage], place.parity ^ 1);
         if (leads) {
           if (ahead > 0) {
             --ahead;
@@ -426,10 +403,10 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
         for (int turn = 0; turn < kTurns; ++turn) {
           const int row = first_row + turn * kPerTurn;
           if (row >= group.count) break;
-          copy_async(to + row * kRowBytes + (chunk ^ (row & 7)) * 16,
-                     in_cols ? source[turn] + i * kGroup : args.x, in_cols);
+          cp_async_16_no_prefetch(to + row * kRowBytes + (chunk ^ (row & 7)) * 16,
+                                  in_cols ? source[turn] + i * kGroup : args.x, in_cols);
         }
-        barrier_arrive_copied(&full[place.stage]);
+        cp_async_mbarrier_arrive(&full[place.stage]);
         place.next(args.stages);
       }
     }

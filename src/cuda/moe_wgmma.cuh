@@ -14,51 +14,23 @@ constexpr size_t kMoeReservedBytes = 2560;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Copies 16 bytes, or writes zeros.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-
-// Arrives at the barrier once all copies of this thread have, as one of the arrivals it counts.
-__device__ __forceinline__ void barrier_arrive_copied(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
-// Makes what cp.async has written visible to wgmma.
-__device__ __forceinline__ void proxy_fence() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 // kRows / kShare weight rows, for each block of a cluster.
 template <int kShare>
 __device__ __forceinline__ void load_expert_tile(void* to, const CUtensorMap& map,
                                                  uint64_t* barrier, int col, int row, int expert,
                                                  uint64_t policy) {
   if constexpr (kShare == 1) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
-        "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row), "r"(expert), "l"(policy)
-        : "memory");
+    tma_load_3d(to, map, barrier, col, row, expert, policy);
   } else {
     constexpr uint16_t kAllBlocks = (1 << kShare) - 1;
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
-        "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row), "r"(expert), "h"(kAllBlocks)
-        : "memory");
+    tma_load_3d_multicast(to, map, barrier, col, row, expert, kAllBlocks);
   }
 }
 
 // Has the second cache fetch what load_expert_tile() will, of as many rows.
 __device__ __forceinline__ void prefetch_expert_tile(const CUtensorMap& map, int col, int row,
                                                      int expert) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map),
-               "r"(col), "r"(row), "r"(expert)
-               : "memory");
+  tma_prefetch_3d(map, col, row, expert);
 }
 
 // Where a ring's next stage is.

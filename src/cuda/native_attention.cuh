@@ -94,7 +94,7 @@ class Kernel {
         block_(plans_blocks(args.block_size)
                    ? __ldcg(args.first_blocks + blockIdx.x * kAttentionWarps + threadIdx.x / 32)
                    : 0),
-        stages_(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+        stages_(shared_address(shared)),
         queries_(stages_ + args.stages * L::kStageBytes),
         merge_(reinterpret_cast<float*>(shared + args.stages * L::kStageBytes +
                                         kQueryTiles * Q::kMatrixBytes)),
@@ -208,21 +208,21 @@ class Kernel {
       if (kPieces % 32 != 0 && at >= kPieces) continue;
       const bool there = source != kNowhere && chunk * kElements < args_.head_dim;
       const int64_t offset = there ? (int64_t{source} + chunk) * kChunkBytes : 0;
-      copy_async(target + L::offset(row, chunk), args_.key + offset, there ? kChunkBytes : 0);
-      copy_async(target + L::kMatrixBytes + L::offset(row, chunk), args_.value + offset,
-                 there ? kChunkBytes : 0);
+      cp_async_16(target + L::offset(row, chunk), args_.key + offset, there);
+      cp_async_16(target + L::kMatrixBytes + L::offset(row, chunk), args_.value + offset, there);
     }
     if constexpr (Cache::kScaled) {
-      // Lanes 0 to 15 bring the scales of their keys, the others those of their values.
+      // Lanes 0 to 15 bring the scales of their keys, the others those of their values. Neighbours
+      // of a scale are other heads', which are read much later.
       const float* scales = lane < kBlock ? args_.scales.key : args_.scales.value;
       const int64_t offset =
           visible ? args_.scales.index(block_, place_in_block(position), ahead_.at.head)
                   : int64_t{0};
-      copy_word_async(target + 2 * L::kMatrixBytes + lane * static_cast<int>(sizeof(float)),
-                      scales + offset, visible ? static_cast<int>(sizeof(float)) : 0);
+      cp_async_4_no_prefetch(target + 2 * L::kMatrixBytes + lane * static_cast<int>(sizeof(float)),
+                             scales + offset, visible);
     }
     if (fresh_) enter_segment();  // queries are nearer
-    commit_copies();
+    cp_async_commit_group();
     ++in_flight_;
     filling_ = filling_ + 1 == args_.stages ? 0 : filling_ + 1;
     fresh_ = ++ahead_.at.unit == ahead_.at.unit_end;
@@ -252,7 +252,7 @@ class Kernel {
       const int chunk = at % Q::kChunks;
       const bool there = tile_row < item.rows && chunk * 8 < args_.head_dim;
       const uint16_t* source = Rows::query_row(args_, item, ahead_.at.head, tile_row) + chunk * 8;
-      copy_async(target + Q::offset(tile_row, chunk), there ? source : args_.qkv, there ? 16 : 0);
+      cp_async_16(target + Q::offset(tile_row, chunk), there ? source : args_.qkv, there);
     }
   }
 

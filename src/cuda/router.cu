@@ -8,6 +8,7 @@
 #include "linear_wgmma.cuh"
 #include "moe_route.cuh"
 #include "ops/router.h"
+#include "shared_memory.cuh"
 #include "vector.cuh"
 
 namespace mrv1 {
@@ -80,14 +81,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   if (exists && lane < num_tokens) {
     const float mine = lane == 0 ? sums[0] : lane == 1 ? sums[1] : lane == 2 ? sums[2] : sums[3];
     static_cast<float*>(linear.out)[int64_t{lane} * params.route.num_experts + expert] = mine;
-    asm volatile(
-        "{\n"
-        ".reg .b32 there;\n"
-        "mapa.shared::cluster.u32 there, %0, 0;\n"
-        "st.shared::cluster.f32 [there], %1;\n"
-        "}" ::"r"(shared_address(&logits[lane][expert])),
-        "f"(mine)
-        : "memory");
+    st_shared_cluster_f32(shared_address(&logits[lane][expert]), /*rank=*/0, mine);
   }
   cluster_sync();
   if (!routes) return;
