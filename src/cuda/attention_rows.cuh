@@ -11,6 +11,7 @@
 
 #include "async_copy.cuh"
 #include "native_attention.h"
+#include "tensor_cores.cuh"
 
 namespace mrv1::cuda {
 namespace native {
@@ -78,29 +79,6 @@ __device__ __forceinline__ void wait_copies(int pending) {
   cp_async_wait_group<6>();
 }
 static_assert(kMaxStages - 2 <= 6);
-
-__device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ __forceinline__ void load_transposed(uint32_t (&d)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                             uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -261,7 +239,7 @@ struct BF16Rows : TileRows<D> {
   // A fragment of the queries of a narrow tile in shared memory.
   __device__ static void query_fragment(uint32_t (&fragment)[4], uint32_t queries, int k,
                                         int lane) {
-    load_matrices(fragment, queries + L::offset(lane & 15, 2 * k + (lane >> 4)));
+    ldmatrix_x4(fragment, queries + L::offset(lane & 15, 2 * k + (lane >> 4)));
   }
   __device__ void read_queries(uint32_t queries, const NativeAttentionArgs&) {
     if constexpr (kQueryInRegisters) {
@@ -293,9 +271,9 @@ struct BF16Rows : TileRows<D> {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         uint32_t fragment[4];
-        load_matrices(fragment, keys + b * L::kBlockBytes + L::offset(key_row, 2 * k + key_chunk));
-        multiply_add(score[2 * b], rows, fragment[0], fragment[1]);
-        multiply_add(score[2 * b + 1], rows, fragment[2], fragment[3]);
+        ldmatrix_x4(fragment, keys + b * L::kBlockBytes + L::offset(key_row, 2 * k + key_chunk));
+        mma_m16n8k16_bf16(score[2 * b], rows, fragment[0], fragment[1]);
+        mma_m16n8k16_bf16(score[2 * b + 1], rows, fragment[2], fragment[3]);
       }
     }
 #pragma unroll
@@ -347,10 +325,10 @@ struct BF16Rows : TileRows<D> {
 #pragma unroll
       for (int t = 0; t < D / 16; ++t) {
         uint32_t fragment[4];
-        load_transposed(fragment,
-                        values + b * L::kBlockBytes + L::offset(lane & 15, 2 * t + (lane >> 4)));
-        multiply_add(out[2 * t], weights, fragment[0], fragment[1]);
-        multiply_add(out[2 * t + 1], weights, fragment[2], fragment[3]);
+        ldmatrix_x4_trans(fragment,
+                          values + b * L::kBlockBytes + L::offset(lane & 15, 2 * t + (lane >> 4)));
+        mma_m16n8k16_bf16(out[2 * t], weights, fragment[0], fragment[1]);
+        mma_m16n8k16_bf16(out[2 * t + 1], weights, fragment[2], fragment[3]);
       }
     }
   }

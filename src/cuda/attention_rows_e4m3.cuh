@@ -56,29 +56,6 @@ __device__ __forceinline__ uint32_t pack_half(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-__device__ __forceinline__ void multiply_add_half(float (&c)[4], const uint32_t (&a)[4],
-                                                  uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void load_two_matrices(uint32_t (&d)[2], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(d[0]), "=r"(d[1])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ __forceinline__ void load_two_transposed(uint32_t (&d)[2], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(d[0]), "=r"(d[1])
-               : "r"(address)
-               : "memory");
-}
-
 __device__ __forceinline__ float log2_fast(float x) {
   float y;
   asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -172,7 +149,7 @@ struct E4M3Rows : TileRows<D> {
     const auto multiply_codes = [this](float (&c)[4], int k, uint32_t codes) {
       uint32_t low, high;
       decode_e4m3(codes, low, high);
-      multiply_add_half(c, query[k], low, high);
+      mma_m16n8k16_f16(c, query[k], low, high);
     };
     const int key_row = (lane & 7) + (lane >> 4 << 3);
     const int key_chunk = (lane >> 3) & 1;
@@ -183,14 +160,14 @@ struct E4M3Rows : TileRows<D> {
         const uint32_t block = keys + b * L::kBlockBytes;
         if (k + 1 < kChunks) {
           uint32_t codes[4];
-          load_matrices(codes, block + L::offset(key_row, k + key_chunk));
+          ldmatrix_x4(codes, block + L::offset(key_row, k + key_chunk));
           multiply_codes(score[2 * b], k, codes[0]);
           multiply_codes(score[2 * b + 1], k, codes[2]);
           multiply_codes(score[2 * b], k + 1, codes[1]);
           multiply_codes(score[2 * b + 1], k + 1, codes[3]);
         } else {
           uint32_t codes[2];
-          load_two_matrices(codes, block + L::offset(lane & 15, k));
+          ldmatrix_x2(codes, block + L::offset(lane & 15, k));
           multiply_codes(score[2 * b], k, codes[0]);
           multiply_codes(score[2 * b + 1], k, codes[1]);
         }
@@ -259,8 +236,8 @@ struct E4M3Rows : TileRows<D> {
       uint32_t even[2], odd[2];
       decode_e4m3(__byte_perm(first, 0, 0x3120), even[0], odd[0]);
       decode_e4m3(__byte_perm(second, 0, 0x3120), even[1], odd[1]);
-      multiply_add_half(out[t], weights, even[0], even[1]);
-      multiply_add_half(out[t + 1], weights, odd[0], odd[1]);
+      mma_m16n8k16_f16(out[t], weights, even[0], even[1]);
+      mma_m16n8k16_f16(out[t + 1], weights, odd[0], odd[1]);
     };
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -273,12 +250,12 @@ struct E4M3Rows : TileRows<D> {
       for (int k = 0; k < kChunks; k += 2) {
         if (k + 1 < kChunks) {
           uint32_t codes[4];
-          load_transposed(codes, values + L::offset(lane & 15, k + (lane >> 4)));
+          ldmatrix_x4_trans(codes, values + L::offset(lane & 15, k + (lane >> 4)));
           add_values(2 * k, weights, codes[0], codes[1]);
           add_values(2 * k + 2, weights, codes[2], codes[3]);
         } else {
           uint32_t codes[2];
-          load_two_transposed(codes, values + L::offset(lane & 15, k));
+          ldmatrix_x2_trans(codes, values + L::offset(lane & 15, k));
           add_values(2 * k, weights, codes[0], codes[1]);
         }
       }

@@ -21,6 +21,7 @@
 #include "async_copy.cuh"
 #include "fp4.cuh"
 #include "linear_skinny_kernels.h"
+#include "tensor_cores.cuh"
 
 namespace mrv1::cuda {
 namespace {
@@ -77,14 +78,6 @@ struct StreamShape {
            kPartials * kEndPairs * sizeof(float2);
   }
 };
-
-__device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                         uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // Walks the stages of one warp: the columns of an item, then those of the block's next.
 template <int kUnits>
@@ -319,12 +312,14 @@ __global__ void __launch_bounds__(kStreamThreads,
 #pragma unroll
               for (int n = 0; n < kNs; ++n) {
                 const uint4& token = x[u][n][word];
-                multiply(sums[part][n], low[0], high[0], low[1], high[1], token.x, token.y);
+                mma_m16n8k16_bf16(sums[part][n], low[0], high[0], low[1], high[1], token.x,
+                                  token.y);
               }
 #pragma unroll
               for (int n = 0; n < kNs; ++n) {
                 const uint4& token = x[u][n][word];
-                multiply(sums[part][n], low[2], high[2], low[3], high[3], token.z, token.w);
+                mma_m16n8k16_bf16(sums[part][n], low[2], high[2], low[3], high[3], token.z,
+                                  token.w);
               }
             }
           }

@@ -16,6 +16,7 @@
 
 #include "async_copy.cuh"
 #include "linear_skinny_kernels.h"
+#include "tensor_cores.cuh"
 
 namespace mrv1::cuda {
 namespace {
@@ -23,15 +24,6 @@ namespace {
 constexpr int kGroup = 64;      // columns of a stage
 constexpr int kRowBytes = 128;  // of a stage
 constexpr int kMaxStages = 8;
-
-__device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                         uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // Walks the stages of one warp: the groups of a tile, then those of the block's next tile.
 struct Walk {
@@ -157,11 +149,11 @@ __global__ void __launch_bounds__(MmaShape<kRows, kTokens>::kMaxThreads)
           }
 #pragma unroll
           for (int n = 0; n < kNs; ++n) {
-            multiply(sums[part][n], low.x, high.x, low.y, high.y, b[n].x, b[n].y);
+            mma_m16n8k16_bf16(sums[part][n], low.x, high.x, low.y, high.y, b[n].x, b[n].y);
           }
 #pragma unroll
           for (int n = 0; n < kNs; ++n) {
-            multiply(sums[part][n], low.z, high.z, low.w, high.w, b[n].z, b[n].w);
+            mma_m16n8k16_bf16(sums[part][n], low.z, high.z, low.w, high.w, b[n].z, b[n].w);
           }
         }
       }

@@ -109,14 +109,14 @@ __global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads, kRows <=
     for (int group = 0; group < num_groups; ++group) {
       mbarrier_wait_parity(&full[stage], parity);
       const uint32_t at = shared_address(ring + stage * Shape::kStageBytes);
-      const uint64_t a = tile_descriptor(at + warpgroup * 64 * kRowBytes);
-      const uint64_t b = tile_descriptor(at + Shape::kWeightBytes);
-      multiply_fence();
+      const uint64_t a = wgmma_descriptor(at + warpgroup * 64 * kRowBytes);
+      const uint64_t b = wgmma_descriptor(at + Shape::kWeightBytes);
+      wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kGroup / 16; ++k) multiply(sums, a + k * 2, b + k * 2);
-      multiply_commit();
+      for (int k = 0; k < kGroup / 16; ++k) wgmma(sums, a + k * 2, b + k * 2);
+      wgmma_commit_group();
       if (group > 0) {
-        multiply_wait<1>();
+        wgmma_wait_group<1>();
         if (threadIdx.x % 128 == 0) mbarrier_arrive(&empty[previous]);
       }
       previous = stage;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads, kRows <=
         parity ^= 1;
       }
     }
-    multiply_wait<0>();
+    wgmma_wait_group<0>();
   }
 
   // All of this block's groups have arrived and were multiplied: the partial sums may take the

@@ -158,19 +158,19 @@ __global__ void __launch_bounds__(WideShape<kTokens, kRows>::kThreads, 1)
     for (int group = 0; group < num_groups; ++group) {
       mbarrier_wait_parity(&full[stage], parity);
       const uint32_t at = shared_address(ring + stage * Shape::kStageBytes);
-      const uint64_t a = tile_descriptor(at + warpgroup * 64 * kRowBytes);
-      const uint64_t b = tile_descriptor(at + Shape::kXBytes);
-      multiply_fence();
+      const uint64_t a = wgmma_descriptor(at + warpgroup * 64 * kRowBytes);
+      const uint64_t b = wgmma_descriptor(at + Shape::kXBytes);
+      wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kGroup / 16; ++k) {
 #pragma unroll
         for (int part = 0; part < Shape::kParts; ++part) {
-          multiply(sums[part], a + k * 2, b + part * Shape::kPartRows * kRowBytes / 16 + k * 2);
+          wgmma(sums[part], a + k * 2, b + part * Shape::kPartRows * kRowBytes / 16 + k * 2);
         }
       }
-      multiply_commit();
+      wgmma_commit_group();
       if (group > 0) {
-        multiply_wait<1>();
+        wgmma_wait_group<1>();
         // What a stage holds of x came from all blocks that share it.
         const int peer = threadIdx.x % 128;
         if (cut.share == 1) {
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(WideShape<kTokens, kRows>::kThreads, 1)
         parity ^= 1;
       }
     }
-    multiply_wait<0>();
+    wgmma_wait_group<0>();
   }
 
   // All of this block's groups have arrived, those that others loaded too, and were multiplied: the

@@ -129,23 +129,23 @@ __global__ void __launch_bounds__(DownFewShape<kWarpgroups>::kThreads)
       mbarrier_wait_parity(&full[place.stage], place.parity);
       fence_proxy_async();
       const uint32_t at = shared_address(ring) + place.stage * Shape::kStageBytes;
-      const uint64_t a = tile_descriptor(at + warpgroup * 4 * kPairBytes);
-      const uint64_t b = tile_descriptor(at + Shape::kWeightBytes);
-      multiply_fence();
+      const uint64_t a = wgmma_descriptor(at + warpgroup * 4 * kPairBytes);
+      const uint64_t b = wgmma_descriptor(at + Shape::kWeightBytes);
+      wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kGroup / 16; ++k) multiply(sums, a + k * 2, b + k * 2);
-      multiply_commit();
+      for (int k = 0; k < kGroup / 16; ++k) wgmma(sums, a + k * 2, b + k * 2);
+      wgmma_commit_group();
       if (previous >= 0) {
-        multiply_wait<1>();
+        wgmma_wait_group<1>();
         if (threadIdx.x % 128 == 0) mbarrier_arrive(&empty[previous]);
       }
       previous = place.stage;
       place.next(args.stages);
     }
-    multiply_wait<0>();
+    wgmma_wait_group<0>();
     // Keeps what reads the sums behind the wait.
 #pragma unroll
-    for (float& sum : sums) asm volatile("" : "+f"(sum)::"memory");
+    for (float& sum : sums) wgmma_fence_operand(sum);
     // Of a warp's 16 weight rows those of its own pair count: column `pair` of the product.
     const int pair = threadIdx.x / 32;
     if (lane % 4 == pair / 2) {

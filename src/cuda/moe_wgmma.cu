@@ -104,16 +104,6 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   return pair;
 }
 
-// Stores 8 x 8 matrices of two bytes an element that a warp holds, transposed; lane l has the
-// address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b,
-                                                 uint32_t c, uint32_t d) {
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
-      "r"(a), "r"(b), "r"(c), "r"(d)
-      : "memory");
-}
-
 // Four elements from shared memory.
 __device__ __forceinline__ void load_four(uint32_t address, float (&values)[4]) {
   const auto [low, high] = ld_shared_v2_u32(address);
@@ -161,26 +151,26 @@ struct Consumer {
       mbarrier_wait_parity(&full[place.stage], place.parity);
       fence_proxy_async();
       const uint32_t at = ring + place.stage * Shape::kStageBytes;
-      const uint64_t a = tile_descriptor(at + warpgroup * kHigh * 64 * kRowBytes);
-      const uint64_t b = tile_descriptor(at + Shape::kWeightBytes);
-      multiply_fence();
+      const uint64_t a = wgmma_descriptor(at + warpgroup * kHigh * 64 * kRowBytes);
+      const uint64_t b = wgmma_descriptor(at + Shape::kWeightBytes);
+      wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kGroup / 16; ++k) {
 #pragma unroll
         for (int high = 0; high < kHigh; ++high) {
-          multiply(reinterpret_cast<float (&)[kCount / 2]>(sums[high]),
-                   a + high * (64 * kRowBytes / 16) + k * 2, b + k * 2);
+          wgmma(reinterpret_cast<float (&)[kCount / 2]>(sums[high]),
+                a + high * (64 * kRowBytes / 16) + k * 2, b + k * 2);
         }
       }
-      multiply_commit();
+      wgmma_commit_group();
       if (previous >= 0) {
-        multiply_wait<1>();
+        wgmma_wait_group<1>();
         release(previous);
       }
       previous = place.stage;
       place.next(args.stages);
     }
-    multiply_wait<0>();
+    wgmma_wait_group<0>();
     release(previous);
   }
 
@@ -217,7 +207,7 @@ struct Consumer {
 #pragma unroll
     for (auto& part : sums) {
 #pragma unroll
-      for (float& sum : part) asm volatile("" : "+f"(sum)::"memory");
+      for (float& sum : part) wgmma_fence_operand(sum);
     }
     if (args.row_scales != nullptr) scale(group.expert, row_tile, sums);
     const int tile = (row_tile * Shape::kWarpgroups + threadIdx.x / 128) * kHigh;
@@ -270,9 +260,9 @@ struct Consumer {
     for (int i = 0; i < kTokens / 8; i += 2) {
       if (i * 8 >= count) break;
       const float* sum = &sums[i * 4];
-      store_transposed(staged(i * 8 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2),
-                       pack_pair(sum[0], sum[1]), pack_pair(sum[2], sum[3]),
-                       pack_pair(sum[4], sum[5]), pack_pair(sum[6], sum[7]));
+      stmatrix_x4_trans(staged(i * 8 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2),
+                        pack_pair(sum[0], sum[1]), pack_pair(sum[2], sum[3]),
+                        pack_pair(sum[4], sum[5]), pack_pair(sum[6], sum[7]));
     }
   }
 
