@@ -6,6 +6,7 @@
 
 #include "block.cuh"
 #include "check.h"
+#include "clock.cuh"
 #include "core/device.h"
 #include "core/probes.h"
 
@@ -61,11 +62,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void delay_kernel(uint64_t nanoseconds) {
-  uint64_t start, now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
-  do {
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  } while (now - start < nanoseconds);
+  const uint64_t start = device_clock_ns();
+  while (device_clock_ns() - start < nanoseconds) {
+  }
 }
 
 // A timestamp in a stream.
