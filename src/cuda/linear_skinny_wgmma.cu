@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(WgmmaShape<kRows, kTokens>::kThreads, kRows <=
   using Shape = WgmmaShape<kRows, kTokens>;
   constexpr int kStride = Shape::kPartialStride;
   extern __shared__ char unaligned[];
-  char* ring =
-      unaligned + (kSwizzleBytes - shared_address(unaligned) % kSwizzleBytes) % kSwizzleBytes;
+  char* const ring = ring_of(unaligned);
   __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
 
   const int split = gridDim.x;
@@ -174,31 +173,18 @@ template <int kRows, int kTokens>
 void launch_wgmma(const SkinnyArgs& args, const SkinnyConfig& config, const DeviceLimits& limits,
                   const StepContext& ctx) {
   using Shape = WgmmaShape<kRows, kTokens>;
-  const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
-  const cuuint64_t row_bytes = size(args.stride) * 2;
-  const CUtensorMap weight_map =
-      args.gated()
-          ? tensor_map<4>(args.weight, {size(args.k), 8, 2, size(args.out_cols) / 8},
-                          {row_bytes, row_bytes * size(args.out_cols), row_bytes * 8},
-                          {kGroup, 8, 2, kRows / 16})
-          : tensor_map<2>(args.weight, {size(args.k), size(args.n)}, {row_bytes}, {kGroup, kRows});
   // Even tiles of tokens, as TMA is slow to fill rows beyond the last one with zeros. What lies in
   // the rest of a stage only reaches sums that nobody stores.
   const int tiles = (args.tokens + kTokens - 1) / kTokens;
   const int tile_tokens = (args.tokens + tiles - 1) / tiles;
-  const CUtensorMap x_map = tensor_map<2>(args.x, {size(args.k), size(args.tokens)}, {row_bytes},
-                                          {kGroup, static_cast<cuuint32_t>(tile_tokens)});
-
   const int stages = ring_stages<Shape>(config, limits);
   const size_t shared_bytes = Shape::shared_bytes(stages);
   allow_shared_memory(kSkinnyOp, wgmma_kernel<kRows, kTokens>, shared_bytes);
   const int outputs = args.gated() ? kRows / 2 : kRows;
   const dim3 grid(config.split, tiles, (args.out_cols + outputs - 1) / outputs);
-  const bool vector_stores =
-      args.out_cols % 4 == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
   launch_cluster(kSkinnyOp, ctx, wgmma_kernel<kRows, kTokens>, grid, dim3(config.split),
-                 dim3(Shape::kThreads), shared_bytes, weight_map, x_map, args, tile_tokens, stages,
-                 vector_stores);
+                 dim3(Shape::kThreads), shared_bytes, skinny_weight_map<kRows>(args),
+                 skinny_x_map(args, tile_tokens), args, tile_tokens, stages, stores_vectors(args));
 }
 
 template <int kRows>

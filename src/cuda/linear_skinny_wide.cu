@@ -66,8 +66,7 @@ __global__ void __launch_bounds__(WideShape<kTokens, kRows>::kThreads, 1)
   constexpr int kStride = Shape::kPartialStride;
   constexpr int kConsumers = kTokens * 2;  // threads
   extern __shared__ char unaligned[];
-  char* ring =
-      unaligned + (kSwizzleBytes - shared_address(unaligned) % kSwizzleBytes) % kSwizzleBytes;
+  char* const ring = ring_of(unaligned);
   __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
 
   // A cluster is [share along z][split along x], which numbers its blocks.
@@ -240,31 +239,21 @@ template <int kTokens, int kRows>
 void launch_wide(const SkinnyArgs& args, const SkinnyConfig& config, int token_tiles,
                  const DeviceLimits& limits, const StepContext& ctx) {
   using Shape = WideShape<kTokens, kRows>;
-  const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
-  const cuuint64_t row_bytes = size(args.stride) * 2;
-  const CUtensorMap weight_map =
-      args.gated()
-          ? tensor_map<4>(args.weight, {size(args.k), 8, 2, size(args.out_cols) / 8},
-                          {row_bytes, row_bytes * size(args.out_cols), row_bytes * 8},
-                          {kGroup, 8, 2, kRows / 16})
-          : tensor_map<2>(args.weight, {size(args.k), size(args.n)}, {row_bytes}, {kGroup, kRows});
   WideCut cut{};
   cut.share = config.share;
   // As few rows beyond the last token as may be, since TMA is slow to fill them with zeros; whole
   // periods of the swizzle. What lies in the rest of a stage only reaches sums that nobody stores.
   cut.tile_tokens = ceil_div(args.tokens, token_tiles);
   cut.part_tokens = ceil_div(ceil_div(cut.tile_tokens, cut.share), 8) * 8;
-  const CUtensorMap x_map = tensor_map<2>(args.x, {size(args.k), size(args.tokens)}, {row_bytes},
-                                          {kGroup, static_cast<cuuint32_t>(cut.part_tokens)});
   cut.stages = ring_stages<Shape>(config, limits);
-  cut.vector_stores = args.out_cols % 4 == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
+  cut.vector_stores = stores_vectors(args);
   const size_t shared_bytes = Shape::shared_bytes(cut.stages);
   allow_shared_memory(kSkinnyOp, wide_kernel<kTokens, kRows>, shared_bytes);
   const int tiles = ceil_div(args.out_cols, args.gated() ? kRows / 2 : kRows);
   launch_cluster(kSkinnyOp, ctx, wide_kernel<kTokens, kRows>,
                  dim3(config.split, token_tiles, ceil_div(tiles, cut.share) * cut.share),
-                 dim3(config.split, 1, cut.share), dim3(Shape::kThreads), shared_bytes, weight_map,
-                 x_map, args, cut);
+                 dim3(config.split, 1, cut.share), dim3(Shape::kThreads), shared_bytes,
+                 skinny_weight_map<kRows>(args), skinny_x_map(args, cut.part_tokens), args, cut);
 }
 
 template <int kRows>

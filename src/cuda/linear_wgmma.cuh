@@ -26,6 +26,11 @@ constexpr int kSwizzleBytes = 1024;  // the period of the swizzle, to which the 
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
+// Where the ring begins in a block's shared memory.
+__device__ __forceinline__ char* ring_of(char* shared) {
+  return shared + (kSwizzleBytes - shared_address(shared) % kSwizzleBytes) % kSwizzleBytes;
+}
+
 // Weight rows in pieces of 8 of gate and the 8 of up that go with them:
 // [pieces][gate, up][8 rows][columns]
 __device__ __forceinline__ void load_pair_tile(void* to, const CUtensorMap& map, uint64_t* barrier,
@@ -155,6 +160,32 @@ CUtensorMap tensor_map(const void* data, const cuuint64_t (&sizes)[kDims],
          "cuTensorMapEncodeTiled failed: ", static_cast<int>(status));
   }
   return map;
+}
+
+// Describes the weight of a linear in tiles of kRows rows of 64 columns, with an activation as
+// load_pair_tile() loads them.
+template <int kRows>
+CUtensorMap skinny_weight_map(const SkinnyArgs& args) {
+  const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
+  const cuuint64_t row_bytes = size(args.stride) * 2;
+  if (!args.gated()) {
+    return tensor_map<2>(args.weight, {size(args.k), size(args.n)}, {row_bytes}, {kGroup, kRows});
+  }
+  return tensor_map<4>(args.weight, {size(args.k), 8, 2, size(args.out_cols) / 8},
+                       {row_bytes, row_bytes * size(args.out_cols), row_bytes * 8},
+                       {kGroup, 8, 2, kRows / 16});
+}
+
+// Describes its rows of x, in tiles of so many.
+inline CUtensorMap skinny_x_map(const SkinnyArgs& args, int tile_tokens) {
+  const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
+  return tensor_map<2>(args.x, {size(args.k), size(args.tokens)}, {size(args.stride) * 2},
+                       {kGroup, static_cast<cuuint32_t>(tile_tokens)});
+}
+
+// Whether skinny_store4() may store four at once.
+inline bool stores_vectors(const SkinnyArgs& args) {
+  return args.out_cols % 4 == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
 }
 
 // The stages of a ring: as many as asked for, of those that a block has the memory for.

@@ -45,8 +45,7 @@ __global__ void __launch_bounds__(DownFewShape<kWarpgroups>::kThreads)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shape = DownFewShape<kWarpgroups>;
   extern __shared__ char unaligned[];
-  char* ring =
-      unaligned + (kSwizzleBytes - shared_address(unaligned) % kSwizzleBytes) % kSwizzleBytes;
+  char* const ring = ring_of(unaligned);
   __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
   __shared__ MoeFewPairs few;
   __shared__ float factors[Shape::kPairs];

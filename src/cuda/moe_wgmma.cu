@@ -307,8 +307,7 @@ __global__ void __launch_bounds__(MoeWgmmaShape<kRows, kTokens, kShare>::kThread
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shape = MoeWgmmaShape<kRows, kTokens, kShare>;
   extern __shared__ char unaligned[];
-  char* ring =
-      unaligned + (kSwizzleBytes - shared_address(unaligned) % kSwizzleBytes) % kSwizzleBytes;
+  char* const ring = ring_of(unaligned);
   __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
   __shared__ MoeFewPairs few;
   const BlockSchedule<kShare> schedule{args, few};
