@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mrv1 import bench, shapes
+from mrv1 import bench, cli, shapes
 from mrv1._cupti import Kernel
 from mrv1.bench_profile import (
     assign,
@@ -204,3 +204,11 @@ def test_tiled_kernels_say_what_they_multiply(file: str, kind: str) -> None:
     source = (Path(__file__).parents[1] / "src/cuda" / file).read_text(encoding="utf-8")
     (name,) = set(re.findall(r"\b\w*tiled_kernel\b", source))
     assert kernel_kind(name) == kind
+
+
+def test_stages_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "profile", "--shape", shapes.DEMO, "--device", "cuda"]
+    assert cli.main([*arguments, "--pipeline-parallel-size", "2"]) == cli.EXIT_ERROR
+    message = capsys.readouterr().err
+    assert "--pipeline-parallel-size = 2" in message
+    assert "1 for the figure profile" in message

@@ -568,6 +568,15 @@ def _refuse_ranks(options: argparse.Namespace) -> None:
             )
 
 
+def _refuse_stages(options: argparse.Namespace) -> None:
+    if options.pipeline_parallel_size != 1:
+        raise InvalidArgumentError(
+            field="--pipeline-parallel-size",
+            value=options.pipeline_parallel_size,
+            allowed=f"1 for the figure {options.figure}, which is about one GPU's kernels",
+        )
+
+
 def _cache(model: LoadedModel) -> CacheFormat:
     from mrv1.bench import CacheFormat
 
@@ -929,6 +938,7 @@ def _kv_caches(
 def _profile_records(options: argparse.Namespace) -> list[Record]:
     from mrv1 import _cupti, bench, bench_decode, bench_profile, bench_ranks
 
+    _refuse_stages(options)
     if options.device != "cuda":
         raise DeviceError("[bench] a profile is of kernels on a GPU: pass --device cuda")
     _cupti.open_cupti()  # before minutes go into what cannot be traced

@@ -92,9 +92,13 @@ const Nccl& open_nccl(const std::vector<std::string>& libraries) {
   static std::mutex mutex;
   static std::unique_ptr<const Nccl> opened;
   const std::lock_guard lock(mutex);
-  if (opened != nullptr) return *opened;
   std::string tried;
   for (const std::string& name : libraries) {
+    if (opened != nullptr) {
+      if (opened->name == name) return *opened;
+      tried += concat("\n  ", name, ": the process has opened ", opened->name, " before");
+      continue;
+    }
     auto library = std::make_unique<Nccl>();
     const std::string problem = try_open(name, *library);
     if (problem.empty()) {

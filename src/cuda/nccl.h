@@ -41,7 +41,8 @@ struct Nccl {
 };
 
 // Opens the first of `libraries` that is there and fits, once for the process: later calls return
-// what is open. Throws kDevice with every name tried and what was wrong with it.
+// what is open, if it is one of theirs. Throws kDevice with every name tried and what was wrong
+// with it.
 const Nccl& open_nccl(const std::vector<std::string>& libraries);
 
 // What a rank sends to another one and takes from it, as many bytes.
