@@ -8,17 +8,20 @@ The checkpoint is quantised as `mrv1 quantize` does. Both then run the same toke
 a prompt's are forced: held-out stories of the demo model's grammar, or random tokens of a model
 with random weights. The record has the Kullback-Leibler divergence from the plain model's
 distribution of tokens to the other's, in nats, how often both find the same token most likely, and
-of stories the perplexity of both.
+of stories the perplexity of both. `kl_noise` is the divergence of the plain model whose matrices
+have Gaussian noise as large as their errors: what errors of that size cost whatever made them.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime as dt
+import functools
 import json
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +42,14 @@ from kv_cache_accuracy import (
 from mrv1 import bench, shapes
 from mrv1.env_report import commit
 from mrv1.loader import RunnerOptions, load_model
-from mrv1.quantize import quantize_checkpoint
+from mrv1.quantize import TensorReport, quantize_checkpoint
 from mrv1.random_model import save_random_model
+from mrv1.safetensors_reader import TensorInfo, read_checkpoint
+from mrv1.safetensors_writer import NewTensor, write_checkpoint
 from mrv1.tokenizer import Tokenizer
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
+PIECE = 1 << 22  # values that are read at a time
 
 
 def logits_of(
@@ -69,6 +75,38 @@ def logits_of(
         close(model)
 
 
+def noisy_values(info: TensorInfo, error: float, rng: np.random.Generator) -> Iterator[memoryview]:
+    """Yields a tensor of bfloat16 with Gaussian noise, `error` times as large as its values."""
+    bits = np.memmap(info.path, np.uint16, "r", info.offset, (info.nbytes // 2,))
+    pieces = [bits[start : start + PIECE] for start in range(0, len(bits), PIECE)]
+
+    def values_of(piece: NDArray[np.uint16]) -> NDArray[np.float32]:
+        return (piece.astype(np.uint32) << 16).view(np.float32)
+
+    squares = sum(float(np.sum(np.square(values_of(piece)))) for piece in pieces)
+    size = np.float32(error * np.sqrt(squares / len(bits)))
+    for piece in pieces:
+        values = values_of(piece) + size * rng.standard_normal(len(piece), dtype=np.float32)
+        yield memoryview(((values.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)).cast("B")
+
+
+def save_noisy(root: Path, target: Path, reports: Sequence[TensorReport], seed: int) -> None:
+    """Copies a plain checkpoint, with noise in the matrices that were quantised."""
+    shutil.copytree(root, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    errors = {report.name: report.relative_error for report in reports}
+    rng = np.random.default_rng(seed)
+    tensors = [
+        NewTensor(
+            info.name,
+            info.dtype,
+            info.shape,
+            functools.partial(noisy_values, info, errors.get(info.name, 0.0), rng),
+        )
+        for info in read_checkpoint(root).values()
+    ]
+    write_checkpoint(target, tensors, lambda _: None)
+
+
 def measure(root: Path, name: str, rows: Rows, options: argparse.Namespace) -> dict[str, object]:
     """The record of a plain checkpoint."""
     with tempfile.TemporaryDirectory() as directory:
@@ -76,6 +114,10 @@ def measure(root: Path, name: str, rows: Rows, options: argparse.Namespace) -> d
         reports = quantize_checkpoint(root, quantised)
         plain, device = logits_of(root, rows, options)
         logits, _ = logits_of(quantised, rows, options)
+        shutil.rmtree(quantised)
+        noisy = Path(directory) / "noisy"
+        save_noisy(root, noisy, reports, options.seed)
+        noisy_logits, _ = logits_of(noisy, rows, options)
     kl = kl_divergence(plain, logits)
     record: dict[str, object] = {
         "figure": "nvfp4_accuracy",
@@ -85,6 +127,7 @@ def measure(root: Path, name: str, rows: Rows, options: argparse.Namespace) -> d
         "tokens": len(kl),
         "kl_mean": float(kl.mean()),
         "kl_max": float(kl.max()),
+        "kl_noise": float(kl_divergence(plain, noisy_logits).mean()),
         "same_top": float((plain.argmax(-1) == logits.argmax(-1)).mean()),
         "relative_error_mean": float(np.mean([report.relative_error for report in reports])),
         "relative_error_max": max(report.relative_error for report in reports),

@@ -620,4 +620,5 @@ def test_accuracy_of_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (record,) = json.loads((tmp_path / "record.json").read_text())
     assert record["shape"] == "demo" and record["weights"] == "nvfp4"
     assert 1e-6 < record["kl_mean"] < 0.2 and record["same_top"] > 0.8
+    assert 0.3 < record["kl_noise"] / record["kl_mean"] < 3
     assert 1 < record["perplexity_plain"] < record["perplexity"] * 1.05 < 10
