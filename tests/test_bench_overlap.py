@@ -65,6 +65,13 @@ def test_the_hidden_share_is_that_of_collectives() -> None:
     assert overlap_of([]).hidden_share == 0
 
 
+def test_what_nccl_carries_is_a_collective() -> None:
+    name = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<(unsigned long)4096>)"
+    spans = [("meeting_kernel", 0, 1), (name, 1, 3), ("linear_kernel", 2, 5)]
+    found = overlap_of([kernel(*each) for each in spans])
+    assert (found.collective_ms, found.hidden_ms, found.compute_ms) == (3, 1, 3)
+
+
 def step(begin_ms: float, number: int) -> _core.StepTime:
     time = _core.StepTime()
     time.begin_ns, time.end_ns, time.step = int(begin_ms * 1e6), int((begin_ms + 10) * 1e6), number

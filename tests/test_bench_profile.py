@@ -16,6 +16,7 @@ from mrv1.bench_profile import (
     costs_by_label,
     format_profile,
     kernel_kind,
+    kernel_kinds,
     label_costs,
     step_ops,
     take_apart,
@@ -128,6 +129,23 @@ def test_products_of_nvfp4_are_of_linears_or_of_experts() -> None:
     labels = [*LAYER_LABELS[:7], "gate", "moe_route", *["moe_experts"] * 4]
     names = [*FRONT, "embedding_kernel", *layer, *BACK]
     assert assign(ops, names) == [*LABELS[:5], *labels, *LABELS[-6:]]
+
+
+def test_what_nccl_carries_is_of_the_collective() -> None:
+    """Ranks meet first; tokens go out behind moe_dispatch, and sums come before moe_combine."""
+    config = ModelConfig.from_values(shapes.shape_config("qwen3-30b-a3b", 1)[1])
+    options = RunnerOptions(data_parallel_size=2, expert_parallel=True)
+    ops = step_ops(wire_ranks(config, "bfloat16", options).programs[0])
+    messages = ["meeting_kernel", "ncclDevKernel_SendRecv"]
+    layer = [*LAYER[:7], "linear_skinny_kernel", "route_by_count_kernel"]
+    layer += ["moe_dispatch_kernel", *messages, "moe_wgmma_kernel", "sum_kernel"]
+    layer += [*messages, "moe_combine_kernel"]
+    labels = [*LAYER_LABELS[:7], "gate", "moe_route", *["moe_dispatch"] * 3]
+    labels += [*["moe_experts"] * 2, *["moe_combine"] * 3]
+    names = [*FRONT, "embedding_kernel", *layer, *BACK]
+    assert assign(ops, names) == [*LABELS[:5], *labels, *LABELS[-6:]]
+    columns = ["meeting_kernel", "ncclDevKernel_AllGather_RING_LL"]
+    assert kernel_kinds(columns) == ["all_gather"] * 2
 
 
 def test_what_ranks_send_each_other_is_an_op() -> None:

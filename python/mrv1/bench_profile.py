@@ -40,7 +40,7 @@ _KINDS: Final = (
     ("gather_rows", r"gather_rows"),
     ("moe_route", r"^route"),
     ("moe_dispatch", r"^moe_dispatch"),
-    ("moe_combine", r"^moe_combine"),
+    ("moe_combine", r"^moe_combine|SendRecv"),
     ("moe_experts", r"^moe_|^(count|place|sum|down_few)_kernel"),
     ("linear", r"linear|mma_kernel|gemm|gemv|nvjet|cutlass|xmma|cublas"),
     ("gated_mul", r"gated"),
@@ -135,7 +135,8 @@ def kernel_kinds(names: Sequence[str]) -> list[str | None]:
     """Kinds of a step's kernels, in order.
 
     One kernel multiplies NVFP4 weights of linears and, behind a router or other kernels of experts,
-    those of experts.
+    those of experts. NCCL's kernel of messages carries tokens behind `moe_dispatch`, else their
+    sums. A meeting of ranks is part of the collective that it precedes.
     """
     kinds: list[str | None] = []
     for name in names:
@@ -143,7 +144,12 @@ def kernel_kinds(names: Sequence[str]) -> list[str | None]:
         if name.startswith("fp4_stream"):
             of_experts = bool(kinds) and kinds[-1] in ("moe_route", "moe_experts")
             kind = "moe_experts" if of_experts else "linear"
+        elif name.startswith("meeting") or "SendRecv" in name:
+            kind = "moe_dispatch" if kinds[-1:] == ["moe_dispatch"] else kind
         kinds.append(kind)
+    for place in range(len(names) - 1):
+        if names[place].startswith("meeting"):
+            kinds[place] = kinds[place + 1]
     return kinds
 
 
