@@ -211,21 +211,24 @@ Nccl::Status NcclGroup::queue(const NcclMessage& message, Nccl::Comm comm,
   return library_.recv(message.received, message.bytes, kBytes, message.peer, comm, stream);
 }
 
-void NcclGroup::abort() noexcept {
+void NcclGroup::abort(std::span<const std::unique_ptr<NcclGroup>> groups) noexcept {
   // At once: to end a communicator may take until the graphs that use it are gone, and what waits
-  // in another rank's stream must end before that.
+  // in other ranks' streams, those of other groups included, must end before that.
   std::vector<std::thread> threads;
-  for (const auto& rank : ranks_) {
-    Nccl::Comm comm = nullptr;
-    {
-      const std::unique_lock lock(rank->mutex, kQueuing);
-      comm = std::exchange(rank->comm, nullptr);
-    }
-    if (comm == nullptr) continue;
-    try {
-      threads.emplace_back([this, comm] { library_.comm_abort(comm); });
-    } catch (const std::exception&) {
-      library_.comm_abort(comm);
+  for (const auto& group : groups) {
+    for (const auto& rank : group->ranks_) {
+      Nccl::Comm comm = nullptr;
+      {
+        const std::unique_lock lock(rank->mutex, kQueuing);
+        comm = std::exchange(rank->comm, nullptr);
+      }
+      if (comm == nullptr) continue;
+      const Nccl& library = group->library_;
+      try {
+        threads.emplace_back([&library, comm] { library.comm_abort(comm); });
+      } catch (const std::exception&) {
+        library.comm_abort(comm);
+      }
     }
   }
   for (std::thread& thread : threads) thread.join();

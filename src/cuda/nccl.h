@@ -75,8 +75,8 @@ class NcclGroup {
   // Makes the connections of exchange(), which its first call would make in a step. By one thread
   // for all ranks; of each, memory of a byte a rank that may be overwritten, and a stream. Once.
   void connect(std::span<char* const> memory, std::span<const cudaStream_t> streams);
-  // Ends what waits in the ranks' streams; nothing can be queued any more. Any thread.
-  void abort() noexcept;
+  // Ends what waits in the streams of all ranks; nothing can be queued any more. Any thread.
+  static void abort(std::span<const std::unique_ptr<NcclGroup>> groups) noexcept;
 
  private:
   struct Rank {

@@ -342,7 +342,7 @@ void PeerGroup::watch() {
   while (!closing_) {
     if (is_aborted()) {
       lock.unlock();
-      for (const std::unique_ptr<NcclGroup>& stage : nccl_) stage->abort();
+      NcclGroup::abort(nccl_);
       return;
     }
     changed_.wait_for(lock, kWatchInterval);
