@@ -49,7 +49,7 @@ def test_costs_of_experts_by_hand() -> None:
 
 
 def test_costs_of_ranks_with_requests_of_their_own_by_hand() -> None:
-    """Each has half of the requests, and of the experts that all tokens go through."""
+    """Each has half of the requests, and of the experts that the tokens of both choose."""
     values = shapes.shape_config("qwen3-30b-a3b", 2)[1]
     config = ModelConfig.from_values(values)
     costs = bench.decode_costs(config, "bfloat16", 32, 1024)

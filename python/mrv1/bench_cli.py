@@ -279,7 +279,7 @@ def add_bench(
         "--trace",
         metavar="FILE",
         help="decode, mix: write what each rank's device did when, for https://ui.perfetto.dev; of "
-        "decode, the last batch at the last context, on GPUs that exchange values with kernels",
+        "decode, the last batch at the last context, with kernels on GPUs that exchange values",
     )
     parser.add_argument(
         "--ops",
