@@ -30,6 +30,7 @@ from mrv1.bench_overlap import Overlap, kernel_events, overlap_of
 from mrv1.bench_trace import logged_steps, write_trace
 from mrv1.config import ModelConfig
 from mrv1.env_report import commit
+from mrv1.errors import InternalError
 from mrv1.loader import LoadedModel, RunnerOptions
 from mrv1.random_model import random_runner
 
@@ -91,6 +92,8 @@ def trace(
     if path is not None:
         events = kernel_events(kernels.kernels, logs)
         write_trace(path, logs, model.pipeline_parallel_size, events)
+    if kernels.dropped:
+        raise InternalError(f"CUPTI had no room for {kernels.dropped} records")
     steps = model.runner.stats()["batches"] - before
     ordinal = model.device.ordinal
     found = overlap_of([kernel for kernel in kernels.kernels if kernel.device == ordinal])
@@ -102,13 +105,13 @@ def trace(
 def record_of(
     arguments: argparse.Namespace, off: LoadedModel, on: LoadedModel, tokens: int
 ) -> dict[str, Any]:
-    """Everything about one number of tokens."""
+    """What is timed of one number of tokens."""
     times: dict[str, list[float]] = {"off": [], "on": []}
     for _ in range(arguments.repeats):
         for name, model in (("off", off), ("on", on)):
             times[name] += measure(arguments, model, tokens, 1)
     off_ms, on_ms = (statistics.median(times[name]) for name in ("off", "on"))
-    record: dict[str, Any] = {
+    return {
         "figure": arguments.figure,
         "shape": arguments.shape,
         "device": bench.describe_device(off.device),
@@ -124,14 +127,20 @@ def record_of(
         "commit": arguments.commit or commit(),
         "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
     }
-    if off.device.kind == "cuda":
-        whole = trace(arguments, off, tokens)
-        halves = trace(arguments, on, tokens, arguments.trace)
-        record["collective_ms"] = round(whole.collective_ms, 4)
-        if whole.collective_ms > 0:
-            record["hidden_share"] = round((off_ms - on_ms) / whole.collective_ms, 4)
-        record["beside_share"] = round(halves.hidden_share, 4)
-    return record
+
+
+def traced_of(
+    arguments: argparse.Namespace, off: LoadedModel, on: LoadedModel, record: dict[str, Any]
+) -> dict[str, float]:
+    """What is traced of the number of tokens of a record."""
+    whole = trace(arguments, off, record["tokens"])
+    halves = trace(arguments, on, record["tokens"], arguments.trace)
+    found = {"collective_ms": round(whole.collective_ms, 4)}
+    if whole.collective_ms > 0:
+        saved = record["off_ms"] - record["on_ms"]
+        found["hidden_share"] = round(saved / whole.collective_ms, 4)
+    found["beside_share"] = round(halves.hidden_share, 4)
+    return found
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -163,6 +172,9 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments.shape, values = shapes.shape_config(arguments.shape, arguments.layers)
     off, on = (open_model(arguments, values, mode) for mode in ("0", "1"))
     records = [record_of(arguments, off, on, tokens) for tokens in arguments.tokens]
+    if off.device.kind == "cuda":  # after all timings, which it may lengthen
+        for record in records:
+            record |= traced_of(arguments, off, on, record)
     for record in records:
         print(json.dumps(record))
     for model in (off, on):

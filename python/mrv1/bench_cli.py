@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -635,11 +634,13 @@ def _decode_records(options: argparse.Namespace) -> list[Record]:
     model.runner.fill_kv_random(0)
     logs: StepLogs = []
     kernels: list[Kernel] = []
-    measure = functools.partial(
-        bench_decode.measure_decode,
-        trace=logs,
-        kernels=None if options.trace is None else kernels,
-    )
+
+    def measure(model: LoadedModel, batch: int, context: int, steps: int) -> Timing:
+        # What comes after kernels were traced may be slower.
+        last = (batch, context) == (options.batch[-1], options.context[-1])
+        traced = kernels if last and options.trace is not None else None
+        return bench_decode.measure_decode(model, batch, context, steps, logs, traced)
+
     timings, rates, device = _measure(options, model, measure)
     _write_trace(options, model, logs, kernels)
     cache = _cache(model)

@@ -110,8 +110,10 @@ const Nccl& open_nccl(const std::vector<std::string>& libraries) {
   if (libraries.empty()) {
     fail(ErrorKind::kDevice, kWhere, "there is no name to open it by, as with MRV1_NCCL = none");
   }
-  fail(ErrorKind::kDevice, kWhere, "the library was not found; tried:", tried,
-       "\nInstall the package nvidia-nccl-cu13, or give the library's path in MRV1_NCCL");
+  fail(ErrorKind::kDevice, kWhere, "the library cannot be had; tried:", tried,
+       opened != nullptr ? ""
+                         : "\nInstall the package nvidia-nccl-cu13, or give the library's path in "
+                           "MRV1_NCCL");
 }
 
 NcclGroup::NcclGroup(const Nccl& library, std::span<const int> ordinals) : library_(library) {
