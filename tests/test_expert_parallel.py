@@ -171,6 +171,16 @@ def test_tokens_that_nccl_carries_are_those_of_one(
     assert ("carries what ranks exchange" in caplog.text) == (device == "cuda")
 
 
+def test_a_library_that_there_is_not_is_refused(
+    model: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MRV1_COLLECTIVES", "mpi")
+    with pytest.raises(
+        InvalidArgumentError, match="MRV1_COLLECTIVES = 'mpi': must be auto or nccl"
+    ):
+        LLM(model, device=device, **SIZES)
+
+
 @pytest.mark.parametrize("background", [True, False])
 def test_ranks_without_requests_go_along(device: str, model: Path, background: bool) -> None:
     """Fewer requests than ranks, one after the other, each on a rank of its own."""

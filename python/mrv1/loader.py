@@ -567,8 +567,9 @@ def make_runner(
     native.kv_cache_dtype = resolve_kv_cache_dtype(options.kv_cache_dtype)
     native.num_ranks, native.num_stages = len(ranks.programs), len(ranks.stages)
     native.data_parallel = ranks.data_parallel
+    native.collectives = envs.COLLECTIVES.get()
     if kind == "cuda" and native.num_ranks > 1:
-        native.collectives, native.nccl = envs.COLLECTIVES.get(), _libraries.nccl_names()
+        native.nccl = _libraries.nccl_names()
     native.pad_requests = _integer("pad_requests", options.pad_requests, 0, native.max_num_seqs)
     native.pad_tokens = _integer("pad_tokens", options.pad_tokens, 0, native.max_num_batched_tokens)
     for field in ("infer_param_view", "keep_hidden_states", "force_tokens"):
