@@ -259,7 +259,7 @@ TEST_CASE("paged attention agrees with float64, and whole, chunked and decoded p
         const int edges[] = {0, 1, 15, 16, 62, 63, 64, 65, 100, 127, 128, 149};
         for (int p : edges) scene.check_token(whole, p, 0, p);
         scene.check_token(whole, 150, 1, 0);
-        for (int p = 0; p < 67; ++p) scene.check_token(whole, 154 + p, 2, p);
+        for (int p = 0; p < 67; p += 6) scene.check_token(whole, 154 + p, 2, p);
         for (int64_t t : {151, 152, 153, 221, 260}) {
           for (int64_t c = 0; c < cols; ++c) REQUIRE(whole.get(t * cols + c) == 0.0f);
         }
