@@ -89,11 +89,11 @@ def trace(
         measure(arguments, model, tokens, 1)
         for device in model.devices:
             device.synchronize()
+    if kernels.dropped:
+        raise InternalError(f"CUPTI had no room for {kernels.dropped} records")
     if path is not None:
         events = kernel_events(kernels.kernels, logs)
         write_trace(path, logs, model.pipeline_parallel_size, events)
-    if kernels.dropped:
-        raise InternalError(f"CUPTI had no room for {kernels.dropped} records")
     steps = model.runner.stats()["batches"] - before
     ordinal = model.device.ordinal
     found = overlap_of([kernel for kernel in kernels.kernels if kernel.device == ordinal])
